@@ -1,0 +1,134 @@
+"""From an audio file to a mono waveform at the model's sample rate; whatever cannot be used is an error, never silence.
+"""
+
+import functools
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+
+from data.errors import AudioError, SkippedClipError
+from data.torchaudio_compat import torchaudio
+
+SILENCE_PEAK = 1e-4  # full scale is 1; -80 dB, three steps of 16-bit audio
+CROP_MARGIN = 0.05  # seconds decoded beyond a crop, so that the resampling filter sees what follows the cut
+MAX_KERNEL = 2**24  # values of a resampling filter (64 MiB); rates with no small common ratio need gigabytes
+LONG_CLIPS = ("error", "crop", "skip")
+
+
+def load_waveform(
+    path: str | Path, *, sample_rate: int, max_seconds: float, long_clips: str = "error"
+) -> np.ndarray:
+    """Decode a clip (wav, flac, ogg, mp3) to float32 (samples,) at `sample_rate`, the mean of all its channels.
+
+    A clip longer than `max_seconds` raises AudioError ("error"), is cut to exactly the first `max_seconds` of its
+    resampled waveform ("crop"), or raises SkippedClipError for the caller to count ("skip"). Missing, unreadable,
+    empty, silent and non-finite audio raise AudioError. No more is decoded than the answer needs.
+    """
+    _check_long_clips(long_clips)
+    with _opened(path) as file:
+        rate = file.samplerate
+        samples = _decode(file, max_seconds + CROP_MARGIN)
+        if len(samples) > _frames(max_seconds, rate) and long_clips != "crop":
+            raise _too_long(path, file, max_seconds, long_clips)
+    waveform = samples.mean(axis=1)  # (samples,)
+    if len(waveform) == 0:
+        raise _no_samples(path)
+    if not np.isfinite(waveform).all():
+        raise AudioError(f"{path}: holds values that are not finite; expected samples in -1 to 1; encode it again")
+    waveform = _resample(path, waveform, rate, sample_rate)[: _frames(max_seconds, sample_rate)]
+    peak = float(np.abs(waveform).max())
+    if peak < SILENCE_PEAK:
+        raise AudioError(
+            f"{path}: is silent (peak {peak:.1e}, mean of {samples.shape[1]} channels); expected a peak of at least "
+            f"{SILENCE_PEAK:.0e}; remove the example or replace the file"
+        )
+    return waveform
+
+
+def probe(path: str | Path, *, max_seconds: float, long_clips: str = "error") -> None:
+    """Check by the header that a clip opens, is not empty and is not too long; raises as `load_waveform` does."""
+    _check_long_clips(long_clips)
+    with _opened(path) as file:
+        limit = _frames(max_seconds, file.samplerate)
+        if file.frames == 0:
+            raise _no_samples(path)
+        # The length in a compressed file's header may be an estimate; a clip is refused only for what is in it.
+        if file.frames > limit and long_clips != "crop" and len(_decode(file, max_seconds + CROP_MARGIN)) > limit:
+            raise _too_long(path, file, max_seconds, long_clips)
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[soundfile.SoundFile]:
+    """The file, open; whatever the decoder raises, here or while it is read, as an AudioError."""
+    if not os.path.exists(path):
+        raise AudioError(f"{path}: no such file; expected a clip there; check audio_path and audio_root")
+    if not os.path.isfile(path) or not os.access(path, os.R_OK):
+        raise AudioError(f"{path}: not a file that may be read; expected a clip; check its kind and permissions")
+    if os.path.getsize(path) == 0:
+        raise AudioError(f"{path}: is empty (0 bytes); expected a clip; copy it again")
+    try:
+        with soundfile.SoundFile(path) as file:
+            yield file
+    # TypeError is what soundfile raises for headerless formats, which it knows by their name.
+    except (soundfile.SoundFileError, TypeError) as error:
+        raise AudioError(
+            f"{path}: cannot be decoded ({error}); expected wav, flac, ogg or mp3; "
+            "copy it again if it is cut off, else convert it, e.g. with ffmpeg"
+        ) from error
+
+
+def _decode(file: soundfile.SoundFile, seconds: float) -> np.ndarray:
+    """At most the first `seconds` of the file: float32 (samples, channels).
+
+    Reads into a given array because soundfile would otherwise believe the header's length, which may be wrong.
+    """
+    return file.read(out=np.empty((_frames(seconds, file.samplerate), file.channels), dtype=np.float32))
+
+
+def _frames(seconds: float, rate: int) -> int:
+    return round(seconds * rate)
+
+
+def _no_samples(path: str | Path) -> AudioError:
+    return AudioError(f"{path}: holds no samples; expected sound; remove the example or replace the file")
+
+
+def _too_long(path: str | Path, file: soundfile.SoundFile, max_seconds: float, long_clips: str) -> AudioError:
+    seconds = file.frames / file.samplerate
+    # A header may say less than there is, or libsndfile's largest integer for a length it does not know.
+    known = max_seconds < seconds and file.frames < 2**62
+    kind = SkippedClipError if long_clips == "skip" else AudioError
+    return kind(
+        f"{path}: is {f'{seconds:.2f} s long' if known else 'too long'}; expected at most {max_seconds:g} s; "
+        "raise max_seconds if the model can take it, or set long_clips to crop or skip"
+    )
+
+
+def _check_long_clips(long_clips: str) -> None:
+    if long_clips not in LONG_CLIPS:
+        raise ValueError(f"long_clips is {long_clips!r}; expected one of {', '.join(LONG_CLIPS)}")
+
+
+def _resample(path: str | Path, waveform: np.ndarray, rate: int, sample_rate: int) -> np.ndarray:
+    if rate == sample_rate:
+        return waveform
+    common = math.gcd(rate, sample_rate)
+    if rate // common * (sample_rate // common) > MAX_KERNEL:
+        raise AudioError(
+            f"{path}: is sampled at {rate} Hz, which has no small ratio to {sample_rate} Hz; "
+            f"expected a usual rate; convert it, e.g. with ffmpeg -ar {sample_rate}"
+        )
+    with torch.inference_mode():
+        return _resampler(rate, sample_rate)(torch.from_numpy(waveform)).numpy()
+
+
+@functools.lru_cache(maxsize=8)
+def _resampler(rate: int, sample_rate: int) -> torch.nn.Module:
+    # torchaudio.functional.resample with its filter kept: building it takes longer than using it.
+    return torchaudio.transforms.Resample(rate, sample_rate)

@@ -1,0 +1,153 @@
+"""Multiple-choice questions about audio clips, read from JSON lines in the R1-AQA format."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.choices import normalise
+from data.errors import DataError
+
+KEYS = ("id", "audio_path", "question_text", "multi_choice", "answer")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question with its clip, its choices and the index of the right one."""
+
+    id: str
+    audio_path: Path | None
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+    dataset: str = ""
+    task: str = ""
+    category: str = ""
+    line: str = ""  # where it was read, "train.jsonl:17"
+
+    @property
+    def answer_text(self) -> str:
+        return self.choices[self.answer]
+
+
+@dataclass(frozen=True)
+class BadExample:
+    """An example that was left out, and why."""
+
+    line: str
+    id: str
+    reason: str
+
+
+def load_examples(
+    path: str | Path, *, audio_root: str | Path | None = None, require_audio: bool = True, skip_bad: bool = False
+) -> tuple[list[Example], list[BadExample]]:
+    """Read a JSON-lines file; every line needs the keys in KEYS, others than these and the optional ones are ignored.
+
+    `audio_path` is taken relative to `audio_root`, or to the file's own directory; it may be absent or null only
+    without `require_audio`. The first bad line raises DataError; with `skip_bad`, bad lines are returned beside the
+    examples instead. A file without one good example is always an error.
+    """
+    path = Path(path)
+    root = path.parent if audio_root is None else Path(audio_root)
+    examples, bad, seen = [], [], {}
+    for number, raw in enumerate(_lines(path), start=1):
+        if not raw.strip():
+            continue
+        line, record = f"{path.name}:{number}", {}
+        try:
+            record = _decode(raw)
+            example = _example(record, root=root, line=line, require_audio=require_audio)
+            if example.id in seen:
+                raise DataError(f'"id" {example.id!r} was used at {seen[example.id]}; each example needs its own id')
+        except DataError as error:
+            if not skip_bad:
+                raise DataError(f"{line}: {error}") from None
+            bad.append(BadExample(line, str(record.get("id", "")), str(error)))
+        else:
+            seen[example.id] = line
+            examples.append(example)
+    if not examples:
+        first = f"all {len(bad)} are bad, first {bad[0].line}: {bad[0].reason}" if bad else "the file is empty"
+        raise DataError(f"{path.name}: no examples: {first}; expected one JSON object per line with {', '.join(KEYS)}")
+    return examples, bad
+
+
+def _lines(path: Path) -> list[bytes]:
+    try:
+        return path.read_bytes().split(b"\n")
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(f"{path}: cannot be read ({reason}); expected a file of JSON lines") from error
+
+
+def _decode(raw: bytes) -> dict:
+    try:
+        record = json.loads(raw.decode("utf-8-sig"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"not valid JSON ({error}); each line is one JSON object in UTF-8") from None
+    if not isinstance(record, dict):
+        raise DataError(f"is a JSON {type(record).__name__}; each line is one JSON object with {', '.join(KEYS)}")
+    return record
+
+
+def _example(record: dict, *, root: Path, line: str, require_audio: bool) -> Example:
+    needed = [key for key in KEYS if require_audio or key != "audio_path"]
+    for key in needed:
+        if record.get(key) is None:
+            raise DataError(f'"{key}" is missing; each line needs {", ".join(needed)}')
+    identity = record["id"]
+    if isinstance(identity, bool) or not isinstance(identity, (str, int)):
+        raise DataError(f'"id" is {identity!r}; expected text or an integer')
+    choices = _choices(record["multi_choice"])
+    audio_path = _text(record, "audio_path")
+    if not audio_path and (require_audio or "audio_path" in record and record["audio_path"] is not None):
+        raise DataError('"audio_path" is empty; expected the path of the clip')
+    question = _text(record, "question_text")
+    if not question.strip():
+        raise DataError('"question_text" is empty; expected the question')
+    return Example(
+        id=str(identity),
+        audio_path=root / audio_path if audio_path else None,
+        question=question,
+        choices=choices,
+        answer=_answer(record["answer"], choices),
+        dataset=_text(record, "dataset_name"),
+        task=_text(record, "task"),
+        category=_text(record, "category"),
+        line=line,
+    )
+
+
+def _text(record: dict, key: str) -> str:
+    value = record.get(key)
+    if value is not None and not isinstance(value, str):
+        raise DataError(f'"{key}" is {value!r}; expected text')
+    return value or ""
+
+
+def _choices(value: object) -> tuple[str, ...]:
+    """The choices, checked as the matcher sees them: two that it cannot tell apart could never be answered."""
+    if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value):
+        raise DataError(f'"multi_choice" is {value!r}; expected a list of texts')
+    if len(value) < 2:
+        raise DataError(f'"multi_choice" has {len(value)} choices; expected at least 2')
+    seen: dict[str, str] = {}
+    for choice in value:
+        key = normalise(choice)
+        if not key:
+            raise DataError(f'"multi_choice" holds {choice!r}, which is empty; expected text in every choice')
+        if key in seen:
+            raise DataError(
+                f'"multi_choice" repeats {seen[key]!r} as {choice!r}; '
+                "choices must differ in more than case, spaces, quotes and a trailing dot"
+            )
+        seen[key] = choice
+    return tuple(value)
+
+
+def _answer(value: object, choices: tuple[str, ...]) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise DataError(f'"answer" is {value!r}; expected the index of the right choice, 0 to {len(choices) - 1}')
+    if not 0 <= value < len(choices):
+        raise DataError(f'"answer" is {value}, out of range; expected 0 to {len(choices) - 1} for these choices')
+    return value

@@ -1,0 +1,210 @@
+"""Prompts of a step, prepared in threads while the step before runs.
+
+Threads, not processes: decoding, resampling, log-mel and tokenising all run in C without the interpreter's lock,
+nothing is pickled, and an exception arrives as it was raised.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from data import choices
+from data.audio import probe
+from data.errors import AudioError, DataError, SkippedClipError
+from data.examples import BadExample, Example
+from data.order import rank_slice, step_indices
+from data.prompts import find_template, render
+
+Prompt = TypeVar("Prompt")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slot(Generic[Prompt]):
+    """One prompt of a step, and the examples that had to be passed over to get it, by position."""
+
+    example: Example
+    prompt: Prompt
+    bad: dict[int, BadExample]
+    replaced: bool
+
+
+class Loader(Generic[Prompt]):
+    """Prepares this rank's prompts of any step; the next step is prepared ahead.
+
+    What a step holds is a pure function of the examples, their files, the seed and the step, so a run that is resumed,
+    or that runs on another number of ranks, sees the same prompts. An example whose data is bad raises DataError
+    naming its line; with `skip_bad`, or when the settings skip long clips, the next good example in file order takes
+    its place, `bad` gains it once and `replaced` counts the prompts concerned.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        prepare: Callable[[str, np.ndarray | None], Prompt],
+        *,
+        seed: int,
+        prompts_per_step: int,
+        rank: int,
+        world: int,
+        template: str,
+        shuffle_choices: bool,
+        waveform: Callable[[Example], np.ndarray],
+        skip_bad: bool,
+        workers: int,
+    ) -> None:
+        """`prepare(text, waveform)` makes a prompt, with None for an example without audio; it may raise DataError."""
+        if not examples:
+            raise DataError("no examples; expected at least one")
+        find_template(template)
+        self.examples = examples
+        self.bad: list[BadExample] = []
+        self.replaced = 0
+        self._prepare, self._waveform = prepare, waveform
+        self._seed, self._prompts_per_step, self._rank, self._world = seed, prompts_per_step, rank, world
+        self._template, self._shuffle_choices, self._skip_bad = template, shuffle_choices, skip_bad
+        self._positions(0)  # refuses here what cannot be split over the ranks
+        self._bad_positions: set[int] = set()
+        self._ahead: dict[int, list[Future[_Slot[Prompt]]]] = {}
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="loader")
+
+    def step(self, step: int) -> list[tuple[Example, Prompt]]:
+        """This rank's examples of a step with their prompts, in order; any step may be asked for."""
+        futures = self._ahead.pop(step, None) or self._submit(step)
+        self._cancel()
+        self._ahead = {step + 1: self._submit(step + 1)}
+        slots = [future.result() for future in futures]
+        for slot in slots:
+            self._record(slot)
+        return [(slot.example, slot.prompt) for slot in slots]
+
+    def key(self, step: int, example: Example) -> tuple[int, ...]:
+        """What the draws for an example in a step are a function of: (seed, step, example) as integers."""
+        digest = hashlib.sha256(example.id.encode()).digest()
+        return self._seed, step, int.from_bytes(digest[:8], "little")
+
+    def close(self) -> None:
+        """Stop preparing; to be called at the end of a run, also by leaving a `with` block."""
+        self._cancel()
+        self._threads.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> "Loader[Prompt]":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _positions(self, step: int) -> list[int]:
+        indices = step_indices(
+            len(self.examples), seed=self._seed, step=step, prompts_per_step=self._prompts_per_step
+        )
+        return rank_slice(indices, self._rank, self._world)
+
+    def _submit(self, step: int) -> list[Future[_Slot[Prompt]]]:
+        return [self._threads.submit(self._slot, position, step) for position in self._positions(step)]
+
+    def _cancel(self) -> None:
+        for futures in self._ahead.values():
+            for future in futures:
+                future.cancel()
+        self._ahead = {}
+
+    def _record(self, slot: _Slot[Prompt]) -> None:
+        """Only `step` calls this, so that no thread writes what another reads."""
+        self.replaced += slot.replaced
+        for position, bad in slot.bad.items():
+            if position not in self._bad_positions:
+                self._bad_positions.add(position)
+                self.bad.append(bad)
+
+    def _slot(self, start: int, step: int) -> _Slot[Prompt]:
+        """The prompt of the first good example at or after `start`, past the end to the beginning."""
+        count, bad = len(self.examples), {}
+        for offset in range(count):
+            position = (start + offset) % count
+            if position in self._bad_positions:
+                continue
+            example = self.examples[position]
+            try:
+                return _Slot(*self._make(example, step), bad, replaced=offset > 0)
+            except DataError as error:
+                if not (self._skip_bad or isinstance(error, SkippedClipError)):
+                    raise type(error)(f"{example.line}: {error}") from error
+                bad[position] = BadExample(example.line, example.id, str(error))
+        first = next(iter([*bad.values(), *self.bad]))
+        raise DataError(f"all {count} examples are bad, one of them {first.line}: {first.reason}")
+
+    def _make(self, example: Example, step: int) -> tuple[Example, Prompt]:
+        if self._shuffle_choices:
+            example = choices.shuffle_choices(example, seed=self._seed, step=step)
+        waveform = None if example.audio_path is None else self._waveform(example)
+        return example, self._prepare(render(example, self._template), waveform)
+
+
+def evaluation_batches(
+    examples: Sequence[Example],
+    prepare: Callable[[str, np.ndarray | None], Prompt],
+    *,
+    template: str,
+    waveform: Callable[[Example], np.ndarray],
+    batch: int,
+    workers: int,
+) -> Iterator[list[tuple[Example, Prompt]]]:
+    """Examples in order with their prompts, `batch` at a time; the next batch is prepared ahead.
+
+    Raises DataError naming the line of an example that cannot be used: an evaluation leaves none out.
+    """
+
+    def make(example: Example) -> tuple[Example, Prompt]:
+        try:
+            sound = None if example.audio_path is None else waveform(example)
+            return example, prepare(render(example, template), sound)
+        except DataError as error:
+            raise type(error)(f"{example.line}: {error}") from error
+
+    with ThreadPoolExecutor(workers, thread_name_prefix="evaluation") as threads:
+        ahead: list[Future[tuple[Example, Prompt]]] = []
+        for first in range(0, len(examples) + batch, batch):
+            ready, ahead = ahead, [threads.submit(make, example) for example in examples[first : first + batch]]
+            if ready:
+                yield [future.result() for future in ready]
+
+
+def check_audio(
+    examples: Sequence[Example], *, max_seconds: float, long_clips: str, skip_bad: bool, workers: int
+) -> tuple[list[Example], list[BadExample]]:
+    """Probe every clip's header before a run starts; gives the examples that passed and those that did not.
+
+    Without `skip_bad`, raises AudioError with the number of bad clips and the first of them; clips that the settings
+    skip for their length are left out either way. No good example at all is always an error.
+    """
+
+    def reason(example: Example) -> AudioError | None:
+        try:
+            if example.audio_path is not None:
+                probe(example.audio_path, max_seconds=max_seconds, long_clips=long_clips)
+        except AudioError as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(workers) as threads:
+        reasons = list(threads.map(reason, examples))
+    pairs = list(zip(examples, reasons, strict=True))
+    bad = [(example, error) for example, error in pairs if error is not None]
+    good = [example for example, error in pairs if error is None]
+    fatal = [pair for pair in bad if not (skip_bad or isinstance(pair[1], SkippedClipError))]
+    if fatal or not good:
+        named = [f"\n  {example.line}: {error}" for example, error in (fatal or bad)[:5]]
+        raise AudioError(f"{len(fatal or bad)} of {len(examples)} clips cannot be used, first:{''.join(named)}")
+    return good, [BadExample(example.line, example.id, str(error)) for example, error in bad]
+
+
+def write_bad(path: str | Path, bad: Sequence[BadExample]) -> None:
+    """Write the skipped examples as JSON lines with the keys file ("train.jsonl:17"), id and reason."""
+    lines = [json.dumps({"file": one.line, "id": one.id, "reason": one.reason}, ensure_ascii=False) for one in bad]
+    Path(path).write_text("".join(line + "\n" for line in lines), encoding="utf-8")

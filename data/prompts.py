@@ -1,0 +1,68 @@
+"""Named prompt templates: how a question is put, what SFT trains on, and which tags a completion must have.
+
+Add your own: `TEMPLATES["short"] = Template("{question} One of {choices}.")`.
+"""
+
+import difflib
+import string
+from dataclasses import dataclass
+
+from data.examples import Example
+
+ASK = "{question} Please choose the answer from the following options: {choices}."
+
+
+@dataclass(frozen=True)
+class Template:
+    """`prompt` may name {question} and {choices}, a Python list literal; `target` may name {answer}.
+
+    `tags` are the elements a well-formed completion consists of, in order; the format reward reads them.
+    A brace that stands for itself is written twice, as in str.format.
+    """
+
+    prompt: str
+    target: str = "{answer}"
+    tags: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_fields("prompt", self.prompt, allowed={"question", "choices"}, needed={"question"})
+        _check_fields("target", self.target, allowed={"answer"}, needed={"answer"})
+
+
+def _check_fields(name: str, text: str, *, allowed: set[str], needed: set[str]) -> None:
+    fields = {field for _, field, _, _ in string.Formatter().parse(text) if field is not None}
+    if not needed <= fields <= allowed:
+        raise ValueError(f"template {name} {text!r} names {sorted(fields)}; expected {sorted(allowed)} in braces")
+
+
+# The three prompts of R1-AQA (Li et al. 2025, arXiv:2503.11197), word for word.
+TEMPLATES: dict[str, Template] = {
+    "plain": Template(ASK),
+    "answer": Template(
+        ASK + " Output the final answer in <answer> </answer>.", "<answer>{answer}</answer>", ("answer",)
+    ),
+    "think": Template(
+        ASK + " Output the thinking process in <think> </think> and final answer in <answer> </answer>.",
+        "<answer>{answer}</answer>",
+        ("think", "answer"),
+    ),
+}
+
+
+def find_template(name: str) -> Template:
+    """The template of that name; an unknown name is a ValueError that offers the nearest."""
+    if name not in TEMPLATES:
+        near = difflib.get_close_matches(name, TEMPLATES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown template {name!r}{hint} (known: {', '.join(TEMPLATES)})")
+    return TEMPLATES[name]
+
+
+def render(example: Example, template: str) -> str:
+    """The text of the user's turn, without the clip."""
+    return find_template(template).prompt.format(question=example.question, choices=list(example.choices))
+
+
+def target(example: Example, template: str) -> str:
+    """The completion that SFT trains on."""
+    return find_template(template).target.format(answer=example.answer_text)

@@ -1,0 +1,81 @@
+"""Reward functions by name, and the table of rewards of one step.
+
+A reward is any `(example, completion, template) -> float`. Add your own in one line:
+`REWARDS["brief"] = lambda example, completion, template: float(len(completion) < 200)`.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+
+from data.choices import is_correct
+from data.examples import Example
+from data.prompts import Template, find_template
+
+Reward = Callable[[Example, str, Template], float]
+
+# The inside of one element: not blank, and no tag of the format in it.
+_INSIDE = r"(?=\s*[^\s<]|\s*<(?!/?(?:think|answer)>))(?:(?!</?(?:think|answer)>).)*"
+
+
+class RewardError(RuntimeError):
+    """A reward function failed or returned something that is not a finite number."""
+
+
+def accuracy(example: Example, completion: str, template: Template) -> float:
+    """1 if the completion's answer is the right choice, else 0."""
+    return float(is_correct(completion, example.choices, example.answer))
+
+
+def format(example: Example, completion: str, template: Template) -> float:
+    """1 if the completion is the template's tags, each once, in order, not blank, and nothing else; else 0.
+
+    For a template without tags: 1 if the completion is text without any tag.
+    """
+    elements = [rf"<{tag}>{_INSIDE}</{tag}>" for tag in template.tags] or [_INSIDE]
+    return float(re.fullmatch(r"\s*" + r"\s*".join(elements) + r"\s*", completion, re.DOTALL) is not None)
+
+
+REWARDS: dict[str, Reward] = {"accuracy": accuracy, "format": format}
+
+
+def reward_matrix(
+    examples: Sequence[Example], completions: Sequence[str], names: Sequence[str], template: str
+) -> torch.Tensor:
+    """Rewards (B, K), float32: one row per completion, one column per name.
+
+    `examples` holds the example of each completion (a group repeats its own). A reward that throws or is not a finite
+    number raises RewardError naming it, the example and the completion; nothing is swallowed.
+    """
+    if len(examples) != len(completions):
+        raise ValueError(f"{len(examples)} examples for {len(completions)} completions; expected one for each")
+    functions = {name: find_reward(name) for name in names}
+    chosen = find_template(template)
+    rows = [
+        [_value(name, functions[name], example, completion, chosen) for name in names]
+        for example, completion in zip(examples, completions, strict=True)
+    ]
+    return torch.tensor(rows, dtype=torch.float32).reshape(len(completions), len(names))  # (B, K)
+
+
+def find_reward(name: str) -> Reward:
+    """The reward of that name; an unknown name is a ValueError that offers the nearest."""
+    if name not in REWARDS:
+        near = difflib.get_close_matches(name, REWARDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown reward {name!r}{hint} (known: {', '.join(REWARDS)})")
+    return REWARDS[name]
+
+
+def _value(name: str, reward: Reward, example: Example, completion: str, template: Template) -> float:
+    where = f"reward {name!r} of example {example.id!r} for the completion {completion!r}"
+    try:
+        value = float(reward(example, completion, template))
+    except Exception as error:
+        raise RewardError(f"{where} failed: {type(error).__name__}: {error}") from error
+    if not math.isfinite(value):
+        raise RewardError(f"{where} is {value}; expected a finite number")
+    return value

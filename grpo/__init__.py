@@ -1,0 +1,1 @@
+"""The algorithm. Read in this order: types, tree, sampler, scorer, advantage, loss, trainer."""

@@ -1,0 +1,71 @@
+"""Token weights, the KL estimator, and the losses; the papers' equations stand in the docstrings."""
+
+from __future__ import annotations
+
+import torch
+
+Sums = dict[str, torch.Tensor]  # metric name -> its weighted sum; weights add up to 1 over the step
+
+
+def token_weights(mask: torch.Tensor, *, kind: str, completions: float, tokens: float) -> torch.Tensor:
+    """What each token counts for, (B, T), so that the loss of a step is a plain weighted sum over all ranks.
+
+    "sequence-mean": 1 / (completions * |o_i|), the mean over completions of the mean over tokens (GRPO, R1-AQA).
+    "token-mean": 1 / tokens, every token alike, so long completions count for more (DAPO, arXiv 2503.14476).
+    completions, tokens: how many there are in the whole step, over all ranks.
+    """
+    if kind == "sequence-mean":
+        return mask / (mask.sum(dim=1, keepdim=True).clamp(min=1) * completions)
+    if kind == "token-mean":
+        return mask / tokens
+    raise ValueError(f"token weights are {kind!r}; expected 'sequence-mean' or 'token-mean'")
+
+
+def kl_k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+    """Unbiased, never negative estimate of KL(policy || reference) at each sampled token (GRPO, equation 4).
+
+    k3 = pi_ref / pi - log(pi_ref / pi) - 1
+    """
+    log_ratio = ref_logprobs - logprobs
+    return log_ratio.exp() - log_ratio - 1
+
+
+def policy_loss(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    ref_logprobs: torch.Tensor | None,
+    advantages: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    beta: float,
+) -> tuple[torch.Tensor, Sums]:
+    """The GRPO objective, negated (arXiv 2402.03300, equation 3), and what to report of it.
+
+    rho = pi / pi_old
+    loss = sum_t w_t * ( -min(rho * A, clip(rho, 1 - clip_low, 1 + clip_high) * A) + beta * k3 )
+
+    logprobs, old_logprobs, ref_logprobs, weights: (B, T), 0 at padding; advantages: (B,). The weights carry every
+    normalisation, so losses of micro-batches and ranks add up. ref_logprobs may be None where beta is 0.
+    """
+    ratio = (logprobs - old_logprobs).exp()
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    advantage = advantages[:, None]
+    surrogate = torch.minimum(ratio * advantage, clipped * advantage)
+    loss = -(weights * surrogate).sum()
+    sums: Sums = {"clip_share": (weights * (clipped * advantage < ratio * advantage)).sum()}
+    if ref_logprobs is not None:
+        kl = (weights * kl_k3(logprobs, ref_logprobs)).sum()
+        loss = loss + beta * kl
+        sums["kl"] = kl
+    elif beta != 0:
+        raise ValueError(f"beta is {beta}; a KL term needs the reference's logprobs")
+    sums["loss"] = loss
+    return loss, {name: value.detach() for name, value in sums.items()}
+
+
+def supervised_loss(logprobs: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, Sums]:
+    """Negative log-likelihood of given completions: -sum_t w_t * log pi(t)."""
+    loss = -(weights * logprobs).sum()
+    return loss, {"loss": loss.detach()}

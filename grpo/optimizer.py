@@ -1,0 +1,46 @@
+"""AdamW, its learning rate as a function of the step, and gradient clipping over all ranks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_
+
+from models.policy import Policy
+
+
+def build_optimizer(
+    policy: Policy, *, weight_decay: float, betas: tuple[float, float], fused: bool
+) -> torch.optim.AdamW:
+    """AdamW over the trained parameters; weights of layers decay, biases and norms do not."""
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=betas, fused=fused)
+
+
+def learning_rate(step: int, *, peak: float, schedule: str, warmup: int, total: int) -> float:
+    """Learning rate of step 0 .. total - 1: a linear rise over `warmup` steps, then the schedule.
+
+    "linear" falls from `peak` towards 0, which it would reach at step `total`; "cosine" likewise; "constant" stays.
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(total - warmup, 1)
+    if schedule == "linear":
+        return peak * (1 - progress)
+    if schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    if schedule == "constant":
+        return peak
+    raise ValueError(f"schedule is {schedule!r}; expected linear, cosine or constant")
+
+
+def clip_gradients(policy: Policy, max_norm: float) -> float:
+    """Scale the gradient to a global L2 norm of at most `max_norm`; its norm before, over all ranks."""
+    norm = clip_grad_norm_([p for p in policy.parameters() if p.grad is not None], max_norm)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

@@ -1,0 +1,91 @@
+"""Policy and completions -> logprobs: one tree-masked row per group, the LM head only where a completion is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from grpo.tree import branches_layout, prompt_layout, tree_mask
+from models.policy import Policy, Prompt
+
+CHUNK = 2048  # scored tokens whose vocabulary-wide logits exist at the same time
+
+
+def score(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    tokens: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    group_size: int,
+    temperature: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logprobs (B, T) of completions (B, T) under the sampled distribution, and its entropy in nats (B, T).
+
+    Gradients flow through the logprobs into every trained parameter, the audio tower included; not through the entropy.
+    """
+    return policy(_score, prompts, tokens, mask, group_size, temperature)
+
+
+def log_distribution(policy: Policy, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Vocabulary logprobs (..., V) in float32 behind hidden states (..., D): what is sampled and what is scored."""
+    logits = policy.logits(hidden).float() / temperature
+    if policy.suppressed_ids:
+        logits = logits.index_fill(-1, torch.tensor(policy.suppressed_ids, device=logits.device), -torch.inf)
+    return logits.log_softmax(dim=-1)
+
+
+def _score(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    tokens: torch.Tensor,
+    mask: torch.Tensor,
+    group_size: int,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden = _predicting_states(policy, prompts, tokens, group_size)[mask]  # (M, D), M tokens are scored
+    chosen = tokens[mask]
+    parts = [
+        checkpoint(_chosen, policy, h, c, temperature, use_reentrant=False)
+        for h, c in zip(hidden.split(CHUNK), chosen.split(CHUNK), strict=True)
+    ]
+    logprobs, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
+    empty = torch.zeros(mask.shape, device=mask.device)
+    return empty.masked_scatter(mask, logprobs), empty.masked_scatter(mask, entropy)
+
+
+def _predicting_states(
+    policy: Policy, prompts: Sequence[Prompt], tokens: torch.Tensor, group_size: int
+) -> torch.Tensor:
+    """Hidden states (B, T, D) from which each completion token is predicted: those of the token before it.
+
+    A branch's first token is predicted by the prompt's last, and its last token predicts nothing, so T - 1 are fed.
+    """
+    embeddings, lengths = policy.embed(prompts)  # (N, P, D), (N,)
+    count, longest, width = embeddings.shape
+    steps = tokens.shape[1] - 1
+    fed = policy.embed_tokens(tokens[:, :-1]).reshape(count, group_size * steps, width)
+    row = prompt_layout(lengths, longest) + branches_layout(lengths, group_size, steps, by_step=False)
+    hidden = policy.decode(torch.cat([embeddings, fed], dim=1), *_attention(row))
+    first = hidden[torch.arange(count, device=lengths.device), lengths - 1]
+    first = first[:, None, None].expand(-1, group_size, -1, -1)  # (N, G, 1, D)
+    rest = hidden[:, longest:].unflatten(1, (group_size, steps)) if steps else first[:, :, :0]
+    return torch.cat([first, rest], dim=2).flatten(0, 1)
+
+
+def _attention(row) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    mask, distance = tree_mask(row, row)
+    return mask, row.position, distance
+
+
+def _chosen(
+    policy: Policy, hidden: torch.Tensor, tokens: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logprobs of the tokens (M,) and the entropy there; its logits are computed again in the backward pass."""
+    logprobs = log_distribution(policy, hidden, temperature)  # (M, V)
+    with torch.no_grad():
+        # 0 * -inf at suppressed ids is nan; they add nothing.
+        entropy = -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(dim=-1)
+    return logprobs.gather(-1, tokens[:, None]).squeeze(-1), entropy

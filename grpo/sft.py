@@ -1,0 +1,43 @@
+"""Supervised fine-tuning: the right answer takes the place of the rollout, and the loss is its likelihood."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from grpo.loss import Sums, supervised_loss
+from grpo.metrics import reduce_sums
+from grpo.trainer import Trainer
+from grpo.types import Batch
+
+
+class SupervisedTrainer(Trainer):
+    """Trains a policy on one given completion per prompt; everything around the step is the Trainer's.
+
+    target: the completion to learn for an example.
+    """
+
+    shown = ("loss", "entropy", "grad_norm")
+
+    def __init__(self, *args: Any, target: Callable[[Any], str], **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.target = target
+
+    def step(self, step: int) -> dict[str, float]:
+        """One update on the answers of a step's examples."""
+        with self.phases("load"):
+            examples, prompts = zip(*self.data.step(step), strict=True)
+            answers = [self.policy.completion_ids(self.target(example)) for example in examples]
+        tokens = pad_sequence(answers, batch_first=True, padding_value=self.policy.pad_id).to(self.world.device)
+        lengths = torch.tensor([len(answer) for answer in answers], device=self.world.device)
+        mask = torch.arange(tokens.shape[1], device=self.world.device) < lengths[:, None]
+        count = reduce_sums({"tokens": mask.sum()})["tokens"]
+        batch = Batch(prompts, group_size=1, tokens=tokens, mask=mask, weights=self._weights(mask, count))
+        sums = self.update(batch, step, examples)
+        return reduce_sums(sums) | {"tokens": count}
+
+    def loss(self, micro: Batch, logprobs: torch.Tensor) -> tuple[torch.Tensor, Sums]:
+        return supervised_loss(logprobs, micro.weights)

@@ -1,0 +1,262 @@
+"""GRPO. `Trainer.step` is the algorithm, top to bottom; the rest of the file is what stands around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from grpo.advantage import group_advantages
+from grpo.checkpoint import export, load_checkpoint, save_checkpoint
+from grpo.config import Config, ConfigError, to_yaml
+from grpo.evaluate import Judge, accuracies, evaluate
+from grpo.loss import Sums, policy_loss, token_weights
+from grpo.metrics import Metrics, Phases, reduce_sums
+from grpo.optimizer import build_optimizer, clip_gradients, learning_rate
+from grpo.sampler import sample
+from grpo.scorer import score
+from grpo.sharding import World, gathered
+from grpo.trace import write_step
+from grpo.types import Batch, Rollout
+from models.policy import Policy, Prompt
+
+Pairs = Sequence[tuple[Any, Prompt]]  # (example, prompt)
+RewardMatrix = Callable[[Sequence[Any], Sequence[str]], torch.Tensor]  # (examples, completions), B each -> (B, K)
+
+
+class TrainingData(Protocol):
+    """Where prompts come from: a pure function of the step, so that resume needs no state."""
+
+    def step(self, step: int) -> Pairs:
+        """This rank's examples and prompts of a step."""
+
+    def key(self, step: int, example: Any) -> tuple[int, ...]:
+        """What the draws for an example in a step are a function of."""
+
+
+class NonFiniteError(RuntimeError):
+    """A number that is not one, in the middle of a step."""
+
+
+class Trainer:
+    """Trains a policy by GRPO, one `step` at a time.
+
+    reference: the frozen policy of the KL term; None where loss.beta is 0.
+    rewards: gives one column per name in `reward.weights`, in that order.
+    validation: this rank's batches of (example, prompt) pairs, made anew at each call.
+    """
+
+    shown = ("reward", "accuracy", "kl", "entropy", "loss", "grad_norm", "sampler_gap")
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        policy: Policy,
+        *,
+        data: TrainingData,
+        rewards: RewardMatrix | None = None,
+        reference: Policy | None = None,
+        validation: Callable[[], Iterable[Pairs]] | None = None,
+        judge: Judge | None = None,
+    ):
+        self.config, self.world, self.policy, self.reference = config, world, policy, reference
+        self.data, self.rewards, self.validation, self.judge = data, rewards, validation, judge
+        self.directory = Path(config.run.directory)
+        optim = config.optim
+        self.optimizer = build_optimizer(
+            policy, weight_decay=optim.weight_decay, betas=(optim.beta1, optim.beta2), fused=world.device.type == "cuda"
+        )
+        self.metrics = Metrics(self.directory, rank=world.rank, total_steps=optim.steps, show=self.shown)
+        self.phases = Phases(world.device)
+
+    def step(self, step: int) -> dict[str, float]:
+        """One step of GRPO; metrics as means over all ranks."""
+        group_size, temperature = self.config.rollout.group_size, self.config.rollout.temperature
+        with self.phases("load"):
+            examples, prompts = zip(*self.data.step(step), strict=True)
+        with self.phases("rollout"), gathered(self.policy):
+            rollout = sample(
+                self.policy,
+                prompts,
+                group_size=group_size,
+                max_new_tokens=self.config.rollout.max_new_tokens,
+                temperature=temperature,
+                keys=[self.data.key(step, example) for example in examples],
+            )
+        with self.phases("reward"):
+            completions = self.policy.completion_texts(rollout.tokens, rollout.mask)
+            siblings = [example for example in examples for _ in range(group_size)]
+            columns = self.rewards(siblings, completions).to(self.world.device)  # (B, K)
+            rewards = columns @ columns.new_tensor(list(self.config.reward.weights.values()))
+            advantages = group_advantages(rewards, group_size=group_size, scale=self.config.loss.advantage)
+        with self.phases("reference"):
+            ref_logprobs = self._reference_logprobs(rollout)
+        tokens = reduce_sums({"tokens": rollout.mask.sum()})["tokens"]
+        batch = Batch(
+            prompts=rollout.prompts,
+            group_size=group_size,
+            tokens=rollout.tokens,
+            mask=rollout.mask,
+            old_logprobs=rollout.logprobs,
+            ref_logprobs=ref_logprobs,
+            advantages=advantages,
+            weights=self._weights(rollout.mask, tokens),
+        )
+        for epoch in range(self.config.loss.inner_epochs):
+            sums = self.update(batch, step, examples)
+            # Only before the first update do the sampler and the scorer see the same weights.
+            gap = sums["sampler_gap"] if epoch == 0 else gap
+        return self._report(sums | {"sampler_gap": gap}, columns, rewards, rollout, tokens)
+
+    def loss(self, micro: Batch, logprobs: torch.Tensor) -> tuple[torch.Tensor, Sums]:
+        """The loss of a micro-batch and what to report of it, to be summed over micro-batches and ranks."""
+        loss, sums = policy_loss(
+            logprobs,
+            micro.old_logprobs,
+            micro.ref_logprobs,
+            micro.advantages,
+            micro.weights,
+            clip_low=self.config.loss.clip_low,
+            clip_high=self.config.loss.clip_high,
+            beta=self.config.loss.beta,
+        )
+        gap = (logprobs.detach() - micro.old_logprobs).abs()
+        return loss, sums | {"sampler_gap": (micro.weights * gap).sum()}
+
+    def update(self, batch: Batch, step: int, examples: Sequence[Any]) -> dict[str, float]:
+        """One optimizer step on a batch, micro-batch by micro-batch; this rank's share of each metric."""
+        sums: dict[str, float] = {}
+        with self.phases("forward_backward"):
+            for micro in batch.micro_batches(self.config.optim.micro_batch):
+                logprobs, entropy = score(
+                    self.policy,
+                    micro.prompts,
+                    micro.tokens,
+                    micro.mask,
+                    group_size=micro.group_size,
+                    temperature=self.config.rollout.temperature,
+                )
+                loss, parts = self.loss(micro, logprobs)
+                loss.backward()
+                parts |= {"entropy": (micro.weights * entropy).sum()}
+                for name, value in parts.items():
+                    sums[name] = sums.get(name, 0.0) + float(value)
+        with self.phases("optimizer"):
+            norm = clip_gradients(self.policy, self.config.optim.clip_norm)
+            self._check_finite({"the loss": sums["loss"], "the gradient": norm}, batch, step, examples)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate(step)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        # Each rank reports its share, so that the sum over ranks is the norm.
+        return sums | {"grad_norm": norm / self.world.size}
+
+    # Around the algorithm.
+
+    def train(self) -> None:
+        """All steps from the first or the newest checkpoint on, with evaluations, checkpoints and the export."""
+        start = self._start()
+        config = self.config
+        if start == 0 and config.evaluation.before:
+            self._evaluate(0)
+        for step in range(start, config.optim.steps):
+            self.phases.start()
+            metrics = self.step(step) | {"lr": self.learning_rate(step)}
+            done = step + 1
+            self.metrics.log(done, metrics | self.phases.seconds())
+            last = done == config.optim.steps
+            if config.evaluation.every and (done % config.evaluation.every == 0 or last):
+                self._evaluate(done)
+            if config.checkpoint.every and (done % config.checkpoint.every == 0 or last):
+                save_checkpoint(
+                    self.directory / "checkpoints", done, self.policy, self.optimizer, self.world,
+                    keep=config.checkpoint.keep,
+                )  # fmt: skip
+        self.metrics.close()
+        if config.checkpoint.export:
+            export(self.policy, self.directory / "model", self.world)
+
+    def learning_rate(self, step: int) -> float:
+        optim = self.config.optim
+        return learning_rate(
+            step, peak=optim.lr, schedule=optim.schedule, warmup=optim.warmup_steps, total=optim.steps
+        )
+
+    def _start(self) -> int:
+        """Step to begin with; refuses to write over an earlier run."""
+        start = 0
+        if self.config.run.resume:
+            start = load_checkpoint(self.directory / "checkpoints", self.policy, self.optimizer)
+        elif (self.directory / "metrics.jsonl").exists():
+            raise ConfigError(
+                f"{self.directory} already holds a run; continue it with run.resume=true, or choose another run.directory"
+            )
+        if self.world.is_main:
+            (self.directory / "config.yaml").write_text(to_yaml(self.config))
+        self.metrics.truncate(start + 1 if start else 0)
+        return start
+
+    def _evaluate(self, done: int) -> None:
+        if self.validation is None or self.judge is None:
+            return
+        limit = self.config.rollout.max_new_tokens
+        rows = evaluate(self.policy, self.validation(), self.judge, self.world, max_new_tokens=limit)
+        if rows is not None:
+            self.metrics.log_event("evaluation", {"step": done} | accuracies(rows, "task"))
+
+    @torch.no_grad()
+    def _reference_logprobs(self, rollout: Rollout) -> torch.Tensor | None:
+        """Logprobs (B, T) of the completions under the reference, micro-batch by micro-batch."""
+        if self.reference is None:
+            return None
+        size = self.config.optim.micro_batch
+        parts = []
+        for first in range(0, len(rollout.prompts), size):
+            rows = slice(first * rollout.group_size, (first + size) * rollout.group_size)
+            parts.append(
+                score(
+                    self.reference,
+                    rollout.prompts[first : first + size],
+                    rollout.tokens[rows],
+                    rollout.mask[rows],
+                    group_size=rollout.group_size,
+                    temperature=self.config.rollout.temperature,
+                )[0]
+            )
+        return torch.cat(parts)
+
+    def _weights(self, mask: torch.Tensor, tokens: float) -> torch.Tensor:
+        completions = len(mask) * self.world.size
+        return token_weights(mask, kind=self.config.loss.token_weights, completions=completions, tokens=tokens)
+
+    def _report(
+        self, sums: dict[str, float], columns: torch.Tensor, rewards: torch.Tensor, rollout: Rollout, tokens: float
+    ) -> dict[str, float]:
+        """Means over all ranks, in one reduction."""
+        completions = len(rewards) * self.world.size
+        spread = rewards.unflatten(0, (-1, rollout.group_size)).std(dim=1)
+        groups = completions // rollout.group_size
+        own = {
+            "reward": rewards.sum() / completions,
+            "reward_std": spread.sum() / groups,
+            "equal_reward_share": (spread == 0).sum() / groups,
+            "stopped_share": rollout.stopped.sum() / completions,
+        }
+        own |= {name: column.sum() / completions for name, column in zip(self.config.reward.weights, columns.T)}
+        means = reduce_sums(sums | {name: float(value) for name, value in own.items()})
+        return means | {"tokens": tokens, "completion_tokens": tokens / completions}
+
+    def _check_finite(self, values: dict[str, float], batch: Batch, step: int, examples: Sequence[Any]) -> None:
+        broken = [name for name, value in values.items() if not torch.isfinite(torch.tensor(value))]
+        if not broken:
+            return
+        path = self.directory / "nonfinite" / f"step-{step + 1:06d}-rank-{self.world.rank}.pt"
+        names = [str(example.id) for example in examples]
+        write_step(path, batch, step=step, rank=self.world.rank, examples=names)
+        raise NonFiniteError(
+            f"step {step + 1}, rank {self.world.rank}: {' and '.join(broken)} is not finite; examples "
+            f"{', '.join(names)}; the batch is in {path}, to be read with grpo.trace.read_step; weights are unchanged"
+        )

@@ -1,0 +1,62 @@
+"""A group is one row: the prompt stands once and the G completions are branches behind it.
+
+    row n:   [ prompt n, P tokens | completion 0 | completion 1 | ... | completion G-1 ]
+
+A token attends to the prompt and to its own branch, never to a sibling, and each branch counts its positions on from
+the prompt's end, as if it stood alone behind it. The sampler and the scorer lay rows out differently (by step, by
+branch) and share this one rule.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+PROMPT = -1  # the branch of prompt tokens; every branch sees them
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of N rows stand: branch, position and whether each is real, all (N, L)."""
+
+    branch: torch.Tensor
+    position: torch.Tensor
+    real: torch.Tensor
+
+    def __getitem__(self, columns: slice) -> Layout:
+        return Layout(self.branch[:, columns], self.position[:, columns], self.real[:, columns])
+
+    def __add__(self, other: Layout) -> Layout:
+        pairs = ((self.branch, other.branch), (self.position, other.position), (self.real, other.real))
+        return Layout(*(torch.cat(pair, dim=1) for pair in pairs))
+
+
+def prompt_layout(lengths: torch.Tensor, longest: int) -> Layout:
+    """Prompts of the given lengths (N,), padded on the right to `longest`."""
+    position = torch.arange(longest, device=lengths.device).expand(len(lengths), -1)
+    return Layout(torch.full_like(position, PROMPT), position, position < lengths[:, None])
+
+
+def branches_layout(lengths: torch.Tensor, group_size: int, steps: int, *, by_step: bool) -> Layout:
+    """G branches of `steps` tokens behind prompts of the given lengths (N,).
+
+    by_step: the tokens of one step stand together, as the sampler feeds them; otherwise those of one branch.
+    """
+    branch, step = torch.arange(group_size, device=lengths.device), torch.arange(steps, device=lengths.device)
+    if by_step:
+        branch, step = branch.repeat(steps), step.repeat_interleave(group_size)
+    else:
+        branch, step = branch.repeat_interleave(steps), step.repeat(group_size)
+    position = lengths[:, None] + step
+    # Padding behind a completion's end needs no mask: only later tokens of its own branch could see it.
+    return Layout(branch.expand_as(position), position, torch.ones_like(position, dtype=torch.bool))
+
+
+def tree_mask(queries: Layout, keys: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which query may attend to which key (N, 1, Lq, Lk), and their distance in positions (same shape)."""
+    distance = (queries.position[:, :, None] - keys.position[:, None, :]).unsqueeze(1)
+    own = queries.branch[:, :, None] == keys.branch[:, None, :]
+    visible = own | (keys.branch[:, None, :] == PROMPT)
+    mask = (visible & keys.real[:, None, :]).unsqueeze(1) & (distance >= 0)
+    return mask, distance

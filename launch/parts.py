@@ -1,0 +1,155 @@
+"""The parts of a run, made from its configuration; what the files beside this one put together."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.choices import is_correct
+from data.errors import DataError
+from data.examples import BadExample, Example, load_examples
+from data.audio import load_waveform
+from data.loader import Loader, check_audio, evaluation_batches, write_bad
+from data.rewards import RewardError, find_reward, reward_matrix
+from data.prompts import find_template
+from grpo.checkpoint import CheckpointError
+from grpo.config import Config, ConfigError, to_yaml
+from grpo.sharding import World, gather_rows, shard
+from grpo.trainer import NonFiniteError
+from models.loading import load_policy
+from models.policy import Policy, PolicyError, Prompt
+
+USER_ERRORS = (ConfigError, DataError, PolicyError, CheckpointError, RewardError, NonFiniteError)
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Call `main` with the command line; a mistake of the user's is one line, not a traceback."""
+    try:
+        main(sys.argv[1:])
+    except USER_ERRORS as error:
+        rank = os.environ.get("RANK")
+        sys.exit(f"error{f' (rank {rank})' if rank else ''}: {error}")
+
+
+def announce(config: Config, world: World) -> None:
+    """Print the resolved configuration, and refuse what the names in it do not allow."""
+    find_template(config.data.template)
+    for name in config.reward.weights:
+        find_reward(name)
+    if world.is_main:
+        print(to_yaml(config), end="", flush=True)
+
+
+def make_policy(config: Config, world: World, path: str | None = None) -> Policy:
+    """The policy at `path`, or at model.path, sharded over the world."""
+    dtype = getattr(torch, config.model.dtype)
+    return load_policy(
+        path or config.model.path,
+        device=world.device,
+        train_tower=config.model.train_tower,
+        recompute=config.model.recompute,
+        shard=partial(shard, mesh=world.mesh, dtype=dtype, reshard=config.model.reshard),
+    )
+
+
+def make_reference(config: Config, world: World) -> Policy | None:
+    """The frozen policy of the KL term, or None where beta is 0."""
+    if config.loss.beta == 0:
+        return None
+    return make_policy(config, world, config.model.reference).requires_grad_(False)
+
+
+def training_loader(config: Config, world: World, policy: Policy) -> Loader:
+    """Prompts of any step of data.train."""
+    if config.data.train is None:
+        raise ConfigError("data.train is missing; training needs a JSONL file of examples")
+    if config.optim.prompts_per_step % world.size:
+        raise ConfigError(
+            f"optim.prompts_per_step is {config.optim.prompts_per_step}; "
+            f"it must be a multiple of the number of processes, {world.size}"
+        )
+    return Loader(
+        checked_examples(config, world, policy, config.data.train),
+        policy.prepare,
+        seed=config.run.seed,
+        prompts_per_step=config.optim.prompts_per_step,
+        rank=world.rank,
+        world=world.size,
+        template=config.data.template,
+        shuffle_choices=config.data.shuffle_choices,
+        waveform=waveform_of(config, policy),
+        skip_bad=config.data.skip_bad,
+        workers=config.data.workers,
+    )
+
+
+def validation_batches(
+    config: Config, world: World, policy: Policy, examples: Sequence[Example], *, silent: bool = False
+) -> Iterator[Sequence[tuple[Example, Prompt]]]:
+    """This rank's share of the examples, in batches; `silent` replaces each waveform by zeros of its length."""
+    load = waveform_of(config, policy)
+    return evaluation_batches(
+        examples[world.rank : config.evaluation.limit : world.size],
+        policy.prepare,
+        template=config.data.template,
+        waveform=(lambda example: np.zeros_like(load(example))) if silent else load,
+        batch=config.evaluation.batch,
+        workers=config.data.workers,
+    )
+
+
+def checked_examples(config: Config, world: World, policy: Policy, path: str) -> list[Example]:
+    """The examples of a JSONL file whose clips can be opened; the others are listed in the run's directory."""
+    data = config.data
+    examples, bad = load_examples(
+        path, audio_root=data.audio_root, require_audio=policy.sample_rate is not None, skip_bad=data.skip_bad
+    )
+    examples, unusable = check_audio(
+        examples, max_seconds=data.max_seconds, long_clips=data.long_clips, skip_bad=data.skip_bad, workers=data.workers
+    )
+    if world.is_main:
+        report_bad(config, Path(path), bad + unusable)
+    return examples
+
+
+def report_bad(config: Config, source: Path, bad: list[BadExample]) -> None:
+    """Count and list skipped examples in `bad-SOURCE.jsonl`; says nothing where there are none."""
+    if not bad:
+        return
+    target = Path(config.run.directory) / f"bad-{source.stem}.jsonl"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_bad(target, bad)
+    print(f"{source}: {len(bad)} bad examples skipped, listed in {target}", flush=True)
+
+
+def report_skipped(config: Config, world: World, loader: Loader) -> None:
+    """List what turned out bad while training, over all ranks."""
+    bad = gather_rows(loader.bad, world)
+    if bad:
+        report_bad(config, Path(f"{Path(config.data.train).stem}-while-training"), bad)
+
+
+def waveform_of(config: Config, policy: Policy) -> Callable[[Example], np.ndarray]:
+    """How an example becomes samples at the policy's rate."""
+    return lambda example: load_waveform(
+        example.audio_path,
+        sample_rate=policy.sample_rate,
+        max_seconds=config.data.max_seconds,
+        long_clips=config.data.long_clips,
+    )
+
+
+def judge(example: Example, completion: str) -> bool:
+    """Whether a completion is right: the matcher of the accuracy reward."""
+    return is_correct(completion, example.choices, example.answer)
+
+
+def rewards_of(config: Config) -> Callable[[Sequence[Example], Sequence[str]], torch.Tensor]:
+    """The reward columns of a step."""
+    return partial(reward_matrix, names=tuple(config.reward.weights), template=config.data.template)

@@ -1,0 +1,1 @@
+"""What a policy is, and one file per model family."""

@@ -1,0 +1,152 @@
+"""A small Qwen2-Audio with its tokenizer and processor, built from code: the model of `make demo`.
+
+What is written is an ordinary Hugging Face checkpoint directory; it is loaded as Qwen2-Audio-7B-Instruct would be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
+
+AUDIO, AUDIO_BOS, AUDIO_EOS = "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"
+START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+# One token each, so that an answer is a handful of tokens; ordinary text otherwise, seen by rewards.
+TAGS = ("<answer>", "</answer>", "<think>", "</think>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'audio' %}<|audio_bos|><|AUDIO|><|audio_eos|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def build_mini(
+    directory: str | Path,
+    texts: Iterable[str],
+    *,
+    seed: int = 0,
+    tower_from: str | Path | None = None,
+    vocabulary: int = 768,
+    hidden: int = 192,
+    layers: int = 4,
+    tower_hidden: int = 128,
+    tower_layers: int = 2,
+) -> None:
+    """Write a Qwen2-Audio of a few million parameters with random weights, as a function of `seed`.
+
+    texts: what the tokenizer's merges are learnt from; it is byte-level, so any other text can be written too.
+    tower_from: a Whisper checkpoint directory whose encoder becomes the audio tower, sizes included.
+    """
+    from transformers import (
+        GenerationConfig,
+        Qwen2AudioForConditionalGeneration,
+        Qwen2AudioProcessor,
+        WhisperFeatureExtractor,
+    )
+
+    tokenizer = _build_tokenizer(texts, vocabulary)
+    encoder = None if tower_from is None else _whisper_encoder(Path(tower_from))
+    audio_config = _tower_config(tower_hidden, tower_layers) if encoder is None else _like_whisper(encoder.config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2AudioForConditionalGeneration(_config(tokenizer, audio_config, hidden, layers))
+        _start_tower(model.model.audio_tower)
+    if encoder is not None:
+        model.model.audio_tower.load_state_dict(encoder.state_dict())
+    stop = tokenizer.convert_tokens_to_ids(END)
+    model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=tokenizer.pad_token_id)
+    extractor = WhisperFeatureExtractor(feature_size=audio_config["num_mel_bins"])
+    model.save_pretrained(directory)
+    Qwen2AudioProcessor(extractor, tokenizer, chat_template=CHAT_TEMPLATE).save_pretrained(directory)
+
+
+def _build_tokenizer(texts: Iterable[str], vocabulary: int):
+    """Byte-level BPE: 256 bytes, the special tokens, and merges learnt from `texts`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = [PAD, START, END, AUDIO, AUDIO_BOS, AUDIO_EOS]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary - len(TAGS),
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens(list(TAGS))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=PAD,
+        extra_special_tokens={"audio_token": AUDIO, "audio_bos_token": AUDIO_BOS, "audio_eos_token": AUDIO_EOS},
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _config(tokenizer, audio_config: dict, hidden: int, layers: int):
+    from transformers import Qwen2AudioConfig
+
+    text_config = dict(
+        model_type="qwen2",
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 64,
+        max_position_embeddings=4096,
+        initializer_range=hidden**-0.5 / 2,
+        tie_word_embeddings=True,
+    )
+    return Qwen2AudioConfig(
+        audio_config=audio_config, text_config=text_config, audio_token_index=tokenizer.convert_tokens_to_ids(AUDIO)
+    )
+
+
+def _tower_config(hidden: int, layers: int) -> dict:
+    return dict(
+        model_type="qwen2_audio_encoder",
+        num_mel_bins=64,
+        d_model=hidden,
+        encoder_layers=layers,
+        encoder_attention_heads=hidden // 32,
+        encoder_ffn_dim=3 * hidden,
+        initializer_range=hidden**-0.5 / 2,
+    )
+
+
+def _like_whisper(config) -> dict:
+    keys = "num_mel_bins d_model encoder_layers encoder_attention_heads encoder_ffn_dim activation_function".split()
+    sizes = {key: getattr(config, key) for key in (*keys, "max_source_positions", "scale_embedding")}
+    return {"model_type": "qwen2_audio_encoder", **sizes}
+
+
+@torch.no_grad()
+def _start_tower(tower: nn.Module) -> None:
+    """Let the sound outweigh the positions at the start; with Whisper's own scale it takes far longer to be heard."""
+    for convolution in (tower.conv1, tower.conv2):
+        nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
+    tower.embed_positions.weight.copy_(0.2 * _sinusoids(*tower.embed_positions.weight.shape))
+
+
+def _whisper_encoder(directory: Path) -> nn.Module:
+    from transformers import WhisperModel
+
+    return WhisperModel.from_pretrained(directory).encoder
+
+
+def _sinusoids(length: int, channels: int) -> torch.Tensor:
+    """Whisper's fixed positions (length, channels): sines, then cosines, of wavelengths 2 pi to 20000 pi."""
+    rates = torch.exp(-math.log(10_000) / (channels // 2 - 1) * torch.arange(channels // 2))
+    angles = torch.arange(length)[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=1)

@@ -1,0 +1,195 @@
+"""What the algorithm needs of a model: the one interface between `grpo` and a model family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
+
+
+
+class PolicyError(ValueError):
+    """A model, checkpoint or prompt that a policy cannot use."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt, ready for the policy.
+
+    ids: (P,) int64 token ids, the audio placeholder already repeated once per audio embedding.
+    log_mel: (M, F) float32 log-mel, or None for a prompt without audio.
+    frames: how many of the F come from the clip; those behind it are what its convolutions still reach.
+    """
+
+    ids: torch.Tensor
+    log_mel: torch.Tensor | None = None
+    frames: int = 0
+
+
+class Policy(nn.Module):
+    """A causal decoder, whatever embeds its prompts, and their tokenizer.
+
+    A model family subclasses this: it says where the decoder stands and supplies `prepare` and `embed`. The policy is
+    the only FSDP root, and FSDP gathers weights in the hooks of `forward`; so everything that touches a weight is a
+    function of the policy and runs as `policy(function, *args)`, never by calling a sub-module from outside.
+    """
+
+    # (prefix in the hub's tensor names, prefix in the module tree); names without an entry are the same in both.
+    hub_prefixes: tuple[tuple[str, str], ...] = ()
+
+    def __init__(self, model: nn.Module, tokenizer: Any):
+        super().__init__()
+        self.model = model.eval()  # dropout and layer-drop off: the sampler and the scorer are one function
+        self.tokenizer = tokenizer
+        self._refuse_unmaskable_layers()
+
+    def forward(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run `function(policy, *args, **kwargs)` with every weight it needs gathered."""
+        return function(self, *args, **kwargs)
+
+    # What a family supplies.
+
+    def prepare(self, text: str, waveform: np.ndarray | None) -> Prompt:
+        """Turn a user's text and a waveform (samples,) at `sample_rate` into a prompt; runs on the CPU, in threads."""
+        raise NotImplementedError
+
+    def embed(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embed prompts, audio spliced in: embeddings (N, P, D), padded on the right, and lengths (N,)."""
+        raise NotImplementedError
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The bare decoder: takes `inputs_embeds`, gives hidden states."""
+        raise NotImplementedError
+
+    @property
+    def tower(self) -> nn.Module | None:
+        """The audio tower, or None."""
+        return None
+
+    directory: Path  # the checkpoint it was built from
+    sample_rate: int | None = None  # Hz of the waveforms `prepare` takes; None for a text-only policy
+    reshards = False  # whether sharding frees each layer's gathered weights after its forward
+    suppressed_ids: tuple[int, ...] = ()  # never sampled and outside the scored distribution: placeholders
+
+    # What every family shares.
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end a completion: all that the checkpoint's generation config names."""
+        ids = self.model.generation_config.eos_token_id
+        ids = self.tokenizer.eos_token_id if ids is None else ids
+        return tuple(ids) if isinstance(ids, list) else (ids,)
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills a completion after its end; masked everywhere."""
+        return self.stop_ids[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def embed_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Embeddings (..., D) of token ids (...)."""
+        return self.decoder.get_input_embeddings()(tokens)
+
+    def decode(
+        self, embeddings: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, distance: torch.Tensor, cache=None
+    ) -> torch.Tensor:
+        """Run the decoder on embeddings (N, L, D) at positions (N, L): hidden states (N, L, D).
+
+        mask: (N, 1, L, K) bool, True where a query may attend to a key; K counts the keys in the cache and the new ones.
+        distance: (N, 1, L, K) query position - key position, for layers that look back a limited way.
+        """
+        output = self.decoder(
+            inputs_embeds=embeddings,
+            attention_mask=self._masks(mask, distance),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return output.last_hidden_state
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Vocabulary logits (..., V) of hidden states (..., D)."""
+        return self.model.get_output_embeddings()(hidden)
+
+    def layers(self) -> Iterable[nn.Module]:
+        """The modules to shard and to recompute one by one: the decoder's layers, then the tower's."""
+        yield from self.decoder.layers
+        if self.tower is not None:
+            yield from self.tower.layers
+
+    def recompute_activations(self) -> None:
+        """Keep only each layer's input for the backward pass and run the layer again there."""
+        for layer in self.layers():
+            layer.forward = partial(_recomputed, layer.forward)
+
+    def freeze_tower(self) -> None:
+        """Train everything but the audio tower."""
+        if self.tower is not None:
+            self.tower.requires_grad_(False)
+
+    def completion_ids(self, text: str) -> torch.Tensor:
+        """Ids (T,) of a completion that says `text` and then ends as the chat template ends a turn."""
+        template = self.tokenizer.chat_template or ""
+        ends = [stop for stop in self.stop_ids if self.tokenizer.convert_ids_to_tokens(stop) in template]
+        return torch.tensor([*self.tokenizer(text, add_special_tokens=False)["input_ids"], (ends or self.stop_ids)[0]])
+
+    def completion_texts(self, tokens: torch.Tensor, mask: torch.Tensor) -> list[str]:
+        """Text of each completion of (B, T) tokens, special tokens left out."""
+        rows = [row[keep].tolist() for row, keep in zip(tokens.cpu(), mask.cpu(), strict=True)]
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+    def hub_name(self, name: str) -> str:
+        """The hub's name of the tensor that `self.model` calls `name`."""
+        for hub, own in self.hub_prefixes:
+            if name.startswith(own):
+                return hub + name[len(own) :]
+        return name
+
+    def _masks(self, mask: torch.Tensor, distance: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
+        """The mask as the decoder wants it: one per type of layer where it has several types."""
+        config = self.decoder.config
+        types = set(getattr(config, "layer_types", None) or ())
+        if types <= {"full_attention"}:
+            return mask if not types else {"full_attention": mask}
+        near = mask & (distance < config.sliding_window)
+        return {"full_attention": mask, "sliding_attention": near}
+
+    def _refuse_unmaskable_layers(self) -> None:
+        config = self.decoder.config
+        types = set(getattr(config, "layer_types", None) or ())
+        unknown = types - {"full_attention", "sliding_attention"}
+        if unknown or not hasattr(self.decoder, "layers"):
+            what = f"layers of type {', '.join(sorted(unknown))}" if unknown else "no list of attention layers"
+            raise PolicyError(
+                f"{type(self.model).__name__} has {what}: a group is one row under a tree mask, which only attention "
+                "layers (full or sliding) can take; choose a model with attention in every layer"
+            )
+        # Eager attention adds a boolean mask as numbers and is silently wrong.
+        if config._attn_implementation != "sdpa":
+            raise PolicyError(f"the decoder's attention is {config._attn_implementation!r}; the tree mask needs 'sdpa'")
+
+
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def pad_ids(prompts: Sequence[Prompt], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stack prompts into ids (N, P), padded on the right, and lengths (N,)."""
+    lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
+    ids = nn.utils.rnn.pad_sequence([prompt.ids for prompt in prompts], batch_first=True, padding_value=pad_id)
+    return ids.to(device), lengths.to(device)

@@ -1,0 +1,106 @@
+"""Small random policies of both families, saved by transformers itself, and the Hugging Face oracle for them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
+from models.loading import load_policy
+from models.mini import build_mini
+from models.policy import Policy, Prompt
+
+torch.set_num_threads(1)
+
+TEXTS = (
+    "Which comes second? Please choose the answer from the following options: ['a bell', 'rain'].",
+    "How many times does the dog bark?",
+    "Rising or falling? Output the final answer in <answer> </answer>.",
+)
+SECONDS = (1.03, 0.4, 0.77)  # odd and even numbers of mel frames
+
+
+def waveform(seconds: float, seed: int) -> np.ndarray:
+    """Noise through a slow envelope: unlike its neighbour frames everywhere, the last one included."""
+    noise = np.random.default_rng(seed).normal(size=round(16_000 * seconds))
+    return (0.1 * noise * (1.2 + np.sin(np.arange(len(noise)) / 900))).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A policy, prompts for it, and an independent way to the same numbers."""
+
+    name: str
+    directory: Path
+    policy: Policy
+    prompts: tuple[Prompt, ...]
+    waveforms: tuple[np.ndarray | None, ...]
+
+    def load_hf(self):
+        from transformers import AutoModelForCausalLM, Qwen2AudioForConditionalGeneration
+
+        kind = Qwen2AudioForConditionalGeneration if self.name == "qwen2_audio" else AutoModelForCausalLM
+        return kind.from_pretrained(self.directory, dtype=torch.float32).eval()
+
+    def hf_inputs(self, n: int) -> dict[str, torch.Tensor]:
+        """What Hugging Face's own processor makes of prompt n: 30 s of mel frames for audio."""
+        if self.name != "qwen2_audio":
+            return {"input_ids": self.prompts[n].ids[None], "attention_mask": torch.ones(1, len(self.prompts[n].ids))}
+        processor = self.policy.processor
+        content = [{"type": "audio", "audio_url": ""}, {"type": "text", "text": TEXTS[n]}]
+        chat = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        return dict(processor(text=[chat], audio=[self.waveforms[n]], sampling_rate=16_000, return_tensors="pt"))
+
+
+def build_causal_lm(directory: Path, **overrides) -> None:
+    """A small Llama-like checkpoint with the tokenizer of the small Qwen2-Audio."""
+    from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
+
+    build_mini(directory / "tokenizer", TEXTS, vocabulary=320, hidden=64, layers=1, tower_hidden=64, tower_layers=1)
+    tokenizer = AutoTokenizer.from_pretrained(directory / "tokenizer")
+    sizes = dict(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True, sliding_window=None, initializer_range=0.15,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    MistralForCausalLM(MistralConfig(**(sizes | overrides))).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _stop_often(directory: Path) -> None:
+    """Let a fifth of all ids end a completion, as a random model would otherwise never stop."""
+    path = directory / "generation_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"eos_token_id": [settings["eos_token_id"], *range(100, 160)]}))
+
+
+@pytest.fixture(scope="session")
+def qwen2_audio_dir(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("qwen2_audio")
+    build_mini(directory, TEXTS, vocabulary=320, hidden=64, layers=2, tower_hidden=64, tower_layers=2)
+    _stop_often(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def causal_lm_dir(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("causal_lm")
+    build_causal_lm(directory)
+    _stop_often(directory)
+    return directory
+
+
+@pytest.fixture(params=["qwen2_audio", "causal_lm"])
+def case(request) -> Case:
+    directory = request.getfixturevalue(f"{request.param}_dir")
+    policy = load_policy(directory)
+    hears = request.param == "qwen2_audio"
+    waveforms = tuple(waveform(s, n) if hears else None for n, s in enumerate(SECONDS))
+    prompts = tuple(policy.prepare(text, w) for text, w in zip(TEXTS, waveforms, strict=True))
+    return Case(request.param, directory, policy, prompts, waveforms)

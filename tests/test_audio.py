@@ -1,0 +1,164 @@
+"""data/audio.py: the waveform is the clip, and anything else is an error that says so."""
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from data.audio import load_waveform, probe
+from data.errors import AudioError, SkippedClipError
+from data.torchaudio_compat import torchaudio
+
+RATE = 16_000
+
+
+def tone(seconds, rate, frequency=440.0):
+    return (0.5 * np.sin(2 * np.pi * frequency * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
+
+
+def save(path, samples, rate=RATE, **options):
+    soundfile.write(path, samples, rate, **options)
+    return path
+
+
+def load(path, max_seconds=30.0, **options):
+    return load_waveform(path, sample_rate=RATE, max_seconds=max_seconds, **options)
+
+
+# The tolerances are those of the codecs: none, 16 bits, and two lossy ones.
+@pytest.mark.parametrize(
+    ("kind", "options", "tolerance"),
+    [("wav", {"subtype": "FLOAT"}, 0.0), ("flac", {}, 4e-5), ("ogg", {}, 0.05), ("mp3", {}, 0.05)],
+)
+def test_each_format_gives_back_the_samples(tmp_path, kind, options, tolerance):
+    samples = tone(1.0, RATE)
+    waveform = load(save(tmp_path / f"a.{kind}", samples, **options))
+    assert waveform.dtype == np.float32 and waveform.shape == samples.shape
+    assert np.abs(waveform - samples)[400:-400].max() <= tolerance
+
+
+def test_all_channels_count_not_only_the_first(tmp_path):
+    left, right = tone(0.5, RATE), tone(0.5, RATE, 1000.0)
+    waveform = load(save(tmp_path / "a.wav", np.stack([left, right], axis=1), subtype="FLOAT"))
+    np.testing.assert_allclose(waveform, (left + right) / 2, atol=1e-7)
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 22050, 44100, 48000])
+def test_another_rate_gives_the_same_tone_at_the_models_rate(tmp_path, rate):
+    waveform = load(save(tmp_path / "a.wav", tone(1.0, rate), rate, subtype="FLOAT"))
+    assert len(waveform) == RATE
+    # 1e-3: the ripple of torchaudio's default filter, away from the edges where it sees zeros.
+    assert np.abs(waveform - tone(1.0, RATE))[200:-200].max() < 1e-3
+
+
+def test_the_waveform_is_torchaudios_resampling_of_the_file(tmp_path):
+    samples = np.random.default_rng(0).standard_normal(44_100).astype(np.float32) * 0.1
+    expected = torchaudio.functional.resample(torch.from_numpy(samples).double(), 44_100, RATE).numpy()
+    waveform = load(save(tmp_path / "a.wav", samples, 44_100, subtype="FLOAT"))
+    # Measured 1.3e-6 against float64, the rounding of the filter; a step of 16-bit audio is 3e-5.
+    np.testing.assert_allclose(waveform, expected, rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("rate", [16_000, 22_050, 44_100])
+def test_a_crop_is_exactly_the_beginning_of_the_whole_waveform(tmp_path, rate):
+    samples = np.random.default_rng(0).standard_normal(3 * rate).astype(np.float32) * 0.1
+    path = save(tmp_path / "a.wav", samples, rate, subtype="FLOAT")
+    cropped = load(path, max_seconds=1.3, long_clips="crop")
+    assert len(cropped) == round(1.3 * RATE)
+    # Not bitwise: a convolution may be summed in another order for another length.
+    np.testing.assert_allclose(cropped, load(path)[: len(cropped)], atol=1e-6)
+
+
+def test_a_crop_decodes_no_more_than_it_needs(tmp_path, monkeypatch):
+    path = save(tmp_path / "a.wav", tone(20.0, RATE))
+    read, asked = soundfile.SoundFile.read, []
+    monkeypatch.setattr(soundfile.SoundFile, "read", lambda self, **k: asked.append(len(k["out"])) or read(self, **k))
+    load(path, max_seconds=1.0, long_clips="crop")
+    assert sum(asked) < 1.1 * RATE
+
+
+def test_a_long_clip_is_an_error_that_names_its_length_and_the_limit(tmp_path):
+    path = save(tmp_path / "long.wav", tone(2.5, RATE))
+    for check in (load, probe):
+        with pytest.raises(AudioError, match=r"long.wav: is 2.50 s long; expected at most 2 s") as error:
+            check(path, max_seconds=2.0)
+        assert not isinstance(error.value, SkippedClipError)
+        with pytest.raises(SkippedClipError, match="2.50 s"):
+            check(path, max_seconds=2.0, long_clips="skip")
+
+
+def test_a_clip_of_exactly_the_limit_is_not_long(tmp_path):
+    path = save(tmp_path / "a.wav", tone(2.0, 44_100), 44_100)
+    assert len(load(path, max_seconds=2.0)) == 2 * RATE
+    probe(path, max_seconds=2.0)
+
+
+def test_an_unknown_way_with_long_clips_is_refused(tmp_path):
+    path = save(tmp_path / "a.wav", tone(0.1, RATE))
+    with pytest.raises(ValueError, match="expected one of error, crop, skip"):
+        load(path, long_clips="cut")
+
+
+def broken_files(tmp_path):
+    (tmp_path / "zero.wav").touch()
+    (tmp_path / "text.wav").write_text("hello")
+    (tmp_path / "headerless.raw").write_bytes(b"12345678")
+    (tmp_path / "directory.wav").mkdir()
+    save(tmp_path / "nothing.wav", np.zeros(0))
+    return {
+        "missing.wav": "no such file",
+        "zero.wav": "is empty",
+        "text.wav": "cannot be decoded",
+        "headerless.raw": "cannot be decoded",
+        "directory.wav": "not a file",
+        "nothing.wav": "holds no samples",
+    }
+
+
+def test_a_file_without_sound_in_it_is_an_error_that_names_it_already_when_probed(tmp_path):
+    for name, message in broken_files(tmp_path).items():
+        for check in (load, probe):
+            with pytest.raises(AudioError, match=f"{name}: {message}.*; .*expected|{name}: {message}.*expected"):
+                check(tmp_path / name, max_seconds=30.0)
+
+
+def test_a_file_cut_off_in_the_middle_is_an_error(tmp_path):
+    noise = np.random.default_rng(0).standard_normal(5 * RATE) * 0.1
+    whole = save(tmp_path / "a.flac", noise).read_bytes()
+    (tmp_path / "cut.flac").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(AudioError, match="cut.flac: cannot be decoded"):
+        load(tmp_path / "cut.flac")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_an_error(tmp_path, value):
+    samples = tone(0.5, RATE)
+    samples[100] = value
+    with pytest.raises(AudioError, match="not finite"):
+        load(save(tmp_path / "a.wav", samples, subtype="FLOAT"))
+
+
+def test_silence_is_an_error_and_a_quiet_clip_is_not(tmp_path):
+    quiet = tone(0.5, RATE) * 1e-3
+    assert len(load(save(tmp_path / "quiet.wav", quiet, subtype="FLOAT"))) == len(quiet)
+    opposite = np.stack([tone(0.5, RATE), -tone(0.5, RATE)], axis=1)
+    for samples in (np.zeros(8000), quiet * 0.1, opposite):
+        with pytest.raises(AudioError, match="is silent"):
+            load(save(tmp_path / "a.wav", samples, subtype="FLOAT"))
+
+
+def test_a_rate_that_would_need_gigabytes_of_filter_is_refused(tmp_path):
+    with pytest.raises(AudioError, match="44101 Hz, which has no small ratio"):
+        load(save(tmp_path / "a.wav", tone(0.1, 44_101), 44_101))
+
+
+def test_the_header_of_a_compressed_file_is_not_believed_against_its_content(tmp_path, monkeypatch):
+    path = save(tmp_path / "a.mp3", tone(1.0, RATE))
+    monkeypatch.setattr(soundfile.SoundFile, "frames", 100 * RATE)
+    probe(path, max_seconds=2.0)
+    for claimed in (2**63 - 1, 100):
+        monkeypatch.setattr(soundfile.SoundFile, "frames", claimed)
+        probe(path, max_seconds=2.0)
+        assert len(load(path)) == RATE
+        with pytest.raises(AudioError, match="a.mp3: is too long; expected at most 0.5 s"):
+            load(path, max_seconds=0.5)

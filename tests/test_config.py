@@ -1,0 +1,234 @@
+"""grpo.config: what is written is what runs, and every mistake is an error that says where it stands."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+import grpo.config as config_module
+from grpo.config import Config, ConfigError, load_config, to_yaml
+
+MINIMAL = "run: {directory: out}\nmodel: {path: mini}\n"
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    """load(yaml_text, *overrides) in an empty working directory, from the file c.yaml."""
+    monkeypatch.chdir(tmp_path)
+
+    def load(text: str, *overrides: str) -> Config:
+        Path("c.yaml").write_text(text, encoding="utf-8")
+        return load_config(["c.yaml", *overrides])
+
+    return load
+
+
+def refused(load, text: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        load(text, *overrides)
+    return str(error.value)
+
+
+def test_a_minimal_file_gets_every_default(load):
+    config = load(MINIMAL)
+    assert (config.run.directory, config.model.path) == ("out", "mini")
+    assert config.reward.weights == {"accuracy": 1.0, "format": 1.0}
+    assert (config.rollout.group_size, config.optim.lr, config.data.train) == (8, 1e-6, None)
+
+
+def test_the_defaults_pass_their_own_checks(load):
+    config = load(MINIMAL)
+    assert load(to_yaml(config)) == config
+
+
+def test_yaml_round_trips_every_kind_of_value(load):
+    overrides = ["optim.lr=3e-7", "data.train=1e-6", "run.directory=2026", "data.audio_root=null", "run.resume=true"]
+    overrides += ["reward.weights={accuracy: 2, größe: 1e-3}", "evaluation.limit=10", "loss.advantage=none"]
+    config = load(MINIMAL, *overrides)
+    assert load(to_yaml(config)) == config
+    assert config.data.train == "1e-6" and config.run.directory == "2026"
+
+
+def test_a_config_cannot_be_changed(load):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load(MINIMAL).optim.lr = 1.0
+
+
+def test_every_field_has_a_comment():
+    source = Path(config_module.__file__).read_text(encoding="utf-8")
+    for section, kind in config_module.SECTIONS.items():
+        body = source.split(f"class {kind.__name__}:")[1].split("\n\n")[0]
+        for field in dataclasses.fields(kind):
+            assert re.search(rf"^    {field.name}: .*  # \S", body, re.MULTILINE), f"{section}.{field.name}"
+
+
+def test_the_last_override_wins_over_earlier_ones_and_the_file(load):
+    config = load(MINIMAL + "optim: {steps: 5}\n", "optim.steps=6", "optim.steps=7")
+    assert config.optim.steps == 7
+
+
+@pytest.mark.parametrize("written", ["1e-6", "'1e-6'", "1.0e-06", "0.000001"])
+def test_a_float_may_be_written_in_any_notation(load, written):
+    assert load(MINIMAL + f"optim: {{lr: {written}}}\n").optim.lr == 1e-6
+    assert load(MINIMAL, f"optim.lr={written}").optim.lr == 1e-6
+
+
+def test_an_integer_becomes_a_float_where_a_float_is_expected(load):
+    config = load(MINIMAL, "rollout.temperature=1", "reward.weights={accuracy: 2}")
+    assert isinstance(config.rollout.temperature, float)
+    assert isinstance(config.reward.weights["accuracy"], float)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optim.steps=1.5", "an integer"),
+        ("optim.steps=true", "an integer"),
+        ("optim.steps=null", "an integer"),
+        ("optim.lr=fast", "a finite number"),
+        ("optim.lr=true", "a finite number"),
+        ("optim.lr=.nan", "a finite number"),
+        ("optim.lr=inf", "a finite number"),
+        ("optim.lr=[1.0]", "a finite number"),
+        ("run.resume=1", "true or false"),
+        ("run.resume='true'", "true or false"),
+        ("run.directory=", "a string that is not empty"),
+        ("reward.weights=accuracy", "a mapping"),
+        ("reward.weights={}", "a mapping"),
+        ("reward.weights={accuracy: high}", "a finite number"),
+        ("model.dtype=float16", "one of float32, bfloat16"),
+        ("loss.advantage=null", "one of std, none"),
+        ("data.long_clips=[crop]", "one of error, crop, skip"),
+        ("evaluation.limit=all", "an integer"),
+        ("evaluation.limit=0", "at least 1"),
+        ("optim.steps=0", "at least 1"),
+        ("run.seed=-1", "at least 0"),
+        ("rollout.temperature=0", "greater than 0"),
+        ("data.max_seconds=-1", "greater than 0"),
+        ("loss.beta=-0.1", "at least 0"),
+        ("loss.clip_low=1.5", "greater than 0 and at most 1"),
+        ("loss.clip_low=0", "greater than 0 and at most 1"),
+        ("optim.beta2=1", "at least 0 and less than 1"),
+        ("optim.warmup_steps=501", "at most optim.steps (500)"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_its_name_and_what_was_expected(load, override, expected):
+    message = refused(load, MINIMAL, override)
+    assert f"{override.split('=')[0]} must be {expected}" in message
+
+
+def test_a_wrong_value_in_the_file_is_placed_at_its_line(load):
+    message = refused(load, MINIMAL + "\noptim:\n  lr: 1e-6\n  steps: many\n")
+    assert message == "c.yaml:6: optim.steps must be an integer, not 'many'"
+
+
+def test_a_wrong_override_is_placed_at_itself(load):
+    message = refused(load, MINIMAL, "optim.steps=many")
+    assert message.startswith("override optim.steps=many: optim.steps must be an integer")
+
+
+def test_a_string_field_of_the_file_takes_only_a_string(load):
+    message = refused(load, "run: {directory: 2026}\nmodel: {path: mini}\n")
+    assert message.startswith("c.yaml:1: run.directory must be a string")
+
+
+def test_a_string_override_is_taken_as_it_stands(load):
+    config = load(MINIMAL, "run.directory=a: b", "model.path=@x", "data.train=10.jsonl", "data.template='quoted'")
+    assert (config.run.directory, config.model.path) == ("a: b", "@x")
+    assert (config.data.train, config.data.template) == ("10.jsonl", "quoted")
+
+
+def test_null_clears_an_optional_string(load):
+    text = MINIMAL + "data: {train: t.jsonl, validation: v.jsonl}\n"
+    config = load(text, "data.train=null", "data.validation=")
+    assert (config.data.train, config.data.validation) == (None, None)
+
+
+def test_a_tilde_is_the_home_directory(load, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert load(MINIMAL, "run.directory=~/runs").run.directory == "/home/someone/runs"
+
+
+def test_a_list_of_strings_is_checked_item_by_item():
+    assert config_module._convert(["a", "b"], list[str]) == ["a", "b"]
+    for wrong in ("a", ["a", 1], None):
+        with pytest.raises(ConfigError):
+            config_module._convert(wrong, list[str])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rollouts:\n  group_size: 4\n", "c.yaml:3: unknown section rollouts; the nearest section is rollout"),
+        ("rollout:\n  groups: 4\n", "c.yaml:4: unknown key rollout.groups; the nearest key is rollout.group_size"),
+        ("optim:\n  beta: 0\n", "c.yaml:4: unknown key optim.beta; the nearest key is loss.beta"),
+    ],
+)
+def test_an_unknown_name_in_the_file_names_the_nearest_and_its_line(load, text, message):
+    assert refused(load, MINIMAL + text).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("rollout.temprature=1", "the nearest key is rollout.temperature"),
+        ("rolout.temperature=1", "the nearest section is rollout"),
+        ("--optim.lr=1", "the nearest section is optim"),
+        ("reward.weights.accuracy=1", "the nearest key is reward.weights"),
+        ("optim=1", "unknown key optim"),
+        ("temperature=1", "unknown section temperature"),
+        ("optim.lr", "an override is written section.key=value"),
+        ("optim.lr=[1", "not YAML"),
+    ],
+)
+def test_a_wrong_override_names_itself_and_the_nearest(load, override, nearest):
+    message = refused(load, MINIMAL, override)
+    assert message.startswith(f"override {override}: ")
+    assert nearest in message
+
+
+@pytest.mark.parametrize("required", ["run.directory", "model.path"])
+def test_a_missing_required_key_is_named(load, required):
+    section = required.split(".")[0]
+    kept = {name: value for name, value in yaml.safe_load(MINIMAL).items() if name != section}
+    assert refused(load, yaml.safe_dump(kept)).startswith(f"c.yaml: {required} is missing")
+
+
+def test_a_required_key_may_come_from_an_override(load):
+    assert load("", "run.directory=a", "model.path=b").model.path == "b"
+
+
+def test_an_empty_section_keeps_its_defaults(load):
+    assert load(MINIMAL + "optim:\n  # lr: 1e-6\n").optim.lr == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- run\n", "c.yaml:1: the file must be a mapping"),
+        ("run: 3\n", "c.yaml:1: run must be a mapping"),
+        ("run: {directory: a\n", "c.yaml: not YAML"),
+        ("run:\n  seed: 1\n  seed: 2\n", "c.yaml:3: seed stands twice in run"),
+        ("run: {}\nmodel: {}\nrun: {}\n", "c.yaml:3: run stands twice in the file"),
+        ("reward: {weights: {a: 1, a: 2}}\n", "c.yaml:1: a stands twice in reward.weights"),
+        ("? [run]\n: {}\n", "c.yaml:1: a key of the file must be a plain name"),
+        ("run: {directory: !python/object x}\n", "c.yaml:1: run.directory is not YAML"),
+    ],
+)
+def test_a_file_of_the_wrong_form_is_refused_at_its_line(load, text, message):
+    assert refused(load, text).startswith(message)
+
+
+def test_a_missing_file_is_named_with_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"^none\.yaml: no such file") as error:
+        load_config(["none.yaml"])
+    assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("argv", [[], ["optim.lr=1"]])
+def test_a_command_line_without_a_file_says_how_it_is_written(argv):
+    with pytest.raises(ConfigError, match=r"CONFIG\.yaml \[section\.key=value"):
+        load_config(argv)

@@ -1,0 +1,239 @@
+"""data/loader.py: what a step holds is a pure function of examples, files, seed and step."""
+
+import json
+import threading
+from collections import Counter
+
+import numpy as np
+import pytest
+import soundfile
+
+from data.errors import AudioError, DataError, SkippedClipError
+from data.examples import BadExample, Example
+from data.loader import Loader, check_audio, write_bad
+from data.order import step_indices
+
+COUNT = 11
+
+
+def examples(count=COUNT):
+    return [
+        Example(f"id{i}", f"{i}.wav", f"Question {i}?", ("a", "b", "c", "d"), i % 4, line=f"train.jsonl:{i + 1}")
+        for i in range(count)
+    ]
+
+
+def position(example):
+    return int(example.id[2:])
+
+
+def reading(bad=(), error=AudioError):
+    def waveform(example):
+        if position(example) in bad:
+            raise error(f"{example.audio_path}: is silent")
+        return np.full(4, position(example), dtype=np.float32)
+
+    return waveform
+
+
+def make(data=None, **changes):
+    settings = dict(
+        seed=0, prompts_per_step=4, rank=0, world=1, template="answer", shuffle_choices=False, waveform=reading(),
+        skip_bad=False, workers=3,
+    )  # fmt: skip
+    prepare = changes.pop("prepare", lambda text, waveform: (text, float(waveform[0])))
+    return Loader(data or examples(), prepare, **{**settings, **changes})
+
+
+def indices(step, size=4, count=COUNT):
+    return step_indices(count, seed=0, step=step, prompts_per_step=size)
+
+
+def test_a_step_is_its_examples_in_order_with_their_own_text_and_waveform():
+    with make() as loader:
+        for step in range(8):
+            drawn = loader.step(step)
+            assert [position(example) for example, _ in drawn] == indices(step)
+            for example, (text, value) in drawn:
+                assert text.startswith(example.question) and value == position(example)
+
+
+def test_any_step_may_be_asked_for_at_any_time_with_the_same_result():
+    with make(shuffle_choices=True) as one, make(shuffle_choices=True) as other:
+        in_turn = [one.step(step) for step in range(6)]
+        for step in (5, 0, 3, 3, 4):
+            assert other.step(step) == in_turn[step]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_the_ranks_together_hold_the_same_prompts_whatever_their_number(world):
+    bad = {"waveform": reading(bad={1, 2, 7}), "skip_bad": True, "shuffle_choices": True}
+    with make(**bad) as alone:
+        expected = [alone.step(step) for step in range(6)]
+    parts = [make(rank=rank, world=world, **bad) for rank in range(world)]
+    assert [[item for part in parts for item in part.step(step)] for step in range(6)] == expected
+    for part in parts:
+        part.close()
+
+
+def test_the_next_step_is_prepared_while_this_one_runs():
+    seen, ready = [], threading.Event()
+
+    def prepare(text, waveform):
+        seen.append(waveform[0])
+        if len(seen) == 8:
+            ready.set()
+
+    with make(prepare=prepare) as loader:
+        loader.step(0)
+        assert ready.wait(timeout=20)
+        assert Counter(seen) == Counter(indices(0) + indices(1))
+
+
+def test_a_prepared_step_is_used_and_not_prepared_again():
+    calls = Counter()
+
+    def prepare(text, waveform):
+        calls[text] += 1
+
+    with make(examples(100), prepare=prepare) as loader:
+        for step in range(5):
+            loader.step(step)
+    assert set(calls.values()) == {1}
+
+
+def test_choices_are_shuffled_by_step_with_the_answer_moving_along():
+    with make(shuffle_choices=True) as loader:
+        orders = set()
+        for step in range(12):
+            for example, (text, _) in loader.step(step):
+                assert example.answer_text == "abcd"[position(example) % 4]
+                assert str(list(example.choices)) in text
+                orders.add(example.choices)
+    assert len(orders) > 5
+
+
+def test_a_bad_clip_is_an_error_that_names_its_line():
+    with make(waveform=reading(bad={indices(2)[1]})) as loader:
+        loader.step(0)
+        loader.step(1)
+        with pytest.raises(AudioError, match=rf"train.jsonl:{indices(2)[1] + 1}: .*is silent"):
+            loader.step(2)
+
+
+def test_a_bad_clip_is_replaced_by_the_next_good_one_listed_once_and_counted():
+    bad = {3, 4, COUNT - 1}
+    replacement = {3: 5, 4: 5, COUNT - 1: 0}
+    with make(waveform=reading(bad), skip_bad=True) as loader:
+        for step in range(12):
+            expected = [replacement.get(index, index) for index in indices(step)]
+            assert [position(example) for example, _ in loader.step(step)] == expected
+        drawn = [index for step in range(12) for index in indices(step)]
+        assert sorted(one.id for one in loader.bad) == ["id10", "id3", "id4"]
+        assert loader.bad[0].reason.endswith("is silent") and loader.bad[0].line.startswith("train.jsonl:")
+        assert loader.replaced == sum(index in bad for index in drawn)
+
+
+def test_a_clip_once_found_bad_is_not_decoded_again():
+    read, bad = Counter(), reading({3})
+
+    def waveform(example):
+        read[position(example)] += 1
+        return bad(example)
+
+    with make(waveform=waveform, skip_bad=True, workers=1) as loader:
+        for step in range(40):
+            loader.step(step)
+    # Twice where the next step was prepared before the first find was noted.
+    assert read[3] <= 2 < read[5]
+
+
+def test_clips_skipped_for_their_length_need_no_skip_bad():
+    with make(waveform=reading({3}, SkippedClipError)) as loader:
+        for step in range(4):
+            loader.step(step)
+        assert [one.id for one in loader.bad] == ["id3"]
+
+
+def test_an_error_of_the_program_is_never_taken_for_bad_data():
+    def prepare(text, waveform):
+        raise KeyError("audio_token")
+
+    with make(prepare=prepare, skip_bad=True) as loader, pytest.raises(KeyError, match="audio_token"):
+        loader.step(0)
+
+
+def test_bad_data_found_by_prepare_is_skipped_like_a_bad_clip():
+    def prepare(text, waveform):
+        if waveform[0] == 3:
+            raise DataError("the prompt is too long")
+        return waveform[0]
+
+    with make(prepare=prepare, skip_bad=True) as loader:
+        prompts = [prompt for step in range(3) for _, prompt in loader.step(step)]
+    assert len(prompts) == 12 and 3 not in prompts
+
+
+def test_all_examples_bad_is_an_error_even_with_skip_bad():
+    with make(waveform=reading(range(COUNT)), skip_bad=True) as loader:
+        for _ in range(2):
+            with pytest.raises(DataError, match="all 11 examples are bad, one of them train.jsonl"):
+                loader.step(0)
+
+
+def test_an_example_without_audio_is_prepared_from_its_text_alone():
+    data = [Example("id0", None, "Which?", ("a", "b"), 0, line="train.jsonl:1")]
+    with make(data, prepare=lambda text, waveform: (text, waveform)) as loader:
+        assert all(waveform is None for _, (_, waveform) in loader.step(0))
+
+
+def test_what_can_never_work_is_refused_when_the_loader_is_made():
+    with pytest.raises(ValueError, match="cannot be split over 3 ranks"):
+        make(world=3)
+    with pytest.raises(ValueError, match="unknown template"):
+        make(template="answr")
+    with pytest.raises(DataError, match="no examples"):
+        Loader([], None, **dict.fromkeys(
+            ["seed", "prompts_per_step", "rank", "world", "template", "shuffle_choices", "waveform", "skip_bad",
+             "workers"]))  # fmt: skip
+
+
+def on_disk(tmp_path):
+    soundfile.write(tmp_path / "good.wav", np.full(16_000, 0.1), 16_000)
+    soundfile.write(tmp_path / "long.wav", np.full(48_000, 0.1), 16_000)
+    names = ["good.wav", "missing.wav", "long.wav", None]
+    return [
+        Example(f"id{i}", name and tmp_path / name, "Which?", ("a", "b"), 0, line=f"train.jsonl:{i + 1}")
+        for i, name in enumerate(names)
+    ]
+
+
+def probe_all(data, **changes):
+    return check_audio(data, **{"max_seconds": 2.0, "long_clips": "error", "skip_bad": False, "workers": 2, **changes})
+
+
+def test_the_start_up_check_names_bad_clips_by_their_line(tmp_path):
+    data = on_disk(tmp_path)
+    with pytest.raises(AudioError) as error:
+        probe_all(data)
+    text = str(error.value)
+    assert text.startswith("2 of 4 clips cannot be used")
+    assert "train.jsonl:2: " in text and "no such file" in text and "train.jsonl:3: " in text and "3.00 s" in text
+
+
+def test_the_start_up_check_leaves_out_what_the_settings_skip(tmp_path):
+    data = on_disk(tmp_path)
+    good, bad = probe_all(data, skip_bad=True)
+    assert good == [data[0], data[3]] and [one.line for one in bad] == ["train.jsonl:2", "train.jsonl:3"]
+    good, _ = probe_all(data, skip_bad=True, long_clips="crop")
+    assert good == [data[0], data[2], data[3]]
+    good, bad = probe_all([data[0], data[2]], long_clips="skip")
+    assert good == [data[0]] and [one.id for one in bad] == ["id2"]
+    with pytest.raises(AudioError, match="1 of 1 clips"):
+        probe_all(data[1:2], skip_bad=True)
+
+
+def test_skipped_examples_are_written_one_per_line(tmp_path):
+    write_bad(tmp_path / "bad.jsonl", [BadExample("train.jsonl:3", "ä", "is silent"), BadExample("b:1", "2", "x")])
+    lines = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert lines[0] == {"file": "train.jsonl:3", "id": "ä", "reason": "is silent"} and len(lines) == 2

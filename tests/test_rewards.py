@@ -1,0 +1,99 @@
+"""data/rewards.py: rewards are what they say, one column each, and a broken one is never swallowed."""
+
+import pytest
+import torch
+
+from data.examples import Example
+from data.prompts import TEMPLATES, target
+from data.rewards import REWARDS, RewardError, reward_matrix
+
+EXAMPLE = Example("7", None, "Which?", ("Car", "Dog"), 0)
+
+
+def well_formed(completion, template):
+    return reward_matrix([EXAMPLE], [completion], ["format"], template).item()
+
+
+def test_the_matrix_has_one_row_per_completion_and_one_column_per_name_in_order():
+    other = Example("8", None, "Which?", ("Car", "Dog"), 1)
+    completions = ["<answer>car</answer>", "car", "<answer>car</answer>"]
+    rewards = reward_matrix([EXAMPLE, EXAMPLE, other], completions, ["format", "accuracy"], "answer")
+    assert rewards.dtype == torch.float32
+    assert rewards.tolist() == [[1, 1], [0, 1], [1, 0]]
+
+
+def test_no_completions_give_an_empty_matrix_with_its_columns():
+    assert reward_matrix([], [], ["format", "accuracy"], "answer").shape == (0, 2)
+
+
+@pytest.mark.parametrize(
+    "completion", ["<answer>Car</answer>", " <answer>\nCar\n</answer>\n", "<answer>a < b</answer>"]
+)
+def test_the_answer_format_is_one_answer_and_nothing_else(completion):
+    assert well_formed(completion, "answer") == 1
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "", "Car", "so <answer>Car</answer>", "<answer>Car</answer> so", "<answer>Car", "<answer></answer>",
+        "<answer> </answer>", "<answer>a</answer><answer>b</answer>", "<answer>a<answer>b</answer></answer>",
+        "<answer><answer>b</answer>", "<think>x</think>", "<Answer>Car</Answer>",
+    ],
+)  # fmt: skip
+def test_anything_else_is_not_the_answer_format(completion):
+    assert well_formed(completion, "answer") == 0
+    assert well_formed("<think>x</think>" + completion, "think") == 0
+
+
+def test_thinking_belongs_to_the_think_template_and_only_there():
+    thought = "<think>It\nhums, a < b.</think>\n<answer>Car</answer>"
+    assert well_formed(thought, "think") == 1
+    assert well_formed(thought, "answer") == 0
+    assert well_formed("<answer>Car</answer>", "think") == 0
+    assert well_formed("<answer>Car</answer><think>x</think>", "think") == 0
+    assert well_formed("<think> </think><answer>Car</answer>", "think") == 0
+
+
+def test_the_plain_format_is_text_without_tags():
+    assert well_formed("Car", "plain") == 1
+    assert well_formed("<answer>Car</answer>", "plain") == well_formed(" ", "plain") == 0
+
+
+@pytest.mark.parametrize("template", ["plain", "answer"])
+def test_what_sft_trains_on_earns_every_reward(template):
+    rewards = reward_matrix([EXAMPLE], [target(EXAMPLE, template)], list(REWARDS), template)
+    assert (rewards == 1).all()
+
+
+def test_a_long_completion_does_not_make_the_format_slow():
+    assert well_formed("<think>" + "<a " * 50_000, "think") == 0
+
+
+def test_a_users_reward_is_one_line(monkeypatch):
+    monkeypatch.setitem(REWARDS, "brief", lambda example, completion, template: len(completion) < 5)
+    assert reward_matrix([EXAMPLE] * 2, ["Car", "A longer one"], ["brief"], "plain").tolist() == [[1], [0]]
+
+
+@pytest.mark.parametrize("result", [float("nan"), float("inf"), None, "high"])
+def test_a_reward_that_is_no_finite_number_names_itself_the_example_and_the_completion(monkeypatch, result):
+    monkeypatch.setitem(REWARDS, "odd", lambda example, completion, template: result)
+    with pytest.raises(RewardError, match="reward 'odd' of example '7' for the completion 'Car'"):
+        reward_matrix([EXAMPLE], ["Car"], ["accuracy", "odd"], "plain")
+
+
+def test_a_reward_that_throws_is_an_error_with_its_cause(monkeypatch):
+    monkeypatch.setitem(REWARDS, "odd", lambda example, completion, template: 1 / 0)
+    with pytest.raises(RewardError, match="reward 'odd' of example '7' .*ZeroDivisionError") as error:
+        reward_matrix([EXAMPLE], ["Car"], ["odd"], "plain")
+    assert isinstance(error.value.__cause__, ZeroDivisionError)
+
+
+def test_unknown_names_and_unequal_lengths_are_refused():
+    with pytest.raises(ValueError, match="unknown reward 'acuracy'; did you mean 'accuracy'"):
+        reward_matrix([EXAMPLE], ["Car"], ["acuracy"], "plain")
+    with pytest.raises(ValueError, match="unknown template"):
+        reward_matrix([EXAMPLE], ["Car"], ["accuracy"], "plane")
+    with pytest.raises(ValueError, match="1 examples for 2 completions"):
+        reward_matrix([EXAMPLE], ["Car", "Dog"], ["accuracy"], "plain")
+    assert set(TEMPLATES) == {"plain", "answer", "think"}
