@@ -1,5 +1,4 @@
-"""From an audio file to a mono waveform at the model's sample rate; whatever cannot be used is an error, never silence.
-"""
+"""From an audio file to a mono waveform at the model's rate; whatever cannot be used is an error, never silence."""
 
 import functools
 import math
@@ -21,9 +20,7 @@ MAX_KERNEL = 2**24  # values of a resampling filter (64 MiB); rates with no smal
 LONG_CLIPS = ("error", "crop", "skip")
 
 
-def load_waveform(
-    path: str | Path, *, sample_rate: int, max_seconds: float, long_clips: str = "error"
-) -> np.ndarray:
+def load_waveform(path: str | Path, *, sample_rate: int, max_seconds: float, long_clips: str = "error") -> np.ndarray:
     """Decode a clip (wav, flac, ogg, mp3) to float32 (samples,) at `sample_rate`, the mean of all its channels.
 
     A clip longer than `max_seconds` raises AudioError ("error"), is cut to exactly the first `max_seconds` of its

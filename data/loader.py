@@ -57,8 +57,13 @@ class Loader(Generic[Prompt]):
         waveform: Callable[[Example], np.ndarray],
         skip_bad: bool,
         workers: int,
+        silent_share: float = 0.0,
     ) -> None:
-        """`prepare(text, waveform)` makes a prompt, with None for an example without audio; it may raise DataError."""
+        """`prepare(text, waveform)` makes a prompt, with None for an example without audio; it may raise DataError.
+
+        silent_share: how many prompts, of 1, have their samples set to zero: what is then learnt is what to do when
+        nothing is heard.
+        """
         if not examples:
             raise DataError("no examples; expected at least one")
         find_template(template)
@@ -68,6 +73,7 @@ class Loader(Generic[Prompt]):
         self._prepare, self._waveform = prepare, waveform
         self._seed, self._prompts_per_step, self._rank, self._world = seed, prompts_per_step, rank, world
         self._template, self._shuffle_choices, self._skip_bad = template, shuffle_choices, skip_bad
+        self._silent_share = silent_share
         self._positions(0)  # refuses here what cannot be split over the ranks
         self._bad_positions: set[int] = set()
         self._ahead: dict[int, list[Future[_Slot[Prompt]]]] = {}
@@ -85,8 +91,7 @@ class Loader(Generic[Prompt]):
 
     def key(self, step: int, example: Example) -> tuple[int, ...]:
         """What the draws for an example in a step are a function of: (seed, step, example) as integers."""
-        digest = hashlib.sha256(example.id.encode()).digest()
-        return self._seed, step, int.from_bytes(digest[:8], "little")
+        return self._seed, step, _digest(example.id)
 
     def close(self) -> None:
         """Stop preparing; to be called at the end of a run, also by leaving a `with` block."""
@@ -100,9 +105,7 @@ class Loader(Generic[Prompt]):
         self.close()
 
     def _positions(self, step: int) -> list[int]:
-        indices = step_indices(
-            len(self.examples), seed=self._seed, step=step, prompts_per_step=self._prompts_per_step
-        )
+        indices = step_indices(len(self.examples), seed=self._seed, step=step, prompts_per_step=self._prompts_per_step)
         return rank_slice(indices, self._rank, self._world)
 
     def _submit(self, step: int) -> list[Future[_Slot[Prompt]]]:
@@ -143,7 +146,14 @@ class Loader(Generic[Prompt]):
         if self._shuffle_choices:
             example = choices.shuffle_choices(example, seed=self._seed, step=step)
         waveform = None if example.audio_path is None else self._waveform(example)
+        if waveform is not None and _digest(f"{self._seed}/{step}/{example.id}") < self._silent_share * 2**64:
+            waveform = np.zeros_like(waveform)
         return example, self._prepare(render(example, self._template), waveform)
+
+
+def _digest(text: str) -> int:
+    """A stable hash of 64 bits."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
 def evaluation_batches(

@@ -10,8 +10,8 @@ from data import soundfont, synthesis
 from data.clips import Skill, onsets, placed
 
 Notes = list[tuple[float, float, int]]  # start in seconds, duration in seconds, MIDI pitch
-SLOW = ("strings", "choir")  # families whose notes start too softly to be counted
-PITCHES = (55, 76)  # MIDI, G3 to E5: within the range of every instrument
+SLOW = ("strings",)  # families whose notes start too softly to be counted
+PITCHES = (64, 88)  # MIDI, E4 to E6: high enough for mel bands to tell neighbouring notes apart
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4}
 PLACES = {"first": 0, "second": 1, "third": 2, "fourth": 3}
 SHAPES = {  # the direction of each of four steps
@@ -88,7 +88,7 @@ def skills(orchestra: Orchestra) -> list[Skill]:
         Skill(
             task="music",
             category="highest note",
-            weight=3,
+            weight=1,
             seconds=(1.6, 2.4),
             questions=("Which of the four notes is the highest?", "Which note is the highest?"),
             answers=tuple(PLACES),

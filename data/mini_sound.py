@@ -57,7 +57,7 @@ def skills() -> list[Skill]:
         Skill(
             task="sound",
             category="sound order",
-            weight=3,
+            weight=2,
             seconds=(2.2, 3.0),
             questions=("Which sound comes second?", "Which sound is heard second?", "What is the second sound?"),
             answers=events,

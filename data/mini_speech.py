@@ -103,7 +103,7 @@ def spoken_skills(speaker: espeak.Speaker) -> list[Skill]:
         Skill(
             task="speech",
             category="language",
-            weight=2,
+            weight=1,
             seconds=(1.8, 2.4),
             questions=("Which language is spoken?", "What language does the speaker use?"),
             answers=tuple(LANGUAGES),
@@ -112,7 +112,7 @@ def spoken_skills(speaker: espeak.Speaker) -> list[Skill]:
         Skill(
             task="speech",
             category="word order",
-            weight=1.5,
+            weight=1,
             seconds=(2.0, 2.8),
             questions=("Which number is spoken second?", "What is the second number?"),
             answers=DIGITS,
@@ -121,7 +121,7 @@ def spoken_skills(speaker: espeak.Speaker) -> list[Skill]:
         Skill(
             task="speech",
             category="addition",
-            weight=1.5,
+            weight=0.75,
             seconds=(1.5, 2.2),
             questions=("What is the sum of the two numbers?", "What do the two numbers add up to?"),
             answers=tuple(SUMS),

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from data.choices import is_correct
+from data.errors import DataError
 from data.examples import Example
 from data.prompts import Template, find_template
 
@@ -62,11 +63,11 @@ def reward_matrix(
 
 
 def find_reward(name: str) -> Reward:
-    """The reward of that name; an unknown name is a ValueError that offers the nearest."""
+    """The reward of that name; an unknown name is a DataError that offers the nearest."""
     if name not in REWARDS:
         near = difflib.get_close_matches(name, REWARDS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown reward {name!r}{hint} (known: {', '.join(REWARDS)})")
+        raise DataError(f"unknown reward {name!r}{hint} (known: {', '.join(REWARDS)})")
     return REWARDS[name]
 
 

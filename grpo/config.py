@@ -37,7 +37,7 @@ CountOrZero = Annotated[int, Bound("at least 0", at_least=0)]
 Positive = Annotated[float, Bound("greater than 0", above=0)]
 PositiveOrZero = Annotated[float, Bound("at least 0", at_least=0)]
 ClipLow = Annotated[float, Bound("greater than 0 and at most 1", above=0, at_most=1)]
-Decay = Annotated[float, Bound("at least 0 and less than 1", at_least=0, below=1)]
+Share = Annotated[float, Bound("at least 0 and less than 1", at_least=0, below=1)]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class DataConfig:
     audio_root: str | None = None  # directory that relative audio paths start from; null is the JSONL file's own
     template: str = "answer"  # name of the prompt template
     shuffle_choices: bool = True  # a new order of the choices for each (seed, step, example)
+    silent_share: Share = 0.0  # share of training prompts whose sound is replaced by zeros (modality dropout)
     skip_bad: bool = False  # count and skip examples that cannot be read, instead of stopping
     long_clips: Literal["error", "crop", "skip"] = "error"  # what to do with a clip over max_seconds
     max_seconds: Positive = 30.0  # longest clip, in seconds
@@ -102,8 +103,8 @@ class OptimConfig:
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # of the learning rate after warm-up
     warmup_steps: CountOrZero = 0  # steps over which the learning rate rises from 0
     weight_decay: PositiveOrZero = 0.0  # AdamW's, per unit of learning rate
-    beta1: Decay = 0.9  # AdamW's decay of the first moment
-    beta2: Decay = 0.999  # AdamW's decay of the second moment
+    beta1: Share = 0.9  # AdamW's decay of the first moment
+    beta2: Share = 0.999  # AdamW's decay of the second moment
     clip_norm: Positive = 1.0  # largest global L2 norm of the gradient
 
 

@@ -105,11 +105,10 @@ class Trainer:
             advantages=advantages,
             weights=self._weights(rollout.mask, tokens),
         )
-        for epoch in range(self.config.loss.inner_epochs):
-            sums = self.update(batch, step, examples)
-            # Only before the first update do the sampler and the scorer see the same weights.
-            gap = sums["sampler_gap"] if epoch == 0 else gap
-        return self._report(sums | {"sampler_gap": gap}, columns, rewards, rollout, tokens)
+        updates = [self.update(batch, step, examples) for _ in range(self.config.loss.inner_epochs)]
+        # Only before the first update do the sampler and the scorer see the same weights.
+        sums = updates[-1] | {"sampler_gap": updates[0]["sampler_gap"]}
+        return self._report(sums, columns, rewards, rollout, tokens)
 
     def loss(self, micro: Batch, logprobs: torch.Tensor) -> tuple[torch.Tensor, Sums]:
         """The loss of a micro-batch and what to report of it, to be summed over micro-batches and ranks."""
@@ -181,9 +180,7 @@ class Trainer:
 
     def learning_rate(self, step: int) -> float:
         optim = self.config.optim
-        return learning_rate(
-            step, peak=optim.lr, schedule=optim.schedule, warmup=optim.warmup_steps, total=optim.steps
-        )
+        return learning_rate(step, peak=optim.lr, schedule=optim.schedule, warmup=optim.warmup_steps, total=optim.steps)
 
     def _start(self) -> int:
         """Step to begin with; refuses to write over an earlier run."""
@@ -192,7 +189,8 @@ class Trainer:
             start = load_checkpoint(self.directory / "checkpoints", self.policy, self.optimizer)
         elif (self.directory / "metrics.jsonl").exists():
             raise ConfigError(
-                f"{self.directory} already holds a run; continue it with run.resume=true, or choose another run.directory"
+                f"{self.directory} already holds a run; continue it with run.resume=true, "
+                "or choose another run.directory"
             )
         if self.world.is_main:
             (self.directory / "config.yaml").write_text(to_yaml(self.config))
@@ -245,7 +243,7 @@ class Trainer:
             "equal_reward_share": (spread == 0).sum() / groups,
             "stopped_share": rollout.stopped.sum() / completions,
         }
-        own |= {name: column.sum() / completions for name, column in zip(self.config.reward.weights, columns.T)}
+        own |= dict(zip(self.config.reward.weights, columns.sum(dim=0) / completions, strict=True))
         means = reduce_sums(sums | {name: float(value) for name, value in own.items()})
         return means | {"tokens": tokens, "completion_tokens": tokens / completions}
 

@@ -11,17 +11,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data.audio import load_waveform
 from data.choices import is_correct
 from data.errors import DataError
 from data.examples import BadExample, Example, load_examples
-from data.audio import load_waveform
 from data.loader import Loader, check_audio, evaluation_batches, write_bad
-from data.rewards import RewardError, find_reward, reward_matrix
 from data.prompts import find_template
+from data.rewards import RewardError, find_reward, reward_matrix
 from grpo.checkpoint import CheckpointError
 from grpo.config import Config, ConfigError, to_yaml
-from grpo.sharding import World, gather_rows, shard
-from grpo.trainer import NonFiniteError
+from grpo.sharding import World, gather_rows, joined_world, shard
+from grpo.trainer import NonFiniteError, Trainer
 from models.loading import load_policy
 from models.policy import Policy, PolicyError, Prompt
 
@@ -35,6 +35,18 @@ def run(main: Callable[[list[str]], None]) -> None:
     except USER_ERRORS as error:
         rank = os.environ.get("RANK")
         sys.exit(f"error{f' (rank {rank})' if rank else ''}: {error}")
+
+
+def train(config: Config, make_trainer: Callable[..., Trainer]) -> None:
+    """Train as `make_trainer(config, world, policy, data=, validation=, judge=)` does, in the world torchrun made."""
+    with joined_world(threads=config.run.threads) as world:
+        announce(config, world)
+        policy = make_policy(config, world)
+        held_out = config.data.validation and checked_examples(config, world, policy, config.data.validation)
+        validation = held_out and (lambda: validation_batches(config, world, policy, held_out))
+        with training_loader(config, world, policy) as loader:
+            make_trainer(config, world, policy, data=loader, validation=validation, judge=judge).train()
+            report_skipped(config, world, loader)
 
 
 def announce(config: Config, world: World) -> None:
@@ -86,6 +98,7 @@ def training_loader(config: Config, world: World, policy: Policy) -> Loader:
         waveform=waveform_of(config, policy),
         skip_bad=config.data.skip_bad,
         workers=config.data.workers,
+        silent_share=config.data.silent_share,
     )
 
 

@@ -82,7 +82,7 @@ def _build_tokenizer(texts: Iterable[str], vocabulary: int):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator([*texts, "user", "assistant"], trainer)  # and the chat template's words
     tokenizer.add_tokens(list(TAGS))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -100,13 +100,12 @@ def _config(tokenizer, audio_config: dict, hidden: int, layers: int):
         model_type="qwen2",
         vocab_size=len(tokenizer),
         hidden_size=hidden,
-        intermediate_size=3 * hidden,
+        intermediate_size=2 * hidden,
         num_hidden_layers=layers,
         num_attention_heads=hidden // 32,
         num_key_value_heads=hidden // 64,
         max_position_embeddings=4096,
         initializer_range=hidden**-0.5 / 2,
-        tie_word_embeddings=True,
     )
     return Qwen2AudioConfig(
         audio_config=audio_config, text_config=text_config, audio_token_index=tokenizer.convert_tokens_to_ids(AUDIO)
@@ -116,7 +115,7 @@ def _config(tokenizer, audio_config: dict, hidden: int, layers: int):
 def _tower_config(hidden: int, layers: int) -> dict:
     return dict(
         model_type="qwen2_audio_encoder",
-        num_mel_bins=64,
+        num_mel_bins=80,
         d_model=hidden,
         encoder_layers=layers,
         encoder_attention_heads=hidden // 32,
@@ -135,7 +134,7 @@ def _like_whisper(config) -> dict:
 def _start_tower(tower: nn.Module) -> None:
     """Let the sound outweigh the positions at the start; with Whisper's own scale it takes far longer to be heard."""
     for convolution in (tower.conv1, tower.conv2):
-        nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
+        nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu").mul_(2)
     tower.embed_positions.weight.copy_(0.2 * _sinusoids(*tower.embed_positions.weight.shape))
 
 

@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 from data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
 
 
-
 class PolicyError(ValueError):
     """A model, checkpoint or prompt that a policy cannot use."""
 
@@ -108,7 +107,7 @@ class Policy(nn.Module):
     ) -> torch.Tensor:
         """Run the decoder on embeddings (N, L, D) at positions (N, L): hidden states (N, L, D).
 
-        mask: (N, 1, L, K) bool, True where a query may attend to a key; K counts the keys in the cache and the new ones.
+        mask: (N, 1, L, K) bool, True where a query may attend to a key; K counts the cached keys and the new ones.
         distance: (N, 1, L, K) query position - key position, for layers that look back a limited way.
         """
         output = self.decoder(
@@ -159,13 +158,12 @@ class Policy(nn.Module):
         return name
 
     def _masks(self, mask: torch.Tensor, distance: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
-        """The mask as the decoder wants it: one per type of layer where it has several types."""
+        """The mask as the decoder wants it: one for all layers, or one per type of layer."""
         config = self.decoder.config
-        types = set(getattr(config, "layer_types", None) or ())
-        if types <= {"full_attention"}:
-            return mask if not types else {"full_attention": mask}
-        near = mask & (distance < config.sliding_window)
-        return {"full_attention": mask, "sliding_attention": near}
+        window = getattr(config, "sliding_window", None)
+        near = mask if window is None else mask & (distance < window)
+        types = getattr(config, "layer_types", None)
+        return {"full_attention": mask, "sliding_attention": near} if types else near
 
     def _refuse_unmaskable_layers(self) -> None:
         config = self.decoder.config

@@ -14,7 +14,6 @@ from data.errors import DataError
 from data.features import log_mel
 from models.policy import Policy, PolicyError, Prompt, pad_ids
 
-
 CONV_REACH = 2  # mel frames behind a clip that the tower's two convolutions still see
 
 
@@ -69,7 +68,7 @@ class Qwen2AudioPolicy(Policy):
         frames = -(-len(waveform) // hop)
         if frames > self.max_frames or audio_tokens(frames) < 1:
             seconds = len(waveform) / self.sample_rate
-            raise DataError(f"a clip of {seconds:.3f} s; this tower takes 0.02 s to {self.max_frames / 100:g} s")
+            raise DataError(f"a clip of {seconds:.3f} s; this tower takes 0.03 s to {self.max_frames / 100:g} s")
         reached = np.pad(waveform, (0, min(CONV_REACH * hop, self.max_frames * hop - len(waveform))))
         mel = log_mel(reached, n_mels=extractor.feature_size, n_fft=extractor.n_fft, hop=hop)
         content = [{"type": "audio", "audio_url": ""}, {"type": "text", "text": text}]
@@ -93,7 +92,7 @@ class Qwen2AudioPolicy(Policy):
         """Repeat the one audio placeholder `count` times."""
         places = (ids == self.audio_id).nonzero().flatten().tolist()
         if len(places) != 1:
-            raise PolicyError(f"the chat template gave {len(places)} audio placeholders; one is needed")
+            raise DataError(f"the chat gave {len(places)} audio placeholders for one clip; is one in the question?")
         return torch.cat([ids[: places[0]], ids.new_full((count,), self.audio_id), ids[places[0] + 1 :]])
 
     def _embed_audio(self, prompts: Sequence[Prompt]) -> torch.Tensor:

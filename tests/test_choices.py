@@ -54,7 +54,7 @@ def test_an_empty_answer_is_wrong_even_where_a_choice_is_empty():
 
 
 def test_single_quotes_within_units_are_not_stripped():
-    assert not is_correct("5'", ("5\"", "5'"), 0)
+    assert not is_correct("5'", ('5"', "5'"), 0)
 
 
 def test_the_extracted_answer_is_the_inside_of_the_only_tag():

@@ -37,8 +37,7 @@ def test_a_missing_key_names_the_line_the_key_and_what_a_line_needs(tmp_path):
     with pytest.raises(DataError) as error:
         load_examples(write(tmp_path, GOOD, bad))
     assert str(error.value) == (
-        'train.jsonl:2: "audio_path" is missing; '
-        "each line needs id, audio_path, question_text, multi_choice, answer"
+        'train.jsonl:2: "audio_path" is missing; each line needs id, audio_path, question_text, multi_choice, answer'
     )
 
 

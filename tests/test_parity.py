@@ -18,9 +18,7 @@ VALUES = dict(atol=1e-5, rtol=1e-5)
 
 def drawn(case: Case, temperature: float = 1.0):
     keys = [(0, 0, n) for n in range(len(case.prompts))]
-    return sample(
-        case.policy, case.prompts, group_size=GROUP, max_new_tokens=LIMIT, temperature=temperature, keys=keys
-    )
+    return sample(case.policy, case.prompts, group_size=GROUP, max_new_tokens=LIMIT, temperature=temperature, keys=keys)
 
 
 def hf_logprobs(case: Case, hf, rollout, row: int, temperature: float = 1.0) -> torch.Tensor:
@@ -40,9 +38,7 @@ def test_sampler_logprobs_equal_scorer_logprobs_equal_hugging_face(case):
     hf = case.load_hf()
     rollout = drawn(case, temperature=1.3)
     assert rollout.mask.sum(1).unique().numel() > 1, "completions of one length would not test the padding"
-    scored, _ = score(
-        case.policy, case.prompts, rollout.tokens, rollout.mask, group_size=GROUP, temperature=1.3
-    )
+    scored, _ = score(case.policy, case.prompts, rollout.tokens, rollout.mask, group_size=GROUP, temperature=1.3)
     torch.testing.assert_close(rollout.logprobs, scored.detach(), **VALUES)
     with torch.no_grad():
         for row in range(len(rollout.tokens)):

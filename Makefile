@@ -1,0 +1,40 @@
+# Each target makes its own virtual environment in .venv; nothing has to be installed first.
+PYTHON ?= python3
+BIN := .venv/bin
+RUFF := $(BIN)/ruff
+STYLE := --isolated --line-length 120 --target-version py310
+
+.PHONY: demo test lint clean
+
+demo: .venv/demo
+	$(BIN)/python launch/demo.py
+
+test: .venv/demo .venv/test
+	$(BIN)/python -m pytest
+
+lint: .venv/test
+	$(RUFF) check $(STYLE) --select E,F,I,UP,B .
+	$(RUFF) format --check $(STYLE) .
+
+# On Linux without an NVIDIA driver, the CPU build of torch where the installer finds one: the default build brings
+# gigabytes of CUDA libraries that could not be used. Whatever is installed then satisfies setup.cfg.
+.venv/installed: setup.cfg
+	$(PYTHON) -m venv .venv
+	if [ "$$(uname)" = Linux ] && [ ! -e /proc/driver/nvidia/version ]; then \
+		$(BIN)/pip install -q "torch==2.13.0+cpu" 2>/dev/null \
+		|| $(BIN)/pip install -q --index-url https://download.pytorch.org/whl/cpu torch==2.13.0 2>/dev/null \
+		|| $(BIN)/pip install -q torch==2.13.0; \
+	fi
+	$(BIN)/pip install -q -e .
+	touch $@
+
+.venv/demo: .venv/installed
+	$(BIN)/pip install -q -e ".[demo]"
+	touch $@
+
+.venv/test: .venv/installed
+	$(BIN)/pip install -q -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,111 @@
+"""The whole of `make demo`: build data and model, warm start, GRPO, supervised baseline, evaluate, and compare.
+
+    python launch/demo.py
+
+Every step is a command, printed before it runs, that can be run again by hand. Everything lands in runs/mini, which
+is made anew; runs/mini/summary.json holds the figures.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from grpo.config import Config, load_config
+
+ROOT = Path("runs/mini")
+LAUNCH = Path(__file__).parent
+GRPO_CONFIG, SFT_CONFIG = LAUNCH / "configs" / "mini.yaml", LAUNCH / "configs" / "mini_sft.yaml"
+TASKS = ("sound", "music", "speech")
+
+
+def main() -> None:
+    started = time.monotonic()
+    grpo = load_config([str(GRPO_CONFIG)])
+    shutil.rmtree(ROOT, ignore_errors=True)
+    show(sys.executable, LAUNCH / "build_mini.py", ROOT)
+    torchrun("sft.py", SFT_CONFIG)
+    torchrun("train.py", GRPO_CONFIG)
+    torchrun("sft.py", SFT_CONFIG, "model.path=runs/mini/warm/model", "run.directory=runs/mini/sft", *as_long_as(grpo))
+    for name in ("warm", "grpo", "sft"):
+        torchrun(
+            "evaluate.py",
+            GRPO_CONFIG,
+            f"model.path={ROOT}/{name}/model",
+            f"run.directory={ROOT}/{name}",
+            f"data.validation={ROOT}/data/test.jsonl",
+            "evaluation.controls=[silent]",
+        )
+    summary = summarise(grpo, seconds=time.monotonic() - started)
+    (ROOT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(table(summary))
+
+
+def torchrun(script: str, config: Path, *overrides: str) -> None:
+    """Run a launch script on two processes."""
+    show(
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        LAUNCH / script, config, *overrides,
+    )  # fmt: skip
+
+
+def show(*command: str | Path) -> None:
+    """Print a command and run it; its failure is ours."""
+    words = [os.path.relpath(word) if isinstance(word, Path) else str(word) for word in command]
+    print("\n$", " ".join(["python", *words[1:]]), flush=True)
+    # One thread per process; torchrun would choose the same and say so at length.
+    result = subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
+    if result.returncode:
+        sys.exit(result.returncode)
+
+
+def as_long_as(grpo: Config) -> tuple[str, ...]:
+    """Overrides that give supervised fine-tuning as many examples as GRPO had."""
+    sft = load_config([str(SFT_CONFIG)])
+    steps = grpo.optim.steps * grpo.optim.prompts_per_step // sft.optim.prompts_per_step
+    return f"optim.steps={steps}", "evaluation.every=0"
+
+
+def summarise(grpo: Config, *, seconds: float) -> dict:
+    """The figures of the run, from what its commands wrote."""
+    before, after, sft = (json.loads((ROOT / name / "evaluation.json").read_text()) for name in ("warm", "grpo", "sft"))
+    lines = [json.loads(line) for line in (ROOT / "grpo" / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "accuracy_before": before["accuracy"],
+        "accuracy_after": after["accuracy"],
+        "sft_accuracy": sft["accuracy"],
+        "silent_accuracy": after["silent_accuracy"],
+        "chance": after["chance"],
+        **{f"accuracy_before/{task}": before[f"accuracy/{task}"] for task in TASKS},
+        **{f"accuracy_after/{task}": after[f"accuracy/{task}"] for task in TASKS},
+        **{f"sft_accuracy/{task}": sft[f"accuracy/{task}"] for task in TASKS},
+        "test_questions": len(after["rows"]),
+        "training_examples": grpo.optim.steps * grpo.optim.prompts_per_step,
+        "sampler_gap": max(line["sampler_gap"] for line in lines if "sampler_gap" in line),
+        "steps": grpo.optim.steps,
+        "seconds": round(seconds, 1),
+    }
+
+
+def table(summary: dict) -> str:
+    """What a reader wants to know of it, in a few lines."""
+    columns = ("", *[f"/{task}" for task in TASKS])
+    rows = [("warm start", "accuracy_before"), ("after GRPO", "accuracy_after"), ("after SFT instead", "sft_accuracy")]
+    lines = [f"\n{'test accuracy, %':<20}{'all':>8}" + "".join(f"{task:>8}" for task in TASKS)]
+    for label, key in rows:
+        lines.append(f"{label:<20}" + "".join(f"{100 * summary[key + column]:8.1f}" for column in columns))
+    lines.append(f"{'GRPO, sound removed':<20}{100 * summary['silent_accuracy']:8.1f}")
+    lines.append(f"{'chance':<20}{100 * summary['chance']:8.1f}")
+    lines.append(
+        f"\n{summary['test_questions']} held-out questions; {summary['training_examples']} training examples in "
+        f"{summary['steps']} GRPO steps, as many for SFT; {summary['seconds']:.0f} s in all. "
+        f"Largest sampler gap: {summary['sampler_gap']:.1e}."
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

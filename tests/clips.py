@@ -1,0 +1,33 @@
+"""A handful of audio questions on disk: enough to train on, small enough for a test."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import soundfile
+
+from tests.conftest import waveform
+
+WORDS = ("rain", "a bell", "a dog", "wind")
+
+
+def write_questions(directory: Path, count: int, *, name: str = "train", **changes: dict) -> Path:
+    """Write `count` clips of 0.3 s and more with questions; `changes` maps "lineN" to keys to replace in line N."""
+    directory.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for n in range(count):
+        soundfile.write(directory / f"{name}-{n}.wav", waveform(0.3 + 0.07 * n, n), 16_000)
+        record = {
+            "id": f"{name}-{n}",
+            "audio_path": f"{name}-{n}.wav",
+            "question_text": "What do you hear?" if n % 2 else "What is making this sound, and how often?",
+            "multi_choice": list(WORDS),
+            "answer": n % len(WORDS),
+            "dataset_name": "test",
+            "task": "sound",
+        }
+        lines.append(json.dumps(record | changes.get(f"line{n + 1}", {})))
+    path = directory / f"{name}.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path

@@ -1,0 +1,157 @@
+"""The commands as a user meets them: what they write, and one clear line for each mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import evaluate
+import pytest
+import sft
+import soundfile
+import train
+from parts import USER_ERRORS
+
+from tests.clips import write_questions
+from tests.conftest import build_causal_lm
+
+LAUNCH = Path(train.__file__).parent
+
+
+@pytest.fixture
+def config(tmp_path, qwen2_audio_dir) -> Path:
+    """A configuration of a run small enough for a test, beside its data."""
+    questions = write_questions(tmp_path, 8)
+    held_out = write_questions(tmp_path, 4, name="test")
+    path = tmp_path / "small.yaml"
+    path.write_text(
+        f"run: {{directory: {tmp_path}/run, threads: 1}}\n"
+        f"model: {{path: {qwen2_audio_dir}}}\n"
+        f"data: {{train: {questions}, validation: {held_out}}}\n"
+        "rollout: {group_size: 2, max_new_tokens: 4}\n"
+        "optim: {steps: 2, prompts_per_step: 4, micro_batch: 2}\n"
+        "evaluation: {every: 2, batch: 3}\n"
+    )
+    return path
+
+
+def metrics(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def run(*words: object) -> subprocess.CompletedProcess:
+    """Run a command with one thread per process; its output is captured."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, env=environment)
+
+
+def test_torchrun_trains_evaluates_and_exports_on_two_processes(config, tmp_path):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    result = run(*torchrun, LAUNCH / "train.py", config, "checkpoint.every=1")
+    assert result.returncode == 0, result.stderr
+    assert "group_size: 2" in result.stdout and "step 2/2" in result.stdout
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2, 2]
+    assert {"reward", "accuracy", "format", "kl", "entropy", "sampler_gap", "seconds/rollout"} <= lines[0].keys()
+    assert lines[-1]["event"] == "evaluation" and 0 <= lines[-1]["accuracy"] <= 1
+    assert (tmp_path / "run" / "config.yaml").exists()
+    result = run(LAUNCH / "evaluate.py", config, f"model.path={tmp_path}/run/model")
+    assert result.returncode == 0 and "accuracy" in result.stdout, result.stderr
+
+
+def test_a_mistake_is_one_line_and_no_traceback(config):
+    result = run(LAUNCH / "train.py", config, "optim.stepz=3")
+    assert result.returncode == 1
+    assert (
+        result.stderr.strip()
+        == "error: override optim.stepz=3: unknown key optim.stepz; the nearest key is optim.steps"
+    )
+
+
+def test_evaluate_counts_every_question_and_asks_again_in_silence(config, tmp_path, capsys):
+    evaluate.main([str(config), "evaluation.controls=[silent]"])
+    result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert sorted(row["id"] for row in result["rows"]) == [f"test-{n}" for n in range(4)]
+    assert result["chance"] == 0.25 and {"accuracy", "accuracy/sound", "silent_accuracy"} <= result.keys()
+    assert "on 4 questions" in capsys.readouterr().out
+    evaluate.main([str(config), "evaluation.limit=3"])
+    assert len(json.loads((tmp_path / "run" / "evaluation.json").read_text())["rows"]) == 3
+
+
+def test_text_only_policies_train_on_questions_without_clips(config, tmp_path):
+    build_causal_lm(tmp_path / "text")
+    lines = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    text = "\n".join(json.dumps({key: line[key] for key in line if key != "audio_path"}) for line in lines)
+    (tmp_path / "text.jsonl").write_text(text)
+    overrides = [f"model.path={tmp_path}/text", f"data.train={tmp_path}/text.jsonl", "data.validation=null"]
+    for number, verb in enumerate((train, sft)):
+        verb.main([str(config), *overrides, f"run.directory={tmp_path}/run{number}"])
+        assert len(metrics(tmp_path / f"run{number}")) == 2
+
+
+def broken(tmp_path: Path, what: str) -> list[str]:
+    """Overrides that lead to a training file with one fault in its line 3."""
+    changes = {
+        "missing file": {"audio_path": "nowhere.wav"},
+        "unreadable": {"audio_path": "unreadable.wav"},
+        "empty": {"audio_path": "empty.wav"},
+        "silent": {"audio_path": "silent.wav"},
+        "too long": {"audio_path": "long.wav"},
+        "answer out of range": {"answer": 4},
+    }
+    path = write_questions(tmp_path / "broken", 6, line3=changes.get(what, {}))
+    (tmp_path / "broken" / "unreadable.wav").write_bytes(b"no sound at all")
+    (tmp_path / "broken" / "empty.wav").write_bytes(b"")
+    soundfile.write(tmp_path / "broken" / "silent.wav", [0.0] * 8000, 16_000)
+    soundfile.write(tmp_path / "broken" / "long.wav", [0.1] * 32_000, 16_000)
+    if what == "bad JSON":
+        lines = path.read_text().splitlines()
+        lines[2] = lines[2][:-5]
+        path.write_text("\n".join(lines))
+    return [f"data.train={path}", "data.max_seconds=1", "data.validation=null", "optim.prompts_per_step=6"]
+
+
+FAULTS = {
+    "missing file": r"train.jsonl:3: .*nowhere.wav: no such file.*check audio_path",
+    "unreadable": r"train.jsonl:3: .*unreadable.wav: cannot be decoded .*expected wav, flac, ogg or mp3",
+    "empty": r"train.jsonl:3: .*empty.wav: is empty.*copy it again",
+    "silent": r"train.jsonl:3: .*silent.wav: is silent .*remove the example or replace",
+    "too long": r"train.jsonl:3: .*long.wav: is 2.00 s long; expected at most 1 s.*long_clips",
+    "answer out of range": r"train.jsonl:3: .*answer.* 4",
+    "bad JSON": r"train.jsonl:3: .*JSON",
+}
+
+
+@pytest.mark.parametrize("what", FAULTS)
+def test_bad_input_stops_with_where_what_and_how_to_fix_it(what, config, tmp_path):
+    with pytest.raises(USER_ERRORS, match=FAULTS[what].replace(": .*", r":[\s\S]*")):
+        train.main([str(config), *broken(tmp_path, what)])
+
+
+@pytest.mark.parametrize("what", FAULTS)
+def test_with_skip_bad_it_is_counted_listed_and_left_out(what, config, tmp_path, capsys):
+    train.main([str(config), *broken(tmp_path, what), "data.skip_bad=true"])
+    assert len([line for line in metrics(tmp_path / "run") if "reward" in line]) == 2
+    (listed,) = (tmp_path / "run").glob("bad-*.jsonl")
+    (line,) = listed.read_text().splitlines()
+    assert json.loads(line)["file"] == "train.jsonl:3"
+    assert f"1 bad examples skipped, listed in {listed}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.path=nowhere"], "nowhere: no such directory"),
+        (["data.template=anser"], "did you mean 'answer'"),
+        (["reward.weights={acuracy: 1}"], "did you mean 'accuracy'"),
+        (["data.train=null"], "data.train is missing"),
+        (["rollout.group_size=1"], "rollout.group_size must be at least 2"),
+        (["data.train=nowhere.jsonl"], "nowhere.jsonl"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_what_would_be_right(overrides, message, config):
+    with pytest.raises(USER_ERRORS, match=message):
+        train.main([str(config), *overrides])

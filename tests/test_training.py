@@ -1,0 +1,244 @@
+"""The update does not depend on how the work is split, and a resumed run is the run.
+
+Weights are compared after AdamW steps at a learning rate of 1e-3, so a wrong gradient moves them by about 1e-3; the
+rounding of sums in another order moves them by less than 1e-5. The one exception is the bias of the key projection: a
+constant added to all keys does not change a softmax, so its gradient is zero but for rounding, and AdamW, which
+divides a gradient by its own size, turns that rounding into steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from parts import judge, make_policy, make_reference, rewards_of, training_loader, validation_batches
+from safetensors.torch import load_file
+
+from data.examples import load_examples
+from grpo.advantage import group_advantages
+from grpo.checkpoint import CheckpointError, load_checkpoint
+from grpo.config import Config, ConfigError, load_config
+from grpo.loss import policy_loss, token_weights
+from grpo.sampler import sample
+from grpo.scorer import score
+from grpo.sft import SupervisedTrainer
+from grpo.sharding import World
+from grpo.trace import read_step
+from grpo.trainer import NonFiniteError, Trainer
+from grpo.types import Batch
+from tests.clips import write_questions
+from tests.conftest import build_causal_lm
+from tests.ranks import on_ranks
+
+ROUNDING = 1e-5
+NO_GRADIENT = "k_proj.bias"
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory) -> Path:
+    return write_questions(tmp_path_factory.mktemp("questions"), 12)
+
+
+@pytest.fixture
+def settings(tmp_path, qwen2_audio_dir, questions) -> list[str]:
+    path = tmp_path / "config.yaml"
+    path.write_text("{}")
+    return [
+        str(path),
+        f"model.path={qwen2_audio_dir}",
+        f"data.train={questions}",
+        "rollout.group_size=4",
+        "rollout.max_new_tokens=6",
+        "optim.prompts_per_step=4",
+        "optim.micro_batch=2",
+        "optim.lr=1e-3",
+        "optim.schedule=constant",
+        "optim.steps=3",
+    ]
+
+
+def length_reward(examples, completions) -> torch.Tensor:
+    """Something that differs between the completions of a random model, as accuracy does not."""
+    return torch.tensor([[len(text) % 7 / 7, float("a" in text)] for text in completions])
+
+
+def build(world: World, config: Config, kind: type[Trainer] = Trainer, **more) -> Trainer:
+    policy = make_policy(config, world)
+    loader = training_loader(config, world, policy)
+    if kind is Trainer:
+        more = {"rewards": length_reward, "reference": make_reference(config, world)} | more
+    return kind(config, world, policy, data=loader, **more)
+
+
+def train(world: World, settings: list[str]) -> None:
+    build(world, load_config(settings)).train()
+
+
+def train_all(world: World, runs: list[list[str]]) -> None:
+    for settings in runs:
+        train(world, settings)
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model" / "model.safetensors")
+
+
+def largest_difference(first: Path, second: Path) -> float:
+    a, b = weights(first), weights(second)
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a if NO_GRADIENT not in name)
+
+
+def test_the_update_is_the_same_for_any_micro_batch_and_on_one_or_two_ranks(settings, tmp_path, qwen2_audio_dir):
+    for size in (1, 2, 4):
+        on_ranks(1, train, [*settings, f"run.directory={tmp_path}/micro{size}", f"optim.micro_batch={size}"])
+    assert largest_difference(tmp_path / "micro4", tmp_path / "micro1") < ROUNDING
+    assert largest_difference(tmp_path / "micro4", tmp_path / "micro2") < ROUNDING
+
+    runs = [[*settings, f"run.directory={tmp_path}/ranks2"]]
+    runs += [[*settings, f"run.directory={tmp_path}/kept", "model.reshard=false", "optim.micro_batch=1"]]
+    runs += [[*settings, f"run.directory={tmp_path}/recomputed", "model.recompute=true"]]
+    on_ranks(2, train_all, runs)
+    for name in ("ranks2", "kept", "recomputed"):
+        assert largest_difference(tmp_path / "micro4", tmp_path / name) < ROUNDING, name
+
+    start = load_file(qwen2_audio_dir / "model.safetensors")
+    moved = [(weights(tmp_path / "ranks2")[name] - start[name]).abs().max() for name in start]
+    assert max(moved) > 1e-3, "nothing was learnt, so nothing was compared"
+    first, second = (read_metrics(tmp_path / name) for name in ("micro4", "ranks2"))
+    for one, two in zip(first, second, strict=True):
+        for name in one.keys() - {key for key in one if key.startswith("seconds")}:
+            assert one[name] == pytest.approx(two[name], abs=1e-4), name
+    assert all(line["sampler_gap"] < ROUNDING for line in first + second)
+
+
+def read_metrics(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_two_steps_and_two_resumed_are_four_bit_for_bit(ranks, settings, tmp_path):
+    whole = [*settings, f"run.directory={tmp_path}/whole", "optim.steps=4"]
+    half = [*settings, f"run.directory={tmp_path}/half", "checkpoint.every=2", "optim.steps=2"]
+    rest = [*settings, f"run.directory={tmp_path}/half", "checkpoint.every=2", "optim.steps=4", "run.resume=true"]
+    on_ranks(ranks, train_all, [whole, half, rest])
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "half")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    first, second = (read_metrics(tmp_path / name) for name in ("whole", "half"))
+    for one, two in zip(first, second, strict=True):
+        assert all(one[key] == two[key] for key in one if not key.startswith("seconds"))
+
+
+def test_padding_beside_a_longer_prompt_changes_no_gradient(case):
+    """A group alone in its micro-batch, and the same group beside longer prompts and completions."""
+    keys = [(0, 0, n) for n in range(3)]
+    rollout = sample(case.policy, case.prompts, group_size=4, max_new_tokens=9, temperature=1.0, keys=keys)
+    rewards = torch.rand(12, generator=torch.Generator().manual_seed(0))
+    batch = Batch(
+        rollout.prompts,
+        4,
+        rollout.tokens,
+        rollout.mask,
+        token_weights(rollout.mask, kind="sequence-mean", completions=12, tokens=1),
+        old_logprobs=rollout.logprobs,
+        advantages=group_advantages(rewards, group_size=4),
+    )
+    gradients = []
+    for size in (1, 3):
+        case.policy.zero_grad()
+        for micro in batch.micro_batches(size):
+            logprobs, _ = score(case.policy, micro.prompts, micro.tokens, micro.mask, group_size=4)
+            loss, _ = policy_loss(
+                logprobs, micro.old_logprobs, None, micro.advantages, micro.weights,
+                clip_low=0.2, clip_high=0.2, beta=0.0,
+            )  # fmt: skip
+            loss.backward()
+        gradients.append({n: p.grad.clone() for n, p in case.policy.named_parameters() if p.grad is not None})
+    for name, gradient in gradients[0].items():
+        if NO_GRADIENT in name:
+            continue
+        # Gradients are sums of some hundred float32 terms: 1e-4 of the largest entry is rounding.
+        assert (gradient - gradients[1][name]).abs().max() < 1e-4 * gradient.abs().max(), name
+
+
+def test_supervised_training_learns_its_answers(settings, tmp_path, questions):
+    overrides = ["optim.steps=40", "optim.lr=3e-3", "data.shuffle_choices=false", "optim.prompts_per_step=4"]
+    questions = write_questions(tmp_path / "few", 4)
+    overrides += [f"run.directory={tmp_path}/sft", f"data.train={questions}", "evaluation.before=true"]
+    config = load_config([*settings, *overrides, "evaluation.every=40", "rollout.max_new_tokens=20"])
+
+    def run(world: World) -> None:
+        examples, _ = load_examples(questions)
+        trainer = build(
+            world, config, SupervisedTrainer, target=lambda example: f"<answer>{example.answer_text}</answer>",
+            judge=judge,
+        )  # fmt: skip
+        trainer.validation = lambda: validation_batches(config, world, trainer.policy, examples)
+        trainer.train()
+
+    on_ranks(1, run)
+    lines = read_metrics(tmp_path / "sft")
+    events = [line for line in lines if "event" in line]
+    assert events[0]["accuracy"] == 0.0
+    assert events[-1]["accuracy"] == 1.0
+    assert [line["loss"] for line in lines if "loss" in line][-1] < 0.05
+
+
+def test_the_rewards_of_the_configuration_reach_the_advantages(settings, tmp_path):
+    config = load_config([*settings, f"run.directory={tmp_path}/run"])
+    columns = rewards_of(config)([load_examples(config.data.train)[0][0]] * 2, ["<answer>rain</answer>", "rain"])
+    assert columns.tolist() == [[1.0, 1.0], [1.0, 0.0]]
+
+
+def test_a_finished_run_is_not_overwritten(settings, tmp_path):
+    run = [*settings, f"run.directory={tmp_path}/run", "optim.steps=1"]
+    on_ranks(1, train, run)
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    with pytest.raises(ConfigError, match="already holds a run.*run.resume=true"):
+        on_ranks(1, train, run)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_name(settings, tmp_path):
+    run = [*settings, f"run.directory={tmp_path}/run", "optim.steps=1", "checkpoint.every=1"]
+    on_ranks(1, train, run)
+    build_causal_lm(tmp_path / "other")
+
+    def resume(world: World) -> None:
+        config = load_config([*run, f"model.path={tmp_path}/other", "loss.beta=0"])
+        policy = make_policy(config, world)
+        load_checkpoint(tmp_path / "run" / "checkpoints", policy, torch.optim.AdamW(policy.parameters()))
+
+    with pytest.raises(CheckpointError, match="checkpoint of another model.*tensors differ"):
+        on_ranks(1, resume)
+    with pytest.raises(CheckpointError, match="no checkpoint to resume from"):
+        on_ranks(1, train, [*settings, f"run.directory={tmp_path}/nothing", "run.resume=true"])
+
+
+def test_an_interrupted_save_is_not_taken_for_a_checkpoint(settings, tmp_path):
+    run = [*settings, f"run.directory={tmp_path}/run", "optim.steps=2", "checkpoint.every=1", "checkpoint.keep=1"]
+    on_ranks(1, train, run)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["step-000002"], "older ones go when keep is 1"
+    (checkpoints / "step-000009.partial").mkdir()
+    on_ranks(1, train, [*run, "run.resume=true", "optim.steps=3"])
+    assert (checkpoints / "step-000003").is_dir()
+
+
+def test_a_number_that_is_not_one_stops_the_run_and_keeps_the_step(settings, tmp_path):
+    config = load_config([*settings, f"run.directory={tmp_path}/run"])
+
+    def run(world: World) -> None:
+        broken = dataclasses.replace(config, optim=dataclasses.replace(config.optim, steps=1))
+        trainer = build(world, broken, rewards=lambda e, c: length_reward(e, c) * torch.nan)
+        trainer.train()
+
+    with pytest.raises(NonFiniteError, match=r"step 1, rank 0: the loss and the gradient .* examples train-"):
+        on_ranks(1, run)
+    (path,) = (tmp_path / "run" / "nonfinite").iterdir()
+    batch, record = read_step(path)
+    assert record["step"] == 0 and len(record["examples"]) == 4
+    assert batch.advantages.isnan().any() and batch.tokens.shape == batch.mask.shape
