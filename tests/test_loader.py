@@ -10,7 +10,7 @@ import soundfile
 
 from data.errors import AudioError, DataError, SkippedClipError
 from data.examples import BadExample, Example
-from data.loader import Loader, check_audio, write_bad
+from data.loader import Loader, check_audio, evaluation_batches, write_bad
 from data.order import step_indices
 
 COUNT = 11
@@ -237,3 +237,47 @@ def test_skipped_examples_are_written_one_per_line(tmp_path):
     write_bad(tmp_path / "bad.jsonl", [BadExample("train.jsonl:3", "ä", "is silent"), BadExample("b:1", "2", "x")])
     lines = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text(encoding="utf-8").splitlines()]
     assert lines[0] == {"file": "train.jsonl:3", "id": "ä", "reason": "is silent"} and len(lines) == 2
+
+
+def silenced(loader, steps=60):
+    """Which (step, example) had its samples set to zero; example 0 is zeros by itself and left out."""
+    drawn = [(step, example, prompt) for step in range(steps) for example, prompt in loader.step(step)]
+    return {(step, position(example)): prompt[1] == 0 for step, example, prompt in drawn if position(example)}
+
+
+def test_silent_share_removes_the_sound_of_that_share_as_a_function_of_seed_step_and_example():
+    with make() as loader:
+        assert not any(silenced(loader).values())
+    with make(silent_share=0.3) as loader, make(silent_share=0.3) as again, make(silent_share=0.3, seed=1) as other:
+        first = silenced(loader)
+        # 218 draws at 0.3: a standard deviation is 0.031.
+        assert abs(sum(first.values()) / len(first) - 0.3) < 0.12
+        assert first == silenced(again)
+        second = silenced(other)
+        assert any(first[drawn] != second[drawn] for drawn in first.keys() & second.keys())
+
+
+def test_keys_differ_by_seed_step_and_example_and_are_the_same_everywhere():
+    one, two = examples(2)
+    with make() as loader, make(seed=1) as other:
+        keys = [loader.key(0, one), loader.key(1, one), loader.key(0, two), other.key(0, one)]
+        assert len(set(keys)) == 4
+        assert keys[0] == (0, 0, 12363731365491689381), "a published hash, not this process's"
+
+
+def batches(count=7, **changes):
+    settings = dict(template="answer", waveform=reading(), batch=3, workers=2)
+    return evaluation_batches(examples(count), lambda text, waveform: float(waveform[0]), **(settings | changes))
+
+
+def test_evaluation_batches_hold_every_example_once_in_order():
+    drawn = list(batches())
+    assert [len(batch) for batch in drawn] == [3, 3, 1]
+    assert [position(example) for batch in drawn for example, _ in batch] == list(range(7))
+    assert all(value == position(example) for batch in drawn for example, value in batch)
+    assert list(batches(count=0)) == []
+
+
+def test_evaluation_leaves_no_bad_example_out():
+    with pytest.raises(AudioError, match="train.jsonl:6: 5.wav: is silent"):
+        list(batches(waveform=reading(bad={5})))
