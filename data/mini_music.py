@@ -7,10 +7,11 @@ import numpy as np
 from numpy.random import Generator
 
 from data import soundfont, synthesis
-from data.clips import Skill, onsets, placed
+from data.clips import TRENDS, Skill, onsets, placed, trending
 
 Notes = list[tuple[float, float, int]]  # start in seconds, duration in seconds, MIDI pitch
 SLOW = ("strings",)  # families whose notes start too softly to be counted
+HELD = ("organ", "strings", "brass")  # families whose notes stay as loud as they began
 PITCHES = (64, 88)  # MIDI, E4 to E6: high enough for mel bands to tell neighbouring notes apart
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4}
 PLACES = {"first": 0, "second": 1, "third": 2, "fourth": 3}
@@ -61,7 +62,7 @@ def skills(orchestra: Orchestra) -> list[Skill]:
         Skill(
             task="music",
             category="instrument",
-            weight=2,
+            weight=1.5,
             seconds=(1.5, 2.0),
             questions=("Which instrument is playing?", "What instrument do you hear?", "Which instrument is heard?"),
             answers=orchestra.families,
@@ -70,7 +71,7 @@ def skills(orchestra: Orchestra) -> list[Skill]:
         Skill(
             task="music",
             category="melody",
-            weight=2,
+            weight=1.5,
             seconds=(1.6, 2.4),
             questions=("How does the melody move?", "Which way does the melody go?"),
             answers=tuple(SHAPES),
@@ -94,6 +95,15 @@ def skills(orchestra: Orchestra) -> list[Skill]:
             answers=tuple(PLACES),
             clip=_clip(orchestra, _clear(orchestra), _peak),
         ),
+        Skill(
+            task="music",
+            category="dynamics",
+            weight=2,
+            seconds=(1.5, 2.2),
+            questions=("How does the loudness of the music change?", "Does the music get louder or quieter?"),
+            answers=tuple(TRENDS),
+            clip=_dynamics(orchestra),
+        ),
     ]
 
 
@@ -111,6 +121,22 @@ def _clip(orchestra: Orchestra, families: tuple[str, ...], compose: Callable[[st
         return orchestra.play(family, player, notes, seconds, rng), f"{family}-{player:03d}"
 
     return clip
+
+
+def _dynamics(orchestra: Orchestra):
+    """The clip function of changing loudness: held notes, so that nothing else makes them louder or quieter."""
+    steady = _clip(orchestra, HELD, _held)
+
+    def clip(answer: str, choices: list[str], seconds: float, test: bool, rng: Generator) -> tuple[np.ndarray, str]:
+        wave, source = steady("", choices, seconds, test, rng)
+        return trending(wave, answer, rng), source
+
+    return clip
+
+
+def _held(answer: str, seconds: float, rng: Generator) -> Notes:
+    low = int(rng.integers(PITCHES[0], PITCHES[1] - 12))
+    return [(0.0, seconds, low + step) for step in (0, int(rng.integers(3, 8)))]
 
 
 def _timed(pitches: list[int], seconds: float, rng: Generator) -> Notes:

@@ -8,20 +8,13 @@ import soundfile
 from numpy.random import Generator
 
 from data import synthesis
-from data.clips import SAMPLE_RATE, Skill, decibels, faded, loudest, samples, sequence
+from data.clips import SAMPLE_RATE, TRENDS, Skill, faded, loudest, sequence, trending
 
 RECORDINGS = Path(__file__).parent / "recordings"
 ANIMALS = (("cat", "cow", "dog", "duck", "frog", "sheep"), ("horse", "owl", "pig", "rooster"))  # training, test
 CALL = 0.3  # seconds kept of an animal's call when calls are counted
 COUNTS = {"one": 1, "two": 2, "three": 3, "four": 4}
 STEADY = ("engine", "rain", "horn", "siren")  # events whose own loudness hardly changes
-# answer: (seconds as a share of the clip, level in dB) of the envelope's corners
-TRENDS = {
-    "gets louder": ((0, -24), (1, 0)),
-    "gets quieter": ((0, 0), (1, -24)),
-    "stays the same": ((0, 0), (1, 0)),
-    "gets louder then quieter": ((0, -24), (0.5, 0), (1, -24)),
-}
 
 
 def skills() -> list[Skill]:
@@ -100,11 +93,7 @@ def _loudness_clip(
     answer: str, choices: list[str], seconds: float, test: bool, rng: Generator
 ) -> tuple[np.ndarray, str]:
     wave, source = _event(str(rng.choice(STEADY)), seconds, test, rng)
-    shares, levels = np.array(TRENDS[answer], dtype=float).T
-    if len(shares) == 3:
-        shares[1] = rng.uniform(0.35, 0.65)
-    envelope = np.interp(np.linspace(0, 1, samples(seconds)), shares, levels * rng.uniform(0.8, 1.2))
-    return wave * decibels(envelope), source
+    return trending(wave, answer, rng), source
 
 
 def _order_clip(answer: str, choices: list[str], seconds: float, test: bool, rng: Generator) -> tuple[np.ndarray, str]:

@@ -9,6 +9,7 @@ from data.clips import Skill, placed, samples, sequence
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SUMS = {"four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
+COUNTS = {"one": 1, "two": 2, "three": 3, "four": 4}
 LANGUAGES = {"english": "en-us", "french": "fr", "german": "de", "spanish": "es", "italian": "it"}
 HELD_OUT_ENDINGS = 2  # of each language, that only the test has
 # A sentence is any beginning with any ending, so that the language is learnt and not a sentence.
@@ -47,7 +48,7 @@ def vowel_skill() -> Skill:
     return Skill(
         task="speech",
         category="vowel",
-        weight=2,
+        weight=1.5,
         seconds=(1.5, 1.8),
         questions=("Which vowel is sung?", "Which vowel do you hear?"),
         answers=tuple(synthesis.FORMANTS),
@@ -77,6 +78,10 @@ def spoken_skills(speaker: espeak.Speaker) -> list[Skill]:
         others = [str(choice) for choice in rng.permutation([choice for choice in choices if choice != answer])]
         return say([others[0], answer, others[1]][: rng.integers(2, 4)], seconds, test, rng)
 
+    def amount(answer: str, choices: list[str], seconds: float, test: bool, rng: Generator) -> tuple[np.ndarray, str]:
+        words = [str(digit) for digit in rng.choice(DIGITS, COUNTS[answer])]
+        return say(words, seconds, test, rng)
+
     def addition(answer: str, choices: list[str], seconds: float, test: bool, rng: Generator) -> tuple[np.ndarray, str]:
         total = SUMS[answer]
         first = int(rng.integers(max(1, total - 9), min(9, total - 1) + 1))
@@ -102,6 +107,15 @@ def spoken_skills(speaker: espeak.Speaker) -> list[Skill]:
         ),
         Skill(
             task="speech",
+            category="word count",
+            weight=2,
+            seconds=(2.2, 3.0),
+            questions=("How many words are spoken?", "How many words does the speaker say?"),
+            answers=tuple(COUNTS),
+            clip=amount,
+        ),
+        Skill(
+            task="speech",
             category="language",
             weight=1,
             seconds=(1.8, 2.4),
@@ -121,7 +135,7 @@ def spoken_skills(speaker: espeak.Speaker) -> list[Skill]:
         Skill(
             task="speech",
             category="addition",
-            weight=0.75,
+            weight=0.5,
             seconds=(1.5, 2.2),
             questions=("What is the sum of the two numbers?", "What do the two numbers add up to?"),
             answers=tuple(SUMS),

@@ -2,7 +2,7 @@
 
 import torch
 
-EPSILON = 1e-4  # keeps a group of equal rewards at 0; the value of R1-AQA's recipe
+EPSILON = 1e-4  # beside the standard deviation; the value of R1-AQA's recipe
 
 
 def group_advantages(rewards: torch.Tensor, *, group_size: int, scale: str = "std") -> torch.Tensor:
@@ -20,4 +20,11 @@ def group_advantages(rewards: torch.Tensor, *, group_size: int, scale: str = "st
     centred = groups - groups.mean(dim=1, keepdim=True)
     if scale == "std":
         centred = centred / (groups.std(dim=1, keepdim=True) + EPSILON)
-    return centred.flatten()
+    # A mean of equal numbers is not always that number; divided by EPSILON, the difference would not be small.
+    return centred.masked_fill(equal_rewards(rewards, group_size=group_size)[:, None], 0.0).flatten()
+
+
+def equal_rewards(rewards: torch.Tensor, *, group_size: int) -> torch.Tensor:
+    """Which groups (N,) of rewards (B,) hold one value only, and so have no advantage to learn from."""
+    groups = rewards.unflatten(0, (-1, group_size))
+    return groups.amax(dim=1) == groups.amin(dim=1)

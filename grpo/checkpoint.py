@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
 from grpo.sharding import World
+from models.loading import tied_names
 from models.policy import Policy
 
 SHARD_BYTES = "5GB"  # of one safetensors file of an export
@@ -56,11 +58,19 @@ def load_checkpoint(directory: Path, policy: Policy, optimizer: torch.optim.Opti
     if not complete:
         raise CheckpointError(f"{directory}: no checkpoint to resume from; run without run.resume=true to start afresh")
     newest = complete[-1]
-    saved = json.loads((newest / "hark.json").read_text())
-    _compare(newest, saved["tensors"], _signature(policy))
-    state = _state(policy, optimizer)
-    dcp.load(state, checkpoint_id=newest)
+    settings = [{key: group[key] for key in ("betas", "weight_decay")} for group in optimizer.param_groups]
+    try:
+        saved = json.loads((newest / "hark.json").read_text())
+        _compare(newest, saved["tensors"], _signature(policy))
+        state = _state(policy, optimizer)
+        dcp.load(state, checkpoint_id=newest)
+    except (OSError, ValueError, KeyError, CheckpointException) as error:
+        raise CheckpointError(
+            f"{newest} cannot be read ({error}); expected a whole checkpoint; delete it to resume from the one before"
+        ) from error
     set_state_dict(policy, optimizer, model_state_dict=state["policy"], optim_state_dict=state["optimizer"])
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)  # the configuration's, not the checkpoint's
     return saved["step"]
 
 
@@ -71,8 +81,7 @@ def export(policy: Policy, target: Path, world: World) -> None:
     """
     from huggingface_hub import save_torch_state_dict
 
-    state = {}
-    tied = _tied(policy)
+    state, tied = {}, {name for name, first in tied_names(policy.model).items() if name != first}
     for name, tensor in policy.model.state_dict().items():
         if name in tied:
             continue
@@ -80,11 +89,15 @@ def export(policy: Policy, target: Path, world: World) -> None:
         if world.is_main:
             state[policy.hub_name(name)] = whole.detach().cpu().clone()
     if world.is_main:
-        target.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f"{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
         for file in policy.directory.iterdir():
             if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):
-                shutil.copy2(file, target / file.name)
-        save_torch_state_dict(state, target, max_shard_size=SHARD_BYTES, metadata={"format": "pt"})
+                shutil.copy2(file, partial / file.name)
+        save_torch_state_dict(state, partial, max_shard_size=SHARD_BYTES, metadata={"format": "pt"})
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
     dist.barrier()
 
 
@@ -111,10 +124,3 @@ def _compare(path: Path, saved: dict[str, list[int]], own: dict[str, list[int]])
             f"{saved.get(name, 'absent')} there and {own.get(name, 'absent')} in model.path; "
             "use the model.path of that run, or another run.directory"
         )
-
-
-def _tied(policy: Policy) -> set[str]:
-    """Names of tensors that stand under an earlier name too."""
-    first: dict[int, str] = {}
-    names = policy.model.named_parameters(remove_duplicate=False)
-    return {name for name, parameter in names if first.setdefault(id(parameter), name) != name}

@@ -37,13 +37,14 @@ CountOrZero = Annotated[int, Bound("at least 0", at_least=0)]
 Positive = Annotated[float, Bound("greater than 0", above=0)]
 PositiveOrZero = Annotated[float, Bound("at least 0", at_least=0)]
 ClipLow = Annotated[float, Bound("greater than 0 and at most 1", above=0, at_most=1)]
+Seed = Annotated[int, Bound("0 to 4294967295", at_least=0, at_most=2**32 - 1)]
 Share = Annotated[float, Bound("at least 0 and less than 1", at_least=0, below=1)]
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    directory: str  # where metrics, checkpoints and traces are written
-    seed: CountOrZero = 0  # with (step, example) it fixes data order, choices and completions
+    directory: str  # where metrics, checkpoints and the trained model are written
+    seed: Seed = 0  # with (step, example) it fixes data order, choices and completions
     resume: bool = False  # continue from the newest checkpoint in `directory`
     threads: CountOrZero = 0  # torch's intra-op threads per rank; 0 leaves torch's own choice
 
@@ -114,12 +115,12 @@ class EvaluationConfig:
     batch: Count = 16  # prompts at a time on one rank
     limit: Count | None = None  # examples to evaluate; null is all
     before: bool = False  # also evaluate before the first step
-    controls: list[str] = field(default_factory=list)  # launch/evaluate.py: ["silent"] asks again without the sound
+    silent: bool = False  # launch/evaluate.py: ask every question again with its sound removed
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every: CountOrZero = 0  # steps between checkpoints; 0 is never
+    every: CountOrZero = 100  # steps between checkpoints, the last step included; 0 is never
     keep: Count = 2  # newest checkpoints to keep
     export: bool = True  # write a Hugging Face directory at the end
 

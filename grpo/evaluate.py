@@ -45,10 +45,10 @@ def evaluate(
 
 
 def accuracies(rows: Sequence[dict], *by: str) -> dict[str, float]:
-    """Share of right answers: "accuracy" over all rows, and "accuracy/VALUE" for each value of each column in `by`."""
+    """Share of right answers: "accuracy" over all rows, and "accuracy/COLUMN/VALUE" for each value of the columns."""
     groups: dict[str, list[bool]] = {"accuracy": [row["correct"] for row in rows]}
     for column in by:
         for row in rows:
             if row[column]:
-                groups.setdefault(f"accuracy/{row[column]}", []).append(row["correct"])
+                groups.setdefault(f"accuracy/{column}/{row[column]}", []).append(row["correct"])
     return {name: sum(correct) / len(correct) for name, correct in groups.items() if correct}

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from grpo.scorer import log_distribution
-from grpo.tree import branches_layout, prompt_layout, tree_mask
+from grpo.scorer import log_distribution, tree_masks
+from grpo.tree import branches_layout, prompt_layout
 from grpo.types import Rollout
 from models.cache import KVCache
 from models.policy import Policy, Prompt
@@ -61,8 +61,7 @@ def _sample(
     layout = prompt + branches_layout(lengths, group_size, limit, by_step=True)
     cache = KVCache(longest + group_size * (limit - 1))  # the last token of a branch is drawn, never fed
 
-    mask, distance = tree_mask(prompt, prompt)
-    hidden = policy.decode(embeddings, mask, prompt.position, distance, cache)
+    hidden = policy.decode(embeddings, tree_masks(policy, prompt, prompt), prompt.position, cache)
     last = hidden[torch.arange(count, device=device), lengths - 1]
     hidden = last.repeat_interleave(group_size, dim=0)  # (B, D)
 
@@ -81,9 +80,9 @@ def _sample(
             break
         start = longest + t * group_size
         fed = layout[start : start + group_size]
-        seen, distance = tree_mask(fed, layout[: start + group_size])
+        masks = tree_masks(policy, fed, layout[: start + group_size])
         embedded = policy.embed_tokens(tokens[:, t]).unflatten(0, (count, group_size))
-        hidden = policy.decode(embedded, seen, fed.position, distance, cache).flatten(0, 1)
+        hidden = policy.decode(embedded, masks, fed.position, cache).flatten(0, 1)
 
     used = slice(t + 1)
     return Rollout(prompts, group_size, tokens[:, used], mask[:, used], logprobs[:, used], ~running)

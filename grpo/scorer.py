@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from grpo.tree import branches_layout, prompt_layout, tree_mask
+from grpo.tree import Layout, branches_layout, prompt_layout, tree_mask
 from models.policy import Policy, Prompt
 
 CHUNK = 2048  # scored tokens whose vocabulary-wide logits exist at the same time
@@ -35,6 +35,11 @@ def log_distribution(policy: Policy, hidden: torch.Tensor, temperature: float) -
     if policy.suppressed_ids:
         logits = logits.index_fill(-1, torch.tensor(policy.suppressed_ids, device=logits.device), -torch.inf)
     return logits.log_softmax(dim=-1)
+
+
+def tree_masks(policy: Policy, queries: Layout, keys: Layout) -> dict[str, torch.Tensor]:
+    """The tree mask for each type of layer that the policy has."""
+    return {kind: tree_mask(queries, keys, window) for kind, window in policy.windows.items()}
 
 
 def _score(
@@ -68,16 +73,11 @@ def _predicting_states(
     steps = tokens.shape[1] - 1
     fed = policy.embed_tokens(tokens[:, :-1]).reshape(count, group_size * steps, width)
     row = prompt_layout(lengths, longest) + branches_layout(lengths, group_size, steps, by_step=False)
-    hidden = policy.decode(torch.cat([embeddings, fed], dim=1), *_attention(row))
+    hidden = policy.decode(torch.cat([embeddings, fed], dim=1), tree_masks(policy, row, row), row.position)
     first = hidden[torch.arange(count, device=lengths.device), lengths - 1]
     first = first[:, None, None].expand(-1, group_size, -1, -1)  # (N, G, 1, D)
     rest = hidden[:, longest:].unflatten(1, (group_size, steps)) if steps else first[:, :, :0]
     return torch.cat([first, rest], dim=2).flatten(0, 1)
-
-
-def _attention(row) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    mask, distance = tree_mask(row, row)
-    return mask, row.position, distance
 
 
 def _chosen(

@@ -6,13 +6,17 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from grpo.config import ConfigError
 from models.policy import Policy
+
+PATIENCE = timedelta(hours=1)  # that ranks wait for one another; rank 0 may be writing an export of many gigabytes
 
 
 @dataclass(frozen=True)
@@ -34,20 +38,35 @@ def joined_world(*, threads: int = 0) -> Iterator[World]:
     """Join the processes that torchrun started, or be a world of one without torchrun."""
     if threads:
         torch.set_num_threads(threads)
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    device = _device()
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=PATIENCE)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    kind = "cuda" if cuda else "cpu"
-    device = torch.device(kind, torch.cuda.current_device()) if cuda else torch.device(kind)
+    size = dist.get_world_size()
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), device, init_device_mesh(kind, (dist.get_world_size(),)))
-    finally:
-        dist.destroy_process_group()
+        yield World(dist.get_rank(), size, device, init_device_mesh(device.type, (size,)))
+    except BaseException:
+        # Leaving in good order would wait for the others, who may be waiting for this rank; torchrun ends them.
+        if size == 1:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def _device() -> torch.device:
+    """This process's own GPU, or the CPU of a machine without one."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if local >= torch.cuda.device_count():
+        raise ConfigError(
+            f"process {local} of this machine has no GPU, there are {torch.cuda.device_count()}; "
+            "start as many processes as GPUs, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
 
 
 def shard(policy: Policy, mesh: DeviceMesh, *, dtype: torch.dtype = torch.float32, reshard: bool = True) -> None:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_map
 
 from grpo.types import Batch
 from models.policy import Prompt
@@ -15,7 +16,8 @@ from models.policy import Prompt
 def write_step(path: Path, batch: Batch, *, step: int, rank: int, examples: Sequence[str]) -> None:
     """Write one rank's batch of a step with the ids of its examples, on the CPU, in plain types."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"step": step, "rank": rank, "examples": list(examples), "batch": asdict(batch)}, path)
+    fields = tree_map(lambda value: value.cpu() if torch.is_tensor(value) else value, asdict(batch))
+    torch.save({"step": step, "rank": rank, "examples": list(examples), "batch": fields}, path)
 
 
 def read_step(path: Path, device: torch.device | str = "cpu") -> tuple[Batch, dict]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import yaml
 
-from grpo.advantage import group_advantages
+from grpo.advantage import equal_rewards, group_advantages
 from grpo.checkpoint import export, load_checkpoint, save_checkpoint
 from grpo.config import Config, ConfigError, to_yaml
 from grpo.evaluate import Judge, accuracies, evaluate
@@ -36,6 +39,17 @@ class TrainingData(Protocol):
         """What the draws for an example in a step are a function of."""
 
 
+# What the steps before a resume were a function of, and the steps behind it must be too.
+FIXED = (
+    ("run", "seed"),
+    ("model", "path"),
+    ("model", "reference"),
+    ("data", "train"),
+    ("data", "template"),
+    ("optim", "prompts_per_step"),
+)
+
+
 class NonFiniteError(RuntimeError):
     """A number that is not one, in the middle of a step."""
 
@@ -48,7 +62,7 @@ class Trainer:
     validation: this rank's batches of (example, prompt) pairs, made anew at each call.
     """
 
-    shown = ("reward", "accuracy", "kl", "entropy", "loss", "grad_norm", "sampler_gap")
+    shown = ("reward", "reward/accuracy", "kl", "entropy", "loss", "grad_norm", "sampler_gap")
 
     def __init__(
         self,
@@ -167,13 +181,13 @@ class Trainer:
             done = step + 1
             self.metrics.log(done, metrics | self.phases.seconds())
             last = done == config.optim.steps
-            if config.evaluation.every and (done % config.evaluation.every == 0 or last):
-                self._evaluate(done)
             if config.checkpoint.every and (done % config.checkpoint.every == 0 or last):
                 save_checkpoint(
                     self.directory / "checkpoints", done, self.policy, self.optimizer, self.world,
                     keep=config.checkpoint.keep,
                 )  # fmt: skip
+            if config.evaluation.every and (done % config.evaluation.every == 0 or last):
+                self._evaluate(done)
         self.metrics.close()
         if config.checkpoint.export:
             export(self.policy, self.directory / "model", self.world)
@@ -186,6 +200,7 @@ class Trainer:
         """Step to begin with; refuses to write over an earlier run."""
         start = 0
         if self.config.run.resume:
+            self._refuse_another_run()
             start = load_checkpoint(self.directory / "checkpoints", self.policy, self.optimizer)
         elif (self.directory / "metrics.jsonl").exists():
             raise ConfigError(
@@ -196,6 +211,18 @@ class Trainer:
             (self.directory / "config.yaml").write_text(to_yaml(self.config))
         self.metrics.truncate(start + 1 if start else 0)
         return start
+
+    def _refuse_another_run(self) -> None:
+        """A resumed run must be the same run: what its steps are a function of may not have changed."""
+        path = self.directory / "config.yaml"
+        before, now = yaml.safe_load(path.read_text()) if path.exists() else {}, dataclasses.asdict(self.config)
+        for section, key in FIXED:
+            old, new = before.get(section, {}).get(key, now[section][key]), now[section][key]
+            if old != new:
+                raise ConfigError(
+                    f"{section}.{key} is {new!r}, but the run in {self.directory} was started with {old!r}; "
+                    "resume it with that, or start another run.directory"
+                )
 
     def _evaluate(self, done: int) -> None:
         if self.validation is None or self.judge is None:
@@ -236,25 +263,38 @@ class Trainer:
         """Means over all ranks, in one reduction."""
         completions = len(rewards) * self.world.size
         spread = rewards.unflatten(0, (-1, rollout.group_size)).std(dim=1)
+        equal = equal_rewards(rewards, group_size=rollout.group_size)
         groups = completions // rollout.group_size
         own = {
             "reward": rewards.sum() / completions,
             "reward_std": spread.sum() / groups,
-            "equal_reward_share": (spread == 0).sum() / groups,
+            "equal_reward_share": equal.sum() / groups,
             "stopped_share": rollout.stopped.sum() / completions,
         }
-        own |= dict(zip(self.config.reward.weights, columns.sum(dim=0) / completions, strict=True))
+        names = [f"reward/{name}" for name in self.config.reward.weights]
+        own |= dict(zip(names, columns.sum(dim=0) / completions, strict=True))
         means = reduce_sums(sums | {name: float(value) for name, value in own.items()})
         return means | {"tokens": tokens, "completion_tokens": tokens / completions}
 
     def _check_finite(self, values: dict[str, float], batch: Batch, step: int, examples: Sequence[Any]) -> None:
-        broken = [name for name, value in values.items() if not torch.isfinite(torch.tensor(value))]
+        broken = [name for name, value in values.items() if not math.isfinite(value)]
         if not broken:
             return
         path = self.directory / "nonfinite" / f"step-{step + 1:06d}-rank-{self.world.rank}.pt"
         names = [str(example.id) for example in examples]
         write_step(path, batch, step=step, rank=self.world.rank, examples=names)
+        origins = dict.fromkeys(f"{field} of {names[row // batch.group_size]}" for field, row in nonfinite_rows(batch))
         raise NonFiniteError(
-            f"step {step + 1}, rank {self.world.rank}: {' and '.join(broken)} is not finite; examples "
-            f"{', '.join(names)}; the batch is in {path}, to be read with grpo.trace.read_step; weights are unchanged"
+            f"step {step + 1}, rank {self.world.rank}: {' and '.join(broken)} is not finite, examples "
+            f"{', '.join(names)}; in the batch: {', '.join(list(origins)[:5]) or 'all numbers are finite'}; it is kept "
+            f"in {path}, to be read with grpo.trace.read_step; this update was not made"
         )
+
+
+def nonfinite_rows(batch: Batch) -> Iterator[tuple[str, int]]:
+    """Names of a batch's fields and the rows in which they hold a number that is not one."""
+    for field in dataclasses.fields(batch):
+        value = getattr(batch, field.name)
+        if torch.is_tensor(value) and value.is_floating_point():
+            rows = ~value.isfinite().flatten(1).all(dim=1) if value.dim() > 1 else ~value.isfinite()
+            yield from ((field.name, row) for row in rows.nonzero().flatten().tolist())

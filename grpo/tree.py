@@ -53,10 +53,11 @@ def branches_layout(lengths: torch.Tensor, group_size: int, steps: int, *, by_st
     return Layout(branch.expand_as(position), position, torch.ones_like(position, dtype=torch.bool))
 
 
-def tree_mask(queries: Layout, keys: Layout) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which query may attend to which key (N, 1, Lq, Lk), and their distance in positions (same shape)."""
-    distance = (queries.position[:, :, None] - keys.position[:, None, :]).unsqueeze(1)
+def tree_mask(queries: Layout, keys: Layout, window: int | None = None) -> torch.Tensor:
+    """Which query may attend to which key, (N, 1, Lq, Lk) bool; `window` is how many positions back one may look."""
+    query, key = queries.position[:, :, None], keys.position[:, None, :]
     own = queries.branch[:, :, None] == keys.branch[:, None, :]
-    visible = own | (keys.branch[:, None, :] == PROMPT)
-    mask = (visible & keys.real[:, None, :]).unsqueeze(1) & (distance >= 0)
-    return mask, distance
+    mask = (own | (keys.branch[:, None, :] == PROMPT)) & keys.real[:, None, :] & (key <= query)
+    if window is not None:
+        mask &= query - key < window
+    return mask.unsqueeze(1)

@@ -29,7 +29,7 @@ def main() -> None:
     show(sys.executable, LAUNCH / "build_mini.py", ROOT)
     torchrun("sft.py", SFT_CONFIG)
     torchrun("train.py", GRPO_CONFIG)
-    torchrun("sft.py", SFT_CONFIG, "model.path=runs/mini/warm/model", "run.directory=runs/mini/sft", *as_long_as(grpo))
+    torchrun("sft.py", SFT_CONFIG, f"model.path={ROOT}/warm/model", f"run.directory={ROOT}/sft", *as_long_as(grpo))
     for name in ("warm", "grpo", "sft"):
         torchrun(
             "evaluate.py",
@@ -37,7 +37,7 @@ def main() -> None:
             f"model.path={ROOT}/{name}/model",
             f"run.directory={ROOT}/{name}",
             f"data.validation={ROOT}/data/test.jsonl",
-            "evaluation.controls=[silent]",
+            "evaluation.silent=true",
         )
     summary = summarise(grpo, seconds=time.monotonic() - started)
     (ROOT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -63,10 +63,10 @@ def show(*command: str | Path) -> None:
 
 
 def as_long_as(grpo: Config) -> tuple[str, ...]:
-    """Overrides that give supervised fine-tuning as many examples as GRPO had."""
+    """Overrides that give supervised fine-tuning as many examples as GRPO had, and the same learning-rate schedule."""
     sft = load_config([str(SFT_CONFIG)])
     steps = grpo.optim.steps * grpo.optim.prompts_per_step // sft.optim.prompts_per_step
-    return f"optim.steps={steps}", "evaluation.every=0"
+    return f"optim.steps={steps}", f"optim.schedule={grpo.optim.schedule}", "evaluation.every=0"
 
 
 def summarise(grpo: Config, *, seconds: float) -> dict:
@@ -79,9 +79,9 @@ def summarise(grpo: Config, *, seconds: float) -> dict:
         "sft_accuracy": sft["accuracy"],
         "silent_accuracy": after["silent_accuracy"],
         "chance": after["chance"],
-        **{f"accuracy_before/{task}": before[f"accuracy/{task}"] for task in TASKS},
-        **{f"accuracy_after/{task}": after[f"accuracy/{task}"] for task in TASKS},
-        **{f"sft_accuracy/{task}": sft[f"accuracy/{task}"] for task in TASKS},
+        **{f"accuracy_before/{task}": before[f"accuracy/task/{task}"] for task in TASKS},
+        **{f"accuracy_after/{task}": after[f"accuracy/task/{task}"] for task in TASKS},
+        **{f"sft_accuracy/{task}": sft[f"accuracy/task/{task}"] for task in TASKS},
         "test_questions": len(after["rows"]),
         "training_examples": grpo.optim.steps * grpo.optim.prompts_per_step,
         "sampler_gap": max(line["sampler_gap"] for line in lines if "sampler_gap" in line),

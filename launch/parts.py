@@ -14,13 +14,13 @@ import torch
 from data.audio import load_waveform
 from data.choices import is_correct
 from data.errors import DataError
-from data.examples import BadExample, Example, load_examples
-from data.loader import Loader, check_audio, evaluation_batches, write_bad
+from data.examples import Example, load_examples
+from data.loader import BadLog, Loader, check_audio, evaluation_batches
 from data.prompts import find_template
 from data.rewards import RewardError, find_reward, reward_matrix
 from grpo.checkpoint import CheckpointError
 from grpo.config import Config, ConfigError, to_yaml
-from grpo.sharding import World, gather_rows, joined_world, shard
+from grpo.sharding import World, joined_world, shard
 from grpo.trainer import NonFiniteError, Trainer
 from models.loading import load_policy
 from models.policy import Policy, PolicyError, Prompt
@@ -41,12 +41,15 @@ def train(config: Config, make_trainer: Callable[..., Trainer]) -> None:
     """Train as `make_trainer(config, world, policy, data=, validation=, judge=)` does, in the world torchrun made."""
     with joined_world(threads=config.run.threads) as world:
         announce(config, world)
+        if config.evaluation.every and config.data.validation is None:
+            raise ConfigError("evaluation.every is set but data.validation is not; it names the questions to ask")
         policy = make_policy(config, world)
         held_out = config.data.validation and checked_examples(config, world, policy, config.data.validation)
         validation = held_out and (lambda: validation_batches(config, world, policy, held_out))
         with training_loader(config, world, policy) as loader:
             make_trainer(config, world, policy, data=loader, validation=validation, judge=judge).train()
-            report_skipped(config, world, loader)
+            if loader.bad:
+                print(f"{len(loader.bad)} more turned out bad, listed in {bad_log(config).path}", flush=True)
 
 
 def announce(config: Config, world: World) -> None:
@@ -99,6 +102,7 @@ def training_loader(config: Config, world: World, policy: Policy) -> Loader:
         skip_bad=config.data.skip_bad,
         workers=config.data.workers,
         silent_share=config.data.silent_share,
+        on_bad=bad_log(config).add,
     )
 
 
@@ -114,6 +118,8 @@ def validation_batches(
         waveform=(lambda example: np.zeros_like(load(example))) if silent else load,
         batch=config.evaluation.batch,
         workers=config.data.workers,
+        skip_bad=config.data.skip_bad,
+        on_bad=bad_log(config).add,
     )
 
 
@@ -126,26 +132,17 @@ def checked_examples(config: Config, world: World, policy: Policy, path: str) ->
     examples, unusable = check_audio(
         examples, max_seconds=data.max_seconds, long_clips=data.long_clips, skip_bad=data.skip_bad, workers=data.workers
     )
-    if world.is_main:
-        report_bad(config, Path(path), bad + unusable)
+    if world.is_main and (bad or unusable):
+        log = bad_log(config)
+        for example in bad + unusable:
+            log.add(example)
+        print(f"{path}: {len(bad + unusable)} bad examples skipped, listed in {log.path}", flush=True)
     return examples
 
 
-def report_bad(config: Config, source: Path, bad: list[BadExample]) -> None:
-    """Count and list skipped examples in `bad-SOURCE.jsonl`; says nothing where there are none."""
-    if not bad:
-        return
-    target = Path(config.run.directory) / f"bad-{source.stem}.jsonl"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_bad(target, bad)
-    print(f"{source}: {len(bad)} bad examples skipped, listed in {target}", flush=True)
-
-
-def report_skipped(config: Config, world: World, loader: Loader) -> None:
-    """List what turned out bad while training, over all ranks."""
-    bad = gather_rows(loader.bad, world)
-    if bad:
-        report_bad(config, Path(f"{Path(config.data.train).stem}-while-training"), bad)
+def bad_log(config: Config) -> BadLog:
+    """Where examples that are skipped are listed."""
+    return BadLog(Path(config.run.directory) / "bad.jsonl")
 
 
 def waveform_of(config: Config, policy: Policy) -> Callable[[Example], np.ndarray]:

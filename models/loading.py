@@ -56,7 +56,7 @@ def build_policy(directory: Path) -> Policy:
     if family is None and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise PolicyError(
             f"{directory}: no policy for model type {config.model_type!r}; there is {', '.join(sorted(FAMILIES))} "
-            "and every causal language model of text; see 'Add a policy' in README.md"
+            "and every causal language model of text; see 'Make it yours' in README.md"
         )
     family = family or CausalLMPolicy
     with _meta_parameters():
@@ -104,8 +104,8 @@ def _meta_parameters() -> Iterator[None]:
 def _fill(policy: Policy, directory: Path, device: torch.device) -> None:
     """Read every tensor of the module tree; say which are missing, left over or of another shape."""
     files = _tensor_files(directory)
-    targets = policy.model.state_dict()
-    tied = _tied_names(policy.model)
+    targets = policy.model.state_dict(keep_vars=True)
+    tied = tied_names(policy.model)
     state: dict[str, torch.Tensor] = {}
     problems: list[str] = []
     for name, target in targets.items():
@@ -148,16 +148,18 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
         return {name: single for name in handle.keys()}
 
 
-def _tied_names(model: nn.Module) -> dict[str, str]:
+def tied_names(model: nn.Module) -> dict[str, str]:
     """Each name of the state dict -> the first name of the same tensor."""
     first: dict[int, str] = {}
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     return {name: first.setdefault(id(tensors[name]), name) for name in model.state_dict()}
 
 
-def _read(handle, name: str, target: torch.Tensor, device: torch.device) -> nn.Parameter:
-    """The stored tensor in float32 as a parameter like `target`: this rank's slice of it where `target` is sharded."""
+def _read(handle, name: str, target: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The stored tensor like `target`: a float32 parameter, only this rank's slice if sharded, or a buffer as it is."""
     trained = target.requires_grad
+    if not isinstance(target, nn.Parameter):
+        return handle.get_tensor(name).to(device)
     if not isinstance(target, DTensor):
         return nn.Parameter(handle.get_tensor(name).to(device, torch.float32), requires_grad=trained)
     shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)

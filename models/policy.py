@@ -98,21 +98,30 @@ class Policy(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    @property
+    def windows(self) -> dict[str, int | None]:
+        """How many positions back each type of layer looks; None is all the way."""
+        config = self.decoder.config
+        window = getattr(config, "sliding_window", None)
+        default = "full_attention" if window is None else "sliding_attention"
+        types = getattr(config, "layer_types", None) or (default,)
+        return {kind: window if kind == "sliding_attention" else None for kind in types}
+
     def embed_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """Embeddings (..., D) of token ids (...)."""
         return self.decoder.get_input_embeddings()(tokens)
 
     def decode(
-        self, embeddings: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, distance: torch.Tensor, cache=None
+        self, embeddings: torch.Tensor, masks: dict[str, torch.Tensor], positions: torch.Tensor, cache=None
     ) -> torch.Tensor:
         """Run the decoder on embeddings (N, L, D) at positions (N, L): hidden states (N, L, D).
 
-        mask: (N, 1, L, K) bool, True where a query may attend to a key; K counts the cached keys and the new ones.
-        distance: (N, 1, L, K) query position - key position, for layers that look back a limited way.
+        masks: for each type of layer in `windows`, (N, 1, L, S) bool, True where a query may attend to a key; S counts
+        the cached keys and the new ones.
         """
         output = self.decoder(
             inputs_embeds=embeddings,
-            attention_mask=self._masks(mask, distance),
+            attention_mask=masks if getattr(self.decoder.config, "layer_types", None) else next(iter(masks.values())),
             position_ids=positions,
             past_key_values=cache,
             use_cache=cache is not None,
@@ -120,8 +129,13 @@ class Policy(nn.Module):
         return output.last_hidden_state
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Vocabulary logits (..., V) of hidden states (..., D)."""
-        return self.model.get_output_embeddings()(hidden)
+        """Vocabulary logits (..., V) of hidden states (..., D), scaled as the family scales them."""
+        config = self.decoder.config
+        logits = self.model.get_output_embeddings()(hidden)
+        logits = logits * (getattr(config, "logit_scale", None) or 1.0)  # Cohere
+        logits = logits / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
+        cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def layers(self) -> Iterable[nn.Module]:
         """The modules to shard and to recompute one by one: the decoder's layers, then the tower's."""
@@ -146,9 +160,13 @@ class Policy(nn.Module):
         return torch.tensor([*self.tokenizer(text, add_special_tokens=False)["input_ids"], (ends or self.stop_ids)[0]])
 
     def completion_texts(self, tokens: torch.Tensor, mask: torch.Tensor) -> list[str]:
-        """Text of each completion of (B, T) tokens, special tokens left out."""
+        """Text of each completion of (B, T) tokens, without its stop token.
+
+        Other special tokens stay visible: a completion that has them is not well formed, and rewards must see it.
+        """
         rows = [row[keep].tolist() for row, keep in zip(tokens.cpu(), mask.cpu(), strict=True)]
-        return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        rows = [row[:-1] if row and row[-1] in self.stop_ids else row for row in rows]
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=False)
 
     def hub_name(self, name: str) -> str:
         """The hub's name of the tensor that `self.model` calls `name`."""
@@ -156,14 +174,6 @@ class Policy(nn.Module):
             if name.startswith(own):
                 return hub + name[len(own) :]
         return name
-
-    def _masks(self, mask: torch.Tensor, distance: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
-        """The mask as the decoder wants it: one for all layers, or one per type of layer."""
-        config = self.decoder.config
-        window = getattr(config, "sliding_window", None)
-        near = mask if window is None else mask & (distance < window)
-        types = getattr(config, "layer_types", None)
-        return {"full_attention": mask, "sliding_attention": near} if types else near
 
     def _refuse_unmaskable_layers(self) -> None:
         config = self.decoder.config

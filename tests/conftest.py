@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+# The tests are about numbers on the CPU, also on a machine with a GPU.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
 from models.loading import load_policy

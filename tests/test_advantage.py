@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from grpo.advantage import EPSILON, group_advantages
+from grpo.advantage import equal_rewards, group_advantages
 
 GENERATOR = torch.Generator().manual_seed(0)
 REWARDS = torch.rand(24, generator=GENERATOR)
@@ -55,9 +55,14 @@ def test_scaling_the_rewards_changes_nothing_with_std_and_scales_without():
     )
 
 
-def test_equal_rewards_give_exactly_zero():
-    assert (group_advantages(torch.full((8,), 0.7), group_size=4) == 0).all()
-    assert EPSILON > 0
+@pytest.mark.parametrize("group_size", [2, 3, 4, 6, 12, 13])
+@pytest.mark.parametrize("value", [0.0, 0.1, 0.3, 0.7, 1 / 3, 2.0])
+def test_equal_rewards_give_exactly_zero(group_size, value):
+    rewards = torch.full((2 * group_size,), value)
+    assert (group_advantages(rewards, group_size=group_size) == 0).all()
+    assert equal_rewards(rewards, group_size=group_size).all()
+    rewards[0] += 1e-3
+    assert equal_rewards(rewards, group_size=group_size).tolist() == [False, True]
 
 
 def test_one_group_does_not_see_another():

@@ -104,7 +104,7 @@ def test_an_integer_becomes_a_float_where_a_float_is_expected(load):
         ("evaluation.limit=all", "an integer"),
         ("evaluation.limit=0", "at least 1"),
         ("optim.steps=0", "at least 1"),
-        ("run.seed=-1", "at least 0"),
+        ("run.seed=-1", "0 to 4294967295"),
         ("rollout.temperature=0", "greater than 0"),
         ("data.max_seconds=-1", "greater than 0"),
         ("loss.beta=-0.1", "at least 0"),

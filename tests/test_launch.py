@@ -55,7 +55,9 @@ def test_torchrun_trains_evaluates_and_exports_on_two_processes(config, tmp_path
     assert "group_size: 2" in result.stdout and "step 2/2" in result.stdout
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [1, 2, 2]
-    assert {"reward", "accuracy", "format", "kl", "entropy", "sampler_gap", "seconds/rollout"} <= lines[0].keys()
+    assert {"reward", "reward/accuracy", "reward/format", "kl", "entropy", "sampler_gap", "seconds/rollout"} <= lines[
+        0
+    ].keys()
     assert lines[-1]["event"] == "evaluation" and 0 <= lines[-1]["accuracy"] <= 1
     assert (tmp_path / "run" / "config.yaml").exists()
     result = run(LAUNCH / "evaluate.py", config, f"model.path={tmp_path}/run/model")
@@ -72,10 +74,10 @@ def test_a_mistake_is_one_line_and_no_traceback(config):
 
 
 def test_evaluate_counts_every_question_and_asks_again_in_silence(config, tmp_path, capsys):
-    evaluate.main([str(config), "evaluation.controls=[silent]"])
+    evaluate.main([str(config), "evaluation.silent=true"])
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert sorted(row["id"] for row in result["rows"]) == [f"test-{n}" for n in range(4)]
-    assert result["chance"] == 0.25 and {"accuracy", "accuracy/sound", "silent_accuracy"} <= result.keys()
+    assert result["chance"] == 0.25 and {"accuracy", "accuracy/task/sound", "silent_accuracy"} <= result.keys()
     assert "on 4 questions" in capsys.readouterr().out
     evaluate.main([str(config), "evaluation.limit=3"])
     assert len(json.loads((tmp_path / "run" / "evaluation.json").read_text())["rows"]) == 3
@@ -86,7 +88,12 @@ def test_text_only_policies_train_on_questions_without_clips(config, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     text = "\n".join(json.dumps({key: line[key] for key in line if key != "audio_path"}) for line in lines)
     (tmp_path / "text.jsonl").write_text(text)
-    overrides = [f"model.path={tmp_path}/text", f"data.train={tmp_path}/text.jsonl", "data.validation=null"]
+    overrides = [
+        f"model.path={tmp_path}/text",
+        f"data.train={tmp_path}/text.jsonl",
+        "data.validation=null",
+        "evaluation.every=0",
+    ]
     for number, verb in enumerate((train, sft)):
         verb.main([str(config), *overrides, f"run.directory={tmp_path}/run{number}"])
         assert len(metrics(tmp_path / f"run{number}")) == 2
@@ -111,7 +118,13 @@ def broken(tmp_path: Path, what: str) -> list[str]:
         lines = path.read_text().splitlines()
         lines[2] = lines[2][:-5]
         path.write_text("\n".join(lines))
-    return [f"data.train={path}", "data.max_seconds=1", "data.validation=null", "optim.prompts_per_step=6"]
+    return [
+        f"data.train={path}",
+        "data.max_seconds=1",
+        "data.validation=null",
+        "evaluation.every=0",
+        "optim.prompts_per_step=6",
+    ]
 
 
 FAULTS = {
@@ -120,14 +133,14 @@ FAULTS = {
     "empty": r"train.jsonl:3: .*empty.wav: is empty.*copy it again",
     "silent": r"train.jsonl:3: .*silent.wav: is silent .*remove the example or replace",
     "too long": r"train.jsonl:3: .*long.wav: is 2.00 s long; expected at most 1 s.*long_clips",
-    "answer out of range": r"train.jsonl:3: .*answer.* 4",
-    "bad JSON": r"train.jsonl:3: .*JSON",
+    "answer out of range": r"train.jsonl:3: .*answer.* 4.*0 to 3",
+    "bad JSON": r"train.jsonl:3: not valid JSON .*each line is one JSON object",
 }
 
 
 @pytest.mark.parametrize("what", FAULTS)
 def test_bad_input_stops_with_where_what_and_how_to_fix_it(what, config, tmp_path):
-    with pytest.raises(USER_ERRORS, match=FAULTS[what].replace(": .*", r":[\s\S]*")):
+    with pytest.raises(USER_ERRORS, match=FAULTS[what]):
         train.main([str(config), *broken(tmp_path, what)])
 
 
@@ -135,10 +148,11 @@ def test_bad_input_stops_with_where_what_and_how_to_fix_it(what, config, tmp_pat
 def test_with_skip_bad_it_is_counted_listed_and_left_out(what, config, tmp_path, capsys):
     train.main([str(config), *broken(tmp_path, what), "data.skip_bad=true"])
     assert len([line for line in metrics(tmp_path / "run") if "reward" in line]) == 2
-    (listed,) = (tmp_path / "run").glob("bad-*.jsonl")
+    listed = tmp_path / "run" / "bad.jsonl"
     (line,) = listed.read_text().splitlines()
     assert json.loads(line)["file"] == "train.jsonl:3"
-    assert f"1 bad examples skipped, listed in {listed}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"1 bad examples skipped, listed in {listed}" in said or f"1 more turned out bad, listed in {listed}" in said
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import soundfile
 
 from data.errors import AudioError, DataError, SkippedClipError
 from data.examples import BadExample, Example
-from data.loader import Loader, check_audio, evaluation_batches, write_bad
+from data.loader import BadLog, Loader, check_audio, evaluation_batches
 from data.order import step_indices
 
 COUNT = 11
@@ -128,10 +128,8 @@ def test_a_bad_clip_is_replaced_by_the_next_good_one_listed_once_and_counted():
         for step in range(12):
             expected = [replacement.get(index, index) for index in indices(step)]
             assert [position(example) for example, _ in loader.step(step)] == expected
-        drawn = [index for step in range(12) for index in indices(step)]
         assert sorted(one.id for one in loader.bad) == ["id10", "id3", "id4"]
         assert loader.bad[0].reason.endswith("is silent") and loader.bad[0].line.startswith("train.jsonl:")
-        assert loader.replaced == sum(index in bad for index in drawn)
 
 
 def test_a_clip_once_found_bad_is_not_decoded_again():
@@ -233,10 +231,25 @@ def test_the_start_up_check_leaves_out_what_the_settings_skip(tmp_path):
         probe_all(data[1:2], skip_bad=True)
 
 
-def test_skipped_examples_are_written_one_per_line(tmp_path):
-    write_bad(tmp_path / "bad.jsonl", [BadExample("train.jsonl:3", "ä", "is silent"), BadExample("b:1", "2", "x")])
-    lines = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert lines[0] == {"file": "train.jsonl:3", "id": "ä", "reason": "is silent"} and len(lines) == 2
+def test_skipped_examples_are_listed_at_once_and_never_twice_also_by_a_resumed_run(tmp_path):
+    path = tmp_path / "run" / "bad.jsonl"
+    log = BadLog(path)
+    assert not path.exists()
+    log.add(BadExample("train.jsonl:3", "ä", "is silent"))
+    log.add(BadExample("train.jsonl:3", "ä", "is silent"))
+    assert json.loads(path.read_text(encoding="utf-8")) == {"file": "train.jsonl:3", "id": "ä", "reason": "is silent"}
+    again = BadLog(path)
+    again.add(BadExample("train.jsonl:3", "ä", "is silent"))
+    again.add(BadExample("b:1", "2", "x"))
+    assert [json.loads(line)["id"] for line in path.read_text(encoding="utf-8").splitlines()] == ["ä", "2"]
+
+
+def test_the_loader_reports_each_bad_example_once():
+    reported = []
+    with make(waveform=reading(bad={3, 4}), skip_bad=True, on_bad=reported.append) as loader:
+        for step in range(12):
+            loader.step(step)
+    assert sorted(bad.id for bad in reported) == ["id3", "id4"]
 
 
 def silenced(loader, steps=60):
@@ -278,6 +291,10 @@ def test_evaluation_batches_hold_every_example_once_in_order():
     assert list(batches(count=0)) == []
 
 
-def test_evaluation_leaves_no_bad_example_out():
+def test_evaluation_stops_at_a_bad_example_or_reports_it_and_goes_on():
     with pytest.raises(AudioError, match="train.jsonl:6: 5.wav: is silent"):
         list(batches(waveform=reading(bad={5})))
+    reported = []
+    drawn = list(batches(waveform=reading(bad={5}), skip_bad=True, on_bad=reported.append))
+    assert [position(example) for batch in drawn for example, _ in batch] == [0, 1, 2, 3, 4, 6]
+    assert [bad.line for bad in reported] == ["train.jsonl:6"]

@@ -136,6 +136,39 @@ def test_sliding_window_layers_count_positions_not_places_in_the_row(build, tmp_
         torch.testing.assert_close(mine, expected.gather(-1, row[mask][:, None]).squeeze(-1), atol=1e-5, rtol=1e-5)
 
 
+def build_scaled(directory: Path, name: str) -> None:
+    """A small Granite or Cohere, which scale their logits behind the head."""
+    import transformers
+
+    build_causal_lm(directory)
+    sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=320)
+    config = getattr(transformers, f"{name}Config")(**sizes, num_key_value_heads=2, initializer_range=0.15)
+    if name == "Granite":
+        config.logits_scaling = 3.0
+    getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained(directory)
+
+
+@pytest.mark.parametrize("name", ["Granite", "Cohere"])
+def test_logits_are_scaled_as_the_family_scales_them(name, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    build_scaled(tmp_path, name)
+    policy = load_policy(tmp_path)
+    prompt = policy.prepare(TEXTS[1], None)
+    tokens, mask = torch.tensor([[70, 71, 72]]), torch.ones(1, 3, dtype=torch.bool)
+    scored, _ = score(policy, [prompt], tokens, mask, group_size=1)
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    logits = hf(input_ids=torch.cat([prompt.ids, tokens[0]])[None]).logits[0, len(prompt.ids) - 1 : -1]
+    torch.testing.assert_close(scored, logits.log_softmax(-1).gather(-1, tokens.T).T, atol=1e-5, rtol=1e-5)
+
+
+def test_special_tokens_inside_a_completion_stay_visible_to_rewards(qwen2_audio_dir):
+    policy = load_policy(qwen2_audio_dir)
+    ids = policy.tokenizer("<answer>a</answer><|im_start|><|im_end|>")["input_ids"]
+    texts = policy.completion_texts(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool))
+    assert texts == ["<answer>a</answer><|im_start|>"]
+
+
 def test_the_frames_of_a_clip_decide_its_placeholders(qwen2_audio_dir):
     policy = load_policy(qwen2_audio_dir)
     for seconds, expected in ((10, 250), (30, 750), (0.03, 1), (1.03, 26)):

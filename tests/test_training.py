@@ -115,6 +115,45 @@ def test_the_update_is_the_same_for_any_micro_batch_and_on_one_or_two_ranks(sett
     assert all(line["sampler_gap"] < ROUNDING for line in first + second)
 
 
+OPTIONS = [
+    "loss.token_weights=token-mean",
+    "loss.inner_epochs=2",
+    "loss.advantage=none",
+    "loss.beta=0",
+    "model.train_tower=false",
+]
+
+
+def test_token_mean_inner_epochs_and_a_frozen_tower_are_the_same_on_one_and_two_ranks(
+    settings, tmp_path, qwen2_audio_dir
+):
+    for ranks in (1, 2):
+        on_ranks(ranks, train, [*settings, *OPTIONS, f"run.directory={tmp_path}/{ranks}"])
+    assert largest_difference(tmp_path / "1", tmp_path / "2") < ROUNDING
+    start, end = load_file(qwen2_audio_dir / "model.safetensors"), weights(tmp_path / "2")
+    moved = {name for name in start if not torch.equal(start[name], end[name])}
+    assert moved and not any(name.startswith("audio_tower") for name in moved)
+    lines = read_metrics(tmp_path / "2")
+    assert all("kl" not in line for line in lines), "no reference, no KL"
+    # The second epoch's policy has moved away from the one that sampled; the gap is the first epoch's.
+    assert any(line["clip_share"] > 0 for line in lines)
+    assert all(line["sampler_gap"] < ROUNDING for line in lines)
+
+
+def test_bfloat16_computes_in_half_and_keeps_float32_weights(settings, tmp_path):
+    config = load_config([*settings, f"run.directory={tmp_path}/run", "model.dtype=bfloat16"])
+
+    def run(world: World) -> None:
+        trainer = build(world, config)
+        trainer.train()
+        assert {parameter.dtype for parameter in trainer.policy.parameters()} == {torch.float32}
+
+    on_ranks(1, run)
+    gaps = [line["sampler_gap"] for line in read_metrics(tmp_path / "run")]
+    # bfloat16 has 8 bits: logprobs of size 5 differ by some 1e-2 where float32's differ by 1e-6.
+    assert all(1e-5 < gap < 0.05 for gap in gaps)
+
+
 def read_metrics(directory: Path) -> list[dict]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
@@ -216,6 +255,17 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(settings, tmp_path):
         on_ranks(1, resume)
     with pytest.raises(CheckpointError, match="no checkpoint to resume from"):
         on_ranks(1, train, [*settings, f"run.directory={tmp_path}/nothing", "run.resume=true"])
+
+
+def test_a_broken_checkpoint_and_another_run_are_refused_by_name(settings, tmp_path):
+    run = [*settings, f"run.directory={tmp_path}/run", "optim.steps=1", "checkpoint.every=1"]
+    on_ranks(1, train, run)
+    with pytest.raises(ConfigError, match=r"run.seed is 7, but the run in .* was started with 0"):
+        on_ranks(1, train, [*run, "run.resume=true", "run.seed=7"])
+    path = tmp_path / "run" / "checkpoints" / "step-000001" / "hark.json"
+    path.write_text(path.read_text()[:20])
+    with pytest.raises(CheckpointError, match="step-000001 cannot be read .*delete it to resume from the one before"):
+        on_ranks(1, train, [*run, "run.resume=true"])
 
 
 def test_an_interrupted_save_is_not_taken_for_a_checkpoint(settings, tmp_path):

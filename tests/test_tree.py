@@ -22,7 +22,7 @@ def test_a_row_worked_by_hand():
     row = prompt_layout(LENGTHS, 3) + branches_layout(LENGTHS, 2, 2, by_step=False)
     assert row.branch[1].tolist() == [PROMPT, PROMPT, PROMPT, 0, 0, 1, 1]
     assert row.position[1].tolist() == [0, 1, 2, 2, 3, 2, 3], "branches restart at the prompt's own length"
-    mask, distance = tree_mask(row, row)
+    mask = tree_mask(row, row)
     assert mask[1, 0].int().tolist() == [
         [1, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0],
@@ -32,13 +32,14 @@ def test_a_row_worked_by_hand():
         [1, 1, 0, 0, 0, 1, 0],
         [1, 1, 0, 0, 0, 1, 1],
     ]
-    assert distance[1, 0, 6].tolist() == [3, 2, 1, 1, 0, 1, 0]
+    near = tree_mask(row, row, window=2)
+    assert near[1, 0, 6].int().tolist() == [0, 0, 0, 0, 0, 1, 1], "the prompt's end is two positions back"
 
 
 def test_no_token_sees_a_sibling_padding_or_the_future():
     for by_step in (True, False):
         row = prompt_layout(LENGTHS, 3) + branches_layout(LENGTHS, 3, 4, by_step=by_step)
-        mask, _ = tree_mask(row, row)
+        mask = tree_mask(row, row)
         for n in range(2):
             assert torch.equal(mask[n, 0], expected(row, n))
 
