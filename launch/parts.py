@@ -29,12 +29,19 @@ USER_ERRORS = (ConfigError, DataError, PolicyError, CheckpointError, RewardError
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Call `main` with the command line; a mistake of the user's is one line, not a traceback."""
+    """Call `main` with the command line and leave; a mistake of the user's is one line, not a traceback."""
+    status = 0
     try:
         main(sys.argv[1:])
     except USER_ERRORS as error:
         rank = os.environ.get("RANK")
-        sys.exit(f"error{f' (rank {rank})' if rank else ''}: {error}")
+        print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr)
+        status = 1
+    # Not by sys.exit: FSDP keeps the process group alive into the interpreter's end, where a thread of gloo's that still
+    # wants the interpreter aborts the process (seen in one of eight starts), and NCCL may wait for ranks that failed.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def train(config: Config, make_trainer: Callable[..., Trainer]) -> None:

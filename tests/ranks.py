@@ -31,3 +31,4 @@ def _rank(rank: int, size: int, port: int, function: Callable[..., None], args: 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with joined_world() as world:
         function(world, *args)
+    os._exit(0)  # as launch/parts.py leaves, and for its reason
