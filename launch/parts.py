@@ -37,8 +37,8 @@ def run(main: Callable[[list[str]], None]) -> None:
         rank = os.environ.get("RANK")
         print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr)
         status = 1
-    # Not by sys.exit: FSDP keeps the process group alive into the interpreter's end, where a thread of gloo's that still
-    # wants the interpreter aborts the process (seen in one of eight starts), and NCCL may wait for ranks that failed.
+    # Not by sys.exit: FSDP keeps the process group alive into the interpreter's end, where a thread of gloo's that
+    # still wants the interpreter aborts the process (seen in 3 of 25 starts), and NCCL may wait for ranks that failed.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -48,8 +48,7 @@ def train(config: Config, make_trainer: Callable[..., Trainer]) -> None:
     """Train as `make_trainer(config, world, policy, data=, validation=, judge=)` does, in the world torchrun made."""
     with joined_world(threads=config.run.threads) as world:
         announce(config, world)
-        if config.evaluation.every and config.data.validation is None:
-            raise ConfigError("evaluation.every is set but data.validation is not; it names the questions to ask")
+        check_training(config, world)
         policy = make_policy(config, world)
         held_out = config.data.validation and checked_examples(config, world, policy, config.data.validation)
         validation = held_out and (lambda: validation_batches(config, world, policy, held_out))
@@ -66,6 +65,19 @@ def announce(config: Config, world: World) -> None:
         find_reward(name)
     if world.is_main:
         print(to_yaml(config), end="", flush=True)
+
+
+def check_training(config: Config, world: World) -> None:
+    """Refuse, before anything is loaded, what cannot be trained."""
+    if config.data.train is None:
+        raise ConfigError("data.train is missing; training needs a JSONL file of examples")
+    if config.optim.prompts_per_step % world.size:
+        raise ConfigError(
+            f"optim.prompts_per_step is {config.optim.prompts_per_step}; "
+            f"it must be a multiple of the number of processes, {world.size}"
+        )
+    if config.evaluation.every and config.data.validation is None:
+        raise ConfigError("evaluation.every is set but data.validation is not; it names the questions to ask")
 
 
 def make_policy(config: Config, world: World, path: str | None = None) -> Policy:
@@ -89,13 +101,6 @@ def make_reference(config: Config, world: World) -> Policy | None:
 
 def training_loader(config: Config, world: World, policy: Policy) -> Loader:
     """Prompts of any step of data.train."""
-    if config.data.train is None:
-        raise ConfigError("data.train is missing; training needs a JSONL file of examples")
-    if config.optim.prompts_per_step % world.size:
-        raise ConfigError(
-            f"optim.prompts_per_step is {config.optim.prompts_per_step}; "
-            f"it must be a multiple of the number of processes, {world.size}"
-        )
     return Loader(
         checked_examples(config, world, policy, config.data.train),
         policy.prepare,

@@ -97,3 +97,13 @@ def test_changing_the_waveform_changes_the_logprobs_of_its_own_group_only(case):
     difference = (before - after).abs().unflatten(0, (-1, GROUP)).amax(dim=(1, 2))
     assert difference[1] > 1e-3
     assert difference[0] < 1e-6 and difference[2] < 1e-6
+
+
+def test_a_completion_of_one_token_is_scored_from_the_prompt_alone(case):
+    keys = [(1, 0, n) for n in range(3)]
+    rollout = sample(case.policy, case.prompts, group_size=GROUP, max_new_tokens=1, temperature=1.0, keys=keys)
+    scored, entropy = score(case.policy, case.prompts, rollout.tokens, rollout.mask, group_size=GROUP)
+    torch.testing.assert_close(rollout.logprobs, scored.detach(), **VALUES)
+    # The entropy is the mean of -log p over the distribution: the same for all siblings, at most log V.
+    assert (entropy.unflatten(0, (-1, GROUP)).std(dim=1) < 1e-5).all()
+    assert (0 < entropy).all() and (entropy < np.log(320)).all()
