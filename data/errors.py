@@ -1,5 +1,11 @@
 """What can be wrong with the data; every message says where, what, what was expected and how to fix it."""
 
+import difflib
+from collections.abc import Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
 
 class DataError(ValueError):
     """A line, a clip or an example cannot be used as it is."""
@@ -11,3 +17,12 @@ class AudioError(DataError):
 
 class SkippedClipError(AudioError):
     """A clip is too long and the settings ask to leave such clips out: callers count it and go on."""
+
+
+def named(table: Mapping[str, T], name: str, *, kind: str) -> T:
+    """`table[name]`; an unknown name is a DataError that offers the nearest and lists all."""
+    if name not in table:
+        near = difflib.get_close_matches(name, table, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise DataError(f"unknown {kind} {name!r}{hint} (known: {', '.join(table)})")
+    return table[name]

@@ -3,11 +3,10 @@
 Add your own: `TEMPLATES["short"] = Template("{question} One of {choices}.")`.
 """
 
-import difflib
 import string
 from dataclasses import dataclass
 
-from data.errors import DataError
+from data.errors import named
 from data.examples import Example
 
 ASK = "{question} Please choose the answer from the following options: {choices}."
@@ -52,11 +51,7 @@ TEMPLATES: dict[str, Template] = {
 
 def find_template(name: str) -> Template:
     """The template of that name; an unknown name is a DataError that offers the nearest."""
-    if name not in TEMPLATES:
-        near = difflib.get_close_matches(name, TEMPLATES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise DataError(f"unknown template {name!r}{hint} (known: {', '.join(TEMPLATES)})")
-    return TEMPLATES[name]
+    return named(TEMPLATES, name, kind="template")
 
 
 def render(example: Example, template: str) -> str:

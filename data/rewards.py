@@ -4,7 +4,6 @@ A reward is any `(example, completion, template) -> float`. Add your own in one 
 `REWARDS["brief"] = lambda example, completion, template: float(len(completion) < 200)`.
 """
 
-import difflib
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -12,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from data.choices import is_correct
-from data.errors import DataError
+from data.errors import named
 from data.examples import Example
 from data.prompts import Template, find_template
 
@@ -64,11 +63,7 @@ def reward_matrix(
 
 def find_reward(name: str) -> Reward:
     """The reward of that name; an unknown name is a DataError that offers the nearest."""
-    if name not in REWARDS:
-        near = difflib.get_close_matches(name, REWARDS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise DataError(f"unknown reward {name!r}{hint} (known: {', '.join(REWARDS)})")
-    return REWARDS[name]
+    return named(REWARDS, name, kind="reward")
 
 
 def _value(name: str, reward: Reward, example: Example, completion: str, template: Template) -> float:

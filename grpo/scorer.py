@@ -83,7 +83,7 @@ def _predicting_states(
 def _chosen(
     policy: Policy, hidden: torch.Tensor, tokens: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logprobs (scored,) of tokens (scored,) and the entropy there; its logits are computed again in the backward pass."""
+    """Logprobs (scored,) of tokens (scored,), and the entropy there; the logits are computed again in the backward."""
     logprobs = log_distribution(policy, hidden, temperature)  # (scored, V)
     with torch.no_grad():
         # 0 * -inf at suppressed ids is nan; they add nothing.

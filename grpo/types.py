@@ -2,7 +2,7 @@
 
     N  prompts            G  completions per prompt (the group)     B  completions, N * G; b = n * G + g
     P  prompt tokens      T  completion tokens                      V  vocabulary       D  hidden size
-    L  tokens fed at once (queries)    S  tokens attended to (keys)    M  mel bins    F  mel frames    K  reward functions
+    L  tokens fed, queries      S  tokens attended to, keys      M  mel bins      F  mel frames      K  reward functions
 
 A mask is True where a token counts. Every (B, T) float is exactly 0 where the mask is False.
 """
