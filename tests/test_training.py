@@ -226,6 +226,27 @@ def test_supervised_training_learns_its_answers(settings, tmp_path, questions):
     assert [line["loss"] for line in lines if "loss" in line][-1] < 0.05
 
 
+def test_draws_are_keyed_by_the_step_and_the_example(settings, tmp_path, monkeypatch):
+    config = load_config([*settings, f"run.directory={tmp_path}/run"])
+    asked = []
+
+    def run(world: World) -> None:
+        trainer = build(world, config)
+        key = trainer.data.key
+
+        def recorded(step: int, example) -> tuple[int, ...]:
+            asked.append((step, example.id))
+            return key(step, example)
+
+        monkeypatch.setattr(trainer.data, "key", recorded)
+        for step in range(2):
+            trainer.step(step)
+        expected = [(step, example.id) for step in range(2) for example, _ in trainer.data.step(step)]
+        assert asked == expected
+
+    on_ranks(1, run)
+
+
 def test_the_rewards_of_the_configuration_reach_the_advantages(settings, tmp_path):
     config = load_config([*settings, f"run.directory={tmp_path}/run"])
     columns = rewards_of(config)([load_examples(config.data.train)[0][0]] * 2, ["<answer>rain</answer>", "rain"])

@@ -1,0 +1,48 @@
+"""Evaluation is greedy, complete, and does not depend on how the questions are batched."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from grpo.evaluate import accuracies, evaluate
+from grpo.sampler import sample
+from grpo.sharding import World
+from tests.ranks import on_ranks
+
+LIMIT = 8
+
+
+def answers(world: World, case, sizes) -> list[dict]:
+    pairs = [(SimpleNamespace(id=f"q{n}", task="t", category=""), prompt) for n, prompt in enumerate(case.prompts)]
+    batches, first = [], 0
+    for size in sizes:
+        batches.append(pairs[first : first + size])
+        first += size
+    return evaluate(case.policy, batches, lambda example, text: example.id == "q1", world, max_new_tokens=LIMIT)
+
+
+@pytest.mark.parametrize("sizes", [(3,), (1, 2), (1, 1, 1)])
+def test_every_question_is_answered_greedily_whatever_the_batches(sizes, case):
+    def run(world: World) -> None:
+        rows = answers(world, case, sizes)
+        rollout = sample(case.policy, case.prompts, group_size=1, max_new_tokens=LIMIT, temperature=0)
+        assert [row["prediction"] for row in rows] == case.policy.completion_texts(rollout.tokens, rollout.mask)
+        assert [row["stopped"] for row in rows] == rollout.stopped.tolist()
+        assert [(row["id"], row["correct"]) for row in rows] == [("q0", False), ("q1", True), ("q2", False)]
+
+    on_ranks(1, run)
+
+
+def test_accuracies_worked_by_hand():
+    rows = [
+        {"task": "sound", "category": "speech", "correct": True},
+        {"task": "sound", "category": "", "correct": False},
+        {"task": "speech", "category": "speech", "correct": False},
+        {"task": "speech", "category": "speech", "correct": False},
+    ]
+    assert accuracies(rows, "task", "category") == {
+        "accuracy": 0.25,
+        "accuracy/task/sound": 0.5,
+        "accuracy/task/speech": 0.0,
+        "accuracy/category/speech": pytest.approx(1 / 3),
+    }
