@@ -132,9 +132,11 @@ class Policy(nn.Module):
         """Vocabulary logits (..., V) of hidden states (..., D), scaled as the family scales them."""
         config = self.decoder.config
         logits = self.model.get_output_embeddings()(hidden)
-        logits = logits * (getattr(config, "logit_scale", None) or 1.0)  # Cohere
-        logits = logits / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
-        cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+        # Cohere multiplies, Granite divides, Gemma caps; most do nothing, and then no pass over the vocabulary is made.
+        scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        if scale != 1.0:
+            logits = logits * scale
+        cap = getattr(config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def layers(self) -> Iterable[nn.Module]:

@@ -137,18 +137,21 @@ def test_sliding_window_layers_count_positions_not_places_in_the_row(build, tmp_
 
 
 def build_scaled(directory: Path, name: str) -> None:
-    """A small Granite or Cohere, which scale their logits behind the head."""
+    """A small model of another family; some scale or cap their logits behind the head."""
     import transformers
 
     build_causal_lm(directory)
     sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=320)
-    config = getattr(transformers, f"{name}Config")(**sizes, num_key_value_heads=2, initializer_range=0.15)
+    kind = "Gemma3Text" if name == "Gemma3" else name
+    config = getattr(transformers, f"{kind}Config")(**sizes, num_key_value_heads=2, head_dim=16, initializer_range=0.15)
     if name == "Granite":
         config.logits_scaling = 3.0
+    if name == "Gemma3":
+        config.final_logit_softcapping = 3.0
     getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained(directory)
 
 
-@pytest.mark.parametrize("name", ["Granite", "Cohere"])
+@pytest.mark.parametrize("name", ["Granite", "Cohere", "Gemma3", "Qwen3", "Llama"])
 def test_logits_are_scaled_as_the_family_scales_them(name, tmp_path):
     from transformers import AutoModelForCausalLM
 
