@@ -6,6 +6,7 @@
 evaluation.silent=true asks every question again with its clip replaced by silence: does the model listen?
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -44,7 +45,8 @@ def answers(config: Config, world: World, policy: Policy, examples: list[Example
 def write(config: Config, result: dict[str, float], rows: list[dict]) -> None:
     directory = Path(config.run.directory)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "evaluation.json").write_text(json.dumps(result | {"rows": rows}, indent=1))
+    record = result | {"config": dataclasses.asdict(config), "rows": rows}
+    (directory / "evaluation.json").write_text(json.dumps(record, indent=1))
     print(f"{config.model.path} on {len(rows)} questions of {config.data.validation}:")
     for name, value in result.items():
         print(f"  {name:32} {100 * value:5.1f} %")

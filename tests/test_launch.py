@@ -78,6 +78,7 @@ def test_evaluate_counts_every_question_and_asks_again_in_silence(config, tmp_pa
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert sorted(row["id"] for row in result["rows"]) == [f"test-{n}" for n in range(4)]
     assert result["chance"] == 0.25 and {"accuracy", "accuracy/task/sound", "silent_accuracy"} <= result.keys()
+    assert result["config"]["evaluation"]["silent"] is True, "the resolved configuration is saved"
     assert "on 4 questions" in capsys.readouterr().out
     evaluate.main([str(config), "evaluation.limit=3"])
     assert len(json.loads((tmp_path / "run" / "evaluation.json").read_text())["rows"]) == 3
