@@ -223,9 +223,10 @@ def check_audio(
 
 
 class BadLog:
-    """Skipped examples as JSON lines with the keys file ("train.jsonl:17"), id and reason, each written once, at once.
+    """Skipped examples as JSON lines with the keys file ("train.jsonl:17"), id and reason, each written at once.
 
-    A file that is there is continued, so neither a crash nor a resumed run loses or repeats a line.
+    A file that is there is continued, so neither a crash nor a resumed run loses or repeats a line. Ranks do not see
+    what the others add while they run: two that meet the same bad example each write it.
     """
 
     def __init__(self, path: str | Path) -> None:
