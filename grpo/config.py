@@ -54,15 +54,35 @@ class ModelConfig:
     path: str  # Hugging Face directory of the policy to train
     reference: str | None = None  # Hugging Face directory of the reference policy; null is model.path
     train_tower: bool = True  # False freezes the audio tower
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; master weights stay float32
-    reshard: bool = True  # free each layer's gathered weights after its forward: less memory, one more all-gather
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation, and of weights that are not trained
+    master_dtype: Literal["float32", "bfloat16"] = "float32"  # of trained weights and the optimizer's state
     recompute: bool = False  # recompute each layer's activations in backward: less memory, about a third more time
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    rank: CountOrZero = 0  # of the adapters; 0 trains the weights themselves
+    alpha: Positive = 32.0  # what the adapters add is scaled by alpha / rank
+    targets: list[str] = field(  # names of the decoder's linear layers that get an adapter
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    path: str | None = None  # directory of adapters in PEFT's format to begin with; null begins at zero
+
+
+@dataclass(frozen=True)
+class ShardingConfig:
+    replicas: Count = 1  # copies of the model, each sharded over its own ranks (hybrid sharding); 1 shards over all
+    reshard: bool = True  # free each layer's gathered weights after its forward: less memory, one more all-gather
+    offload: bool = False  # keep weights, gradients and optimizer in host memory; AdamW then runs on the CPU
+    offload_reference: bool = False  # keep the reference's weights in host memory
 
 
 @dataclass(frozen=True)
 class DataConfig:
     train: str | None = None  # JSONL file of examples; training needs it
-    validation: str | None = None  # JSONL file of examples for evaluation
+    validation: str | None = None  # JSONL file of examples to evaluate during training and to select checkpoints by
+    held_out: CountOrZero = 0  # without a validation file: examples of `train` to set aside for it, whole clips at a time
+    test: str | None = None  # JSONL file of the benchmark; only launch/evaluate.py and launch/select.py read it
     audio_root: str | None = None  # directory that relative audio paths start from; null is the JSONL file's own
     template: str = "answer"  # name of the prompt template
     shuffle_choices: bool = True  # a new order of the choices for each (seed, step, example)
@@ -115,13 +135,14 @@ class EvaluationConfig:
     batch: Count = 16  # prompts at a time on one rank
     limit: Count | None = None  # examples to evaluate; null is all
     before: bool = False  # also evaluate before the first step
-    silent: bool = False  # launch/evaluate.py: ask every question again with its sound removed
+    benchmark: Literal["strict", "mmau", "mmar", "mmsu"] = "strict"  # whose rule judges the test, and its answer file
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     every: CountOrZero = 100  # steps between checkpoints, the last step included; 0 is never
-    keep: Count = 2  # newest checkpoints to keep
+    keep: Count = 2  # newest checkpoints that a run can resume from
+    weights: bool = False  # keep the weights of all older ones, for launch/select.py to choose among
     export: bool = True  # write a Hugging Face directory at the end
 
 
@@ -129,6 +150,8 @@ class CheckpointConfig:
 class Config:
     run: RunConfig
     model: ModelConfig
+    lora: LoraConfig
+    sharding: ShardingConfig
     data: DataConfig
     rollout: RolloutConfig
     reward: RewardConfig
@@ -196,6 +219,12 @@ def _check_together(config: Config, *, source: str) -> None:
         raise ConfigError(
             f"{source}: optim.warmup_steps must be at most optim.steps ({config.optim.steps}), "
             f"not {config.optim.warmup_steps}"
+        )
+    if config.model.master_dtype == "bfloat16" and config.model.dtype != "bfloat16":
+        raise ConfigError(f"{source}: model.master_dtype=bfloat16 needs model.dtype=bfloat16: it is computed in that")
+    if config.data.held_out and config.data.validation is not None:
+        raise ConfigError(
+            f"{source}: data.held_out and data.validation are both set; validation questions come from one of them"
         )
 
 

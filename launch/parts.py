@@ -88,7 +88,7 @@ def make_policy(config: Config, world: World, path: str | None = None) -> Policy
         device=world.device,
         train_tower=config.model.train_tower,
         recompute=config.model.recompute,
-        shard=partial(shard, mesh=world.mesh, dtype=dtype, reshard=config.model.reshard),
+        shard=partial(shard, mesh=world.mesh, dtype=dtype, reshard=config.sharding.reshard),
     )
 
 

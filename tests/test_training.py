@@ -99,7 +99,7 @@ def test_the_update_is_the_same_for_any_micro_batch_and_on_one_or_two_ranks(sett
     assert largest_difference(tmp_path / "micro4", tmp_path / "micro2") < ROUNDING
 
     runs = [[*settings, f"run.directory={tmp_path}/ranks2"]]
-    runs += [[*settings, f"run.directory={tmp_path}/kept", "model.reshard=false", "optim.micro_batch=1"]]
+    runs += [[*settings, f"run.directory={tmp_path}/kept", "sharding.reshard=false", "optim.micro_batch=1"]]
     runs += [[*settings, f"run.directory={tmp_path}/recomputed", "model.recompute=true"]]
     on_ranks(2, train_all, runs)
     for name in ("ranks2", "kept", "recomputed"):
