@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.tensor import DTensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 
 from grpo.sharding import World
-from models.loading import tied_names
+from models.loading import StoredTensors, tied_names
+from models.lora import adapter_delta, adapter_tensors, is_adapter, whole, write_adapters
 from models.policy import Policy
 
+WEIGHTS, OPTIMIZER = "weights", "optimizer"
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # what is frozen stands in model.path
 SHARD_BYTES = "5GB"  # of one safetensors file of an export
 # Not part of an export: weights, and what belongs to weights.
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
@@ -27,11 +37,19 @@ class CheckpointError(RuntimeError):
 
 
 def save_checkpoint(
-    directory: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, world: World, *, keep: int
+    directory: Path,
+    step: int,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    world: World,
+    *,
+    keep: int,
+    keep_weights: bool = False,
 ) -> None:
-    """Write `directory/step-NNNNNN` after `step` finished steps; every rank writes its shards.
+    """Write `directory/step-NNNNNN` after `step` finished steps: what is trained, and the optimizer's state.
 
-    The name appears when all of it is written, so a crash leaves no half checkpoint; the newest `keep` stay.
+    Every rank writes its shards. The name appears when all of it is written, so a crash leaves no half checkpoint. The
+    newest `keep` stay whole; of older ones nothing stays, or with `keep_weights` the weights.
     """
     final = directory / f"step-{step:06d}"
     partial = directory / f"{final.name}.partial"
@@ -39,76 +57,124 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    dcp.save(_state(policy, optimizer), checkpoint_id=partial)
+    weights, moments = get_state_dict(policy, optimizer, options=TRAINED)
+    dcp.save(weights, checkpoint_id=partial / WEIGHTS)
+    dcp.save(moments, checkpoint_id=partial / OPTIMIZER)
     if world.is_main:
         (partial / "hark.json").write_text(json.dumps({"step": step, "tensors": _signature(policy)}))
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        for old in _complete(directory)[:-keep]:
-            shutil.rmtree(old)
+        for old in checkpoints(directory, whole=True)[:-keep]:
+            shutil.rmtree(old / OPTIMIZER if keep_weights else old)
     dist.barrier()
 
 
 def load_checkpoint(directory: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
-    """Restore the newest checkpoint under `directory`, saved by any number of ranks; how many steps it had finished.
+    """Restore the newest whole checkpoint under `directory`, saved by any number of ranks; how many steps it had done.
 
     Raises CheckpointError where there is none, or it is of a model with other tensors.
     """
-    complete = _complete(directory)
-    if not complete:
+    usable = checkpoints(directory, whole=True)
+    if not usable:
         raise CheckpointError(f"{directory}: no checkpoint to resume from; run without run.resume=true to start afresh")
-    newest = complete[-1]
     settings = [{key: group[key] for key in ("betas", "weight_decay")} for group in optimizer.param_groups]
-    try:
-        saved = json.loads((newest / "hark.json").read_text())
-        _compare(newest, saved["tensors"], _signature(policy))
-        state = _state(policy, optimizer)
-        dcp.load(state, checkpoint_id=newest)
-    except (OSError, ValueError, KeyError, CheckpointException) as error:
-        raise CheckpointError(
-            f"{newest} cannot be read ({error}); expected a whole checkpoint; delete it to resume from the one before"
-        ) from error
-    set_state_dict(policy, optimizer, model_state_dict=state["policy"], optim_state_dict=state["optimizer"])
+    with _readable(usable[-1], policy) as step:
+        weights, moments = get_state_dict(policy, optimizer, options=TRAINED)
+        dcp.load(weights, checkpoint_id=usable[-1] / WEIGHTS)
+        dcp.load(moments, checkpoint_id=usable[-1] / OPTIMIZER)
+    set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments, options=TRAINED)
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)  # the configuration's, not the checkpoint's
-    return saved["step"]
+    return step
 
 
-def export(policy: Policy, target: Path, world: World) -> None:
-    """Write a directory that transformers' `from_pretrained` loads, with the hub's tensor names, in float32.
+def load_weights(checkpoint: Path, policy: Policy) -> None:
+    """Give the policy the trained weights of one of `checkpoints(directory)`; the rest it has from its own files."""
+    with _readable(checkpoint, policy):
+        weights = get_model_state_dict(policy, options=TRAINED)
+        dcp.load(weights, checkpoint_id=checkpoint / WEIGHTS)
+    set_model_state_dict(policy, weights, options=TRAINED)
 
-    Config, tokenizer and processor files are copied from the directory the policy came from.
+
+def checkpoints(directory: Path, *, whole: bool = False) -> list[Path]:
+    """Finished checkpoints, oldest first; `whole` leaves out those of which only the weights were kept."""
+    finished = (path for path in directory.glob("step-*") if (path / "hark.json").exists() and not path.suffix)
+    return sorted(path for path in finished if (path / OPTIMIZER).exists() or not whole)
+
+
+def step_of(checkpoint: Path) -> int:
+    """How many steps a checkpoint had done."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def export(policy: Policy, target: Path, world: World, *, dtype: torch.dtype = torch.float32) -> None:
+    """Write a directory that transformers' `from_pretrained` loads, with the hub's tensor names, adapters merged.
+
+    What was not trained is copied from the checkpoint the policy came from, as are its tokenizer and processor.
     """
     from huggingface_hub import save_torch_state_dict
 
-    state, tied = {}, {name for name, first in tied_names(policy.model).items() if name != first}
-    for name, tensor in policy.model.state_dict().items():
-        if name in tied:
+    stored, state = StoredTensors(policy.directory, policy), {}
+    tied = {name for name, first in tied_names(policy.model).items() if name != first}
+    for name, tensor in policy.model.state_dict(keep_vars=True).items():
+        if name in tied or is_adapter(name):
             continue
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # every rank takes part
+        delta = adapter_delta(policy, name)  # every rank takes part in these two, and in the same order
+        trained = whole(tensor) if tensor.requires_grad else None
         if world.is_main:
-            state[policy.hub_name(name)] = whole.detach().cpu().clone()
+            with stored.opened(name) as original:
+                value = original[...] if trained is None else trained
+            value = value if delta is None else value.to(delta) + delta
+            keep = not isinstance(tensor, torch.nn.Parameter)  # a buffer may hold integers
+            state[policy.hub_name(name)] = value.cpu().clone() if keep else value.to("cpu", dtype, copy=True)
     if world.is_main:
-        partial = target.with_name(f"{target.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for file in policy.directory.iterdir():
-            if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):
-                shutil.copy2(file, partial / file.name)
-        save_torch_state_dict(state, partial, max_shard_size=SHARD_BYTES, metadata={"format": "pt"})
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
+        with _replaced(target) as partial:
+            for file in policy.directory.iterdir():
+                if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):
+                    shutil.copy2(file, partial / file.name)
+            _set_dtype(partial / "config.json", dtype)
+            save_torch_state_dict(state, partial, max_shard_size=SHARD_BYTES, metadata={"format": "pt"})
     dist.barrier()
 
 
-def _state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict:
-    weights, moments = get_state_dict(policy, optimizer)
-    return {"policy": weights, "optimizer": moments}
+def export_adapters(policy: Policy, target: Path, world: World) -> None:
+    """Write the policy's adapters in PEFT's format."""
+    state = adapter_tensors(policy)
+    if world.is_main:
+        with _replaced(target) as partial:
+            write_adapters(policy, state, partial)
+    dist.barrier()
 
 
-def _complete(directory: Path) -> list[Path]:
-    """Finished checkpoints, oldest first."""
-    return sorted(path for path in directory.glob("step-*") if (path / "hark.json").exists() and not path.suffix)
+@contextmanager
+def _replaced(target: Path) -> Iterator[Path]:
+    """An empty directory that takes the name, and the place, of `target` once all is written."""
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+
+
+def _set_dtype(path: Path, dtype: torch.dtype) -> None:
+    """Let a config.json say what the weights beside it are stored in."""
+    config = json.loads(path.read_text())
+    config.pop("torch_dtype", None)  # its name in older files
+    path.write_text(json.dumps(config | {"dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n")
+
+
+@contextmanager
+def _readable(checkpoint: Path, policy: Policy) -> Iterator[int]:
+    """The checkpoint's step; whatever goes wrong inside, in reading it, is a CheckpointError."""
+    try:
+        saved = json.loads((checkpoint / "hark.json").read_text())
+        _compare(checkpoint, saved["tensors"], _signature(policy))
+        yield saved["step"]
+    except (OSError, ValueError, KeyError, CheckpointException) as error:
+        raise CheckpointError(
+            f"{checkpoint} cannot be read ({error}); expected a whole checkpoint; delete it to use the one before"
+        ) from error
 
 
 def _signature(policy: Policy) -> dict[str, list[int]]:

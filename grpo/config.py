@@ -53,7 +53,8 @@ class RunConfig:
 class ModelConfig:
     path: str  # Hugging Face directory of the policy to train
     reference: str | None = None  # Hugging Face directory of the reference policy; null is model.path
-    train_tower: bool = True  # False freezes the audio tower
+    train_tower: bool = True  # False freezes the audio tower; it then stands whole on each rank
+    tower_cache: CountOrZero = 1024  # MiB per rank for what a frozen tower has heard
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation, and of weights that are not trained
     master_dtype: Literal["float32", "bfloat16"] = "float32"  # of trained weights and the optimizer's state
     recompute: bool = False  # recompute each layer's activations in backward: less memory, about a third more time
@@ -81,7 +82,9 @@ class ShardingConfig:
 class DataConfig:
     train: str | None = None  # JSONL file of examples; training needs it
     validation: str | None = None  # JSONL file of examples to evaluate during training and to select checkpoints by
-    held_out: CountOrZero = 0  # without a validation file: examples of `train` to set aside for it, whole clips at a time
+    held_out: CountOrZero = (
+        0  # without a validation file: examples of `train` to set aside for it, whole clips at a time
+    )
     test: str | None = None  # JSONL file of the benchmark; only launch/evaluate.py and launch/select.py read it
     audio_root: str | None = None  # directory that relative audio paths start from; null is the JSONL file's own
     template: str = "answer"  # name of the prompt template

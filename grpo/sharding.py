@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from grpo.config import ConfigError
 from models.policy import Policy
@@ -21,12 +21,11 @@ PATIENCE = timedelta(hours=1)  # that ranks wait for one another; rank 0 may be 
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others, and the mesh that parameters are sharded over."""
+    """This process among the others."""
 
     rank: int
     size: int
     device: torch.device
-    mesh: DeviceMesh
 
     @property
     def is_main(self) -> bool:
@@ -46,7 +45,7 @@ def joined_world(*, threads: int = 0) -> Iterator[World]:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     size = dist.get_world_size()
     try:
-        yield World(dist.get_rank(), size, device, init_device_mesh(device.type, (size,)))
+        yield World(dist.get_rank(), size, device)
     except BaseException:
         # Leaving in good order would wait for the others, who may be waiting for this rank; torchrun ends them.
         if size == 1:
@@ -69,25 +68,55 @@ def _device() -> torch.device:
     return torch.device("cuda", local)
 
 
-def shard(policy: Policy, mesh: DeviceMesh, *, dtype: torch.dtype = torch.float32, reshard: bool = True) -> None:
-    """Wrap a policy in FSDP2: each layer a unit, the rest with the root. Parameters stay float32.
+def device_mesh(world: World, replicas: int = 1) -> DeviceMesh:
+    """The ranks to shard over; with more than one replica, (replicate, shard): each row of ranks holds a whole model.
+
+    Neighbouring ranks, of one machine, share a model, so that only gradients travel between replicas.
+    Raises ConfigError where the ranks cannot be divided.
+    """
+    if world.size % replicas:
+        raise ConfigError(f"sharding.replicas is {replicas}; it must divide the number of processes, {world.size}")
+    if replicas == 1:
+        return init_device_mesh(world.device.type, (world.size,))
+    shape = (replicas, world.size // replicas)
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def shard(
+    policy: Policy,
+    mesh: DeviceMesh,
+    *,
+    dtype: torch.dtype = torch.float32,
+    reshard: bool = True,
+    offload: bool = False,
+) -> None:
+    """Wrap a policy in FSDP2: each layer a unit, the rest with the root.
 
     dtype: what gathered weights and activations are; gradients are reduced in float32 and summed, not averaged,
     because token weights already carry every normalisation.
     reshard: free a layer's gathered weights after its forward and gather them again for its backward.
+    offload: keep the sharded weights, their gradients and the optimizer's state in host memory.
+    A frozen tower stands whole on each rank: whether it has heard a clip before may differ between ranks, and so it
+    must not take part in collectives. Nor does any frozen weight where one rank holds it all anyway.
     """
-    layers = list(policy.layers())
+    frozen = [p for p in policy.parameters() if not p.requires_grad]
+    alone = mesh.size(mesh.ndim - 1) == 1 and not offload
+    whole = set(frozen if alone else policy.tower.parameters() if policy.tower_cache is not None else ())
+    units = [*(layer for layer in policy.layers() if not whole.issuperset(layer.parameters())), policy]
     half = None if dtype == torch.float32 else dtype
-    for layer in layers:
-        precision = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
-        fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
-    # The root takes prompts, masks and the sampler's float64 uniforms: none of them may be cast.
-    precision = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
-    for module in (policy, *layers):
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
-    policy.reshards = reshard
+    for unit in units:
+        fully_shard(
+            unit,
+            mesh=mesh,
+            # The root takes prompts, masks and the sampler's float64 uniforms: none of them may be cast.
+            mp_policy=MixedPrecisionPolicy(half, reduce_dtype=torch.float32, cast_forward_inputs=unit is not policy),
+            offload_policy=CPUOffloadPolicy(pin_memory=policy.device.type == "cuda") if offload else OffloadPolicy(),
+            reshard_after_forward=reshard and unit is not policy,
+            ignored_params=whole,
+        )
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+    policy.reshards, policy.offloads = reshard, offload
 
 
 @contextmanager

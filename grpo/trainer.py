@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from grpo.advantage import equal_rewards, group_advantages
-from grpo.checkpoint import export, load_checkpoint, save_checkpoint
+from grpo.checkpoint import export, export_adapters, load_checkpoint, save_checkpoint
 from grpo.config import Config, ConfigError, to_yaml
 from grpo.evaluate import Judge, accuracies, evaluate
 from grpo.loss import Sums, policy_loss, token_weights
@@ -23,6 +23,7 @@ from grpo.scorer import score
 from grpo.sharding import World, gathered
 from grpo.trace import write_step
 from grpo.types import Batch, Rollout
+from models.lora import WithoutAdapters
 from models.policy import Policy, Prompt
 
 Pairs = Sequence[tuple[Any, Prompt]]  # (example, prompt)
@@ -44,7 +45,12 @@ FIXED = (
     ("run", "seed"),
     ("model", "path"),
     ("model", "reference"),
+    ("lora", "rank"),
+    ("lora", "alpha"),
+    ("lora", "targets"),
+    ("lora", "path"),
     ("data", "train"),
+    ("data", "held_out"),
     ("data", "template"),
     ("optim", "prompts_per_step"),
 )
@@ -72,7 +78,7 @@ class Trainer:
         *,
         data: TrainingData,
         rewards: RewardMatrix | None = None,
-        reference: Policy | None = None,
+        reference: Policy | WithoutAdapters | None = None,
         validation: Callable[[], Iterable[Pairs]] | None = None,
         judge: Judge | None = None,
     ):
@@ -184,13 +190,15 @@ class Trainer:
             if config.checkpoint.every and (done % config.checkpoint.every == 0 or last):
                 save_checkpoint(
                     self.directory / "checkpoints", done, self.policy, self.optimizer, self.world,
-                    keep=config.checkpoint.keep,
+                    keep=config.checkpoint.keep, keep_weights=config.checkpoint.weights,
                 )  # fmt: skip
             if config.evaluation.every and (done % config.evaluation.every == 0 or last):
                 self._evaluate(done)
         self.metrics.close()
         if config.checkpoint.export:
             export(self.policy, self.directory / "model", self.world)
+            if self.policy.lora is not None:
+                export_adapters(self.policy, self.directory / "adapters", self.world)
 
     def learning_rate(self, step: int) -> float:
         optim = self.config.optim

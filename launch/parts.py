@@ -20,9 +20,10 @@ from data.prompts import find_template
 from data.rewards import RewardError, find_reward, reward_matrix
 from grpo.checkpoint import CheckpointError
 from grpo.config import Config, ConfigError, to_yaml
-from grpo.sharding import World, joined_world, shard
+from grpo.sharding import World, device_mesh, joined_world, shard
 from grpo.trainer import NonFiniteError, Trainer
 from models.loading import load_policy
+from models.lora import Lora, WithoutAdapters
 from models.policy import Policy, PolicyError, Prompt
 
 USER_ERRORS = (ConfigError, DataError, PolicyError, CheckpointError, RewardError, NonFiniteError)
@@ -80,23 +81,50 @@ def check_training(config: Config, world: World) -> None:
         raise ConfigError("evaluation.every is set but data.validation is not; it names the questions to ask")
 
 
-def make_policy(config: Config, world: World, path: str | None = None) -> Policy:
-    """The policy at `path`, or at model.path, sharded over the world."""
-    dtype = getattr(torch, config.model.dtype)
-    return load_policy(
-        path or config.model.path,
-        device=world.device,
-        train_tower=config.model.train_tower,
-        recompute=config.model.recompute,
-        shard=partial(shard, mesh=world.mesh, dtype=dtype, reshard=config.sharding.reshard),
-    )
+def make_policy(config: Config, world: World, *, train: bool = True) -> Policy:
+    """The policy of model.path with its adapters, sharded over the world."""
+    return _load(config, world, config.model.path, lora=lora_of(config), offload=config.sharding.offload, train=train)
 
 
-def make_reference(config: Config, world: World) -> Policy | None:
-    """The frozen policy of the KL term, or None where beta is 0."""
+def make_reference(config: Config, world: World, policy: Policy) -> Policy | WithoutAdapters | None:
+    """The frozen policy of the KL term, or None where beta is 0.
+
+    It is the policy with its adapters off where that is the same; else a copy, in host memory if so configured.
+    """
+    path = config.model.reference or config.model.path
     if config.loss.beta == 0:
         return None
-    return make_policy(config, world, config.model.reference).requires_grad_(False)
+    if policy.lora is not None and path == config.model.path:
+        return WithoutAdapters(policy)
+    reference = _load(config, world, path, lora=None, offload=config.sharding.offload_reference, train=False)
+    if policy.tower_cache is not None and path == config.model.path:
+        reference.share_tower(policy)
+    return reference
+
+
+def lora_of(config: Config) -> Lora | None:
+    """What adapters the policy has: those saved in lora.path, or new ones, or none."""
+    lora = config.lora
+    if lora.path is not None:
+        return Lora.read(lora.path)
+    return Lora(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else None
+
+
+def _load(config: Config, world: World, path: str, *, lora: Lora | None, offload: bool, train: bool) -> Policy:
+    model, dtype = config.model, getattr(torch, config.model.dtype)
+    mesh = device_mesh(world, config.sharding.replicas)
+    return load_policy(
+        path,
+        device=world.device,
+        dtype=dtype,
+        master_dtype=getattr(torch, model.master_dtype),
+        train=train,
+        train_tower=model.train_tower,
+        tower_cache=model.tower_cache * 2**20,
+        lora=lora,
+        recompute=model.recompute,
+        shard=partial(shard, mesh=mesh, dtype=dtype, reshard=config.sharding.reshard, offload=offload),
+    )
 
 
 def training_loader(config: Config, world: World, policy: Policy) -> Loader:

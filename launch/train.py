@@ -20,7 +20,7 @@ def main(argv: list[str]) -> None:
 
 
 def make_trainer(config: Config, world: World, policy: Policy, **parts) -> Trainer:
-    reference = make_reference(config, world)
+    reference = make_reference(config, world, policy)
     return Trainer(config, world, policy, reference=reference, rewards=rewards_of(config), **parts)
 
 

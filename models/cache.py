@@ -1,4 +1,7 @@
-"""Keys and values of a group row, written once and never moved."""
+"""What is computed once and kept: the keys and values of a group row, and what a frozen tower has heard."""
+
+from collections import OrderedDict
+from collections.abc import Callable
 
 import torch
 
@@ -34,3 +37,26 @@ class KVCache:
     def get_seq_length(self, layer: int = 0) -> int:
         """Tokens per row that a layer holds."""
         return self._used[layer] if layer < len(self._used) else 0
+
+
+class TowerCache:
+    """What a frozen audio tower made of the clips it heard last, up to `capacity` bytes; the oldest go first.
+
+    Each clip is heard alone, so that what it gives does not depend on what else was heard, or whether it was kept.
+    """
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self._heard: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, sound: bytes, hear: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The tower's output for a clip, from memory or by `hear`."""
+        output = self._heard.pop(sound, None)
+        if output is None:
+            output = hear().detach()
+            self._bytes += output.nbytes
+        self._heard[sound] = output
+        while self._bytes > self.capacity:
+            self._bytes -= self._heard.popitem(last=False)[1].nbytes
+        return output

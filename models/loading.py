@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -13,7 +15,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from models.cache import TowerCache
 from models.causal_lm import CausalLMPolicy
+from models.lora import WEIGHTS_FILE, Lora, add_adapters, initial_weight, is_adapter, peft_name
 from models.policy import Policy, PolicyError
 from models.qwen2_audio import Qwen2AudioPolicy
 
@@ -25,24 +29,39 @@ def load_policy(
     path: str | Path,
     *,
     device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    master_dtype: torch.dtype = torch.float32,
+    train: bool = True,
     train_tower: bool = True,
+    tower_cache: int = 0,
+    lora: Lora | None = None,
     recompute: bool = False,
     shard: Callable[[Policy], None] | None = None,
 ) -> Policy:
-    """Load a policy with float32 weights from a local directory or a hub name.
+    """Load a policy from a local directory or a hub name.
 
-    The module is built without memory, handed to `shard`, which may wrap it in FSDP, and then filled.
+    The module is built without memory, handed to `shard`, which may wrap it in FSDP, and then filled: weights that
+    are trained are stored in `master_dtype`, all others in `dtype`, that of the computation, which loses nothing
+    there. train: False freezes everything. lora: freezes everything and trains adapters. tower_cache: bytes for what a
+    frozen tower has heard.
     Raises PolicyError for a directory that is no checkpoint, an unknown family, or tensors that do not fit.
     """
     directory = _directory(path)
     policy = build_policy(directory)
+    policy.device = torch.device(device)
     if not train_tower:
         policy.freeze_tower()
+    if lora is not None:
+        add_adapters(policy, lora)
+    if not train:
+        policy.requires_grad_(False)
+    if policy.tower_is_frozen and (lora is not None or not train_tower):
+        policy.tower_cache = TowerCache(tower_cache)
     if recompute:
         policy.recompute_activations()
     if shard is not None:
         shard(policy)
-    _fill(policy, directory, torch.device(device))
+    _fill(policy, directory, dtype, master_dtype)
     return policy
 
 
@@ -101,31 +120,33 @@ def _meta_parameters() -> Iterator[None]:
         nn.Module.register_parameter = register
 
 
-def _fill(policy: Policy, directory: Path, device: torch.device) -> None:
+def _fill(policy: Policy, directory: Path, dtype: torch.dtype, master_dtype: torch.dtype) -> None:
     """Read every tensor of the module tree; say which are missing, left over or of another shape."""
-    files = _tensor_files(directory)
-    targets = policy.model.state_dict(keep_vars=True)
-    tied = tied_names(policy.model)
+    stored = StoredTensors(directory, policy)
+    left, problems = stored.names(), []
     state: dict[str, torch.Tensor] = {}
-    problems: list[str] = []
-    for name, target in targets.items():
+    tied = tied_names(policy.model)
+    for name, target in policy.model.state_dict(keep_vars=True).items():
         if tied[name] != name:
             continue
-        stored = next((key for key in (policy.hub_name(name), name) if key in files), None)
-        if stored is None:
-            problems.append(f"{policy.hub_name(name)} is missing")
+        place = partial(_place, target=target, policy=policy, dtype=master_dtype if target.requires_grad else dtype)
+        if is_adapter(name) and policy.lora.path is None:
+            state[name] = place(initial_weight(name, target.shape))
             continue
-        with safe_open(files.pop(stored), framework="pt") as handle:
-            shape = tuple(handle.get_slice(stored).get_shape())
-            if shape != tuple(target.shape):
-                problems.append(f"{stored} is {shape}, the model wants {tuple(target.shape)}")
+        with stored.opened(name) as tensor:
+            left.discard(stored.find(name))
+            shape = None if tensor is None else tuple(tensor.get_shape())
+            if tensor is None:
+                problems.append(f"{policy.hub_name(name)} is missing")
+            elif shape != tuple(target.shape):
+                problems.append(f"{stored.find(name)} is {shape}, the model wants {tuple(target.shape)}")
             else:
-                state[name] = _read(handle, stored, target, device)
+                state[name] = place(tensor)
     for name, first in tied.items():
-        files.pop(policy.hub_name(name), None)
+        left.discard(stored.find(name))
         if first in state:
             state[name] = state[first]
-    problems += [f"{name} is not part of the model" for name in files]
+    problems += [f"{name} is not part of the model" for name in sorted(left)]
     if problems:
         more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise PolicyError(f"{directory}: the weights do not fit config.json: {'; '.join(problems[:5])}{more}")
@@ -133,7 +154,36 @@ def _fill(policy: Policy, directory: Path, device: torch.device) -> None:
     for module in policy.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = buffer.to(device)
+                module._buffers[name] = buffer.to(policy.device)
+
+
+class StoredTensors:
+    """The tensors of a checkpoint directory, and of the policy's saved adapters, by their names in the policy."""
+
+    def __init__(self, directory: Path, policy: Policy):
+        self._policy = policy
+        self._files = _tensor_files(directory)
+        if policy.lora is not None and policy.lora.path is not None:
+            self._files |= _tensors_of(policy.lora.path / WEIGHTS_FILE)
+
+    def names(self) -> set[str]:
+        """All names, as they stand in the files."""
+        return set(self._files)
+
+    def find(self, name: str) -> str | None:
+        """The name in the files of what `policy.model` calls `name`."""
+        candidates = (peft_name(name),) if is_adapter(name) else (self._policy.hub_name(name), name)
+        return next((candidate for candidate in candidates if candidate in self._files), None)
+
+    @contextmanager
+    def opened(self, name: str) -> Iterator[Any]:
+        """A tensor of which a slice can be read without the rest; None if it is not there."""
+        stored = self.find(name)
+        if stored is None:
+            yield None
+            return
+        with safe_open(self._files[stored], framework="pt") as file:
+            yield file.get_slice(stored)
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:
@@ -144,8 +194,12 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
     single = directory / "model.safetensors"
     if not single.exists():
         raise PolicyError(f"{directory}: neither model.safetensors nor {index.name} is there")
-    with safe_open(single, framework="pt") as handle:
-        return {name: single for name in handle.keys()}
+    return _tensors_of(single)
+
+
+def _tensors_of(path: Path) -> dict[str, Path]:
+    with safe_open(path, framework="pt") as file:
+        return {name: path for name in file.keys()}
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
@@ -155,20 +209,21 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     return {name: first.setdefault(id(tensors[name]), name) for name in model.state_dict()}
 
 
-def _read(handle, name: str, target: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The stored tensor like `target`: a float32 parameter, only this rank's slice if sharded, or a buffer as it is."""
-    trained = target.requires_grad
+def _place(tensor: Any, *, target: torch.Tensor, policy: Policy, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor, or one still in its file, like `target`: a parameter of `dtype`, this rank's slice of it if sharded.
+
+    Buffers keep the dtype they were stored in.
+    """
     if not isinstance(target, nn.Parameter):
-        return handle.get_tensor(name).to(device)
+        return tensor[...].to(policy.device)
     if not isinstance(target, DTensor):
-        return nn.Parameter(handle.get_tensor(name).to(device, torch.float32), requires_grad=trained)
+        return nn.Parameter(tensor[...].to(policy.device, dtype), requires_grad=target.requires_grad)
     shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
-    if 0 in shape:
-        local = torch.empty(shape)
-    else:
-        local = handle.get_slice(name)[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
+    local = (
+        torch.empty(shape) if 0 in shape else tensor[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
+    )
     sharded = DTensor.from_local(
-        local.to(device, torch.float32), target.device_mesh, target.placements,
+        local.to("cpu" if policy.offloads else policy.device, dtype), target.device_mesh, target.placements,
         run_check=False, shape=target.shape, stride=target.stride(),
     )  # fmt: skip
-    return nn.Parameter(sharded, requires_grad=trained)
+    return nn.Parameter(sharded, requires_grad=target.requires_grad)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +14,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
+from models.cache import TowerCache
+
+if TYPE_CHECKING:
+    from models.lora import Lora
 
 
 class PolicyError(ValueError):
@@ -27,11 +31,13 @@ class Prompt:
     ids: (P,) int64 token ids, the audio placeholder already repeated once per audio embedding.
     log_mel: (M, F) float32 log-mel, or None for a prompt without audio.
     frames: how many of the F come from the clip; those behind it are what its convolutions still reach.
+    sound: a digest of the log-mel, by which a frozen tower knows what it has heard before.
     """
 
     ids: torch.Tensor
     log_mel: torch.Tensor | None = None
     frames: int = 0
+    sound: bytes = b""
 
 
 class Policy(nn.Module):
@@ -76,8 +82,12 @@ class Policy(nn.Module):
         return None
 
     directory: Path  # the checkpoint it was built from
+    device = torch.device("cpu")  # where it computes; its weights may be kept in host memory
     sample_rate: int | None = None  # Hz of the waveforms `prepare` takes; None for a text-only policy
     reshards = False  # whether sharding frees each layer's gathered weights after its forward
+    offloads = False  # whether sharding keeps the weights in host memory
+    lora: Lora | None = None  # what its adapters are like, if it has any
+    tower_cache: TowerCache | None = None  # what a frozen tower has heard; None while the tower is trained
     suppressed_ids: tuple[int, ...] = ()  # never sampled and outside the scored distribution: placeholders
 
     # What every family shares.
@@ -93,10 +103,6 @@ class Policy(nn.Module):
     def pad_id(self) -> int:
         """The id that fills a completion after its end; masked everywhere."""
         return self.stop_ids[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
 
     @property
     def windows(self) -> dict[str, int | None]:
@@ -139,11 +145,20 @@ class Policy(nn.Module):
         cap = getattr(config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
+    @property
+    def tower_is_frozen(self) -> bool:
+        """Whether there is a tower, and none of it is trained."""
+        return self.tower is not None and not any(p.requires_grad for p in self.tower.parameters())
+
     def layers(self) -> Iterable[nn.Module]:
         """The modules to shard and to recompute one by one: the decoder's layers, then the tower's."""
         yield from self.decoder.layers
         if self.tower is not None:
             yield from self.tower.layers
+
+    def share_tower(self, other: Policy) -> None:
+        """Hear with another policy's frozen tower, and with its memory of what was heard; both of one checkpoint."""
+        raise NotImplementedError
 
     def recompute_activations(self) -> None:
         """Keep only each layer's input for the backward pass and run the layer again there."""

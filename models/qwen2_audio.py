@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -76,12 +78,13 @@ class Qwen2AudioPolicy(Policy):
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
         ids = torch.tensor(self.tokenizer(chat, add_special_tokens=False)["input_ids"])
-        return Prompt(ids=self._expand(ids, audio_tokens(frames)), log_mel=mel, frames=frames)
+        sound = hashlib.blake2b(mel.numpy(), digest_size=16).digest()
+        return Prompt(ids=self._expand(ids, audio_tokens(frames)), log_mel=mel, frames=frames, sound=sound)
 
     def embed(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
         ids, lengths = pad_ids(prompts, self.pad_id, self.device)
         embeddings = self.embed_tokens(ids)
-        audio = self._embed_audio(prompts).to(embeddings.dtype)
+        audio = self.model.model.multi_modal_projector(self._hear(prompts)).to(embeddings.dtype)
         # Padding repeats pad_id, so every placeholder is a real one; `prepare` made as many as there are embeddings.
         places = (ids == self.audio_id).unsqueeze(-1).expand_as(embeddings)
         if int(places[..., 0].sum()) != len(audio):
@@ -95,8 +98,17 @@ class Qwen2AudioPolicy(Policy):
             raise DataError(f"the chat gave {len(places)} audio placeholders for one clip; is one in the question?")
         return torch.cat([ids[: places[0]], ids.new_full((count,), self.audio_id), ids[places[0] + 1 :]])
 
-    def _embed_audio(self, prompts: Sequence[Prompt]) -> torch.Tensor:
-        """Embeddings (A, D) of all clips one after the other.
+    def share_tower(self, other: Qwen2AudioPolicy) -> None:
+        self.model.model.audio_tower, self.tower_cache = other.tower, other.tower_cache
+
+    def _hear(self, prompts: Sequence[Prompt]) -> torch.Tensor:
+        """The tower's output (A, tower width) for all clips, one after the other."""
+        if self.tower_cache is None:
+            return self._run_tower(prompts)
+        return torch.cat([self.tower_cache.get(p.sound, partial(self._run_tower, (p,))) for p in prompts])
+
+    def _run_tower(self, prompts: Sequence[Prompt]) -> torch.Tensor:
+        """Let the tower hear the clips as one batch: (A, tower width).
 
         transformers' tower takes 3000 frames, 30 s, whatever the clip. Its layers never let a real frame see padding,
         so running them on the real frames, and the two behind them that the convolutions reach, gives the same values.
@@ -112,5 +124,4 @@ class Qwen2AudioPolicy(Policy):
         for layer in tower.layers:
             hidden = layer(hidden, mask)
         hidden = tower.layer_norm(tower.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2))  # 25 per second
-        hidden = self.model.model.multi_modal_projector(hidden)
         return hidden[place[: hidden.shape[1]] < audio_tokens(frames)[:, None]]

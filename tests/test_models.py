@@ -16,7 +16,7 @@ from data.errors import DataError
 from grpo.checkpoint import export
 from grpo.sampler import sample
 from grpo.scorer import score
-from grpo.sharding import World, shard
+from grpo.sharding import World, device_mesh, shard
 from models.loading import load_policy
 from models.mini import build_mini
 from models.policy import PolicyError
@@ -210,7 +210,7 @@ def test_freezing_the_tower_leaves_it_without_gradients_and_the_rest_with_the_sa
 
 
 def export_sharded(world: World, source: Path, target: Path) -> None:
-    policy = load_policy(source, shard=lambda policy: shard(policy, world.mesh))
+    policy = load_policy(source, shard=lambda policy: shard(policy, device_mesh(world)))
     export(policy, target, world)
 
 
