@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import soundfile
 
-from tests.conftest import waveform
-
 WORDS = ("rain", "a bell", "a dog", "wind")
+
+
+def waveform(seconds: float, seed: int) -> np.ndarray:
+    """Noise through a slow envelope: unlike its neighbour frames everywhere, the last one included."""
+    noise = np.random.default_rng(seed).normal(size=round(16_000 * seconds))
+    return (0.1 * noise * (1.2 + np.sin(np.arange(len(noise)) / 900))).astype(np.float32)
 
 
 def write_questions(directory: Path, count: int, *, name: str = "train", **changes: dict) -> Path:

@@ -18,6 +18,7 @@ from data.torchaudio_compat import torchaudio  # noqa: F401  (must precede trans
 from models.loading import load_policy
 from models.mini import build_mini
 from models.policy import Policy, Prompt
+from tests.clips import waveform, write_questions
 
 torch.set_num_threads(1)
 
@@ -27,12 +28,6 @@ TEXTS = (
     "Rising or falling? Output the final answer in <answer> </answer>.",
 )
 SECONDS = (1.03, 0.4, 0.77)  # odd and even numbers of mel frames
-
-
-def waveform(seconds: float, seed: int) -> np.ndarray:
-    """Noise through a slow envelope: unlike its neighbour frames everywhere, the last one included."""
-    noise = np.random.default_rng(seed).normal(size=round(16_000 * seconds))
-    return (0.1 * noise * (1.2 + np.sin(np.arange(len(noise)) / 900))).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -108,3 +103,26 @@ def case(request) -> Case:
     waveforms = tuple(waveform(s, n) if hears else None for n, s in enumerate(SECONDS))
     prompts = tuple(policy.prepare(text, w) for text, w in zip(TEXTS, waveforms, strict=True))
     return Case(request.param, directory, policy, prompts, waveforms)
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory) -> Path:
+    return write_questions(tmp_path_factory.mktemp("questions"), 12)
+
+
+@pytest.fixture
+def settings(tmp_path, qwen2_audio_dir, questions) -> list[str]:
+    path = tmp_path / "config.yaml"
+    path.write_text("{}")
+    return [
+        str(path),
+        f"model.path={qwen2_audio_dir}",
+        f"data.train={questions}",
+        "rollout.group_size=4",
+        "rollout.max_new_tokens=6",
+        "optim.prompts_per_step=4",
+        "optim.micro_batch=2",
+        "optim.lr=1e-3",
+        "optim.schedule=constant",
+        "optim.steps=3",
+    ]

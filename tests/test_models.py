@@ -21,7 +21,8 @@ from models.loading import load_policy
 from models.mini import build_mini
 from models.policy import PolicyError
 from models.qwen2_audio import audio_tokens
-from tests.conftest import TEXTS, build_causal_lm, waveform
+from tests.clips import waveform
+from tests.conftest import TEXTS, build_causal_lm
 from tests.ranks import on_ranks
 
 

@@ -1,97 +1,40 @@
-"""The update does not depend on how the work is split, and a resumed run is the run.
-
-Weights are compared after AdamW steps at a learning rate of 1e-3, so a wrong gradient moves them by about 1e-3; the
-rounding of sums in another order moves them by less than 1e-5. The one exception is the bias of the key projection: a
-constant added to all keys does not change a softmax, so its gradient is zero but for rounding, and AdamW, which
-divides a gradient by its own size, turns that rounding into steps.
-"""
+"""The update does not depend on how the work is split, and a resumed run is the run."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from pathlib import Path
 
 import pytest
 import torch
-from parts import judge, make_policy, make_reference, rewards_of, training_loader, validation_batches
+from parts import judge, make_policy, rewards_of, validation_batches
 from safetensors.torch import load_file
 
 from data.examples import load_examples
 from grpo.advantage import group_advantages
 from grpo.checkpoint import CheckpointError, load_checkpoint
-from grpo.config import Config, ConfigError, load_config
+from grpo.config import ConfigError, load_config
 from grpo.loss import policy_loss, token_weights
 from grpo.sampler import sample
 from grpo.scorer import score
 from grpo.sft import SupervisedTrainer
 from grpo.sharding import World
 from grpo.trace import read_step
-from grpo.trainer import NonFiniteError, Trainer
+from grpo.trainer import NonFiniteError
 from grpo.types import Batch
 from tests.clips import write_questions
 from tests.conftest import build_causal_lm
 from tests.ranks import on_ranks
-
-ROUNDING = 1e-5
-NO_GRADIENT = "k_proj.bias"
-CHANCE_ZEROS = 1e-5  # share of entries whose gradient may happen to be as small as its rounding, for the same reason
-
-
-@pytest.fixture(scope="session")
-def questions(tmp_path_factory) -> Path:
-    return write_questions(tmp_path_factory.mktemp("questions"), 12)
-
-
-@pytest.fixture
-def settings(tmp_path, qwen2_audio_dir, questions) -> list[str]:
-    path = tmp_path / "config.yaml"
-    path.write_text("{}")
-    return [
-        str(path),
-        f"model.path={qwen2_audio_dir}",
-        f"data.train={questions}",
-        "rollout.group_size=4",
-        "rollout.max_new_tokens=6",
-        "optim.prompts_per_step=4",
-        "optim.micro_batch=2",
-        "optim.lr=1e-3",
-        "optim.schedule=constant",
-        "optim.steps=3",
-    ]
-
-
-def length_reward(examples, completions) -> torch.Tensor:
-    """Something that differs between the completions of a random model, as accuracy does not."""
-    return torch.tensor([[len(text) % 7 / 7, float("a" in text)] for text in completions])
-
-
-def build(world: World, config: Config, kind: type[Trainer] = Trainer, **more) -> Trainer:
-    policy = make_policy(config, world)
-    loader = training_loader(config, world, policy)
-    if kind is Trainer:
-        more = {"rewards": length_reward, "reference": make_reference(config, world, policy)} | more
-    return kind(config, world, policy, data=loader, **more)
-
-
-def train(world: World, settings: list[str]) -> None:
-    build(world, load_config(settings)).train()
-
-
-def train_all(world: World, runs: list[list[str]]) -> None:
-    for settings in runs:
-        train(world, settings)
-
-
-def weights(directory: Path) -> dict[str, torch.Tensor]:
-    return load_file(directory / "model" / "model.safetensors")
-
-
-def largest_difference(first: Path, second: Path) -> float:
-    a, b = weights(first), weights(second)
-    assert a.keys() == b.keys()
-    differences = torch.cat([(a[name] - b[name]).abs().flatten() for name in a if NO_GRADIENT not in name])
-    return float(differences.kthvalue(len(differences) - int(CHANCE_ZEROS * len(differences))).values)
+from tests.runs import (
+    NO_GRADIENT,
+    ROUNDING,
+    build,
+    largest_difference,
+    length_reward,
+    read_metrics,
+    train,
+    train_all,
+    weights,
+)
 
 
 def test_the_update_is_the_same_for_any_micro_batch_and_on_one_or_two_ranks(settings, tmp_path, qwen2_audio_dir):
@@ -155,10 +98,6 @@ def test_bfloat16_computes_in_half_and_keeps_float32_weights(settings, tmp_path)
     gaps = [line["sampler_gap"] for line in read_metrics(tmp_path / "run")]
     # bfloat16 has 8 bits: logprobs of size 5 differ by some 1e-2 where float32's differ by 1e-6.
     assert all(1e-5 < gap < 0.05 for gap in gaps)
-
-
-def read_metrics(directory: Path) -> list[dict]:
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

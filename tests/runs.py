@@ -1,0 +1,61 @@
+"""Short training runs, and how far apart their weights end.
+
+Weights are compared after AdamW steps at a learning rate of 1e-3, so a wrong gradient moves them by about 1e-3; the
+rounding of sums in another order moves them by less than 1e-5. The one exception is the bias of the key projection: a
+constant added to all keys does not change a softmax, so its gradient is zero but for rounding, and AdamW, which
+divides a gradient by its own size, turns that rounding into steps.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from parts import make_policy, make_reference, training_loader
+from safetensors.torch import load_file
+
+from grpo.config import Config, load_config
+from grpo.sharding import World
+from grpo.trainer import Trainer
+
+ROUNDING = 1e-5
+NO_GRADIENT = "k_proj.bias"
+CHANCE_ZEROS = 1e-5  # share of entries whose gradient may happen to be as small as its rounding, for the same reason
+
+
+def length_reward(examples, completions) -> torch.Tensor:
+    """Something that differs between the completions of a random model, as accuracy does not."""
+    return torch.tensor([[len(text) % 7 / 7, float("a" in text)] for text in completions])
+
+
+def build(world: World, config: Config, kind: type[Trainer] = Trainer, **more) -> Trainer:
+    policy = make_policy(config, world)
+    loader = training_loader(config, world, policy)
+    if kind is Trainer:
+        more = {"rewards": length_reward, "reference": make_reference(config, world, policy)} | more
+    return kind(config, world, policy, data=loader, **more)
+
+
+def train(world: World, settings: list[str]) -> None:
+    build(world, load_config(settings)).train()
+
+
+def train_all(world: World, runs: list[list[str]]) -> None:
+    for settings in runs:
+        train(world, settings)
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model" / "model.safetensors")
+
+
+def largest_difference(first: Path, second: Path) -> float:
+    a, b = weights(first), weights(second)
+    assert a.keys() == b.keys()
+    differences = torch.cat([(a[name] - b[name]).abs().flatten() for name in a if NO_GRADIENT not in name])
+    return float(differences.kthvalue(len(differences) - int(CHANCE_ZEROS * len(differences))).values)
+
+
+def read_metrics(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,127 @@
+"""Weights may be sharded, replicated, kept in host memory or left whole: the update is that of one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from grpo.config import ConfigError, load_config
+from grpo.sharding import World, device_mesh
+from tests.ranks import on_ranks
+from tests.runs import ROUNDING, build, largest_difference, read_metrics, train, train_all, weights
+
+FROZEN = "model.train_tower=false"
+
+
+@pytest.fixture
+def alone(settings, tmp_path):
+    """The run of one process that the others are held against."""
+    on_ranks(1, train, [*settings, f"run.directory={tmp_path}/alone"])
+    return tmp_path / "alone"
+
+
+def test_hybrid_sharding_on_two_and_four_ranks_is_one_process(settings, tmp_path, alone):
+    runs = [[*settings, f"run.directory={tmp_path}/{ranks}", "sharding.replicas=2"] for ranks in (2, 4)]
+    on_ranks(2, train, runs[0])
+    on_ranks(4, train, runs[1])
+    for ranks in (2, 4):
+        assert largest_difference(alone, tmp_path / str(ranks)) < ROUNDING, ranks
+    # The norm of a replicated gradient must count each entry once.
+    norms = [[line["grad_norm"] for line in read_metrics(path)] for path in (alone, tmp_path / "4")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_replicas_share_nothing_but_gradients():
+    def run(world: World) -> None:
+        with pytest.raises(ConfigError, match="sharding.replicas is 2; it must divide the number of processes, 1"):
+            device_mesh(world, replicas=2)
+
+    on_ranks(1, run)
+    on_ranks(4, check_mesh)
+
+
+def check_mesh(world: World) -> None:
+    mesh = device_mesh(world, replicas=2)
+    assert mesh.mesh.tolist() == [[0, 1], [2, 3]] and mesh.mesh_dim_names == ("replicate", "shard")
+
+
+def test_weights_in_host_memory_make_the_same_update(settings, tmp_path, alone):
+    offload = [f"run.directory={tmp_path}/offload", "sharding.offload=true", "sharding.offload_reference=true"]
+    on_ranks(2, train, [*settings, *offload])
+    assert largest_difference(alone, tmp_path / "offload") < ROUNDING
+
+
+def check_places(world: World, settings: list[str], whole: set[str]) -> None:
+    """Frozen weights stand whole where they must not or need not be gathered, and in the compute dtype."""
+    trainer = build(world, load_config(settings))
+    for policy, names in ((trainer.policy, whole), (trainer.reference, whole)):
+        for name, parameter in policy.model.named_parameters():
+            kept = any(part in name for part in names) or (world.size == 1 and not parameter.requires_grad)
+            assert isinstance(parameter, DTensor) != kept, name
+            assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16), name
+    trainer.step(0)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_frozen_tower_stands_whole_and_a_trained_one_is_sharded(ranks, settings, tmp_path):
+    run = [*settings, f"run.directory={tmp_path}/run", "model.dtype=bfloat16"]
+    on_ranks(ranks, check_places, run, set())
+    on_ranks(ranks, check_places, [*run, FROZEN], {"audio_tower"})
+
+
+def test_what_a_frozen_tower_has_heard_is_heard_once_and_changes_nothing(settings, tmp_path, monkeypatch):
+    """With room for all clips, for none, and for a few; ranks hit and miss at different times."""
+    run = [*settings, FROZEN, "optim.steps=8"]  # 32 prompts of 12 clips
+    for mebibytes in (0, 1024):
+        on_ranks(2, train, [*run, f"run.directory={tmp_path}/{mebibytes}", f"model.tower_cache={mebibytes}"])
+    a, b = weights(tmp_path / "0"), weights(tmp_path / "1024")
+    assert all(torch.equal(a[name], b[name]) for name in a), "a clip is heard alone, so bit for bit"
+
+    heard = []
+
+    def count(world: World) -> None:
+        trainer = build(world, load_config([*run, f"run.directory={tmp_path}/count"]))
+        tower = trainer.policy._run_tower
+        monkeypatch.setattr(
+            trainer.policy, "_run_tower", lambda prompts: heard.append(prompts[0].sound) or tower(prompts)
+        )
+        monkeypatch.setattr(trainer.reference, "_run_tower", lambda prompts: heard.append("reference"))
+        for step in range(8):
+            trainer.step(step)
+
+    on_ranks(1, count)
+    assert len(heard) == len(set(heard)) == 12, "once per clip, in rollout, reference, scoring and later epochs"
+
+
+def test_pure_bfloat16_trains_in_bfloat16(settings, tmp_path):
+    config = load_config(
+        [*settings, f"run.directory={tmp_path}/run", "model.dtype=bfloat16", "model.master_dtype=bfloat16"]
+    )
+
+    def run(world: World) -> None:
+        trainer = build(world, config)
+        before = [
+            parameter.full_tensor().clone() for parameter in trainer.policy.parameters() if parameter.requires_grad
+        ]
+        trainer.step(0)
+        after = [parameter for parameter in trainer.policy.parameters() if parameter.requires_grad]
+        states = [value for state in trainer.optimizer.state.values() for value in state.values() if value.dim()]
+        assert {tensor.dtype for tensor in (*trained, *states)} == {torch.bfloat16}
+        assert any(not torch.equal(b, a.full_tensor()) for b, a in zip(before, trained, strict=True))
+
+    on_ranks(1, run)
+
+
+def test_a_bfloat16_master_needs_a_bfloat16_computation(settings):
+    with pytest.raises(ConfigError, match="model.master_dtype=bfloat16 needs model.dtype=bfloat16"):
+        load_config([*settings, "run.directory=run", "model.master_dtype=bfloat16"])
+
+
+def test_a_run_resumes_on_another_number_of_ranks(settings, tmp_path):
+    half = [*settings, f"run.directory={tmp_path}/half", "checkpoint.every=2", "optim.steps=2"]
+    rest = [*settings, f"run.directory={tmp_path}/half", "checkpoint.every=2", "optim.steps=4", "run.resume=true"]
+    on_ranks(2, train, half)
+    on_ranks(4, train, rest)
+    on_ranks(1, train_all, [[*settings, f"run.directory={tmp_path}/whole", "optim.steps=4"]])
+    assert largest_difference(tmp_path / "whole", tmp_path / "half") < ROUNDING
