@@ -85,13 +85,11 @@ def test_recomputation_and_adapters_give_the_same_gradients(case, adapted):
         assert one.grad is None or torch.equal(one.grad, two.grad)
 
 
-def test_training_moves_only_the_adapters_alike_on_one_two_and_four_ranks(settings, tmp_path, qwen2_audio_dir):
-    runs = {ranks: [*settings, *LORA, f"run.directory={tmp_path}/{ranks}"] for ranks in (1, 2, 4)}
+def test_training_moves_only_the_adapters_alike_on_one_and_two_ranks(settings, tmp_path, qwen2_audio_dir):
+    runs = {ranks: [*settings, *LORA, f"run.directory={tmp_path}/{ranks}"] for ranks in (1, 2)}
     on_ranks(1, train, runs[1])
     on_ranks(2, train, runs[2])
-    on_ranks(4, train, [*runs[4], "sharding.replicas=2"])
     assert largest_difference(tmp_path / "1", tmp_path / "2") < ROUNDING
-    assert largest_difference(tmp_path / "1", tmp_path / "4") < ROUNDING
     start, end = load_file(qwen2_audio_dir / "model.safetensors"), weights(tmp_path / "2")
     moved = {name.split(".")[-2] for name in start if not torch.equal(start[name], end[name])}
     assert moved == set(TARGETS), "the merged export differs where adapters are"
