@@ -5,19 +5,30 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import soundfile
 import torch
 
-from data.errors import AudioError, SkippedClipError
+from data.errors import AudioError, MissingClipError, SilentClipError, SkippedClipError
 from data.torchaudio_compat import torchaudio
 
 SILENCE_PEAK = 1e-4  # full scale is 1; -80 dB, three steps of 16-bit audio
 CROP_MARGIN = 0.05  # seconds decoded beyond a crop, so that the resampling filter sees what follows the cut
 MAX_KERNEL = 2**24  # values of a resampling filter (64 MiB); rates with no small common ratio need gigabytes
+UNKNOWN_FRAMES = 2**62  # and above: libsndfile does not know the length
 LONG_CLIPS = ("error", "crop", "skip")
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself, true or not."""
+
+    sample_rate: int
+    channels: int
+    seconds: float | None  # None where the length stands nowhere
 
 
 def load_waveform(path: str | Path, *, sample_rate: int, max_seconds: float, long_clips: str = "error") -> np.ndarray:
@@ -41,30 +52,43 @@ def load_waveform(path: str | Path, *, sample_rate: int, max_seconds: float, lon
     waveform = _resample(path, waveform, rate, sample_rate)[: _frames(max_seconds, sample_rate)]
     peak = float(np.abs(waveform).max())
     if peak < SILENCE_PEAK:
-        raise AudioError(
+        raise SilentClipError(
             f"{path}: is silent (peak {peak:.1e}, mean of {samples.shape[1]} channels); expected a peak of at least "
             f"{SILENCE_PEAK:.0e}; remove the example or replace the file"
         )
     return waveform
 
 
-def probe(path: str | Path, *, max_seconds: float, long_clips: str = "error") -> None:
-    """Check by the header that a clip opens, is not empty and is not too long; raises as `load_waveform` does."""
+def probe(path: str | Path, *, max_seconds: float, long_clips: str = "error") -> float:
+    """Check by the header that a clip opens, is not empty and is not too long; raises as `load_waveform` does.
+
+    Gives its length in seconds by the header; of a clip that will be cropped, `max_seconds`.
+    """
     _check_long_clips(long_clips)
     with _opened(path) as file:
-        limit = _frames(max_seconds, file.samplerate)
-        if file.frames == 0:
+        limit, frames = _frames(max_seconds, file.samplerate), file.frames
+        if frames == 0:
             raise _no_samples(path)
         # The length in a compressed file's header may be an estimate; a clip is refused only for what is in it.
-        if file.frames > limit and long_clips != "crop" and len(_decode(file, max_seconds + CROP_MARGIN)) > limit:
+        if frames > limit:
+            frames = limit if long_clips == "crop" else len(_decode(file, max_seconds + CROP_MARGIN))
+        if frames > limit:
             raise _too_long(path, file, max_seconds, long_clips)
+        return frames / file.samplerate
+
+
+def read_header(path: str | Path) -> Header:
+    """What a file says of itself; raises AudioError where it cannot be opened."""
+    with _opened(path) as file:
+        seconds = file.frames / file.samplerate if file.frames < UNKNOWN_FRAMES else None
+        return Header(file.samplerate, file.channels, seconds)
 
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[soundfile.SoundFile]:
     """The file, open; whatever the decoder raises, here or while it is read, as an AudioError."""
     if not os.path.exists(path):
-        raise AudioError(f"{path}: no such file; expected a clip there; check audio_path and audio_root")
+        raise MissingClipError(f"{path}: no such file; expected a clip there; check audio_path and audio_root")
     if not os.path.isfile(path) or not os.access(path, os.R_OK):
         raise AudioError(f"{path}: not a file that may be read; expected a clip; check its kind and permissions")
     if os.path.getsize(path) == 0:
@@ -99,7 +123,7 @@ def _no_samples(path: str | Path) -> AudioError:
 def _too_long(path: str | Path, file: soundfile.SoundFile, max_seconds: float, long_clips: str) -> AudioError:
     seconds = file.frames / file.samplerate
     # A header may say less than there is, or libsndfile's largest integer for a length it does not know.
-    known = max_seconds < seconds and file.frames < 2**62
+    known = max_seconds < seconds and file.frames < UNKNOWN_FRAMES
     kind = SkippedClipError if long_clips == "skip" else AudioError
     return kind(
         f"{path}: is {f'{seconds:.2f} s long' if known else 'too long'}; expected at most {max_seconds:g} s; "

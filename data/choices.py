@@ -51,11 +51,15 @@ def is_correct(completion: str, choices: Sequence[str], answer: int) -> bool:
 
 
 def shuffle_choices(example: Example, *, seed: int, step: int) -> Example:
-    """The example with its choices permuted and its answer index moved along: a pure function of (seed, step, id)."""
+    """The example with its choices permuted and its answer index moved along: a pure function of (seed, step, id).
+
+    An answer that is not known stays so.
+    """
 
     def rank(index: int) -> bytes:
         return hashlib.sha256(f"{seed}/{step}/{index}/{example.id}".encode()).digest()
 
     order = sorted(range(len(example.choices)), key=rank)
     choices = tuple(example.choices[index] for index in order)
-    return replace(example, choices=choices, answer=order.index(example.answer))
+    answer = None if example.answer is None else order.index(example.answer)
+    return replace(example, choices=choices, answer=answer)

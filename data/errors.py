@@ -15,6 +15,14 @@ class AudioError(DataError):
     """An audio file is missing, unreadable, empty, silent, not finite or too long."""
 
 
+class MissingClipError(AudioError):
+    """There is no file where a clip should be."""
+
+
+class SilentClipError(AudioError):
+    """A clip holds nothing that could be heard."""
+
+
 class SkippedClipError(AudioError):
     """A clip is too long and the settings ask to leave such clips out: callers count it and go on."""
 

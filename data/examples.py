@@ -1,7 +1,7 @@
 """Multiple-choice questions about audio clips, read from JSON lines in the R1-AQA format."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.choices import normalise
@@ -12,20 +12,30 @@ KEYS = ("id", "audio_path", "question_text", "multi_choice", "answer")
 
 @dataclass(frozen=True)
 class Example:
-    """One question with its clip, its choices and the index of the right one."""
+    """One question with its clip, its choices and the index of the right one.
+
+    Only a benchmark's questions may have no answer, where its authors keep it to themselves.
+    """
 
     id: str
     audio_path: Path | None
     question: str
     choices: tuple[str, ...]
-    answer: int
+    answer: int | None
     dataset: str = ""
     task: str = ""
     category: str = ""
     line: str = ""  # where it was read, "train.jsonl:17"
+    sub_category: str = ""
+    difficulty: str = ""
+    # Length of the clip, once its header was read: a measurement, which makes it no other question.
+    seconds: float | None = field(default=None, compare=False)
 
     @property
     def answer_text(self) -> str:
+        """The right choice; DataError where the answer is not known."""
+        if self.answer is None:
+            raise DataError(f"{self.line or self.id}: has no answer; expected one to train on or to compare with")
         return self.choices[self.answer]
 
 
@@ -37,15 +47,27 @@ class BadExample:
     id: str
     reason: str
 
+    def json_line(self) -> str:
+        """The line of a bad.jsonl, with its newline."""
+        return json.dumps({"file": self.line, "id": self.id, "reason": self.reason}, ensure_ascii=False) + "\n"
+
 
 def load_examples(
-    path: str | Path, *, audio_root: str | Path | None = None, require_audio: bool = True, skip_bad: bool = False
+    path: str | Path,
+    *,
+    audio_root: str | Path | None = None,
+    require_audio: bool = True,
+    skip_bad: bool = False,
+    benchmark: bool = False,
 ) -> tuple[list[Example], list[BadExample]]:
     """Read a JSON-lines file; every line needs the keys in KEYS, others than these and the optional ones are ignored.
 
     `audio_path` is taken relative to `audio_root`, or to the file's own directory; it may be absent or null only
     without `require_audio`. The first bad line raises DataError; with `skip_bad`, bad lines are returned beside the
     examples instead. A file without one good example is always an error.
+
+    A `benchmark`'s questions are taken as they are: two choices may be the same to the matcher, and `answer` may be
+    null or absent.
     """
     path = Path(path)
     root = path.parent if audio_root is None else Path(audio_root)
@@ -55,8 +77,8 @@ def load_examples(
             continue
         line, record = f"{path.name}:{number}", {}
         try:
-            record = _decode(raw)
-            example = _example(record, root=root, line=line, require_audio=require_audio)
+            record = decode_line(raw)
+            example = parse_example(record, root=root, line=line, require_audio=require_audio, benchmark=benchmark)
             if example.id in seen:
                 raise DataError(f'"id" {example.id!r} was used at {seen[example.id]}; each example needs its own id')
         except DataError as error:
@@ -80,7 +102,8 @@ def _lines(path: Path) -> list[bytes]:
         raise DataError(f"{path}: cannot be read ({reason}); expected a file of JSON lines") from error
 
 
-def _decode(raw: bytes) -> dict:
+def decode_line(raw: bytes) -> dict:
+    """The JSON object of one line; DataError if it is none."""
     try:
         record = json.loads(raw.decode("utf-8-sig"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -90,15 +113,19 @@ def _decode(raw: bytes) -> dict:
     return record
 
 
-def _example(record: dict, *, root: Path, line: str, require_audio: bool) -> Example:
-    needed = [key for key in KEYS if require_audio or key != "audio_path"]
+def parse_example(
+    record: dict, *, root: Path, line: str, require_audio: bool = True, benchmark: bool = False
+) -> Example:
+    """One record as an example, its clip beneath `root`; DataError, without the line, if it is not usable."""
+    optional = {"audio_path": not require_audio, "answer": benchmark}
+    needed = [key for key in KEYS if not optional.get(key)]
     for key in needed:
         if record.get(key) is None:
             raise DataError(f'"{key}" is missing; each line needs {", ".join(needed)}')
     identity = record["id"]
     if isinstance(identity, bool) or not isinstance(identity, (str, int)):
         raise DataError(f'"id" is {identity!r}; expected text or an integer')
-    choices = _choices(record["multi_choice"])
+    choices = _choices(record["multi_choice"], distinct=not benchmark)
     audio_path = _text(record, "audio_path")
     if not audio_path and (require_audio or "audio_path" in record and record["audio_path"] is not None):
         raise DataError('"audio_path" is empty; expected the path of the clip')
@@ -110,10 +137,12 @@ def _example(record: dict, *, root: Path, line: str, require_audio: bool) -> Exa
         audio_path=root / audio_path if audio_path else None,
         question=question,
         choices=choices,
-        answer=_answer(record["answer"], choices),
+        answer=None if record.get("answer") is None else _answer(record["answer"], choices),
         dataset=_text(record, "dataset_name"),
-        task=_text(record, "task"),
-        category=_text(record, "category"),
+        task=_label(record, "task"),
+        category=_label(record, "category"),
+        sub_category=_label(record, "sub_category"),
+        difficulty=_label(record, "difficulty"),
         line=line,
     )
 
@@ -125,14 +154,30 @@ def _text(record: dict, key: str) -> str:
     return value or ""
 
 
-def _choices(value: object) -> tuple[str, ...]:
-    """The choices, checked as the matcher sees them: two that it cannot tell apart could never be answered."""
+def _label(record: dict, key: str) -> str:
+    """A text, or the texts of a list joined by commas: some benchmarks put a question into several categories."""
+    value = record.get(key)
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        return ", ".join(value)
+    if value is not None and not isinstance(value, str):
+        raise DataError(f'"{key}" is {value!r}; expected text or a list of texts')
+    return value or ""
+
+
+def _choices(value: object, *, distinct: bool) -> tuple[str, ...]:
+    """The choices; `distinct` as the matcher sees them: two that it cannot tell apart could never be answered."""
     if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value):
         raise DataError(f'"multi_choice" is {value!r}; expected a list of texts')
     if len(value) < 2:
         raise DataError(f'"multi_choice" has {len(value)} choices; expected at least 2')
+    if distinct:
+        _check_distinct(value)
+    return tuple(value)
+
+
+def _check_distinct(choices: list[str]) -> None:
     seen: dict[str, str] = {}
-    for choice in value:
+    for choice in choices:
         key = normalise(choice)
         if not key:
             raise DataError(f'"multi_choice" holds {choice!r}, which is empty; expected text in every choice')
@@ -142,7 +187,6 @@ def _choices(value: object) -> tuple[str, ...]:
                 "choices must differ in more than case, spaces, quotes and a trailing dot"
             )
         seen[key] = choice
-    return tuple(value)
 
 
 def _answer(value: object, choices: tuple[str, ...]) -> int:

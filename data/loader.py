@@ -198,23 +198,25 @@ def check_audio(
 ) -> tuple[list[Example], list[BadExample]]:
     """Probe every clip's header before a run starts; gives the examples that passed and those that did not.
 
+    The former know the `seconds` of their clips then.
+
     Without `skip_bad`, raises AudioError with the number of bad clips and the first of them; clips that the settings
     skip for their length are left out either way. No good example at all is always an error.
     """
 
-    def reason(example: Example) -> AudioError | None:
+    def checked(example: Example) -> Example | AudioError:
+        if example.audio_path is None:
+            return example
         try:
-            if example.audio_path is not None:
-                probe(example.audio_path, max_seconds=max_seconds, long_clips=long_clips)
+            seconds = probe(example.audio_path, max_seconds=max_seconds, long_clips=long_clips)
         except AudioError as error:
             return error
-        return None
+        return dataclasses.replace(example, seconds=seconds)
 
     with ThreadPoolExecutor(workers) as threads:
-        reasons = list(threads.map(reason, examples))
-    pairs = list(zip(examples, reasons, strict=True))
-    bad = [(example, error) for example, error in pairs if error is not None]
-    good = [example for example, error in pairs if error is None]
+        results = list(threads.map(checked, examples))
+    good = [result for result in results if isinstance(result, Example)]
+    bad = [pair for pair in zip(examples, results, strict=True) if isinstance(pair[1], AudioError)]
     fatal = [pair for pair in bad if not (skip_bad or isinstance(pair[1], SkippedClipError))]
     if fatal or not good:
         named = [f"\n  {example.line}: {error}" for example, error in (fatal or bad)[:5]]
@@ -241,4 +243,4 @@ class BadLog:
         self._seen.add((bad.line, bad.id))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"file": bad.line, "id": bad.id, "reason": bad.reason}, ensure_ascii=False) + "\n")
+            file.write(bad.json_line())

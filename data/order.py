@@ -1,9 +1,15 @@
-"""Which examples a step sees: a pure function of the seed and the step, whatever the number of ranks."""
+"""Which examples a step sees, and which none may see: pure functions of the seed, whatever the number of ranks."""
 
 import functools
+import hashlib
+import os
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+
+from data.errors import DataError
+from data.examples import Example
 
 
 def step_indices(count: int, *, seed: int, step: int, prompts_per_step: int) -> list[int]:
@@ -37,3 +43,42 @@ def rank_slice(indices: Sequence[int], rank: int, world: int) -> list[int]:
         raise ValueError(f"rank {rank} of {world}; expected 0 to {world - 1}")
     size = len(indices) // world
     return list(indices[rank * size : (rank + 1) * size])
+
+
+def hold_out(examples: Sequence[Example], count: int, seed: int) -> tuple[list[Example], list[Example]]:
+    """Split off at least `count` examples to validate on: (training, held out), each in file order.
+
+    Whole clips at a time: all questions about a clip fall on the same side, and one without audio is a clip of its
+    own. Which clips are held out depends on the seed and their names beneath their common directory alone, not on the
+    order of the file or on where the data lies. Raises DataError if nothing is left to train on.
+    """
+    if count < 0:
+        raise ValueError(f"count={count}; expected at least 0")
+    names = _clip_names(examples)
+    held, clips = 0, set()
+    for name, questions in sorted(Counter(names).items(), key=lambda item: _rank(seed, item[0])):
+        if held >= count:
+            break
+        clips.add(name)
+        held += questions
+    training = [example for example, name in zip(examples, names, strict=True) if name not in clips]
+    if held < count or not training:
+        raise DataError(
+            f"{count} of {len(examples)} examples cannot be held out by whole clips, of which there are "
+            f"{len(set(names))}: nothing would be left to train on; hold out fewer, or name a file of their own"
+        )
+    return training, [example for example, name in zip(examples, names, strict=True) if name in clips]
+
+
+def _clip_names(examples: Sequence[Example]) -> list[str]:
+    paths = [example.audio_path and os.path.abspath(example.audio_path) for example in examples]
+    directories = {os.path.dirname(path) for path in paths if path}
+    root = os.path.commonpath(directories) if directories else ""
+    return [
+        f"clip/{os.path.relpath(path, root)}" if path else f"id/{example.id}"
+        for example, path in zip(examples, paths, strict=True)
+    ]
+
+
+def _rank(seed: int, name: str) -> bytes:
+    return hashlib.sha256(f"{seed}/{name}".encode()).digest()

@@ -5,8 +5,8 @@ import pytest
 import soundfile
 import torch
 
-from data.audio import load_waveform, probe
-from data.errors import AudioError, SkippedClipError
+from data.audio import load_waveform, probe, read_header
+from data.errors import AudioError, MissingClipError, SilentClipError, SkippedClipError
 from data.torchaudio_compat import torchaudio
 
 RATE = 16_000
@@ -162,3 +162,27 @@ def test_the_header_of_a_compressed_file_is_not_believed_against_its_content(tmp
         assert len(load(path)) == RATE
         with pytest.raises(AudioError, match="a.mp3: is too long; expected at most 0.5 s"):
             load(path, max_seconds=0.5)
+
+
+def test_probing_tells_the_length_and_the_header_says_what_the_file_is(tmp_path):
+    stereo = np.stack([tone(2.5, 22_050)] * 2, axis=1)
+    path = save(tmp_path / "a.wav", stereo, 22_050)
+    assert probe(path, max_seconds=30.0) == pytest.approx(2.5, abs=1e-4)
+    assert probe(path, max_seconds=2.0, long_clips="crop") == pytest.approx(2.0, abs=1e-4), "what will be heard of it"
+    header = read_header(path)
+    assert (header.sample_rate, header.channels, round(header.seconds, 3)) == (22_050, 2, 2.5)
+
+
+def test_a_length_that_the_header_gets_wrong_is_measured(tmp_path, monkeypatch):
+    path = save(tmp_path / "a.mp3", tone(1.0, RATE))
+    for claimed in (100 * RATE, 2**63 - 1):
+        monkeypatch.setattr(soundfile.SoundFile, "frames", claimed)
+        assert probe(path, max_seconds=2.0) == pytest.approx(1.0, abs=1e-3)
+    assert read_header(path).seconds is None
+
+
+def test_missing_and_silent_clips_are_errors_of_their_own(tmp_path):
+    with pytest.raises(MissingClipError):
+        load(tmp_path / "a.wav")
+    with pytest.raises(SilentClipError):
+        load(save(tmp_path / "a.wav", np.zeros(800)))

@@ -1,6 +1,7 @@
 """data/choices.py: what counts as the right answer, and choices in another order."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -90,3 +91,8 @@ def test_the_right_answer_lands_on_each_place_equally_often():
     places = Counter(shuffle_choices(example(), seed=0, step=step).answer for step in range(4000))
     # 1000 expected at each place, standard deviation 27; 150 is more than five of them.
     assert all(abs(places[place] - 1000) < 150 for place in range(4))
+
+
+def test_shuffling_leaves_an_unknown_answer_unknown():
+    shuffled = shuffle_choices(replace(example(), answer=None), seed=1, step=5)
+    assert shuffled.answer is None and shuffled.choices == ("c", "d", "a", "b")

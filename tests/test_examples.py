@@ -110,3 +110,31 @@ def test_no_examples_at_all_is_always_an_error(tmp_path, skip_bad):
         load_examples(write(tmp_path, "{"), skip_bad=skip_bad)
     with pytest.raises(DataError, match="cannot be read"):
         load_examples(tmp_path / "none.jsonl", skip_bad=skip_bad)
+
+
+def test_what_a_question_belongs_to_is_read_and_a_list_is_joined(tmp_path):
+    labels = {"task": "speech", "category": ["Läute", "Zahlen"], "sub_category": "x", "difficulty": "hard"}
+    (example,), _ = load_examples(write(tmp_path, {**GOOD, **labels}))
+    assert (example.task, example.category, example.sub_category) == ("speech", "Läute, Zahlen", "x")
+    assert example.difficulty == "hard"
+    with pytest.raises(DataError, match="\"sub_category\" is \\['x', 1\\]; expected text or a list of texts"):
+        load_examples(write(tmp_path, {**GOOD, "sub_category": ["x", 1]}))
+
+
+@pytest.mark.parametrize("change", [{"multi_choice": ["Car", "Dog", "car."]}, {"answer": None}])
+def test_a_benchmarks_questions_are_taken_as_they_are(tmp_path, change):
+    path = write(tmp_path, {**GOOD, **change})
+    (example,), bad = load_examples(path, benchmark=True)
+    assert bad == [] and list(example.choices) == {**GOOD, **change}["multi_choice"]
+    assert example.answer == {**GOOD, **change}["answer"]
+    with pytest.raises(DataError, match="train.jsonl:1"):
+        load_examples(path)
+
+
+def test_a_benchmark_may_leave_the_answer_out_but_not_give_one_out_of_range(tmp_path):
+    path = write(tmp_path, {key: value for key, value in GOOD.items() if key != "answer"})
+    (example,), _ = load_examples(path, benchmark=True)
+    with pytest.raises(DataError, match="train.jsonl:1: has no answer"):
+        example.answer_text  # noqa: B018
+    with pytest.raises(DataError, match="out of range"):
+        load_examples(write(tmp_path, {**GOOD, "answer": 3}), benchmark=True)

@@ -298,3 +298,10 @@ def test_evaluation_stops_at_a_bad_example_or_reports_it_and_goes_on():
     drawn = list(batches(waveform=reading(bad={5}), skip_bad=True, on_bad=reported.append))
     assert [position(example) for batch in drawn for example, _ in batch] == [0, 1, 2, 3, 4, 6]
     assert [bad.line for bad in reported] == ["train.jsonl:6"]
+
+
+def test_the_start_up_check_tells_the_length_of_each_clip(tmp_path):
+    data = on_disk(tmp_path)
+    good, _ = probe_all([data[0], data[2], data[3]], max_seconds=4.0)
+    assert [example.seconds for example in good] == [1.0, 3.0, None]
+    assert good == [data[0], data[2], data[3]], "a measurement makes no other question of it"

@@ -1,8 +1,12 @@
-"""data/order.py: every epoch shows every example once, in an order that only the seed and the step decide."""
+"""data/order.py: every epoch shows every example once, in an order that only the seed and the step decide; a split."""
+
+from pathlib import Path
 
 import pytest
 
-from data.order import rank_slice, step_indices
+from data.errors import DataError
+from data.examples import Example
+from data.order import hold_out, rank_slice, step_indices
 
 
 def steps(count, number, size, seed=0):
@@ -43,3 +47,48 @@ def test_what_cannot_be_split_or_is_not_there_is_refused():
     for bad in [{"count": 0}, {"step": -1}, {"prompts_per_step": 0}]:
         with pytest.raises(ValueError, match="expected at least 1, 1 and 0"):
             step_indices(**{"count": 3, "seed": 0, "step": 0, "prompts_per_step": 2, **bad})
+
+
+def questions(*clips, root="data"):
+    """One example for each clip name; None is a question without audio."""
+    return [Example(f"q{n}", clip and Path(root) / clip, "Which?", ("a", "b"), 0) for n, clip in enumerate(clips)]
+
+
+MANY = [f"{kind}/{n % 40}.wav" for kind in ("rain", "dog") for n in range(100)] + [None] * 20
+
+
+def split(examples, count=30, seed=0):
+    training, held_out = hold_out(examples, count, seed)
+    return {example.id for example in training}, {example.id for example in held_out}
+
+
+def test_examples_are_held_out_by_whole_clips_in_file_order_and_none_is_lost():
+    examples = questions(*MANY)
+    training, held_out = hold_out(examples, 30, seed=0)
+    assert 30 <= len(held_out) < 30 + 3, "no more than the last clip brings beyond the count"
+    assert sorted(training + held_out, key=examples.index) == examples
+    assert [examples.index(example) for example in training] == sorted(examples.index(example) for example in training)
+    assert not {example.audio_path for example in training} & {e.audio_path for e in held_out if e.audio_path}
+    # 20 of 120 examples are their own clip, so some are held out and most are not.
+    assert 0 < sum(example.audio_path is None for example in held_out) < 20
+
+
+def test_what_is_held_out_depends_on_seed_and_clips_alone_not_on_order_or_place():
+    examples = questions(*MANY)
+    _, held_out = split(examples)
+    assert split(examples[::-1])[1] == held_out
+    assert split(questions(*MANY, root="/elsewhere/deep/down"))[1] == held_out
+    assert split(examples, seed=1)[1] != held_out
+    assert held_out < split(examples, count=60)[1], "more of the same order"
+    # Written down: another split in a resumed run would train on what it validates on.
+    assert split(questions("a.wav", "b.wav", "c.wav", "a.wav"), count=1)[1] == {"q2"}
+
+
+def test_holding_out_nothing_is_allowed_and_everything_is_not():
+    examples = questions("a.wav", "a.wav", "a.wav", "b.wav")
+    assert hold_out(examples, 0, seed=0) == (examples, [])
+    for few in (questions("a.wav", "a.wav"), questions("a.wav"), [], examples):
+        with pytest.raises(DataError, match="nothing would be left to train on"):
+            hold_out(few, max(len(few), 1), seed=0)
+    with pytest.raises(ValueError, match="count=-1"):
+        hold_out(examples, -1, seed=0)
