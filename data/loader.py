@@ -23,6 +23,8 @@ from data.prompts import find_template, render
 
 Prompt = TypeVar("Prompt")
 
+CANDIDATES = 4  # clips and texts that are tried for the longest prompt
+
 
 @dataclasses.dataclass(frozen=True)
 class _Slot(Generic[Prompt]):
@@ -91,6 +93,16 @@ class Loader(Generic[Prompt]):
     def key(self, step: int, example: Example) -> tuple[int, ...]:
         """What the draws for an example in a step are a function of: (seed, step, example) as integers."""
         return self._seed, step, _digest(example.id)
+
+    def longest(self) -> tuple[Example, Prompt]:
+        """The example with the longest prompt, among those with the longest clips and the longest texts."""
+        places = range(len(self.examples))
+        by_sound = sorted(places, key=lambda place: -(self.examples[place].seconds or 0.0))[:CANDIDATES]
+        by_text = sorted(places, key=lambda place: -len(render(self.examples[place], self._template)))[:CANDIDATES]
+        # One that cannot be used gives way to the next, as it would in a step.
+        slots = self._threads.map(lambda place: self._slot(place, 0), by_sound + by_text)
+        slot = max(slots, key=lambda slot: len(slot.prompt.ids))
+        return slot.example, slot.prompt
 
     def close(self) -> None:
         """Stop preparing; to be called at the end of a run, also by leaving a `with` block."""

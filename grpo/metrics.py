@@ -6,6 +6,7 @@ Steps count from 1: step n is the n-th update, and what is known before the firs
 import json
 import math
 import os
+import resource
 import shutil
 import sys
 import time
@@ -121,6 +122,14 @@ class Phases:
         """Seconds of each phase and of the step so far."""
         phases = {f"seconds/{name}": value for name, value in self._seconds.items()}
         return phases | {"seconds/step": time.perf_counter() - self._started}
+
+
+def peak_gib(device: torch.device) -> float:
+    """The most memory in GiB that this process has held so far: tensors on its GPU, or, on the CPU, all of it."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes on macOS, else KiB
 
 
 def reduce_sums(values: dict[str, float], group: dist.ProcessGroup | None = None) -> dict[str, float]:

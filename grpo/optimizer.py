@@ -23,6 +23,19 @@ def build_optimizer(
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=betas, fused=fused)
 
 
+def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Give the optimizer the state that its first step would: a step at rate 0 on gradients of 0, which moves nothing.
+
+    To be undone by `optimizer.state.clear()`.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def learning_rate(step: int, *, peak: float, schedule: str, warmup: int, total: int) -> float:
     """Learning rate of step 0 .. total - 1: a linear rise over `warmup` steps, then the schedule.
 

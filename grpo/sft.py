@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from grpo.loss import Sums, supervised_loss
 from grpo.metrics import reduce_sums
 from grpo.trainer import Trainer
 from grpo.types import Batch
+from models.policy import Prompt
 
 
 class SupervisedTrainer(Trainer):
@@ -30,14 +31,21 @@ class SupervisedTrainer(Trainer):
         """One update on the answers of a step's examples."""
         with self.phases("load"):
             examples, prompts = zip(*self.data.step(step), strict=True)
-            answers = [self.policy.completion_ids(self.target(example)) for example in examples]
+        batch, count = self._batch(examples, prompts)
+        sums = self.update(batch, step, examples)
+        return reduce_sums(sums) | {"tokens": count}
+
+    def longest_batch(self, example: Any, prompts: tuple[Prompt, ...]) -> Batch:
+        return self._batch([example] * len(prompts), prompts)[0]
+
+    def _batch(self, examples: Sequence[Any], prompts: tuple[Prompt, ...]) -> tuple[Batch, float]:
+        """The examples with their answers as completions, and how many tokens these have over all ranks."""
+        answers = [self.policy.completion_ids(self.target(example)) for example in examples]
         tokens = pad_sequence(answers, batch_first=True, padding_value=self.policy.pad_id).to(self.world.device)
         lengths = torch.tensor([len(answer) for answer in answers], device=self.world.device)
         mask = torch.arange(tokens.shape[1], device=self.world.device) < lengths[:, None]
         count = reduce_sums({"tokens": mask.sum()})["tokens"]
-        batch = Batch(prompts, group_size=1, tokens=tokens, mask=mask, weights=self._weights(mask, count))
-        sums = self.update(batch, step, examples)
-        return reduce_sums(sums) | {"tokens": count}
+        return Batch(prompts, group_size=1, tokens=tokens, mask=mask, weights=self._weights(mask, count)), count
 
     def loss(self, micro: Batch, logprobs: torch.Tensor) -> tuple[torch.Tensor, Sums]:
         return supervised_loss(logprobs, micro.weights)

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import yaml
 
 from grpo.advantage import equal_rewards, group_advantages
 from grpo.checkpoint import export, export_adapters, load_checkpoint, save_checkpoint
-from grpo.config import Config, ConfigError, to_yaml
+from grpo.config import Config, to_yaml
 from grpo.evaluate import Judge, accuracies, evaluate
 from grpo.loss import Sums, policy_loss, token_weights
-from grpo.metrics import Metrics, Phases, reduce_sums
-from grpo.optimizer import build_optimizer, clip_gradients, learning_rate
+from grpo.metrics import Metrics, Phases, peak_gib, reduce_sums
+from grpo.optimizer import allocate_moments, build_optimizer, clip_gradients, learning_rate
 from grpo.sampler import sample
 from grpo.scorer import score
 from grpo.sharding import World, gathered
@@ -39,21 +38,12 @@ class TrainingData(Protocol):
     def key(self, step: int, example: Any) -> tuple[int, ...]:
         """What the draws for an example in a step are a function of."""
 
+    def longest(self) -> tuple[Any, Prompt]:
+        """The example with the longest prompt."""
 
-# What the steps before a resume were a function of, and the steps behind it must be too.
-FIXED = (
-    ("run", "seed"),
-    ("model", "path"),
-    ("model", "reference"),
-    ("lora", "rank"),
-    ("lora", "alpha"),
-    ("lora", "targets"),
-    ("lora", "path"),
-    ("data", "train"),
-    ("data", "held_out"),
-    ("data", "template"),
-    ("optim", "prompts_per_step"),
-)
+
+class MemoryProbeError(RuntimeError):
+    """The longest step does not fit in memory."""
 
 
 class NonFiniteError(RuntimeError):
@@ -146,23 +136,9 @@ class Trainer:
         return loss, sums | {"sampler_gap": (micro.weights * gap).sum()}
 
     def update(self, batch: Batch, step: int, examples: Sequence[Any]) -> dict[str, float]:
-        """One optimizer step on a batch, micro-batch by micro-batch; this rank's share of each metric."""
-        sums: dict[str, float] = {}
+        """One optimizer step on a batch; this rank's share of each metric."""
         with self.phases("forward_backward"):
-            for micro in batch.micro_batches(self.config.optim.micro_batch):
-                logprobs, entropy = score(
-                    self.policy,
-                    micro.prompts,
-                    micro.tokens,
-                    micro.mask,
-                    group_size=micro.group_size,
-                    temperature=self.config.rollout.temperature,
-                )
-                loss, parts = self.loss(micro, logprobs)
-                loss.backward()
-                parts |= {"entropy": (micro.weights * entropy).sum()}
-                for name, value in parts.items():
-                    sums[name] = sums.get(name, 0.0) + float(value)
+            sums = self.accumulate(batch)
         with self.phases("optimizer"):
             norm = clip_gradients(self.policy, self.config.optim.clip_norm)
             self._check_finite({"the loss": sums["loss"], "the gradient": norm}, batch, step, examples)
@@ -173,17 +149,40 @@ class Trainer:
         # Each rank reports its share, so that the sum over ranks is the norm.
         return sums | {"grad_norm": norm / self.world.size}
 
+    def accumulate(self, batch: Batch) -> dict[str, float]:
+        """Add the gradient of a batch, micro-batch by micro-batch; this rank's share of each metric."""
+        sums: dict[str, float] = {}
+        for micro in batch.micro_batches(self.config.optim.micro_batch):
+            logprobs, entropy = score(
+                self.policy,
+                micro.prompts,
+                micro.tokens,
+                micro.mask,
+                group_size=micro.group_size,
+                temperature=self.config.rollout.temperature,
+            )
+            loss, parts = self.loss(micro, logprobs)
+            loss.backward()
+            parts |= {"entropy": (micro.weights * entropy).sum()}
+            for name, value in parts.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+        return sums
+
     # Around the algorithm.
 
     def train(self) -> None:
-        """All steps from the first or the newest checkpoint on, with evaluations, checkpoints and the export."""
+        """All steps from the first or the newest checkpoint on, with evaluations, checkpoints and the export.
+
+        `check_run_directory` must have passed.
+        """
+        self.probe()
         start = self._start()
         config = self.config
         if start == 0 and config.evaluation.before:
             self._evaluate(0)
         for step in range(start, config.optim.steps):
             self.phases.start()
-            metrics = self.step(step) | {"lr": self.learning_rate(step)}
+            metrics = self.step(step) | {"lr": self.learning_rate(step), "memory/peak_gib": peak_gib(self.world.device)}
             done = step + 1
             self.metrics.log(done, metrics | self.phases.seconds())
             last = done == config.optim.steps
@@ -200,37 +199,68 @@ class Trainer:
             if self.policy.lora is not None:
                 export_adapters(self.policy, self.directory / "adapters", self.world)
 
+    def probe(self) -> None:
+        """Do the most that a step can ask for, the longest prompt with the longest completions, and change nothing.
+
+        So what does not fit in memory fails now, not when the longest prompt comes. Raises MemoryProbeError.
+        """
+        example, prompt = self.data.longest()
+        prompts = (prompt,) * (self.config.optim.prompts_per_step // self.world.size)
+        allocate_moments(self.optimizer)  # they come with the first step; the ones after it must fit beside them
+        batch = None
+        try:
+            batch = self.longest_batch(example, prompts)
+            self.accumulate(batch)
+        except torch.OutOfMemoryError as error:
+            tokens = f"a prompt of {len(prompt.ids)} tokens"
+            tokens += f" and {batch.group_size} completions of {batch.tokens.shape[1]}" if batch is not None else ""
+            raise MemoryProbeError(
+                f"out of memory on rank {self.world.rank} with {example.line or example.id}, {tokens}, the longest of "
+                f"the data ({error}); launch/plan.py with the same arguments says what to change"
+            ) from error
+        self.optimizer.zero_grad()
+        self.optimizer.state.clear()
+        if self.world.is_main:
+            size, tokens = batch.group_size, batch.tokens.shape[1]
+            print(
+                f"the longest step fits: {len(prompts)} prompts of {len(prompt.ids)} tokens on each rank, {size} x "
+                f"{tokens} new tokens; peak {peak_gib(self.world.device):.2f} GiB on rank 0",
+                flush=True,
+            )
+
+    def longest_batch(self, example: Any, prompts: tuple[Prompt, ...]) -> Batch:
+        """A batch of these prompts with completions up to the limit, after a rollout and a reference pass."""
+        group_size, limit = self.config.rollout.group_size, self.config.rollout.max_new_tokens
+        with gathered(self.policy):
+            sample(self.policy, prompts, group_size=group_size, max_new_tokens=limit, temperature=0)
+        tokens = torch.full((len(prompts) * group_size, limit), self.policy.stop_ids[0], device=self.world.device)
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        zeros = torch.zeros(mask.shape, device=self.world.device)
+        rollout = Rollout(prompts, group_size, tokens, mask, logprobs=zeros, stopped=mask[:, 0])
+        return Batch(
+            prompts,
+            group_size,
+            tokens,
+            mask,
+            weights=self._weights(mask, mask.numel() * self.world.size),
+            old_logprobs=rollout.logprobs,
+            ref_logprobs=self._reference_logprobs(rollout),
+            advantages=zeros[:, 0],
+        )
+
     def learning_rate(self, step: int) -> float:
         optim = self.config.optim
         return learning_rate(step, peak=optim.lr, schedule=optim.schedule, warmup=optim.warmup_steps, total=optim.steps)
 
     def _start(self) -> int:
-        """Step to begin with; refuses to write over an earlier run."""
+        """Step to begin with."""
         start = 0
         if self.config.run.resume:
-            self._refuse_another_run()
             start = load_checkpoint(self.directory / "checkpoints", self.policy, self.optimizer)
-        elif (self.directory / "metrics.jsonl").exists():
-            raise ConfigError(
-                f"{self.directory} already holds a run; continue it with run.resume=true, "
-                "or choose another run.directory"
-            )
         if self.world.is_main:
             (self.directory / "config.yaml").write_text(to_yaml(self.config))
         self.metrics.truncate(start + 1 if start else 0)
         return start
-
-    def _refuse_another_run(self) -> None:
-        """A resumed run must be the same run: what its steps are a function of may not have changed."""
-        path = self.directory / "config.yaml"
-        before, now = yaml.safe_load(path.read_text()) if path.exists() else {}, dataclasses.asdict(self.config)
-        for section, key in FIXED:
-            old, new = before.get(section, {}).get(key, now[section][key]), now[section][key]
-            if old != new:
-                raise ConfigError(
-                    f"{section}.{key} is {new!r}, but the run in {self.directory} was started with {old!r}; "
-                    "resume it with that, or start another run.directory"
-                )
 
     def _evaluate(self, done: int) -> None:
         if self.validation is None or self.judge is None:

@@ -16,17 +16,19 @@ from data.choices import is_correct
 from data.errors import DataError
 from data.examples import Example, load_examples
 from data.loader import BadLog, Loader, check_audio, evaluation_batches
+from data.order import hold_out
 from data.prompts import find_template
 from data.rewards import RewardError, find_reward, reward_matrix
 from grpo.checkpoint import CheckpointError
 from grpo.config import Config, ConfigError, to_yaml
+from grpo.resume import check_run_directory
 from grpo.sharding import World, device_mesh, joined_world, shard
-from grpo.trainer import NonFiniteError, Trainer
+from grpo.trainer import MemoryProbeError, NonFiniteError, Trainer
 from models.loading import load_policy
 from models.lora import Lora, WithoutAdapters
 from models.policy import Policy, PolicyError, Prompt
 
-USER_ERRORS = (ConfigError, DataError, PolicyError, CheckpointError, RewardError, NonFiniteError)
+USER_ERRORS = (ConfigError, DataError, PolicyError, CheckpointError, RewardError, MemoryProbeError, NonFiniteError)
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -51,9 +53,9 @@ def train(config: Config, make_trainer: Callable[..., Trainer]) -> None:
         announce(config, world)
         check_training(config, world)
         policy = make_policy(config, world)
-        held_out = config.data.validation and checked_examples(config, world, policy, config.data.validation)
+        examples, held_out = training_examples(config, world, policy)
         validation = held_out and (lambda: validation_batches(config, world, policy, held_out))
-        with training_loader(config, world, policy) as loader:
+        with training_loader(config, world, policy, examples) as loader:
             make_trainer(config, world, policy, data=loader, validation=validation, judge=judge).train()
             if loader.bad:
                 print(f"{len(loader.bad)} more turned out bad, listed in {bad_log(config).path}", flush=True)
@@ -69,7 +71,8 @@ def announce(config: Config, world: World) -> None:
 
 
 def check_training(config: Config, world: World) -> None:
-    """Refuse, before anything is loaded, what cannot be trained."""
+    """Refuse, before anything is loaded, what cannot be trained or would write over another run."""
+    check_run_directory(config)
     if config.data.train is None:
         raise ConfigError("data.train is missing; training needs a JSONL file of examples")
     if config.optim.prompts_per_step % world.size:
@@ -77,8 +80,10 @@ def check_training(config: Config, world: World) -> None:
             f"optim.prompts_per_step is {config.optim.prompts_per_step}; "
             f"it must be a multiple of the number of processes, {world.size}"
         )
-    if config.evaluation.every and config.data.validation is None:
-        raise ConfigError("evaluation.every is set but data.validation is not; it names the questions to ask")
+    if config.evaluation.every and config.data.validation is None and not config.data.held_out:
+        raise ConfigError(
+            "evaluation.every is set but neither data.validation nor data.held_out is; one gives questions"
+        )
 
 
 def make_policy(config: Config, world: World, *, train: bool = True) -> Policy:
@@ -127,10 +132,18 @@ def _load(config: Config, world: World, path: str, *, lora: Lora | None, offload
     )
 
 
-def training_loader(config: Config, world: World, policy: Policy) -> Loader:
-    """Prompts of any step of data.train."""
+def training_examples(config: Config, world: World, policy: Policy) -> tuple[list[Example], list[Example]]:
+    """The examples to train on and those to validate on, which are of data.validation or held out of data.train."""
+    examples = checked_examples(config, world, policy, config.data.train)
+    if config.data.validation is not None:
+        return examples, checked_examples(config, world, policy, config.data.validation)
+    return hold_out(examples, config.data.held_out, config.run.seed) if config.data.held_out else (examples, [])
+
+
+def training_loader(config: Config, world: World, policy: Policy, examples: Sequence[Example]) -> Loader:
+    """Prompts of any step of the examples."""
     return Loader(
-        checked_examples(config, world, policy, config.data.train),
+        examples,
         policy.prepare,
         seed=config.run.seed,
         prompts_per_step=config.optim.prompts_per_step,

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 import torch
-from parts import make_policy, make_reference, training_loader
+from parts import check_training, make_policy, make_reference, training_examples, training_loader
 from safetensors.torch import load_file
 
 from grpo.config import Config, load_config
@@ -31,14 +31,16 @@ def length_reward(examples, completions) -> torch.Tensor:
 
 def build(world: World, config: Config, kind: type[Trainer] = Trainer, **more) -> Trainer:
     policy = make_policy(config, world)
-    loader = training_loader(config, world, policy)
+    loader = training_loader(config, world, policy, training_examples(config, world, policy)[0])
     if kind is Trainer:
         more = {"rewards": length_reward, "reference": make_reference(config, world, policy)} | more
     return kind(config, world, policy, data=loader, **more)
 
 
 def train(world: World, settings: list[str]) -> None:
-    build(world, load_config(settings)).train()
+    config = load_config(settings)
+    check_training(config, world)
+    build(world, config).train()
 
 
 def train_all(world: World, runs: list[list[str]]) -> None:
@@ -59,3 +61,8 @@ def largest_difference(first: Path, second: Path) -> float:
 
 def read_metrics(directory: Path) -> list[dict]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def computed(line: dict) -> list[str]:
+    """The keys of a line of metrics that do not measure the machine."""
+    return [name for name in line if not name.startswith(("seconds/", "memory/"))]

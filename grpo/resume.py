@@ -1,0 +1,48 @@
+"""What a run directory may hold when a run starts: nothing of another run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import yaml
+
+from grpo.config import Config, ConfigError
+
+# What the steps before a resume were a function of, and the steps behind it must be too.
+FIXED = (
+    ("run", "seed"),
+    ("model", "path"),
+    ("model", "reference"),
+    ("lora", "rank"),
+    ("lora", "alpha"),
+    ("lora", "targets"),
+    ("lora", "path"),
+    ("data", "train"),
+    ("data", "held_out"),
+    ("data", "template"),
+    ("optim", "prompts_per_step"),
+)
+
+
+def check_run_directory(config: Config) -> None:
+    """Refuse to write over an earlier run, or to resume one that was another."""
+    directory = Path(config.run.directory)
+    if config.run.resume:
+        _refuse_another_run(config, directory)
+    elif (directory / "metrics.jsonl").exists():
+        raise ConfigError(
+            f"{directory} already holds a run; continue it with run.resume=true, or choose another run.directory"
+        )
+
+
+def _refuse_another_run(config: Config, directory: Path) -> None:
+    path = directory / "config.yaml"
+    before, now = yaml.safe_load(path.read_text()) if path.exists() else {}, dataclasses.asdict(config)
+    for section, key in FIXED:
+        old, new = before.get(section, {}).get(key, now[section][key]), now[section][key]
+        if old != new:
+            raise ConfigError(
+                f"{section}.{key} is {new!r}, but the run in {directory} was started with {old!r}; "
+                "resume it with that, or start another run.directory"
+            )

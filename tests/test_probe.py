@@ -1,0 +1,108 @@
+"""Before the first step the longest one is tried, and leaves no trace."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from data.examples import load_examples
+from data.loader import Loader
+from grpo import trainer as trainer_module
+from grpo.config import load_config
+from grpo.sft import SupervisedTrainer
+from grpo.sharding import World
+from grpo.trainer import MemoryProbeError, Trainer
+from models.lora import whole
+from models.policy import Prompt
+from tests.clips import write_questions
+from tests.ranks import on_ranks
+from tests.runs import build
+
+
+def loader_of(path, prepare) -> Loader:
+    examples, _ = load_examples(path)
+    return Loader(
+        examples, prepare, seed=0, prompts_per_step=2, rank=0, world=1, template="answer", shuffle_choices=True,
+        waveform=lambda example: None, skip_bad=False, workers=1,
+    )  # fmt: skip
+
+
+def test_the_longest_prompt_is_found_by_clip_and_by_text(tmp_path):
+    """The clip of line 2 is the longest, the question of line 5 is longer still."""
+    path = write_questions(tmp_path, 6, line5={"question_text": "word " * 500})
+    with loader_of(path, lambda text, waveform: Prompt(torch.zeros(len(text)))) as loader:
+        assert loader.longest()[0].id == "train-4"
+
+
+@pytest.mark.parametrize("kind", [Trainer, SupervisedTrainer])
+def test_the_probe_uses_the_longest_prompt_and_changes_nothing(kind, settings, tmp_path, monkeypatch, capsys):
+    config = load_config([*settings, f"run.directory={tmp_path}/run", "optim.weight_decay=0.1"])
+    tried = []
+    score = trainer_module.score
+
+    def recorded(policy, prompts, tokens, mask, **kwargs):
+        tried.append((len(prompts[0].ids), tokens.shape))
+        return score(policy, prompts, tokens, mask, **kwargs)
+
+    def run(world: World) -> None:
+        more = {} if kind is Trainer else {"target": lambda example: "<answer>rain</answer>"}
+        trainer = build(world, config, kind, **more)
+        before = [whole(parameter).clone() for parameter in trainer.policy.parameters()]
+        monkeypatch.setattr(trainer_module, "score", recorded)
+        trainer.probe()
+        after = [whole(parameter) for parameter in trainer.policy.parameters()]
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        assert not trainer.optimizer.state and all(p.grad is None for p in trainer.policy.parameters())
+        lengths = [len(prompt.ids) for step in range(3) for _, prompt in trainer.data.step(step)]
+        assert all(length == max(lengths) for length, _ in tried)
+        if kind is Trainer:  # two micro-batches each of the reference and of the policy
+            assert [tuple(shape) for _, shape in tried] == [(2 * 4, 6)] * 4
+
+    on_ranks(1, run)
+    assert "the longest step fits: 4 prompts of" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_fails_before_the_first_step_and_names_the_example(settings, tmp_path, monkeypatch):
+    config = load_config([*settings, f"run.directory={tmp_path}/run"])
+
+    def too_much(*args, **kwargs):
+        raise torch.OutOfMemoryError("out of memory: tried to allocate 2.00 GiB")
+
+    def run(world: World) -> None:
+        trainer = build(world, config)
+        monkeypatch.setattr(trainer_module, "score", too_much)
+        trainer.train()
+
+    with pytest.raises(
+        MemoryProbeError, match=r"rank 0 with train.jsonl:\d+, a prompt of \d+ tokens.*2.00 GiB.*plan.py"
+    ):
+        on_ranks(1, run)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_moments_made_beforehand_are_those_of_a_first_step():
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=1.0, weight_decay=0.5)
+    trainer_module.allocate_moments(optimizer)
+    assert torch.equal(weight, torch.ones(3)) and weight.grad is None
+    assert {name: value.shape for name, value in optimizer.state[weight].items() if value.dim()} == {
+        "exp_avg": (3,), "exp_avg_sq": (3,)
+    }  # fmt: skip
+
+
+def test_questions_held_out_of_the_training_data_are_validated_on(settings, tmp_path):
+    from parts import training_examples
+
+    config = load_config([*settings, f"run.directory={tmp_path}/run", "data.held_out=3"])
+
+    def run(world: World) -> None:
+        policy = build(world, config).policy
+        training, held_out = training_examples(config, world, policy)
+        assert len(training) == 9 and len(held_out) == 3
+        assert not {example.audio_path for example in training} & {example.audio_path for example in held_out}
+
+    on_ranks(1, run)
+    lines = [json.loads(line) for line in open(config.data.train)]
+    assert len(lines) == 12
