@@ -21,8 +21,9 @@ from data.prompts import find_template
 from data.rewards import RewardError, find_reward, reward_matrix
 from grpo.checkpoint import CheckpointError
 from grpo.config import Config, ConfigError, to_yaml
+from grpo.metrics import peak_gib
 from grpo.resume import check_run_directory
-from grpo.sharding import World, device_mesh, joined_world, shard
+from grpo.sharding import World, device_mesh, gather_rows, joined_world, shard
 from grpo.trainer import MemoryProbeError, NonFiniteError, Trainer
 from models.loading import load_policy
 from models.lora import Lora, WithoutAdapters
@@ -118,7 +119,8 @@ def lora_of(config: Config) -> Lora | None:
 def _load(config: Config, world: World, path: str, *, lora: Lora | None, offload: bool, train: bool) -> Policy:
     model, dtype = config.model, getattr(torch, config.model.dtype)
     mesh = device_mesh(world, config.sharding.replicas)
-    return load_policy(
+    before = peak_gib(torch.device("cpu"))
+    policy = load_policy(
         path,
         device=world.device,
         dtype=dtype,
@@ -130,6 +132,20 @@ def _load(config: Config, world: World, path: str, *, lora: Lora | None, offload
         recompute=model.recompute,
         shard=partial(shard, mesh=mesh, dtype=dtype, reshard=config.sharding.reshard, offload=offload),
     )
+    _report_loading(policy, path, peak_gib(torch.device("cpu")) - before, world)
+    return policy
+
+
+def _report_loading(policy: Policy, path: str, grown: float, world: World) -> None:
+    peaks = gather_rows([grown], world)
+    if peaks is not None:
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in policy.parameters()]
+        count, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
+        print(
+            f"{path}: {count / 1e6:.1f} M parameters, {trained / 1e6:.1f} M to train; the peak of host memory grew by "
+            f"{', '.join(f'{peak:.2f}' for peak in peaks)} GiB while loading on {world.size} ranks",
+            flush=True,
+        )
 
 
 def training_examples(config: Config, world: World, policy: Policy) -> tuple[list[Example], list[Example]]:

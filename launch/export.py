@@ -1,0 +1,60 @@
+"""Write a checkpoint of a run as a Hugging Face directory, adapters merged, or the adapters alone.
+
+    python launch/export.py RUN [--step N] [--to DIRECTORY] [--dtype float32|bfloat16] [--adapters]
+    torchrun --nproc-per-node GPUS launch/export.py RUN ...
+
+RUN is the run.directory of launch/train.py or launch/sft.py. Under torchrun each process holds its share of the model.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from parts import make_policy, run
+
+from grpo.checkpoint import CheckpointError, checkpoints, export, export_adapters, load_weights, step_of
+from grpo.config import ConfigError, load_config
+from grpo.sharding import joined_world
+
+
+def main(argv: list[str]) -> None:
+    arguments = parse(argv)
+    config = load_config([str(arguments.run / "config.yaml"), f"run.directory={arguments.run}"])
+    checkpoint = find(arguments.run / "checkpoints", arguments.step)
+    kind = "adapters" if arguments.adapters else "model"
+    target = arguments.to or arguments.run / f"{kind}-{step_of(checkpoint):06d}"
+    with joined_world(threads=config.run.threads) as world:
+        policy = make_policy(config, world)
+        if arguments.adapters and policy.lora is None:
+            raise ConfigError(f"{arguments.run} trained no adapters; leave --adapters out to export its weights")
+        load_weights(checkpoint, policy)
+        if arguments.adapters:
+            export_adapters(policy, target, world)
+        else:
+            export(policy, target, world, dtype=getattr(torch, arguments.dtype))
+        if world.is_main:
+            print(f"{checkpoint} -> {target}")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("--step", type=int, help="the checkpoint after this step; the newest if left out")
+    parser.add_argument("--to", type=Path, metavar="DIRECTORY", help="RUN/model-STEP or RUN/adapters-STEP if left out")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the written weights")
+    parser.add_argument("--adapters", action="store_true", help="write the adapters in PEFT's format, nothing merged")
+    return parser.parse_args(argv)
+
+
+def find(directory: Path, step: int | None) -> Path:
+    """The checkpoint after a step, or the newest."""
+    there = {step_of(checkpoint): checkpoint for checkpoint in checkpoints(directory)}
+    if not there:
+        raise CheckpointError(f"{directory}: no checkpoints; expected the run.directory of a run with checkpoint.every")
+    if step is not None and step not in there:
+        raise CheckpointError(f"{directory}: no checkpoint after step {step}; there is {', '.join(map(str, there))}")
+    return there[max(there) if step is None else step]
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,113 @@
+"""The way of a real checkpoint through the commands: loaded in shards, trained, saved, resumed, exported.
+
+A Qwen2-Audio with the real names, saved by transformers itself in several safetensors files.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
+from models.loading import load_policy
+from models.mini import build_mini
+from tests.clips import waveform
+from tests.conftest import TEXTS
+
+LAUNCH = Path(__file__).parents[1] / "launch"
+ROUNDING = 1e-5
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """Of 41 M parameters, 164 MB: enough for a rank's share to stand out of what a process needs anyway."""
+    from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+
+    small, directory = (tmp_path_factory.mktemp(name) for name in ("small", "qwen2-audio"))
+    build_mini(small, TEXTS, vocabulary=320, hidden=768, layers=6, tower_hidden=256, tower_layers=4)
+    model = Qwen2AudioForConditionalGeneration.from_pretrained(small)
+    model.save_pretrained(directory, max_shard_size="25MB")
+    AutoProcessor.from_pretrained(small).save_pretrained(directory)
+    assert len(list(directory.glob("model-*.safetensors"))) >= 4
+    return directory
+
+
+def launch(ranks: int, script: str, *words: object) -> str:
+    """Run a launch script on some ranks; what it printed."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *torchrun, LAUNCH / script, *words]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_from_a_sharded_checkpoint_to_an_export_over_one_two_and_four_ranks(checkpoint, questions, tmp_path):
+    run = [
+        "config.yaml", f"model.path={checkpoint}", f"data.train={questions}", f"run.directory={tmp_path}/run",
+        "run.threads=1", "optim.prompts_per_step=4",
+        "checkpoint.every=1", "checkpoint.export=false", "optim.lr=1e-3",
+    ]  # fmt: skip
+    run[0] = tmp_path / "config.yaml"
+    run[0].write_text("{}")
+    total = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")) / 2**30
+    for steps, ranks in enumerate((1, 2, 4), start=1):
+        said = launch(ranks, "sft.py", *run, f"optim.steps={steps}", f"run.resume={str(steps > 1).lower()}")
+        peaks = re.search(r"host memory grew by ([\d., ]+) GiB while loading", said).group(1).split(", ")
+        assert len(peaks) == ranks
+        # A rank's share, and what else it allocates for the first time while loading (some 40 MB).
+        assert all(float(peak) < total / ranks + 0.06 for peak in peaks), (ranks, peaks)
+    launch(2, "export.py", tmp_path / "run")
+    same_logits(tmp_path / "run" / "model-000003", checkpoint)
+    launch(1, "export.py", tmp_path / "run", "--step", 3, "--dtype", "bfloat16", "--to", tmp_path / "half")
+    half, whole = load_file(tmp_path / "half" / "model.safetensors"), tmp_path / "run" / "model-000003"
+    whole = load_file(whole / "model.safetensors")
+    assert half.keys() == whole.keys()
+    assert all(torch.equal(half[name], whole[name].bfloat16()) for name in whole)
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@torch.no_grad()
+def same_logits(exported: Path, original: Path) -> None:
+    """transformers and the policy agree on the exported model, which is not the original any more."""
+    from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+
+    policy, processor = load_policy(exported), AutoProcessor.from_pretrained(exported)
+    sound = waveform(0.7, 3)
+    content = [{"type": "audio", "audio_url": ""}, {"type": "text", "text": TEXTS[0]}]
+    chat = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = processor(text=[chat], audio=[sound], sampling_rate=16_000, return_tensors="pt")
+    prompt = policy.prepare(TEXTS[0], sound)
+    embeddings, lengths = policy.embed([prompt])
+    positions = torch.arange(int(lengths[0]))[None]
+    causal = torch.ones(len(positions[0]), len(positions[0]), dtype=torch.bool).tril()[None, None]
+    own = policy.logits(policy.decode(embeddings, {"full_attention": causal}, positions))
+    logits = [
+        Qwen2AudioForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()(**inputs).logits
+        for path in (exported, original)
+    ]
+    assert (own - logits[0]).abs().max() < ROUNDING
+    assert (logits[1] - logits[0]).abs().max() > 100 * ROUNDING, "nothing was trained"
+
+
+def test_an_export_of_what_is_not_there_says_what_is(tmp_path, checkpoint):
+    import export
+
+    from grpo.checkpoint import CheckpointError
+    from grpo.config import ConfigError
+
+    with pytest.raises(ConfigError, match="config.yaml: no such file"):
+        export.main([str(tmp_path)])
+    (tmp_path / "config.yaml").write_text(f"model: {{path: {checkpoint}}}\n")
+    with pytest.raises(CheckpointError, match="no checkpoints; expected the run.directory"):
+        export.main([str(tmp_path)])
+    (tmp_path / "checkpoints" / "step-000002").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-000002" / "hark.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no checkpoint after step 5; there is 2"):
+        export.main([str(tmp_path), "--step", "5"])
