@@ -1,0 +1,37 @@
+"""Published data sets that become questions in the R1-AQA format: one small module each, and this table of them.
+
+A source is a function from a row to a Question. Add your own to SOURCES.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from data.errors import named
+from data.sources import audio_flamingo, audiomcq, avqa, avqa_processed, mmar, mmau, mmsu
+from data.sources.rows import Question
+
+
+@dataclass(frozen=True)
+class Source:
+    """How the rows of a data set are read."""
+
+    dataset: str  # the `dataset_name` of its questions
+    question: Callable[[dict], Question]
+    benchmark: bool = False  # its questions are taken as they are, and keep their ids
+    is_visual: Callable[[dict], bool] | None = None  # tells questions that cannot be answered by listening
+
+
+SOURCES: dict[str, Source] = {
+    "avqa": Source("AVQA", avqa.question, is_visual=avqa.is_visual),
+    "avqa_processed": Source("AVQA", avqa_processed.question),
+    "audiomcq": Source("AudioMCQ", audiomcq.question),
+    "audio_flamingo": Source("AudioFlamingo", audio_flamingo.question),
+    "mmau": Source("MMAU", mmau.question, benchmark=True),
+    "mmar": Source("MMAR", mmar.question, benchmark=True),
+    "mmsu": Source("MMSU", mmsu.question, benchmark=True),
+}
+
+
+def find_source(name: str) -> Source:
+    """The source of that name; an unknown name is a DataError that offers the nearest."""
+    return named(SOURCES, name, kind="source")

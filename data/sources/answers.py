@@ -1,0 +1,67 @@
+"""Which choice an answer means, and the choices that stand within a question's text."""
+
+import re
+from collections.abc import Sequence
+
+from data.choices import normalise
+from data.sources.rows import SourceError
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LABEL = re.compile(r"(?:\(([A-Z])\)|([A-Z])[.):])\s*(.*)", re.DOTALL)  # "(A) x", "A. x", "A) x", "A: x"
+# The two ways options stand in a text: "(A) x" anywhere, and "A. x" or "A) x" at the beginning of a line.
+OPTIONS = (re.compile(r"(?<!\S)\(([A-Z])\)\s*"), re.compile(r"(?m)^[ \t]*([A-Z])[.)][ \t]*"))
+HEADING = re.compile(
+    r"\s*(?:(?:please )?choose (?:the )?\w+ (?:option|answer|choice)\b[^.?!\n]*[:.]|choices:|options:)\s*$",
+    re.IGNORECASE,
+)
+
+
+def find_answer(answer: str, choices: Sequence[str]) -> int:
+    """The index of the choice that an answer names: by its text, else by its letter ("B", "(B)", "B. text").
+
+    The text is compared as it is and then as the rewards compare it; a letter with a text that is not its choice's is
+    a contradiction. SourceError where no choice, or more than one, is meant.
+    """
+    for same in (str.strip, normalise):
+        matches = [index for index, choice in enumerate(choices) if same(choice) == same(answer)]
+        if matches and len({choices[index] for index in matches}) == 1:
+            return matches[0]
+    letter, said = split_label(answer)
+    index = LETTERS.find(letter) if letter else len(choices)
+    if index < len(choices) and (not normalise(said) or normalise(said) == normalise(choices[index])):
+        return index
+    raise SourceError("answer not among the choices", f"the answer {answer!r} is none of the choices {list(choices)}")
+
+
+def split_label(answer: str) -> tuple[str, str]:
+    """The letter and the text of "B. text"; ("B", "") of a letter alone; ("", text) of a text without one."""
+    answer = answer.strip()
+    if len(answer) == 1 and answer in LETTERS:
+        return answer, ""
+    found = LABEL.fullmatch(answer)
+    return (found[1] or found[2], found[3].strip()) if found else ("", answer)
+
+
+def unlabelled(choices: Sequence[str]) -> list[str]:
+    """The choices without "A. ", "B. ", ... where all have theirs, in order and with a text; else as they are."""
+    split = [split_label(choice) for choice in choices]
+    labels = "".join(letter or "-" for letter, _ in split)
+    return [said for _, said in split] if LETTERS.startswith(labels) and all(said for _, said in split) else [*choices]
+
+
+def split_options(text: str) -> tuple[str, list[str]]:
+    """The question and the choices of a text that ends with its options; SourceError where there are none.
+
+    The last option ends with its line, since instructions to the model may follow.
+    """
+    for pattern in OPTIONS:
+        found = list(pattern.finditer(text))
+        starts = [index for index, option in enumerate(found) if option[1] == "A"]
+        run = found[starts[-1] :] if starts else []
+        if len(run) < 2 or not LETTERS.startswith("".join(option[1] for option in run)):
+            continue
+        ends = [option.start() for option in run[1:]] + [len(text)]
+        choices = [text[option.end() : end].strip() for option, end in zip(run, ends, strict=True)]
+        choices[-1] = choices[-1].split("\n")[0].strip()
+        return HEADING.sub("", text[: run[0].start()]).strip(), choices
+    raise SourceError("no options in the question", f"{text!r} ends in no options; expected (A) ... or A. ...")

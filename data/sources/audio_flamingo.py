@@ -1,0 +1,54 @@
+"""Conversations in the format of Audio Flamingo 3: AudioSkills-XL, AF-Think and one's own.
+
+Confirmed by NVIDIA/audio-flamingo: an array of {id, sound, duration, conversations}, where a human asks
+"<sound>\\nQuestion" and gpt answers; by its AF_Reasoning_Eval: options as "(A) one. (B) two." on one line or several,
+answers as "(B) two", and "Output the answer with <SUMMARY>, ... tags." after the options; ids name clips, so several
+rows may share one. Not confirmed: how each part of AF-Think words its conclusion; what is not understood is listed.
+Open questions, and conversations of several turns or clips, are no multiple-choice questions and are listed as well.
+"""
+
+import re
+
+from data.sources.answers import find_answer, split_options
+from data.sources.rows import Question, SourceError, text, value
+
+TAG = re.compile(r"<(?:sound|speech|audio)>\s*")
+INSTRUCTION = re.compile(r"\s*(?:Output the answer with <|Please think and reason about the input audio).*", re.DOTALL)
+CONCLUSION = re.compile(r"<(CONCLUSION|answer)>(.*?)</\1>", re.DOTALL)
+
+
+def question(row: dict) -> Question:
+    """A conversation of one question and one answer as a question."""
+    asked, said = _turns(row)
+    asked, choices = split_options(INSTRUCTION.sub("", TAG.sub("", asked)))
+    sound = value(row, "sound")
+    if isinstance(sound, list) and len(sound) != 1:
+        raise SourceError("several clips", f'"sound" names {len(sound)} clips; expected one')
+    return Question(
+        id=text(row, "id"),
+        clips=(text({"sound": sound[0] if isinstance(sound, list) else sound}, "sound"),),
+        text=asked,
+        choices=choices,
+        answer=_answer(said, choices),
+    )
+
+
+def _turns(row: dict) -> tuple[str, str]:
+    turns = value(row, "conversations")
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise SourceError('wrong "conversations"', f'"conversations" is {turns!r}; expected a list of turns')
+    if [turn.get("from") for turn in turns] != ["human", "gpt"]:
+        raise SourceError("not one question and one answer", f"has {len(turns)} turns; expected human, gpt")
+    return text(turns[0], "value"), text(turns[1], "value")
+
+
+def _answer(said: str, choices: list[str]) -> int:
+    """The choice that a reply names: as a whole, or its conclusion, its last line, or what follows "answer is"."""
+    concluded = CONCLUSION.search(said)
+    said = (concluded[2] if concluded else said).strip()
+    for reply in (said, said.split("\n")[-1], said.rpartition("answer is")[2]):
+        try:
+            return find_answer(reply, choices)
+        except SourceError as error:
+            fault = error
+    raise fault

@@ -1,0 +1,25 @@
+"""AudioMCQ (He et al., ICLR 2026): JSON lines, also AudioMCQ-StrongAC-GeminiCoT's data.jsonl.
+
+Confirmed by the card of inclusionAI/AudioMCQ and by NeMo-RL's reader of the subset: `source_dataset`, `id`,
+`question_type`, `audio_path` beneath the data set's directory, `question`, `choices`, `answer` as the text of a choice,
+and `audio-contribution` in the subset's parent. Not confirmed: that ids differ between source data sets; the converter
+tells those that do not apart. The reasoning that rows carry is not used.
+"""
+
+from data.sources.answers import find_answer, unlabelled
+from data.sources.rows import Question, label, text, texts
+
+
+def question(row: dict) -> Question:
+    """A row as a question: its type (sound, music, speech, temporal) is the task, the clip's source the category."""
+    choices = unlabelled(texts(row, "choices", "multi_choice"))
+    return Question(
+        id=text(row, "id"),
+        clips=(text(row, "audio_path", "audio"),),
+        text=text(row, "question"),
+        choices=choices,
+        answer=find_answer(text(row, "answer"), choices),
+        task=label(row, "question_type"),
+        category=label(row, "source_dataset"),
+        sub_category=label(row, "audio-contribution", "audio_contribution"),
+    )

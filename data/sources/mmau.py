@@ -1,0 +1,24 @@
+"""MMAU (Sakshi et al., ICLR 2025): mmau-test-mini.json and mmau-test.json.
+
+Confirmed by the files in Sakshi113/MMAU: all keys below, and the clip's path in `audio_id`. The answers to the 9,000
+questions of the test are not public: `answer` is empty there, and null in what becomes of it.
+"""
+
+from data.sources.answers import find_answer
+from data.sources.rows import Question, label, text, texts
+
+
+def question(row: dict) -> Question:
+    """A row as a question, its choices as they are."""
+    choices, answer = texts(row, "choices"), label(row, "answer")
+    return Question(
+        id=text(row, "id"),
+        clips=(text(row, "audio_id"),),
+        text=text(row, "question"),
+        choices=choices,
+        answer=find_answer(answer, choices) if answer.strip() else None,
+        task=label(row, "task"),
+        category=label(row, "category"),
+        sub_category=label(row, "sub-category"),
+        difficulty=label(row, "difficulty"),
+    )

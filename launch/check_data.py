@@ -1,0 +1,92 @@
+"""Report what a file of questions holds, after decoding every clip; fails if anything in it cannot be used.
+
+    python launch/check_data.py FILE [--audio-root DIRECTORY] [--max-seconds 30] [--benchmark] [--json OUT]
+
+--benchmark takes the questions as they are: choices may coincide to the matcher, and answers may be unknown.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import torch
+from parts import run
+
+from data.errors import DataError
+from data.examples import load_examples
+from data.survey import inspect_all, survey
+
+SHOWN = 5  # of each fault, on the console; the JSON has all
+WIDTH = 16
+
+
+def main(argv: list[str]) -> None:
+    arguments = parse(argv)
+    torch.set_num_threads(1)  # the clips are what is worked on in parallel
+    examples, bad = load_examples(
+        arguments.file, audio_root=arguments.audio_root, skip_bad=True, benchmark=arguments.benchmark
+    )
+    clips = inspect_all(examples, max_seconds=arguments.max_seconds, workers=arguments.workers)
+    figures = survey(examples, bad, clips)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    show(figures, arguments.file)
+    unusable = sum(map(len, figures["faults"].values()))
+    if unusable:
+        raise DataError(f"{arguments.file}: {unusable} of {len(examples) + len(bad)} questions cannot be used")
+    print("all of them can be used")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("--audio-root", type=Path, metavar="DIRECTORY", help="of relative audio paths; FILE's own")
+    parser.add_argument("--max-seconds", type=float, default=30.0, help="longest clip that can be used")
+    parser.add_argument("--benchmark", action="store_true", help="take the questions as they are")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures, and all faults, to this file")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that decode")
+    return parser.parse_args(argv)
+
+
+def show(figures: dict, file: Path) -> None:
+    """Print the figures, one aligned line each."""
+    line("questions", f"{figures['questions']} about {figures['clips']} clips, in {file}")
+    line("datasets", listed(figures["datasets"]))
+    line("tasks", listed(figures["tasks"]))
+    if figures["seconds"]:
+        length = figures["seconds"]
+        spread = (
+            f"{length['min']:.2f} to {length['max']:.2f} s, median {length['median']:.2f}, mean {length['mean']:.2f}"
+        )
+        line("lengths", f"{spread}; {length['total'] / 3600:.2f} h in all")
+        for name, count in figures["lengths"].items():
+            line("", f"{count:8} {name}")
+    line("sample rates", listed(figures["sample_rates"], " Hz"))
+    line("channels", listed(figures["channels"]))
+    line("choices", listed(figures["choices"]))
+    line("right answer", listed(figures["answers"], " of the order") if figures["answers"] else "not known")
+    if figures["unanswered"]:
+        line("unanswered", str(figures["unanswered"]))
+    for name in ("always_first", "longest_choice", "chance"):
+        if figures[name] is not None:
+            line(name.replace("_", " "), f"{100 * figures[name]:.1f} %")
+    for name, faults in figures["faults"].items():
+        line(name, str(len(faults)))
+        for fault in faults[:SHOWN]:
+            print(f"  {fault['line']}: {fault['reason']}")
+        if len(faults) > SHOWN:
+            print(f"  and {len(faults) - SHOWN} more")
+
+
+def line(name: str, text: str) -> None:
+    print(f"{name:{WIDTH}}{text}")
+
+
+def listed(counts: dict[str, int], unit: str = "") -> str:
+    """The counts on one line, "16000 Hz: 12, 44100 Hz: 3"."""
+    return ", ".join(f"{name or 'none'}{unit if name else ''}: {count}" for name, count in counts.items())
+
+
+if __name__ == "__main__":
+    run(main)

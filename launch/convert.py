@@ -1,0 +1,75 @@
+"""Write the questions of a published data set in the R1-AQA format.
+
+    python launch/convert.py SOURCE INPUT OUTPUT.jsonl [--audio DIRECTORY] [--drop-view] [--strict] [--force]
+
+SOURCE is one of avqa, avqa_processed, audiomcq, audio_flamingo, mmau, mmar, mmsu; data/sources says what each expects.
+What cannot be converted is counted and listed in OUTPUT.bad.jsonl with its place and reason.
+"""
+
+import argparse
+from pathlib import Path
+
+from parts import run
+
+from data.conversion import Conversion, convert, write, write_bad
+from data.errors import DataError
+from data.sources import SOURCES, find_source
+
+SHOWN = 5  # missing clips named on the console
+
+
+def main(argv: list[str]) -> None:
+    arguments = parse(argv)
+    source, output = find_source(arguments.source), arguments.output
+    if arguments.drop_view and source.is_visual is None:
+        raise DataError(f"--drop-view: {arguments.source} does not say which questions are about the view; avqa does")
+    if output.exists() and not arguments.force:
+        raise DataError(f"{output}: exists already; name another file, or overwrite it with --force")
+    if output.exists() and output.samefile(arguments.input):
+        raise DataError(f"{output}: is the input; name another file")
+    audio = arguments.audio or arguments.input.parent
+    result = convert(source, arguments.input, audio=audio, root=output.parent, drop_visual=arguments.drop_view)
+    listed = output.with_suffix(".bad.jsonl")
+    write_bad(result, listed)
+    report(result, listed)
+    if not result.records:
+        raise DataError(f"{arguments.input}: no row could be converted; is it a file of {arguments.source}?")
+    if arguments.strict and result.bad:
+        raise DataError(f"{len(result.bad)} rows cannot be converted, and --strict was given; {output} was not written")
+    write(result, output, benchmark=source.benchmark)
+    print(f"wrote {output}")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="SOURCE", help=", ".join(SOURCES))
+    parser.add_argument("input", type=Path, metavar="INPUT", help="JSON or JSON lines")
+    parser.add_argument("output", type=Path, metavar="OUTPUT.jsonl")
+    parser.add_argument("--audio", type=Path, metavar="DIRECTORY", help="of the clips; INPUT's own without it")
+    parser.add_argument("--drop-view", action="store_true", help="leave out questions that have to be seen (avqa)")
+    parser.add_argument("--strict", action="store_true", help="a row that cannot be converted is an error")
+    parser.add_argument("--force", action="store_true", help="overwrite OUTPUT")
+    return parser.parse_args(argv)
+
+
+def report(result: Conversion, listed: Path) -> None:
+    print(f"{result.read:8} rows read")
+    print(f"{len(result.records):8} questions")
+    if result.visual:
+        print(f"{result.visual:8} about the view or a colour, dropped")
+    for kind, count in result.kinds.most_common():
+        print(f"{count:8} left out: {kind}")
+    if result.missing:
+        first = ", ".join(list(result.missing)[:SHOWN])
+        print(f"{len(result.missing):8} clips are missing, first {first}")
+    if result.renamed:
+        print(f"{result.renamed:8} ids were used before and now end in a number, as in id#2")
+    unanswered = sum(record["answer"] is None for record in result.records)
+    if unanswered:
+        print(f"{unanswered:8} of the questions have no answer")
+    if result.bad:
+        print(f"what was left out is listed in {listed}")
+
+
+if __name__ == "__main__":
+    run(main)
