@@ -47,9 +47,13 @@ class BadExample:
     id: str
     reason: str
 
+    def record(self) -> dict[str, str]:
+        """As it is listed for the user: file ("train.jsonl:17"), id and reason."""
+        return {"file": self.line, "id": self.id, "reason": self.reason}
+
     def json_line(self) -> str:
         """The line of a bad.jsonl, with its newline."""
-        return json.dumps({"file": self.line, "id": self.id, "reason": self.reason}, ensure_ascii=False) + "\n"
+        return json.dumps(self.record(), ensure_ascii=False) + "\n"
 
 
 def load_examples(

@@ -1,4 +1,4 @@
-"""What a file of questions holds, found out by decoding every clip: lengths, formats, faults, and easy ways to score."""
+"""What a file of questions holds, found out by decoding every clip: lengths, formats, faults, ways to score unheard."""
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -68,7 +68,7 @@ def survey(examples: Sequence[Example], bad: Sequence[BadExample], clips: Sequen
         "sample_rates": _counted(clip.header.sample_rate for clip in unique if clip.header),
         "channels": _counted(clip.header.channels for clip in unique if clip.header),
         **_answers(examples),
-        "faults": {"bad line": [vars(line) for line in bad], **_faults(examples, clips)},
+        "faults": {"bad line": [line.record() for line in bad], **_faults(examples, clips)},
     }
 
 
@@ -104,7 +104,7 @@ def _faults(examples: Sequence[Example], clips: Sequence[Clip]) -> dict[str, lis
     faults: dict[str, list[dict]] = {name: [] for name in FAULTS.values()}
     for example, clip in zip(examples, clips, strict=True):
         if clip.fault:
-            faults[clip.fault].append(vars(BadExample(example.line, example.id, clip.reason)))
+            faults[clip.fault].append(BadExample(example.line, example.id, clip.reason).record())
     return faults
 
 

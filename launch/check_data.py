@@ -46,7 +46,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--benchmark", action="store_true", help="take the questions as they are")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures, and all faults, to this file")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that decode")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.workers < 1 or arguments.max_seconds <= 0:
+        parser.error("--workers must be at least 1, and --max-seconds positive")
+    return arguments
 
 
 def show(figures: dict, file: Path) -> None:
@@ -65,16 +68,16 @@ def show(figures: dict, file: Path) -> None:
     line("sample rates", listed(figures["sample_rates"], " Hz"))
     line("channels", listed(figures["channels"]))
     line("choices", listed(figures["choices"]))
-    line("right answer", listed(figures["answers"], " of the order") if figures["answers"] else "not known")
+    line("answer's place", listed(figures["answers"]))
     if figures["unanswered"]:
-        line("unanswered", str(figures["unanswered"]))
+        line("no answer", str(figures["unanswered"]))
     for name in ("always_first", "longest_choice", "chance"):
         if figures[name] is not None:
             line(name.replace("_", " "), f"{100 * figures[name]:.1f} %")
     for name, faults in figures["faults"].items():
         line(name, str(len(faults)))
         for fault in faults[:SHOWN]:
-            print(f"  {fault['line']}: {fault['reason']}")
+            print(f"  {fault['file']}: {fault['reason']}")
         if len(faults) > SHOWN:
             print(f"  and {len(faults) - SHOWN} more")
 
