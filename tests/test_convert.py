@@ -6,6 +6,7 @@ import convert
 import pytest
 import soundfile
 
+from data.conversion import Conversion, write
 from data.errors import DataError
 from data.examples import load_examples
 from tests.test_sources import AUDIOMCQ, AVQA, AVQA_PROCESSED, FLAMINGO, MMAR, MMAU, MMSU
@@ -184,6 +185,16 @@ def test_an_output_that_is_there_is_overwritten_only_by_force_and_its_old_list_g
         convert.main(["audiomcq", given, given, "--force"])
     records, _ = run(tmp_path, "audiomcq", {**AUDIOMCQ, "id": "8"}, options=["--force"])
     assert [record["id"] for record in records] == ["8"] and not (tmp_path / "out.bad.jsonl").exists()
+
+
+def test_what_would_not_load_is_never_written_over_what_is_there(tmp_path):
+    record = RECORDS["mmau"][1]
+    for wrong in ({**record, "answer": 9}, {**record, "answer": None}):
+        (tmp_path / "out.jsonl").write_text("before")
+        with pytest.raises(DataError, match="out.jsonl.partial:1"):
+            write(Conversion(records=[wrong]), tmp_path / "out.jsonl", benchmark=False)
+        assert (tmp_path / "out.jsonl").read_text() == "before"
+        assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
 
 
 def test_nothing_to_convert_and_nowhere_to_look_are_errors(tmp_path):

@@ -132,6 +132,10 @@ def test_options_are_found_at_the_end_of_a_question_however_they_stand(text):
     assert split_options(text) == ("Where (if at all)?", ["swimming pool.", "church"])
 
 
+def test_a_letter_in_the_question_itself_is_no_option():
+    assert split_options("Is it (A) minor? (A) yes (B) no") == ("Is it (A) minor?", ["yes", "no"])
+
+
 @pytest.mark.parametrize("text", ["Describe the sound.", "(A) only one", "(B) x (C) y", "Vitamin A. or B. here?"])
 def test_a_question_without_options_is_refused(text):
     with pytest.raises(SourceError, match="ends in no options"):

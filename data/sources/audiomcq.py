@@ -1,9 +1,9 @@
 """AudioMCQ (He et al., ICLR 2026): JSON lines, also AudioMCQ-StrongAC-GeminiCoT's data.jsonl.
 
 Confirmed by the card of inclusionAI/AudioMCQ and by NeMo-RL's reader of the subset: `source_dataset`, `id`,
-`question_type`, `audio_path` beneath the data set's directory, `question`, `choices`, `answer` as the text of a choice,
-and `audio-contribution` in the subset's parent. Not confirmed: that ids differ between source data sets; the converter
-tells those that do not apart. The reasoning that rows carry is not used.
+`question_type`, `audio_path` beneath the data set's directory, `question`, `choices`, `answer` as the text of a choice.
+Not confirmed: whether rows say `audio-contribution` (weak or strong), and that ids differ between source data sets; the
+converter tells those that do not apart. The reasoning that rows carry is not used.
 """
 
 from data.sources.answers import find_answer, unlabelled
