@@ -133,4 +133,5 @@ def write_bad(result: Conversion, path: Path) -> None:
     path.unlink(missing_ok=True)
     if result.bad:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(bad.json_line() for bad in result.bad), encoding="utf-8")
+        lines = "".join(bad.json_line() for bad in result.bad)
+        path.write_text(lines, encoding="utf-8", errors="backslashreplace")  # a bad row's id may be no good text

@@ -99,4 +99,6 @@ def texts(row: dict, *keys: str) -> list[str]:
 def _as_text(found: object, key: str) -> str:
     if isinstance(found, bool) or not isinstance(found, (str, int, float)):
         raise SourceError(f'wrong "{key}"', f'"{key}" is {found!r}; expected text')
+    if any("\ud800" <= character <= "\udfff" for character in str(found)):
+        raise SourceError(f'wrong "{key}"', f'"{key}" is {found!r}, which holds half a character; it cannot be written')
     return str(found)
