@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from data.report import COLUMNS, grouped, share
 from grpo.sampler import sample
 from grpo.sharding import World, gather_rows, gathered
 from models.policy import Policy, Prompt
 
-Judge = Callable[[Any, str], bool]  # (example, completion) -> is it right?
+Judge = Callable[[Any, str], bool | None]  # (example, completion) -> is it right? None where that is not known
 
 
 def evaluate(
@@ -31,24 +32,26 @@ def evaluate(
             rollout = sample(policy, prompts, group_size=1, max_new_tokens=max_new_tokens, temperature=0)
             texts = policy.completion_texts(rollout.tokens, rollout.mask)
             for example, text, stopped in zip(examples, texts, rollout.stopped.tolist(), strict=True):
-                rows.append(
-                    {
-                        "id": example.id,
-                        "task": example.task,
-                        "category": example.category,
-                        "prediction": text,
-                        "correct": judge(example, text),
-                        "stopped": stopped,
-                    }
-                )
+                row = _place(example) | {"prediction": text, "correct": judge(example, text), "stopped": stopped}
+                rows.append(row)
     return gather_rows(rows, world)
+
+
+def blank_row(question: Any) -> dict:
+    """The row of a question that could not be asked: wrong, unless its answer is not known anyway."""
+    correct = None if getattr(question, "answer", -1) is None else False
+    return _place(question) | {"prediction": "", "correct": correct, "stopped": None}
+
+
+def _place(question: Any) -> dict:
+    """Where a question belongs in the tables; a line that could not be read has no more than its id."""
+    columns = {column: getattr(question, column, "") for column in COLUMNS}  # TODO-MERGE: all but BadExample have them
+    return {"id": question.id} | columns
 
 
 def accuracies(rows: Sequence[dict], *by: str) -> dict[str, float]:
     """Share of right answers: "accuracy" over all rows, and "accuracy/COLUMN/VALUE" for each value of the columns."""
-    groups: dict[str, list[bool]] = {"accuracy": [row["correct"] for row in rows]}
+    shares = {"accuracy": share(rows)}
     for column in by:
-        for row in rows:
-            if row[column]:
-                groups.setdefault(f"accuracy/{column}/{row[column]}", []).append(row["correct"])
-    return {name: sum(correct) / len(correct) for name, correct in groups.items() if correct}
+        shares |= {f"accuracy/{column}/{value}": group for value, group in grouped(rows, column).items()}
+    return {name: figure.accuracy for name, figure in shares.items() if figure.total}

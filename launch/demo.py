@@ -36,8 +36,7 @@ def main() -> None:
             GRPO_CONFIG,
             f"model.path={ROOT}/{name}/model",
             f"run.directory={ROOT}/{name}",
-            f"data.validation={ROOT}/data/test.jsonl",
-            "evaluation.silent=true",
+            "--silent",
         )
     summary = summarise(grpo, seconds=time.monotonic() - started)
     (ROOT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")

@@ -1,56 +1,62 @@
-"""Answer the questions of data.validation greedily and write `evaluation.json` in run.directory.
+"""Answer a benchmark greedily and report; or score a file of answers that exists.
 
-    torchrun --nproc-per-node GPUS launch/evaluate.py CONFIG [section.key=value ...]
-    python launch/evaluate.py CONFIG [section.key=value ...]
-
-evaluation.silent=true asks every question again with its clip replaced by silence: does the model listen?
+torchrun --nproc-per-node GPUS launch/evaluate.py CONFIG [section.key=value ...] [--silent] [--shuffled-audio] ...
+python launch/evaluate.py --score FILE [--benchmark NAME] [--json OUT]
 """
 
-import dataclasses
-import json
-from pathlib import Path
+import argparse
+import sys
 
-from parts import announce, checked_examples, judge, make_policy, run, validation_batches
-
-from data.examples import Example
-from grpo.config import Config, ConfigError, load_config
-from grpo.evaluate import accuracies, evaluate
-from grpo.sharding import World, joined_world
-from models.policy import Policy
+from data.benchmarks import BENCHMARKS
+from data.errors import DataError
+from data.scoring import score_file
 
 
 def main(argv: list[str]) -> None:
-    config = load_config(argv)
-    if config.data.validation is None:
-        raise ConfigError("data.validation is missing; it names the JSONL file of the questions to answer")
-    with joined_world(threads=config.run.threads) as world:
-        announce(config, world)
-        policy = make_policy(config, world)
-        examples = checked_examples(config, world, policy, config.data.validation)
-        rows = answers(config, world, policy, examples, silent=False)
-        silent = answers(config, world, policy, examples, silent=True) if config.evaluation.silent else None
-        if world.is_main:
-            chances = [1 / len(example.choices) for example in examples[: config.evaluation.limit]]
-            result = accuracies(rows, "task", "category") | {"chance": sum(chances) / len(chances)}
-            if silent is not None:
-                result["silent_accuracy"] = accuracies(silent)["accuracy"]
-            write(config, result, rows)
+    options = parse(argv)
+    if options.score is not None:
+        score_file(options.score, benchmark=options.benchmark or "mmau", out=options.json)
+        return
+    from answering import answer_benchmark  # brings torch and transformers, which scoring a file must not wait for
+
+    controls = {"silent": options.silent, "audio": options.shuffled_audio, "choices": options.shuffle_choices}
+    answer_benchmark(options.words, **controls)
 
 
-def answers(config: Config, world: World, policy: Policy, examples: list[Example], *, silent: bool):
-    batches = validation_batches(config, world, policy, examples, silent=silent)
-    return evaluate(policy, batches, judge, world, max_new_tokens=config.rollout.max_new_tokens)
-
-
-def write(config: Config, result: dict[str, float], rows: list[dict]) -> None:
-    directory = Path(config.run.directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    record = result | {"config": dataclasses.asdict(config), "rows": rows}
-    (directory / "evaluation.json").write_text(json.dumps(record, indent=1))
-    print(f"{config.model.path} on {len(rows)} questions of {config.data.validation}:")
-    for name, value in result.items():
-        print(f"  {name:32} {100 * value:5.1f} %")
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line, flags anywhere in it; it leaves with a usage line at a mistake."""
+    parser = argparse.ArgumentParser(
+        prog="launch/evaluate.py",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        description="Answer the questions of data.test greedily, each counted, and judge them by the rule of\n"
+        "evaluation.benchmark. Writes evaluation.json and the benchmark's answer file in run.directory.",
+        epilog="With --score no model is loaded: the answers are those in FILE, JSON list or JSON lines.",
+    )
+    parser.add_argument("words", nargs="*", metavar="CONFIG [section.key=value ...]", help="as for launch/train.py")
+    add = parser.add_argument
+    add("--silent", action="store_true", help="ask again with each clip replaced by silence of its length")
+    add("--shuffled-audio", action="store_true", help="ask again with each question given another question's clip")
+    add("--shuffle-choices", action="store_true", help="ask again with the choices in another order")
+    add("--score", metavar="FILE", help="score the predictions in FILE, with their choices and answers")
+    add("--benchmark", choices=BENCHMARKS, help="with --score: whose rule judges (mmau)")
+    add("--json", metavar="OUT", help="with --score: write the figures and the judgement of each row")
+    options = parser.parse_intermixed_args(argv)
+    if options.score is None and (options.benchmark or options.json):
+        parser.error("--benchmark and --json belong to --score; a CONFIG has evaluation.benchmark and run.directory")
+    asks = options.words or options.silent or options.shuffled_audio or options.shuffle_choices
+    if options.score is not None and asks:
+        parser.error("--score takes no CONFIG and no controls: it loads no model, and cannot ask again")
+    return options
 
 
 if __name__ == "__main__":
-    run(main)
+    if parse(sys.argv[1:]).score is None:
+        from parts import run
+
+        run(main)
+    else:
+        try:
+            main(sys.argv[1:])
+        except DataError as error:
+            sys.exit(f"error: {error}")

@@ -14,7 +14,7 @@ import torch
 from data.audio import load_waveform
 from data.choices import is_correct
 from data.errors import DataError
-from data.examples import Example, load_examples
+from data.examples import BadExample, Example, load_examples
 from data.loader import BadLog, Loader, check_audio, evaluation_batches
 from data.order import hold_out
 from data.prompts import find_template
@@ -176,37 +176,78 @@ def training_loader(config: Config, world: World, policy: Policy, examples: Sequ
 
 
 def validation_batches(
-    config: Config, world: World, policy: Policy, examples: Sequence[Example], *, silent: bool = False
+    config: Config, world: World, policy: Policy, examples: Sequence[Example]
 ) -> Iterator[Sequence[tuple[Example, Prompt]]]:
-    """This rank's share of the examples, in batches; `silent` replaces each waveform by zeros of its length."""
+    """This rank's share of the first evaluation.limit examples, in batches."""
+    examples = examples[: config.evaluation.limit]
     load = waveform_of(config, policy)
+    return evaluation_share(config, world, policy, examples, waveform=load, on_bad=bad_log(config).add)
+
+
+def evaluation_share(
+    config: Config,
+    world: World,
+    policy: Policy,
+    examples: Sequence[Example],
+    *,
+    waveform: Callable[[Example], np.ndarray],
+    on_bad: Callable[[BadExample], None],
+) -> Iterator[Sequence[tuple[Example, Prompt]]]:
+    """This rank's share of the examples, in batches; on_bad is given each that turns out bad and is left out."""
     return evaluation_batches(
-        examples[world.rank : config.evaluation.limit : world.size],
+        examples[world.rank :: world.size],
         policy.prepare,
         template=config.data.template,
-        waveform=(lambda example: np.zeros_like(load(example))) if silent else load,
+        waveform=waveform,
         batch=config.evaluation.batch,
         workers=config.data.workers,
         skip_bad=config.data.skip_bad,
-        on_bad=bad_log(config).add,
+        on_bad=on_bad,
     )
 
 
 def checked_examples(config: Config, world: World, policy: Policy, path: str) -> list[Example]:
     """The examples of a JSONL file whose clips can be opened; the others are listed in the run's directory."""
+    examples, bad = read_examples(config, policy, path)
+    examples, unusable = check_clips(config, examples)
+    list_bad(config, world, path, bad + unusable, "bad examples skipped")
+    return examples
+
+
+def checked_questions(config: Config, world: World, policy: Policy) -> tuple[list[Example | BadExample], list[Example]]:
+    """The first evaluation.limit questions of data.test in the order of the file, and those that can be asked."""
+    examples, bad = read_examples(config, policy, config.data.test)  # TODO-MERGE: benchmark=True
+    questions = sorted([*examples, *bad], key=lambda question: int(question.line.rpartition(":")[2]))
+    questions = questions[: config.evaluation.limit]
+    usable, unusable = check_clips(config, [question for question in questions if isinstance(question, Example)])
+    bad = [question for question in questions if isinstance(question, BadExample)]
+    list_bad(config, world, config.data.test, bad + unusable, "questions cannot be asked and count as wrong")
+    return questions, usable
+
+
+def read_examples(config: Config, policy: Policy, path: str) -> tuple[list[Example], list[BadExample]]:
+    """The examples of a JSONL file, and the lines that data.skip_bad leaves out."""
     data = config.data
-    examples, bad = load_examples(
+    return load_examples(
         path, audio_root=data.audio_root, require_audio=policy.sample_rate is not None, skip_bad=data.skip_bad
     )
-    examples, unusable = check_audio(
+
+
+def check_clips(config: Config, examples: Sequence[Example]) -> tuple[list[Example], list[BadExample]]:
+    """The examples whose clips can be opened, and the others."""
+    data = config.data
+    return check_audio(
         examples, max_seconds=data.max_seconds, long_clips=data.long_clips, skip_bad=data.skip_bad, workers=data.workers
     )
-    if world.is_main and (bad or unusable):
+
+
+def list_bad(config: Config, world: World, path: str, bad: Sequence[BadExample], what: str) -> None:
+    """Add examples to the list of bad ones, once for all ranks, and say so."""
+    if world.is_main and bad:
         log = bad_log(config)
-        for example in bad + unusable:
+        for example in bad:
             log.add(example)
-        print(f"{path}: {len(bad + unusable)} bad examples skipped, listed in {log.path}", flush=True)
-    return examples
+        print(f"{path}: {len(bad)} {what}, listed in {log.path}", flush=True)
 
 
 def bad_log(config: Config) -> BadLog:

@@ -30,7 +30,7 @@ def config(tmp_path, qwen2_audio_dir) -> Path:
     path.write_text(
         f"run: {{directory: {tmp_path}/run, threads: 1}}\n"
         f"model: {{path: {qwen2_audio_dir}}}\n"
-        f"data: {{train: {questions}, validation: {held_out}}}\n"
+        f"data: {{train: {questions}, validation: {held_out}, test: {held_out}}}\n"
         "rollout: {group_size: 2, max_new_tokens: 4}\n"
         "optim: {steps: 2, prompts_per_step: 4, micro_batch: 2}\n"
         "evaluation: {every: 2, batch: 3}\n"
@@ -60,8 +60,10 @@ def test_torchrun_trains_evaluates_and_exports_on_two_processes(config, tmp_path
     ].keys()
     assert lines[-1]["event"] == "evaluation" and 0 <= lines[-1]["accuracy"] <= 1
     assert (tmp_path / "run" / "config.yaml").exists()
-    result = run(LAUNCH / "evaluate.py", config, f"model.path={tmp_path}/run/model")
-    assert result.returncode == 0 and "accuracy" in result.stdout, result.stderr
+    result = run(*torchrun, LAUNCH / "evaluate.py", config, f"model.path={tmp_path}/run/model", "--silent")
+    assert result.returncode == 0 and "sound removed" in result.stdout, result.stderr
+    evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert [row["id"] for row in evaluation["rows"]] == [f"test-{n}" for n in range(4)], "each once, in the file's order"
 
 
 def test_a_mistake_is_one_line_and_no_traceback(config):
@@ -73,15 +75,47 @@ def test_a_mistake_is_one_line_and_no_traceback(config):
     )
 
 
-def test_evaluate_counts_every_question_and_asks_again_in_silence(config, tmp_path, capsys):
-    evaluate.main([str(config), "evaluation.silent=true"])
+def test_evaluate_counts_every_question_and_asks_again_for_each_control(config, tmp_path, capsys):
+    evaluate.main([str(config), "--silent", "--shuffled-audio", "evaluation.batch=2", "--shuffle-choices"])
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-    assert sorted(row["id"] for row in result["rows"]) == [f"test-{n}" for n in range(4)]
-    assert result["chance"] == 0.25 and {"accuracy", "accuracy/task/sound", "silent_accuracy"} <= result.keys()
-    assert result["config"]["evaluation"]["silent"] is True, "the resolved configuration is saved"
-    assert "on 4 questions" in capsys.readouterr().out
+    assert [row["id"] for row in result["rows"]] == [f"test-{n}" for n in range(4)]
+    assert result["chance"] == result["always_first_accuracy"] == 0.25 and result["longest_choice_accuracy"] == 0.25
+    assert {"accuracy", "accuracy_interval", "accuracy/task/sound"} <= result.keys()
+    for control in ("silent", "shuffled_audio", "shuffled_choices"):
+        assert {f"{control}_accuracy", f"{control}_accuracy_interval"} <= result.keys()
+    assert result["config"]["evaluation"]["batch"] == 2, "the resolved configuration is saved"
+    said = capsys.readouterr().out
+    assert "on 4 questions" in said and "sound removed" in said and "choices in another order" in said
     evaluate.main([str(config), "evaluation.limit=3"])
-    assert len(json.loads((tmp_path / "run" / "evaluation.json").read_text())["rows"]) == 3
+    result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert len(result["rows"]) == 3 and "silent_accuracy" not in result
+
+
+def test_evaluate_without_a_test_file_says_so(config):
+    with pytest.raises(USER_ERRORS, match="data.test is missing"):
+        evaluate.main([str(config), "data.test=null"])
+
+
+def test_controls_of_sound_need_a_model_that_hears(config, tmp_path):
+    build_causal_lm(tmp_path / "text")
+    with pytest.raises(USER_ERRORS, match="takes text only; --silent and --shuffled-audio"):
+        evaluate.main([str(config), f"model.path={tmp_path}/text", "--shuffled-audio"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["CONFIG", "--json", "out.json"], "belong to --score"),
+        (["CONFIG", "--benchmark", "mmau"], "a CONFIG has evaluation.benchmark"),
+        (["--score", "FILE", "--silent"], "--score takes no CONFIG and no controls"),
+        (["--score", "FILE", "--benchmark", "mmmu"], "invalid choice: 'mmmu'"),
+        (["CONFIG", "--silence"], "unrecognized arguments: --silence"),
+    ],
+)
+def test_flags_of_evaluate_that_do_not_go_together_are_refused(words, message, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main(words)
+    assert message in capsys.readouterr().err
 
 
 def test_text_only_policies_train_on_questions_without_clips(config, tmp_path):

@@ -1,0 +1,136 @@
+"""The questions of data.test, asked once as they are and once more for each control; and what is written of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from parts import announce, bad_log, checked_questions, evaluation_share, make_policy, waveform_of
+
+from data.benchmarks import BENCHMARKS, judged, write_answers
+from data.choices import shuffle_choices
+from data.examples import BadExample, Example
+from data.report import Share, figures, share, table
+from data.scoring import write_json
+from grpo.config import Config, ConfigError, load_config
+from grpo.evaluate import blank_row, evaluate
+from grpo.sharding import World, joined_world
+from models.policy import Policy
+
+Question = Example | BadExample
+
+
+def answer_benchmark(argv: list[str], *, silent: bool, audio: bool, choices: bool) -> None:
+    """Answer data.test, and again for each control: without sound, with other sound, with choices in another order."""
+    config = load_config(argv)
+    if config.data.test is None:
+        raise ConfigError("data.test is missing; it names the JSONL file of the questions to answer")
+    with joined_world(threads=config.run.threads) as world:
+        announce(config, world)
+        policy = make_policy(config, world)
+        if (silent or audio) and policy.sample_rate is None:
+            raise ConfigError(
+                f"model.path={config.model.path} takes text only; --silent and --shuffled-audio need sound"
+            )
+        questions, usable = checked_questions(config, world, policy)
+        ask = partial(answers, config, world, policy, questions)
+        load = waveform_of(config, policy)
+        rows = ask(usable, load, listed=True)
+        controls: dict[str, list[dict] | None] = {}
+        if silent:
+            controls["silent"] = ask(usable, lambda example: np.zeros_like(load(example)))
+        if audio:
+            controls["shuffled_audio"] = ask(with_shuffled_audio(usable, seed=config.run.seed), load)
+        if choices:
+            controls["shuffled_choices"] = ask([reordered(example, config.run.seed) for example in usable], load)
+        if rows is not None:
+            report(config, questions, rows, controls)
+
+
+def answers(
+    config: Config,
+    world: World,
+    policy: Policy,
+    questions: Sequence[Question],
+    examples: Sequence[Example],
+    waveform: Callable[[Example], np.ndarray],
+    *,
+    listed: bool = False,
+) -> list[dict] | None:
+    """Ask the examples, whose ids are those of questions: on rank 0 one row per question, in their order.
+
+    A question that is not among the examples, or whose clip turns out bad, has an empty prediction, which is wrong.
+    listed: add clips that turn out bad to the list in run.directory; a control's are those of the main pass.
+    """
+    benchmark = BENCHMARKS[config.evaluation.benchmark]
+    on_bad = bad_log(config).add if listed else (lambda bad: None)
+    batches = evaluation_share(config, world, policy, examples, waveform=waveform, on_bad=on_bad)
+    judge = partial(judged, benchmark=benchmark)
+    rows = evaluate(policy, batches, judge, world, max_new_tokens=config.rollout.max_new_tokens)
+    if rows is None:
+        return None
+    asked = {row["id"]: row for row in rows}
+    # A line that could not be read may carry the id of a question that was.
+    return [isinstance(q, Example) and asked.get(q.id) or blank_row(q) for q in questions]
+
+
+def reordered(example: Example, seed: int) -> Example:
+    """The example with its choices permuted as in training's step 0; one whose answer is not known stays as it is."""
+    return example if example.answer is None else shuffle_choices(example, seed=seed, step=0)
+
+
+def with_shuffled_audio(examples: Sequence[Example], *, seed: int) -> list[Example]:
+    """Each example with the clip of another: a permutation of the clips, a pure function of the seed and the ids.
+
+    No example keeps its own clip, as long as none is shared by more than half of them; beyond that as few as can be.
+    """
+
+    def key(example: Example) -> bytes:
+        return hashlib.sha256(f"{seed}/audio/{example.id}".encode()).digest()
+
+    clips: dict[Path | None, list[Example]] = {}
+    for example in sorted(examples, key=key):
+        clips.setdefault(example.audio_path, []).append(example)
+    # Examples of one clip stand together; a turn by the largest number of them leads out of each clip's own stretch.
+    row = [example for members in clips.values() for example in members]
+    turn = max(map(len, clips.values()))
+    givers = {example.id: row[(place + turn) % len(row)] for place, example in enumerate(row)}
+    return [dataclasses.replace(example, audio_path=givers[example.id].audio_path) for example in examples]
+
+
+def report(
+    config: Config, questions: Sequence[Question], rows: list[dict], controls: dict[str, list[dict] | None]
+) -> None:
+    """Print the table; write all figures, the configuration and the rows, and the benchmark's answer file."""
+    directory, name = Path(config.run.directory), config.evaluation.benchmark
+    examples = [question for question in questions if isinstance(question, Example)]
+    others: dict[str, Share] = {} if name == "strict" else {"strict": strict_share(questions, rows)}
+    others |= {control: share(again) for control, again in controls.items()}
+    result = {"benchmark": name} | figures(rows, examples, others)
+    write_json(directory / "evaluation.json", result | {"config": dataclasses.asdict(config), "rows": rows})
+    pairs = [(q, row["prediction"]) for q, row in zip(questions, rows, strict=True) if isinstance(q, Example)]
+    path = write_answers(directory / "answers", pairs, BENCHMARKS[name])
+    print(f"{config.model.path} on {len(rows)} questions of {config.data.test}, by the rule of {name}:")
+    hidden, blank = (sum(row[key] is None for row in rows) for key in ("correct", "stopped"))
+    if blank:
+        print(f"{blank} could not be asked: their predictions are empty, and wrong")
+    if hidden < len(rows):
+        print(table(rows, examples, others))
+    if hidden:
+        print(
+            f"{hidden} of {len(rows)} questions have no known answer and cannot be scored; they are in the answer file"
+        )
+    print(f"answers in {path}, all figures in {directory / 'evaluation.json'}", flush=True)
+
+
+def strict_share(questions: Sequence[Question], rows: Sequence[dict]) -> Share:
+    """The same answers by the matcher of the accuracy reward."""
+    right = [
+        judged(question, row["prediction"], BENCHMARKS["strict"]) if isinstance(question, Example) else row["correct"]
+        for question, row in zip(questions, rows, strict=True)
+    ]
+    return share([{"correct": correct} for correct in right])
