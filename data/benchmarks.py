@@ -53,9 +53,9 @@ def mmsu(prediction: str, choices: Sequence[str], answer: str) -> bool:
 
     Wang et al. 2025, arXiv:2506.04779. Only capital letters count, and "Dogs" begins with one.
     """
-    text = prediction.strip()
+    text, right = prediction.strip(), place(answer, choices)
     letter = text[0] if text.startswith(LETTERS) else text[-2:-1]
-    return letter in LETTERS[: len(choices)] and LETTERS.index(letter) == place(answer, choices)
+    return letter in LETTERS and LETTERS.index(letter) == right
 
 
 # Answer files -------------------------------------------------------------------------------------------------------
@@ -158,6 +158,6 @@ def write_answers(stem: Path, answers: Iterable[tuple[Example, str]], benchmark:
         prediction = prediction_of(completion, example.choices, benchmark)
         rows.append(benchmark.record(example) | dict.fromkeys((benchmark.key, *benchmark.also), prediction))
     path = stem.with_suffix(".jsonl" if benchmark.lines else ".json")
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_text(lines if benchmark.lines else json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_text(lines if benchmark.lines else json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return path

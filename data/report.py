@@ -110,7 +110,8 @@ def table(rows: Sequence[dict], examples: Sequence[Example], others: Mapping[str
         if groups:
             lines += ["", name, *(_line(f"  {value}", group, width) for value, group in groups.items())]
     without = baseline_figures(examples)
-    lines += ["", "baselines", *(f"{'  ' + NAMES[name]:{width + 13}}{100 * x:8.1f}" for name, x in without.items())]
+    if without:
+        lines += ["", "baselines", *(f"{'  ' + NAMES[key]:{width + 13}}{100 * x:8.1f}" for key, x in without.items())]
     controls = {name: other for name, other in others.items() if name != "strict"}
     if controls:
         lines += ["", f"{'controls':{width + 38}}{'difference':>12}"]

@@ -85,7 +85,7 @@ def write_json(path: str | Path, value: dict) -> None:
     """Write a JSON file, with its directory; DataError if that cannot be done."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        Path(path).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
 

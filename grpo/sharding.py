@@ -139,3 +139,10 @@ def gather_rows(rows: list, world: World) -> list | None:
     parts: list | None = [None] * world.size if world.is_main else None
     dist.gather_object(rows, parts)
     return [row for part in parts for row in part] if parts is not None else None
+
+
+def exchange_rows(rows: list, world: World) -> list:
+    """All ranks' rows, in rank order, on every rank."""
+    parts: list = [None] * world.size
+    dist.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]

@@ -18,7 +18,7 @@ from data.report import Share, figures, share, table
 from data.scoring import write_json
 from grpo.config import Config, ConfigError, load_config
 from grpo.evaluate import blank_row, evaluate
-from grpo.sharding import World, joined_world
+from grpo.sharding import World, exchange_rows, joined_world
 from models.policy import Policy
 
 Question = Example | BadExample
@@ -38,8 +38,11 @@ def answer_benchmark(argv: list[str], *, silent: bool, audio: bool, choices: boo
             )
         questions, usable = checked_questions(config, world, policy)
         ask = partial(answers, config, world, policy, questions)
-        load = waveform_of(config, policy)
-        rows = ask(usable, load, listed=True)
+        load, log, bad = waveform_of(config, policy), bad_log(config), []
+        rows = ask(usable, load, on_bad=lambda example: (log.add(example), bad.append(example.id)))
+        # A control that met a bad clip would differ from the main pass by more than what it controls for.
+        bad = exchange_rows(bad, world)
+        usable = [example for example in usable if example.id not in bad]
         controls: dict[str, list[dict] | None] = {}
         if silent:
             controls["silent"] = ask(usable, lambda example: np.zeros_like(load(example)))
@@ -59,15 +62,13 @@ def answers(
     examples: Sequence[Example],
     waveform: Callable[[Example], np.ndarray],
     *,
-    listed: bool = False,
+    on_bad: Callable[[BadExample], object] = lambda bad: None,
 ) -> list[dict] | None:
     """Ask the examples, whose ids are those of questions: on rank 0 one row per question, in their order.
 
     A question that is not among the examples, or whose clip turns out bad, has an empty prediction, which is wrong.
-    listed: add clips that turn out bad to the list in run.directory; a control's are those of the main pass.
     """
     benchmark = BENCHMARKS[config.evaluation.benchmark]
-    on_bad = bad_log(config).add if listed else (lambda bad: None)
     batches = evaluation_share(config, world, policy, examples, waveform=waveform, on_bad=on_bad)
     judge = partial(judged, benchmark=benchmark)
     rows = evaluate(policy, batches, judge, world, max_new_tokens=config.rollout.max_new_tokens)
@@ -97,7 +98,7 @@ def with_shuffled_audio(examples: Sequence[Example], *, seed: int) -> list[Examp
         clips.setdefault(example.audio_path, []).append(example)
     # Examples of one clip stand together; a turn by the largest number of them leads out of each clip's own stretch.
     row = [example for members in clips.values() for example in members]
-    turn = max(map(len, clips.values()))
+    turn = max(map(len, clips.values()), default=0)
     givers = {example.id: row[(place + turn) % len(row)] for place, example in enumerate(row)}
     return [dataclasses.replace(example, audio_path=givers[example.id].audio_path) for example in examples]
 

@@ -191,7 +191,7 @@ def evaluation_share(
     examples: Sequence[Example],
     *,
     waveform: Callable[[Example], np.ndarray],
-    on_bad: Callable[[BadExample], None],
+    on_bad: Callable[[BadExample], object],
 ) -> Iterator[Sequence[tuple[Example, Prompt]]]:
     """This rank's share of the examples, in batches; on_bad is given each that turns out bad and is left out."""
     return evaluation_batches(

@@ -63,7 +63,9 @@ def test_torchrun_trains_evaluates_and_exports_on_two_processes(config, tmp_path
     result = run(*torchrun, LAUNCH / "evaluate.py", config, f"model.path={tmp_path}/run/model", "--silent")
     assert result.returncode == 0 and "sound removed" in result.stdout, result.stderr
     evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-    assert [row["id"] for row in evaluation["rows"]] == [f"test-{n}" for n in range(4)], "each once, in the file's order"
+    assert [row["id"] for row in evaluation["rows"]] == [f"test-{n}" for n in range(4)], (
+        "each once, in the file's order"
+    )
 
 
 def test_a_mistake_is_one_line_and_no_traceback(config):

@@ -1,0 +1,176 @@
+"""launch/answering.py: every question of the benchmark has one row, in order, and controls change what they say."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import pytest
+import soundfile
+from answering import answer_benchmark, answers, reordered, with_shuffled_audio
+from parts import checked_questions, evaluation_share, make_policy, waveform_of
+
+from data.benchmarks import BENCHMARKS, mmau
+from data.examples import Example, load_examples
+from grpo.config import load_config
+from grpo.sharding import World
+from tests.clips import write_questions
+from tests.ranks import on_ranks
+
+ask = partial(answer_benchmark, silent=False, audio=False, choices=False)
+
+
+@pytest.fixture
+def config(tmp_path, qwen2_audio_dir) -> Path:
+    """A configuration of an evaluation whose file has five good questions and three that cannot be asked."""
+    soundfile.write(tmp_path / "long.wav", np.full(32_000, 0.1), 16_000)
+    soundfile.write(tmp_path / "silent.wav", np.zeros(8000), 16_000)
+    bad = {"line2": {"audio_path": "silent.wav"}, "line4": {"audio_path": "long.wav"}, "line5": {"id": "test-0"}}
+    test = write_questions(tmp_path, 8, name="test", **bad)
+    path = tmp_path / "small.yaml"
+    path.write_text(
+        f"run: {{directory: {tmp_path}/run, threads: 1}}\n"
+        f"model: {{path: {qwen2_audio_dir}}}\n"
+        f"data: {{test: {test}, max_seconds: 1, skip_bad: true}}\n"
+        "rollout: {max_new_tokens: 4}\n"
+        "evaluation: {batch: 2, benchmark: mmau}\n"
+    )
+    return path
+
+
+def result(tmp_path) -> dict:
+    return json.loads((tmp_path / "run" / "evaluation.json").read_text())
+
+
+IDS = ["test-0", "test-1", "test-2", "test-3", "test-0", "test-5", "test-6", "test-7"]
+ASKED = [True, False, True, False, False, True, True, True]  # a silent clip, one too long, and an id used twice
+
+
+def test_a_question_that_cannot_be_asked_is_wrong_and_stays_in_its_place(config, tmp_path, capsys):
+    ask([str(config)])
+    found = result(tmp_path)
+    assert [row["id"] for row in found["rows"]] == IDS and found["total"] == 8
+    assert [row["stopped"] is not None for row in found["rows"]] == ASKED
+    assert all(row["correct"] is False and row["prediction"] == "" for row in found["rows"] if row["stopped"] is None)
+    # The twice used id stands in a line that is no question; the rows of the answer file are questions.
+    handed_in = json.loads((tmp_path / "run" / "answers.json").read_text())
+    assert [row["id"] for row in handed_in] == IDS[:4] + IDS[5:] and handed_in[1]["model_prediction"] == ""
+    judged = [mmau(row["model_prediction"], row["choices"], row["answer"]) for row in handed_in]
+    assert judged == [row["correct"] for n, row in enumerate(found["rows"]) if n != 4], "the file is what was judged"
+    listed = (tmp_path / "run" / "bad.jsonl").read_text().splitlines()
+    assert [json.loads(line)["file"] for line in sorted(listed)] == ["test.jsonl:2", "test.jsonl:4", "test.jsonl:5"]
+    said = capsys.readouterr().out
+    assert "3 could not be asked" in said and "by the rule of mmau" in said and "by the strict rule" in said
+
+
+def test_a_limit_counts_questions_of_the_file_and_not_those_that_can_be_asked(config, tmp_path):
+    ask([str(config), "evaluation.limit=3"])
+    assert [row["id"] for row in result(tmp_path)["rows"]] == IDS[:3]
+
+
+def test_a_hidden_answer_is_handed_in_and_left_out_of_the_figures(config, tmp_path, capsys, monkeypatch):
+    def hidden(*args, **kwargs):
+        examples, bad = load_examples(*args, **kwargs)
+        return [replace(example, answer=None) for example in examples], bad
+
+    monkeypatch.setattr("parts.load_examples", hidden)
+    answer_benchmark([str(config)], silent=True, audio=True, choices=True)
+    assert [row["correct"] for row in result(tmp_path)["rows"]] == [None] * 4 + [False] + [None] * 3
+    handed_in = json.loads((tmp_path / "run" / "answers.json").read_text())
+    assert [row["answer"] for row in handed_in] == [None] * 7
+    assert "7 of 8 questions have no known answer" in capsys.readouterr().out
+
+
+def everyone(world: World, config_path: str, out: str) -> None:
+    config = load_config([config_path])
+    policy = make_policy(config, world)
+    questions, usable = checked_questions(config, world, policy)
+    rows = answers(config, world, policy, questions, usable, waveform_of(config, policy))
+    if world.is_main:
+        Path(out).write_text(json.dumps(rows))
+
+
+def test_two_ranks_answer_every_question_once_in_the_order_of_the_file_as_one_does(config, tmp_path):
+    found = []
+    for size in (1, 2):
+        on_ranks(size, everyone, str(config), str(tmp_path / "rows.json"))
+        found.append(json.loads((tmp_path / "rows.json").read_text()))
+    assert found[0] == found[1]
+    assert [row["id"] for row in found[1]] == IDS and sum(row["stopped"] is not None for row in found[1]) == 5
+
+
+def test_controls_change_what_they_say_and_ask_only_what_could_be_asked(config, tmp_path, monkeypatch):
+    asked: list[list[tuple[Example, np.ndarray]]] = []
+
+    def remember(config, world, policy, examples, *, waveform, on_bad):
+        asked.append([])
+
+        def heard(example):
+            sound = waveform(example)
+            asked[-1].append((example, sound))
+            return sound
+
+        return evaluation_share(config, world, policy, examples, waveform=heard, on_bad=on_bad)
+
+    monkeypatch.setattr("answering.evaluation_share", remember)
+    answer_benchmark([str(config)], silent=True, audio=True, choices=True)
+    main, silent, audio, choices = asked
+    ids = [identity for identity, could in zip(IDS, ASKED, strict=True) if could]
+    assert all([example.id for example, _ in control] == ids for control in asked)
+    for (a, x), (b, y), (c, z), (d, w) in zip(main, silent, audio, choices, strict=True):
+        assert a == b and len(x) == len(y) and x.any() and not y.any()
+        assert c == replace(a, audio_path=c.audio_path) and c.audio_path != a.audio_path and z.any()
+        assert d.answer_text == a.answer_text and d.audio_path == a.audio_path and np.array_equal(w, x)
+    assert any(a.choices != d.choices for (a, _), (d, _) in zip(main, choices, strict=True))
+
+
+def questions(*clips: str) -> list[Example]:
+    return [Example(f"q{n}", Path(clip), "?", ("a", "b"), 0) for n, clip in enumerate(clips)]
+
+
+@pytest.mark.parametrize("clips", ["ab", "abcdefgh", "aabb", "aaabbcd", "aaabbb", "abacadbe", "aabbccdd" * 5])
+def test_no_question_keeps_its_clip_and_every_clip_is_heard_as_often_as_before(clips):
+    for seed in range(30):
+        before = questions(*clips)
+        after = with_shuffled_audio(before, seed=seed)
+        assert all(a.audio_path != b.audio_path for a, b in zip(before, after, strict=True))
+        assert Counter(a.audio_path for a in before) == Counter(b.audio_path for b in after)
+        assert before == [replace(b, audio_path=a.audio_path) for a, b in zip(before, after, strict=True)]
+
+
+def test_as_few_questions_as_can_be_keep_a_clip_that_most_of_them_share():
+    for seed in range(30):
+        before = questions(*"aaaaabc")
+        kept = [a for a, b in zip(before, with_shuffled_audio(before, seed=seed), strict=True) if a == b]
+        assert len(kept) == 3, "of five a only two can go to b and c"
+
+
+def test_whose_clip_a_question_gets_follows_from_the_seed_and_the_ids_alone():
+    before = questions(*"abcdefghij")
+    clips = {example.id: example.audio_path for example in with_shuffled_audio(before, seed=1)}
+    assert clips == {example.id: example.audio_path for example in with_shuffled_audio(before[::-1], seed=1)}
+    assert clips != {example.id: example.audio_path for example in with_shuffled_audio(before, seed=2)}
+
+
+def test_reordered_choices_keep_the_answer_and_a_hidden_one_keeps_the_order():
+    example = Example("q", None, "?", ("a", "b", "c", "d"), 2)
+    assert {reordered(example, seed).answer_text for seed in range(9)} == {"c"}
+    assert len({reordered(example, seed).choices for seed in range(9)}) > 1
+    hidden = replace(example, answer=None)
+    assert reordered(hidden, 1) == hidden
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_an_answer_file_scored_by_its_own_rule_gives_the_same_figures(name, config, tmp_path):
+    ask([str(config), f"evaluation.benchmark={name}", "evaluation.limit=4"])
+    (path,) = (tmp_path / "run").glob("answers.json*")
+    evaluate.main(["--score", str(path), "--benchmark", name, "--json", str(tmp_path / "score.json")])
+    scored = json.loads((tmp_path / "score.json").read_text())
+    assert [(row["id"], row["correct"]) for row in scored["rows"]] == [
+        (row["id"], row["correct"]) for row in result(tmp_path)["rows"]
+    ]

@@ -1,0 +1,64 @@
+"""data/report.py: intervals that are right for few and extreme figures, and a table in which every row is counted."""
+
+import math
+
+import pytest
+
+from data.examples import Example
+from data.report import Share, baseline_figures, figures, grouped, share, table
+
+
+def row(correct, task="sound", category="", sub_category="", difficulty=""):
+    return locals()
+
+
+ROWS = [row(True), row(False, "sound", "A, B"), row(None, "music"), row(True, "speech", "A, B", "deep", "hard")]
+EXAMPLES = [Example(str(n), None, "?", ("a", "bell", "rain"), answer) for n, answer in enumerate((0, 1, None, 1))]
+
+
+def test_the_interval_solves_the_equation_it_comes_from():
+    # Wilson: the ends are the p whose distance from the observed share is 1.96 of their own standard errors.
+    for right, total in [(1, 7), (123, 480), (5, 6), (480, 1000)]:
+        for end in Share(right, total).interval:
+            assert abs(right / total - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / total), rel=1e-9)
+
+
+def test_the_interval_is_within_0_and_1_and_not_empty_at_the_extremes():
+    assert Share(0, 10).interval == (0.0, pytest.approx(0.27753, abs=1e-5))
+    assert Share(10, 10).interval == (pytest.approx(0.72247, abs=1e-5), 1.0)
+    assert Share(0, 0).interval is None and Share(0, 0).accuracy is None
+
+
+def test_rows_without_a_known_answer_are_left_out_of_every_figure():
+    assert share(ROWS) == (2, 3)
+    assert grouped(ROWS, "task") == {"sound": (1, 2), "speech": (1, 1)}
+    assert grouped(ROWS, "category") == {"A, B": (1, 2)}
+    assert baseline_figures(EXAMPLES) == {
+        "always_first_accuracy": pytest.approx(1 / 3),
+        "longest_choice_accuracy": pytest.approx(2 / 3),  # the first of the two choices of four letters
+        "chance": pytest.approx(1 / 3),
+    }
+    assert baseline_figures(EXAMPLES[2:3]) == {}
+
+
+def test_the_figures_hold_each_share_with_its_interval():
+    result = figures(ROWS, EXAMPLES, {"silent": Share(1, 3)})
+    assert (result["accuracy"], result["right"], result["total"]) == (pytest.approx(2 / 3), 2, 3)
+    assert result["silent_accuracy"] == pytest.approx(1 / 3)
+    assert result["silent_accuracy_interval"] == Share(1, 3).interval
+    assert result["accuracy/task/sound"] == 0.5 and result["groups"]["difficulty"]["hard"]["total"] == 1
+
+
+def test_the_table_is_aligned_and_shows_differences_of_controls_only():
+    lines = table(ROWS, EXAMPLES, {"strict": Share(1, 3), "silent": Share(1, 3)}).splitlines()
+    assert [name.strip() for name in lines if name and not name[26:].strip()] == [
+        "task", "category", "sub-category", "difficulty", "baselines",
+    ]  # fmt: skip
+    figure = {line[:24].strip(): line.split() for line in lines if "/" in line and "right" not in line}
+    assert figure["all"][-5:] == ["2/3", "66.7", "20.8", "-", "93.9"]
+    assert figure["by the strict rule"][-5:] == ["1/3", "33.3", "6.1", "-", "79.2"]
+    assert figure["sound removed"][-1] == "-33.3"
+    ends = {
+        line.index("/") - len(line.split("/")[0].split()[-1]) for line in lines if "/" in line and "right" not in line
+    }
+    assert len(ends) == 1, "counts of equal width end in one column"
