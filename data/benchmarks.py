@@ -44,7 +44,7 @@ def mmau(prediction: str, choices: Sequence[str], answer: str) -> bool:
     Sakshi et al. 2024, arXiv:2410.19168, evaluation.py; MMAR (Ma et al. 2025, arXiv:2505.13032) took it over.
     """
     given, right = words(prediction), words(answer)
-    wrong = set().union(*(words(choice) - right for choice in choices if words(choice) != right))
+    wrong = set().union(*(words(choice) - right for choice in choices))
     return bool(given) and right <= given and given.isdisjoint(wrong)
 
 

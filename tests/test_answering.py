@@ -18,7 +18,7 @@ from parts import checked_questions, evaluation_share, make_policy, waveform_of
 from data.benchmarks import BENCHMARKS, mmau
 from data.examples import Example, load_examples
 from grpo.config import load_config
-from grpo.sharding import World
+from grpo.sharding import World, exchange_rows
 from tests.clips import write_questions
 from tests.ranks import on_ranks
 
@@ -90,7 +90,11 @@ def everyone(world: World, config_path: str, out: str) -> None:
     config = load_config([config_path])
     policy = make_policy(config, world)
     questions, usable = checked_questions(config, world, policy)
-    rows = answers(config, world, policy, questions, usable, waveform_of(config, policy))
+    load = waveform_of(config, policy)
+    batches = evaluation_share(config, world, policy, usable, waveform=load, on_bad=lambda bad: None)
+    asked = exchange_rows([example.id for batch in batches for example, _ in batch], world)
+    assert len(asked) == len(set(asked)) == 5, "no question is asked twice"
+    rows = answers(config, world, policy, questions, usable, load)
     if world.is_main:
         Path(out).write_text(json.dumps(rows))
 

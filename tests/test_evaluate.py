@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from grpo.evaluate import accuracies, evaluate
+from data.examples import BadExample
+from grpo.evaluate import accuracies, blank_row, evaluate
 from grpo.sampler import sample
 from grpo.sharding import World
 from tests.ranks import on_ranks
@@ -46,3 +47,18 @@ def test_accuracies_worked_by_hand():
         "accuracy/task/speech": 0.0,
         "accuracy/category/speech": pytest.approx(1 / 3),
     }
+
+
+def test_a_question_that_could_not_be_asked_is_wrong_unless_its_answer_is_hidden():
+    asked = SimpleNamespace(id="q", task="sound", category="c", sub_category="s", difficulty="hard", answer=0)
+    row = {"id": "q", "task": "sound", "category": "c", "sub_category": "s", "difficulty": "hard"}
+    assert blank_row(asked) == row | {"prediction": "", "correct": False, "stopped": None}
+    asked.answer = None
+    assert blank_row(asked)["correct"] is None
+    assert blank_row(BadExample("test.jsonl:3", "q", "no JSON"))["correct"] is False
+
+
+def test_a_row_whose_answer_is_hidden_is_in_no_accuracy():
+    rows = [{"task": "sound", "correct": None}, {"task": "music", "correct": True}]
+    assert accuracies(rows, "task") == {"accuracy": 1.0, "accuracy/task/music": 1.0}
+    assert accuracies(rows[:1], "task") == {}
