@@ -159,9 +159,9 @@ def _choices(record: dict) -> tuple[str, ...]:
         raise DataError(
             '"choices" is missing; the rule needs the texts of all choices: add the benchmark\'s own fields'
         )
-    if not isinstance(value, list) or not value or not all(isinstance(choice, str) for choice in value):
+    if not isinstance(value, list) or not value or not all(map(_is_text, value)):
         raise DataError(f'"choices" is {value!r}; expected a list of texts')
-    return tuple(value)
+    return tuple(map(str, value))
 
 
 def _answer(record: dict) -> str | None:
@@ -169,9 +169,14 @@ def _answer(record: dict) -> str | None:
     key = "answer" if "answer" in record else "answer_gt"
     if key not in record:
         raise DataError('"answer" is missing; expected the text of the right choice, or null where it is not known')
-    if not isinstance(record[key], str | None):
+    if record[key] is not None and not _is_text(record[key]):
         raise DataError(f'"{key}" is {record[key]!r}; expected the text of the right choice, or null')
-    return record[key]
+    return None if record[key] is None else str(record[key])
+
+
+def _is_text(value: Any) -> bool:
+    """A text, or a number: MMSU has choices such as 3."""
+    return isinstance(value, (str, int, float)) and not isinstance(value, bool)
 
 
 def _text(value: Any) -> str:

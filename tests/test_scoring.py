@@ -54,6 +54,12 @@ def test_the_other_rules_read_their_own_files(tmp_path):
     assert score(path, "--benchmark", "strict")["accuracy"] == 0
 
 
+def test_choices_and_answers_may_be_numbers(tmp_path):
+    path = tmp_path / "answers.json"
+    path.write_text(json.dumps([{"choices": [3, 30], "answer": 3, "model_prediction": n} for n in (3, 30, "3", 3.5)]))
+    assert [row["correct"] for row in score(path)["rows"]] == [True, False, True, True]
+
+
 def test_a_file_without_any_answer_is_written_and_says_that_nothing_can_be_scored(tmp_path, capsys):
     path = tmp_path / "answers.json"
     path.write_text(json.dumps(ROWS[-1:]))
@@ -82,10 +88,10 @@ GOOD = json.dumps(ROWS[0])
         (f"[{GOOD}, 3]", r"f, row 2: is a JSON int; each row is an object"),
         (f'{GOOD}\n\n{{"answer": "x"}}', r'f:3: "choices" is missing; the rule needs'),
         ('{"choices": "rain", "answer": "x"}', r"f:1: \"choices\" is 'rain'; expected a list of texts"),
-        ('{"choices": ["rain", 3], "answer": "x"}', r'f:1: "choices" is .*expected a list of texts'),
+        ('{"choices": ["rain", true], "answer": "x"}', r'f:1: "choices" is .*expected a list of texts'),
         ('{"choices": [], "answer": "x"}', r'f:1: "choices" is \[\]; expected'),
         ('{"choices": ["rain", "x"]}', r'f:1: "answer" is missing; expected the text .* or null'),
-        ('{"choices": ["rain", "x"], "answer": 1}', r'f:1: "answer" is 1; expected the text'),
+        ('{"choices": ["rain", "x"], "answer": ["x"]}', r"f:1: \"answer\" is \['x'\]; expected the text"),
     ],
 )
 def test_what_cannot_be_scored_is_an_error_that_says_where_and_how_to_fix_it(text, message, tmp_path):
