@@ -71,8 +71,8 @@ def mmau_record(example: Example) -> dict:
         "dataset": example.dataset,
         "task": example.task,
         "category": example.category,
-        "sub-category": getattr(example, "sub_category", ""),  # TODO-MERGE
-        "difficulty": getattr(example, "difficulty", ""),  # TODO-MERGE
+        "sub-category": example.sub_category,
+        "difficulty": example.difficulty,
     }
 
 
@@ -85,7 +85,7 @@ def mmar_record(example: Example) -> dict:
         "answer": answer_text(example),
         "modality": example.task,
         "category": example.category,
-        "sub-category": getattr(example, "sub_category", ""),  # TODO-MERGE
+        "sub-category": example.sub_category,
     }
 
 
@@ -99,7 +99,7 @@ def mmsu_record(example: Example) -> dict:
         "answer_gt": answer_text(example),
         "task_name": example.task,
         "category": example.category,
-        "sub-category": getattr(example, "sub_category", ""),  # TODO-MERGE
+        "sub-category": example.sub_category,
     }
 
 

@@ -82,10 +82,8 @@ class ShardingConfig:
 class DataConfig:
     train: str | None = None  # JSONL file of examples; training needs it
     validation: str | None = None  # JSONL file of examples to evaluate during training and to select checkpoints by
-    held_out: CountOrZero = (
-        0  # without a validation file: examples of `train` to set aside for it, whole clips at a time
-    )
-    test: str | None = None  # JSONL file of the benchmark; only launch/evaluate.py and launch/select.py read it
+    held_out: CountOrZero = 0  # without a validation file: examples of `train` set aside for it, by whole clips
+    test: str | None = None  # JSONL file of the benchmark; only launch/evaluate.py and launch/choose.py read it
     audio_root: str | None = None  # directory that relative audio paths start from; null is the JSONL file's own
     template: str = "answer"  # name of the prompt template
     shuffle_choices: bool = True  # a new order of the choices for each (seed, step, example)
@@ -145,7 +143,7 @@ class EvaluationConfig:
 class CheckpointConfig:
     every: CountOrZero = 100  # steps between checkpoints, the last step included; 0 is never
     keep: Count = 2  # newest checkpoints that a run can resume from
-    weights: bool = False  # keep the weights of all older ones, for launch/select.py to choose among
+    weights: bool = False  # keep the weights of all older ones, for launch/choose.py to choose among
     export: bool = True  # write a Hugging Face directory at the end
 
 

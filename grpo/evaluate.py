@@ -45,7 +45,7 @@ def blank_row(question: Any) -> dict:
 
 def _place(question: Any) -> dict:
     """Where a question belongs in the tables; a line that could not be read has no more than its id."""
-    columns = {column: getattr(question, column, "") for column in COLUMNS}  # TODO-MERGE: all but BadExample have them
+    columns = {column: getattr(question, column, "") for column in COLUMNS}
     return {"id": question.id} | columns
 
 

@@ -31,27 +31,40 @@ def answer_benchmark(argv: list[str], *, silent: bool, audio: bool, choices: boo
         raise ConfigError("data.test is missing; it names the JSONL file of the questions to answer")
     with joined_world(threads=config.run.threads) as world:
         announce(config, world)
-        policy = make_policy(config, world)
-        if (silent or audio) and policy.sample_rate is None:
-            raise ConfigError(
-                f"model.path={config.model.path} takes text only; --silent and --shuffled-audio need sound"
-            )
-        questions, usable = checked_questions(config, world, policy)
-        ask = partial(answers, config, world, policy, questions)
-        load, log, bad = waveform_of(config, policy), bad_log(config), []
-        rows = ask(usable, load, on_bad=lambda example: (log.add(example), bad.append(example.id)))
-        # A control that met a bad clip would differ from the main pass by more than what it controls for.
-        bad = exchange_rows(bad, world)
-        usable = [example for example in usable if example.id not in bad]
-        controls: dict[str, list[dict] | None] = {}
-        if silent:
-            controls["silent"] = ask(usable, lambda example: np.zeros_like(load(example)))
-        if audio:
-            controls["shuffled_audio"] = ask(with_shuffled_audio(usable, seed=config.run.seed), load)
-        if choices:
-            controls["shuffled_choices"] = ask([reordered(example, config.run.seed) for example in usable], load)
-        if rows is not None:
-            report(config, questions, rows, controls)
+        policy = make_policy(config, world, train=False)
+        answer_test(config, world, policy, name=config.model.path, silent=silent, audio=audio, choices=choices)
+
+
+def answer_test(
+    config: Config,
+    world: World,
+    policy: Policy,
+    *,
+    name: str,
+    silent: bool = False,
+    audio: bool = False,
+    choices: bool = False,
+) -> None:
+    """Ask a policy that is there, called `name` in the report."""
+    if (silent or audio) and policy.sample_rate is None:
+        raise ConfigError(f"{name} takes text only; --silent and --shuffled-audio need sound")
+    questions, usable = checked_questions(config, world, policy)
+    ask = partial(answers, config, world, policy, questions)
+    load, log, bad = waveform_of(config, policy), bad_log(config), []
+    rows = ask(usable, load, on_bad=lambda example: (log.add(example), bad.append(example.id)))
+    # A control that met a bad clip would differ from the main pass by more than what it controls for.
+    bad = exchange_rows(bad, world)
+    usable = [example for example in usable if example.id not in bad]
+    controls: dict[str, list[dict] | None] = {}
+    if silent:
+        controls["silent"] = ask(usable, lambda example: np.zeros_like(load(example)))
+    if audio:
+        controls["shuffled_audio"] = ask(with_shuffled_audio(usable, seed=config.run.seed), load)
+    if choices:
+        reordered = [shuffle_choices(example, seed=config.run.seed, step=0) for example in usable]
+        controls["shuffled_choices"] = ask(reordered, load)
+    if rows is not None:
+        report(config, name, questions, rows, controls)
 
 
 def answers(
@@ -79,11 +92,6 @@ def answers(
     return [isinstance(q, Example) and asked.get(q.id) or blank_row(q) for q in questions]
 
 
-def reordered(example: Example, seed: int) -> Example:
-    """The example with its choices permuted as in training's step 0; one whose answer is not known stays as it is."""
-    return example if example.answer is None else shuffle_choices(example, seed=seed, step=0)
-
-
 def with_shuffled_audio(examples: Sequence[Example], *, seed: int) -> list[Example]:
     """Each example with the clip of another: a permutation of the clips, a pure function of the seed and the ids.
 
@@ -104,7 +112,7 @@ def with_shuffled_audio(examples: Sequence[Example], *, seed: int) -> list[Examp
 
 
 def report(
-    config: Config, questions: Sequence[Question], rows: list[dict], controls: dict[str, list[dict] | None]
+    config: Config, asked: str, questions: Sequence[Question], rows: list[dict], controls: dict[str, list[dict] | None]
 ) -> None:
     """Print the table; write all figures, the configuration and the rows, and the benchmark's answer file."""
     directory, name = Path(config.run.directory), config.evaluation.benchmark
@@ -115,7 +123,7 @@ def report(
     write_json(directory / "evaluation.json", result | {"config": dataclasses.asdict(config), "rows": rows})
     pairs = [(q, row["prediction"]) for q, row in zip(questions, rows, strict=True) if isinstance(q, Example)]
     path = write_answers(directory / "answers", pairs, BENCHMARKS[name])
-    print(f"{config.model.path} on {len(rows)} questions of {config.data.test}, by the rule of {name}:")
+    print(f"{asked} on {len(rows)} questions of {config.data.test}, by the rule of {name}:")
     hidden, blank = (sum(row[key] is None for row in rows) for key in ("correct", "stopped"))
     if blank:
         print(f"{blank} could not be asked: their predictions are empty, and wrong")

@@ -216,7 +216,7 @@ def checked_examples(config: Config, world: World, policy: Policy, path: str) ->
 
 def checked_questions(config: Config, world: World, policy: Policy) -> tuple[list[Example | BadExample], list[Example]]:
     """The first evaluation.limit questions of data.test in the order of the file, and those that can be asked."""
-    examples, bad = read_examples(config, policy, config.data.test)  # TODO-MERGE: benchmark=True
+    examples, bad = read_examples(config, policy, config.data.test, benchmark=True)
     questions = sorted([*examples, *bad], key=lambda question: int(question.line.rpartition(":")[2]))
     questions = questions[: config.evaluation.limit]
     usable, unusable = check_clips(config, [question for question in questions if isinstance(question, Example)])
@@ -225,11 +225,16 @@ def checked_questions(config: Config, world: World, policy: Policy) -> tuple[lis
     return questions, usable
 
 
-def read_examples(config: Config, policy: Policy, path: str) -> tuple[list[Example], list[BadExample]]:
+def read_examples(
+    config: Config, policy: Policy, path: str, *, benchmark: bool = False
+) -> tuple[list[Example], list[BadExample]]:
     """The examples of a JSONL file, and the lines that data.skip_bad leaves out."""
-    data = config.data
     return load_examples(
-        path, audio_root=data.audio_root, require_audio=policy.sample_rate is not None, skip_bad=data.skip_bad
+        path,
+        audio_root=config.data.audio_root,
+        require_audio=policy.sample_rate is not None,
+        skip_bad=config.data.skip_bad,
+        benchmark=benchmark,
     )
 
 

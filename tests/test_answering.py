@@ -12,7 +12,7 @@ import evaluate
 import numpy as np
 import pytest
 import soundfile
-from answering import answer_benchmark, answers, reordered, with_shuffled_audio
+from answering import answer_benchmark, answers, with_shuffled_audio
 from parts import checked_questions, evaluation_share, make_policy, waveform_of
 
 from data.benchmarks import BENCHMARKS, mmau
@@ -161,14 +161,6 @@ def test_whose_clip_a_question_gets_follows_from_the_seed_and_the_ids_alone():
     assert clips != {example.id: example.audio_path for example in with_shuffled_audio(before, seed=2)}
 
 
-def test_reordered_choices_keep_the_answer_and_a_hidden_one_keeps_the_order():
-    example = Example("q", None, "?", ("a", "b", "c", "d"), 2)
-    assert {reordered(example, seed).answer_text for seed in range(9)} == {"c"}
-    assert len({reordered(example, seed).choices for seed in range(9)}) > 1
-    hidden = replace(example, answer=None)
-    assert reordered(hidden, 1) == hidden
-
-
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_an_answer_file_scored_by_its_own_rule_gives_the_same_figures(name, config, tmp_path):
     ask([str(config), f"evaluation.benchmark={name}", "evaluation.limit=4"])
@@ -178,3 +170,14 @@ def test_an_answer_file_scored_by_its_own_rule_gives_the_same_figures(name, conf
     assert [(row["id"], row["correct"]) for row in scored["rows"]] == [
         (row["id"], row["correct"]) for row in result(tmp_path)["rows"]
     ]
+
+
+def test_a_benchmark_with_hidden_answers_and_equal_choices_is_answered_as_it_is(config, tmp_path, capsys):
+    path = write_questions(
+        tmp_path / "hidden", 3, name="test", line1={"answer": None}, line2={"multi_choice": ["rain"] * 2}
+    )
+    ask([str(config), f"data.test={path}"])
+    result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert [row["correct"] is None for row in result["rows"]] == [True, False, False]
+    assert result["total"] == 2
+    assert "1 of 3 questions have no known answer" in capsys.readouterr().out

@@ -1,0 +1,72 @@
+"""Choose a checkpoint of a run on its validation questions; only the chosen one is shown the test.
+
+    python launch/choose.py RUN [section.key=value ...]
+    torchrun --nproc-per-node GPUS launch/choose.py RUN [section.key=value ...]
+
+RUN is the run.directory of a training run with checkpoint.weights=true and data.validation or data.held_out. Prints a
+table over its checkpoints and writes RUN/choice.json, and the test's files beside it where data.test is set.
+"""
+
+import json
+from pathlib import Path
+
+from answering import answer_test
+from parts import announce, judge, make_policy, run, training_examples, validation_batches
+
+from data.report import Share, share
+from grpo.checkpoint import CheckpointError, checkpoints, load_weights, step_of
+from grpo.config import ConfigError, load_config
+from grpo.evaluate import evaluate
+from grpo.sharding import exchange_rows, joined_world
+
+
+def main(argv: list[str]) -> None:
+    if not argv or "=" in argv[0]:
+        raise ConfigError("the first argument must be the run.directory of a run: RUN [section.key=value ...]")
+    directory = Path(argv[0])
+    config = load_config([str(directory / "config.yaml"), f"run.directory={directory}", *argv[1:]])
+    there = checkpoints(directory / "checkpoints")
+    if not there:
+        raise CheckpointError(f"{directory / 'checkpoints'}: no checkpoints; expected a run with checkpoint.every")
+    if config.data.validation is None and not config.data.held_out:
+        raise ConfigError("neither data.validation nor data.held_out is set; one gives the questions to choose by")
+    with joined_world(threads=config.run.threads) as world:
+        announce(config, world)
+        policy = make_policy(config, world)
+        _, questions = training_examples(config, world, policy)
+        shares = {}
+        for checkpoint in there:
+            load_weights(checkpoint, policy)
+            batches = validation_batches(config, world, policy, questions)
+            rows = evaluate(policy, batches, judge, world, max_new_tokens=config.rollout.max_new_tokens)
+            if rows is not None:
+                shares[step_of(checkpoint)] = share(rows)
+        (chosen,) = exchange_rows([best(shares)] if world.is_main else [], world)
+        if world.is_main:
+            record = {str(step): s._asdict() | {"accuracy": s.accuracy} for step, s in shares.items()}
+            (directory / "choice.json").write_text(json.dumps({"step": chosen, "validation": record}, indent=1) + "\n")
+            print(table(shares, chosen))
+            print(f"to keep it: python launch/export.py {directory} --step {chosen}", flush=True)
+        if config.data.test is not None:
+            load_weights(next(path for path in there if step_of(path) == chosen), policy)
+            answer_test(config, world, policy, name=f"checkpoint {chosen} of {directory}")
+
+
+def best(shares: dict[int, Share]) -> int:
+    """The step with the highest accuracy, the earliest of equals."""
+    return max(shares, key=lambda step: (shares[step].accuracy, -step))
+
+
+def table(shares: dict[int, Share], chosen: int) -> str:
+    """One line per checkpoint, the chosen one marked."""
+    lines = [f"{'step':>8}{'right/total':>14}{'%':>8}{'95 % interval':>17}"]
+    for step, s in shares.items():
+        low, high = s.interval
+        limits = f"{100 * low:.1f} - {100 * high:.1f}"
+        mark = "  chosen" if step == chosen else ""
+        lines.append(f"{step:8}{f'{s.right}/{s.total}':>14}{100 * s.accuracy:8.1f}{limits:>17}{mark}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,76 @@
+"""A checkpoint is chosen on validation questions, and only that one sees the test."""
+
+from __future__ import annotations
+
+import json
+
+import choose
+import pytest
+import sft
+
+from data.report import Share
+from grpo.checkpoint import CheckpointError, checkpoints
+from grpo.config import ConfigError
+from tests.clips import write_questions
+
+
+def test_the_best_checkpoint_is_the_earliest_of_equals():
+    shares = {100: Share(1, 4), 200: Share(3, 4), 300: Share(3, 4), 400: Share(2, 4)}
+    assert choose.best(shares) == 200
+    assert choose.table(shares, 200).splitlines()[2].split() == ["200", "3/4", "75.0", "30.1", "-", "95.4", "chosen"]
+
+
+@pytest.fixture
+def run(settings, tmp_path):
+    """A run that learns its three answers by heart, with all of its checkpoints' weights."""
+    questions = write_questions(tmp_path / "few", 4)
+    return [
+        *settings, f"run.directory={tmp_path}/run", f"data.train={questions}", f"data.validation={questions}",
+        "optim.steps=24", "optim.lr=3e-3", "data.shuffle_choices=false", "rollout.max_new_tokens=20",
+        "checkpoint.every=12", "checkpoint.keep=1", "checkpoint.weights=true", "checkpoint.export=false",
+    ]  # fmt: skip
+
+
+def test_a_run_is_chosen_from_and_its_test_reported_once(run, tmp_path, capsys):
+    sft.main(run)
+    assert len(checkpoints(tmp_path / "run" / "checkpoints")) == 2
+    assert len(checkpoints(tmp_path / "run" / "checkpoints", whole=True)) == 1, "the optimizer of the newest alone"
+    capsys.readouterr()
+    test = write_questions(tmp_path / "test", 3, name="test")
+    choose.main([str(tmp_path / "run"), f"data.test={test}", "evaluation.benchmark=mmau"])
+    said = capsys.readouterr().out
+    choice = json.loads((tmp_path / "run" / "choice.json").read_text())
+    accuracies = {int(step): record["accuracy"] for step, record in choice["validation"].items()}
+    assert accuracies.keys() == {12, 24} and accuracies[24] == 1.0
+    assert choice["step"] == min(step for step in accuracies if accuracies[step] == 1.0)
+    assert f"checkpoint {choice['step']} of {tmp_path}/run on 3 questions of {test}, by the rule of mmau" in said
+    assert said.count("by the rule of mmau") == 1
+    result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert [row["id"] for row in result["rows"]] == ["test-0", "test-1", "test-2"]
+
+
+def test_the_weights_of_each_checkpoint_are_its_own(run, tmp_path):
+    """Answers of the chosen checkpoint are those of its export."""
+    import evaluate
+    import export
+
+    sft.main([*run, "optim.steps=24", "optim.schedule=linear"])
+    test = write_questions(tmp_path / "test", 3, name="test")
+    choose.main([str(tmp_path / "run"), f"data.test={test}"])
+    chosen = json.loads((tmp_path / "run" / "choice.json").read_text())["step"]
+    rows = json.loads((tmp_path / "run" / "evaluation.json").read_text())["rows"]
+    export.main([str(tmp_path / "run"), "--step", str(chosen), "--to", str(tmp_path / "model")])
+    evaluate.main([*run, f"model.path={tmp_path}/model", f"run.directory={tmp_path}/again", f"data.test={test}"])
+    assert json.loads((tmp_path / "again" / "evaluation.json").read_text())["rows"] == rows
+
+
+def test_nothing_to_choose_from_or_by_is_said(tmp_path, settings, qwen2_audio_dir):
+    with pytest.raises(ConfigError, match="the first argument must be the run.directory"):
+        choose.main(["data.test=x.jsonl"])
+    (tmp_path / "config.yaml").write_text(f"model: {{path: {qwen2_audio_dir}}}\n")
+    with pytest.raises(CheckpointError, match="no checkpoints; expected a run with checkpoint.every"):
+        choose.main([str(tmp_path)])
+    (tmp_path / "checkpoints" / "step-000002").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-000002" / "hark.json").write_text("{}")
+    with pytest.raises(ConfigError, match="neither data.validation nor data.held_out is set"):
+        choose.main([str(tmp_path)])
