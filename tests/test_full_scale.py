@@ -6,12 +6,15 @@ A Qwen2-Audio with the real names, saved by transformers itself in several safet
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import export
 import pytest
+import sft
 import torch
 from safetensors.torch import load_file
 
@@ -39,35 +42,34 @@ def checkpoint(tmp_path_factory) -> Path:
     return directory
 
 
-def launch(ranks: int, script: str, *words: object) -> str:
+def torchrun(ranks: int, script: str, *words: object) -> str:
     """Run a launch script on some ranks; what it printed."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *torchrun, LAUNCH / script, *words]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
+    command = list(map(str, [*command, LAUNCH / script, *words]))
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
 def test_from_a_sharded_checkpoint_to_an_export_over_one_two_and_four_ranks(checkpoint, questions, tmp_path):
+    (tmp_path / "config.yaml").write_text("{}")
     run = [
-        "config.yaml", f"model.path={checkpoint}", f"data.train={questions}", f"run.directory={tmp_path}/run",
-        "run.threads=1", "optim.prompts_per_step=4",
-        "checkpoint.every=1", "checkpoint.export=false", "optim.lr=1e-3",
+        f"{tmp_path}/config.yaml", f"model.path={checkpoint}", f"data.train={questions}",
+        f"run.directory={tmp_path}/run", "run.threads=1", "optim.prompts_per_step=4", "checkpoint.every=1",
+        "checkpoint.export=false", "optim.lr=1e-3",
     ]  # fmt: skip
-    run[0] = tmp_path / "config.yaml"
-    run[0].write_text("{}")
+    sft.main([*run, "optim.steps=1"])
     total = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")) / 2**30
-    for steps, ranks in enumerate((1, 2, 4), start=1):
-        said = launch(ranks, "sft.py", *run, f"optim.steps={steps}", f"run.resume={str(steps > 1).lower()}")
+    for steps, ranks in ((2, 2), (3, 4)):
+        said = torchrun(ranks, "sft.py", *run, f"optim.steps={steps}", "run.resume=true")
         peaks = re.search(r"host memory grew by ([\d., ]+) GiB while loading", said).group(1).split(", ")
         assert len(peaks) == ranks
         # A rank's share, and what else it allocates for the first time while loading (some 40 MB).
         assert all(float(peak) < total / ranks + 0.06 for peak in peaks), (ranks, peaks)
-    launch(2, "export.py", tmp_path / "run")
+    export.main([str(tmp_path / "run")])
     same_logits(tmp_path / "run" / "model-000003", checkpoint)
-    launch(1, "export.py", tmp_path / "run", "--step", 3, "--dtype", "bfloat16", "--to", tmp_path / "half")
-    half, whole = load_file(tmp_path / "half" / "model.safetensors"), tmp_path / "run" / "model-000003"
-    whole = load_file(whole / "model.safetensors")
+    export.main([str(tmp_path / "run"), "--dtype", "bfloat16", "--to", str(tmp_path / "half")])
+    half, whole = (load_file(path / "model.safetensors") for path in (tmp_path / "half", tmp_path / "run/model-000003"))
     assert half.keys() == whole.keys()
     assert all(torch.equal(half[name], whole[name].bfloat16()) for name in whole)
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
@@ -97,8 +99,6 @@ def same_logits(exported: Path, original: Path) -> None:
 
 
 def test_an_export_of_what_is_not_there_says_what_is(tmp_path, checkpoint):
-    import export
-
     from grpo.checkpoint import CheckpointError
     from grpo.config import ConfigError
 
