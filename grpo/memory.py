@@ -51,8 +51,8 @@ class Work:
 class Setting:
     """How the model is stored and spread.
 
-    shards: ranks that share one copy of the weights; dtype, master: bytes per element of the computation, and of trained
-    weights; reference: "none", "adapters" (the policy without its adapters) or "copy".
+    shards: ranks that share one copy of the weights; dtype, master: bytes per element of the computation, and of
+    trained weights; reference: "none", "adapters" (the policy without its adapters) or "copy".
     """
 
     shards: int
@@ -92,7 +92,7 @@ def plan(shape: Shape, work: Work, setting: Setting) -> Plan:
     Weights, the optimizer's two moments and the reference stay throughout; gradients from backward to optimizer step.
     """
     units, s = Units(shape, setting), setting
-    sharded = 0 if s.offload else s.master * units.trained // s.shards
+    sharded = units.sharded(units.trained)
     kept = {
         "weights": sharded + units.frozen_device,
         "optimizer": 2 * sharded,
@@ -149,6 +149,10 @@ class Units:
         self.reference_stays = s.dtype * (shape.root if s.reshard else shape.parameters) if gathers else 0
         self.reference_passing = s.dtype * shape.layer * (s.reshard + (s.shards > 1)) if gathers else 0
 
+    def sharded(self, elements: int) -> int:
+        """Bytes on the device of this rank's share of so many elements in the master dtype."""
+        return 0 if self.setting.offload else self.setting.master * elements // self.setting.shards
+
     def gathered(self) -> int:
         """Bytes of gathered weights in a pass over the layers: the root, a layer or all, and the next one's buffer."""
         return self.setting.dtype * (self.root + self.layer if self.setting.reshard else self.all) + self.buffer
@@ -189,7 +193,8 @@ def _reference(shape: Shape, work: Work, units: Units) -> Iterator[dict[str, int
 def _backward(shape: Shape, work: Work, units: Units) -> Iterator[dict[str, int]]:
     """The moments of a forward and backward at which memory is highest.
 
-    Gradients here are those beside the sharded ones: whole on their rank, in d bytes, and their float32 copies.
+    Gradients here are those beside the sharded ones: whole on their rank, in d bytes, and their float32 copies; less,
+    in the first micro-batch, the sharded ones that are yet to come.
     """
     s, d, tokens = units.setting, units.setting.dtype, work.micro_batch * work.length
     mask = tokens * work.length
@@ -201,27 +206,29 @@ def _backward(shape: Shape, work: Work, units: Units) -> Iterator[dict[str, int]
     if tower:
         decoder += tower.layers * (tower.inputs(*clips) if s.recompute else heard) + tower.convolutions(*clips)
     in_tower = decoder - shape.layers * (inputs if s.recompute else layer)
-    embedding = d * units.embedding_trained
+    embedding, adds = d * units.embedding_trained, work.prompts > work.micro_batch
+    early = 0 if adds else units.sharded(units.trained)
+    late = 0 if adds else units.sharded(units.trained - shape.layers * units.layer_trained)
     yield {  # the head's logits, computed again in its backward
         "gathered": units.gathered(),
-        "gradients": embedding if work.scored > CHUNK else 0,
+        "gradients": (embedding if work.scored > CHUNK else 0) - early,
         "activations": decoder + mask + tokens * shape.hidden * (FLOAT + 2 * d) + 2 * d * work.scored * shape.hidden,
         "logits": _head(shape, work),
     }
     yield {  # the last layer, while the one behind it is reduced
         "gathered": units.gathered(),
-        "gradients": embedding + (d + FLOAT) * units.layer_trained,
+        "gradients": embedding + (d + FLOAT) * units.layer_trained - early,
         "activations": decoder + again + mask + tokens * shape.gradients(d),
     }
     yield {  # the embeddings: the gradients of the head, of the completions' and of the prompts' embeddings
         "gathered": d * units.root,
-        "gradients": (2 if shape.tied else 3) * embedding,
+        "gradients": (2 if shape.tied else 3) * embedding - late,
         "activations": in_tower + 2 * inputs,
     }
     if tower:
         yield {  # the tower's last layer
             "gathered": d * (units.root + 2 * units.tower_layer),
-            "gradients": (1 if shape.tied else 2) * embedding + (d + FLOAT) * units.tower_layer,
+            "gradients": (1 if shape.tied else 2) * embedding + (d + FLOAT) * units.tower_layer - late,
             "activations": in_tower + heard * (2 if s.recompute else 1),
         }
     yield {"gradients": _root_reduction(work, units)}
@@ -230,12 +237,12 @@ def _backward(shape: Shape, work: Work, units: Units) -> Iterator[dict[str, int]
 def _root_reduction(work: Work, units: Units) -> int:
     """Bytes, beside the sharded gradients, while those of the root unit are reduced in float32.
 
-    First the whole gradient (d) and its float32 copy; then that copy and this rank's share, which a single rank computes
-    by way of one more copy. The share is the gradient itself unless it adds to that of an earlier micro-batch.
+    First the whole gradient (d) and its float32 copy; then that copy and this rank's share, which a single rank
+    computes by way of one more copy. The share is the gradient itself unless it adds to an earlier micro-batch's.
     """
     s, root = units.setting, units.root_trained
-    adds = work.prompts > work.micro_batch
-    share = (FLOAT if adds else FLOAT - s.master) * root // s.shards
+    own = 0 if work.prompts > work.micro_batch else units.sharded(root)
+    share = FLOAT * root // s.shards - own
     return max((s.dtype + FLOAT) * root, FLOAT * root + share + (FLOAT * root if s.shards == 1 else 0))
 
 

@@ -61,6 +61,21 @@ def build_policy(directory: Path) -> Policy:
     return policy
 
 
+def read_config(path: str | Path):
+    """The transformers config of a local directory or a hub name; of the whole checkpoint only config.json is read.
+
+    Raises PolicyError where there is none.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path)
+    except Exception as error:
+        raise PolicyError(
+            f"{path}: no config.json could be read there, nor on the hub by that name ({error})"
+        ) from error
+
+
 def build_outline(config) -> Policy:
     """A policy of a transformers config alone, its parameters on the meta device: sizes without files or tokenizer."""
     family = family_of(config, where="the configuration")

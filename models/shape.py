@@ -1,9 +1,9 @@
 """The sizes of a policy, and the bytes that its layers hold of activations: what the memory of a run is a function of.
 
-Layers are those of transformers' Qwen2 and of its Whisper-like towers under sdpa; others hold about as much. Attention is
-counted as fused kernels do it (CUDA's memory-efficient one, the CPU's flash one): they keep query, key, value, output and
-one float32 per head and query, and the mask, which sdpa turns from boolean into one addend in the compute dtype per pair
-of tokens, anew in each layer; but no attention probabilities, which only the unfused kernel keeps.
+Layers are those of transformers' Qwen2 and of its Whisper-like towers under sdpa; others hold about as much. Attention
+is counted as fused kernels do it (CUDA's memory-efficient one, the CPU's flash one): they keep query, key, value, output
+and one float32 per head and query, and the mask, which sdpa turns from boolean into one addend in the compute dtype per
+pair of tokens, anew in each layer; but no attention probabilities, which only the unfused kernel keeps.
 
 Letters: D hidden, I inner size of the MLP, A heads * head size, d bytes of the compute dtype; norms compute in float32.
 """
@@ -110,7 +110,9 @@ def shape_of(policy: Policy, *, targets: Sequence[str] = ()) -> Shape:
     targets: last parts of the names of the decoder's linear layers that adapters would stand beside.
     """
     config, layers = policy.decoder.config, list(policy.decoder.layers)
-    linears = [m for name, m in layers[0].named_modules() if name.split(".")[-1] in targets and isinstance(m, nn.Linear)]
+    linears = [
+        m for name, m in layers[0].named_modules() if name.split(".")[-1] in targets and isinstance(m, nn.Linear)
+    ]
     tower = None if policy.tower is None else _tower_of(policy.tower)
     in_layers = sum(map(_count, layers)) + (tower.layers * tower.layer if tower else 0)
     head, embeddings = policy.model.get_output_embeddings(), policy.decoder.get_input_embeddings()

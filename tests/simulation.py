@@ -149,7 +149,11 @@ def simulate(
     try:
         mesh = init_device_mesh("cpu", (setting.shards,))
         policy = _policy(config, setting, mesh, targets)
-        reference = {"copy": lambda: _reference(config, setting, mesh), "adapters": lambda: policy, "none": lambda: None}
+        reference = {
+            "copy": lambda: _reference(config, setting, mesh),
+            "adapters": lambda: policy,
+            "none": lambda: None,
+        }
         reference = reference[setting.reference]()
         mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
         pretend = Pretend()
@@ -159,11 +163,16 @@ def simulate(
                 ledger.add([*module.parameters(), *module.buffers()])
             heard = audio_tokens(work.frames)
             ids = torch.cat([torch.zeros(work.prompt - heard).long(), torch.full((heard,), config.audio_token_id)])
-            mel = torch.zeros(config.audio_config.num_mel_bins, min(work.frames + CONV_REACH, 2 * config.audio_config.max_source_positions))
+            mel = torch.zeros(
+                config.audio_config.num_mel_bins,
+                min(work.frames + CONV_REACH, 2 * config.audio_config.max_source_positions),
+            )
             prompts = (Prompt(ids, mel, work.frames),) * work.prompts
             optimizer = build_optimizer(policy, weight_decay=0.0, betas=(0.9, 0.999), fused=True)
             for _ in range(2):
-                _step(policy, reference, optimizer, prompts, work, ledger, pretend, decoding_steps or work.max_new_tokens)
+                _step(
+                    policy, reference, optimizer, prompts, work, ledger, pretend, decoding_steps or work.max_new_tokens
+                )
             return ledger.peaks
     finally:
         dist.destroy_process_group()
