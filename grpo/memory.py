@@ -137,6 +137,8 @@ class Units:
         self.layer = (shape.layer if gathers else 0) + (adapters if lora else 0)
         self.all = self.root + shape.layers * self.layer + tower.layers * self.tower_layer
         self.buffer = d * self.layer if n > 1 else 0  # bytes of an all-gather's buffer; one rank copies in place
+        # A buffer is freed after the next unit's copy out of its own: at a pass's first unit this one is the root's.
+        self.entry = d * (self.root + 2 * (self.tower_layer or self.layer)) if n > 1 else 0  # bytes
         self._place_reference(shape)
 
     def _place_reference(self, shape: Shape) -> None:
@@ -147,6 +149,8 @@ class Units:
         self.reference = s.dtype * shape.parameters // s.shards if copy else 0
         # FSDP frees layers after their forward if it is told to reshard, but never the root.
         self.reference_stays = s.dtype * (shape.root if s.reshard else shape.parameters) if gathers else 0
+        first = shape.tower.layer if shape.tower else shape.layer
+        self.reference_entry = s.dtype * (shape.root + 2 * first) if gathers and s.reshard and s.shards > 1 else 0
         self.reference_passing = s.dtype * shape.layer * (s.reshard + (s.shards > 1)) if gathers else 0
 
     def sharded(self, elements: int) -> int:
@@ -188,6 +192,10 @@ def _reference(shape: Shape, work: Work, units: Units) -> Iterator[dict[str, int
     yield {"gathered": gathered, "activations": 2 * d * work.scored * shape.hidden, "logits": _head(shape, work)}
     if shape.tower:
         yield {"gathered": gathered, "activations": shape.tower.passing(work.micro_batch, work.frames, d)}
+    if s.reference == "copy":
+        yield {"gathered": units.reference_entry}
+    else:
+        yield {"gathered": d * units.root + units.entry}
 
 
 def _backward(shape: Shape, work: Work, units: Units) -> Iterator[dict[str, int]]:
@@ -209,6 +217,7 @@ def _backward(shape: Shape, work: Work, units: Units) -> Iterator[dict[str, int]
     embedding, adds = d * units.embedding_trained, work.prompts > work.micro_batch
     early = 0 if adds else units.sharded(units.trained)
     late = 0 if adds else units.sharded(units.trained - shape.layers * units.layer_trained)
+    yield {"gathered": d * units.root + units.entry, "activations": in_tower}
     yield {  # the head's logits, computed again in its backward
         "gathered": units.gathered(),
         "gradients": (embedding if work.scored > CHUNK else 0) - early,
@@ -229,7 +238,7 @@ def _backward(shape: Shape, work: Work, units: Units) -> Iterator[dict[str, int]
         yield {  # the tower's last layer
             "gathered": d * (units.root + 2 * units.tower_layer),
             "gradients": (1 if shape.tied else 2) * embedding + (d + FLOAT) * units.tower_layer - late,
-            "activations": in_tower + heard * (2 if s.recompute else 1),
+            "activations": in_tower + (heard if s.recompute else 0) + tower.gradients(*clips),
         }
     yield {"gradients": _root_reduction(work, units)}
 

@@ -10,6 +10,7 @@ import gc
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from unittest import mock
 
@@ -25,17 +26,20 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
+from transformers import AutoConfig
 
-from grpo.memory import Setting, Work
+from grpo.memory import Setting, Work, plan
 from grpo.optimizer import build_optimizer
 from grpo.sampler import _sample
 from grpo.scorer import score
 from grpo.sharding import gathered, shard
 from models.cache import KVCache
-from models.loading import meta_parameters
+from models.loading import build_outline, meta_parameters
 from models.policy import Policy, Prompt
-from models.qwen2_audio import CONV_REACH, Qwen2AudioPolicy, audio_tokens
+from models.qwen2_audio import CONV_REACH, QWEN2_AUDIO_7B, Qwen2AudioPolicy, audio_tokens
+from models.shape import shape_of
 
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
@@ -169,23 +173,17 @@ def simulate(
             )
             prompts = (Prompt(ids, mel, work.frames),) * work.prompts
             optimizer = build_optimizer(policy, weight_decay=0.0, betas=(0.9, 0.999), fused=True)
-            for _ in range(2):
-                _step(
-                    policy, reference, optimizer, prompts, work, ledger, pretend, decoding_steps or work.max_new_tokens
-                )
+            for parameter in policy.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+            _update(policy, optimizer)
+            _step(policy, reference, optimizer, prompts, work, ledger, pretend, decoding_steps or work.max_new_tokens)
             return ledger.peaks
     finally:
         dist.destroy_process_group()
 
 
 def _step(policy, reference, optimizer, prompts, work: Work, ledger: Ledger, pretend: Pretend, steps: int) -> None:
-    """The hops of Trainer.step that hold memory."""
-    capacity = work.prompt + work.group_size * (work.max_new_tokens - 1)
-    uniforms = torch.zeros(work.prompts * work.group_size, steps, dtype=torch.float64)
-    cache = mock.patch("grpo.sampler.KVCache", lambda _: KVCache(capacity))
-    pretend.placeholders = work.prompts * audio_tokens(work.frames)
-    with ledger.phase("rollout"), gathered(policy), torch.no_grad(), cache:
-        policy(_sample, prompts, work.group_size, steps, 1.0, uniforms)
+    """The hops of Trainer.step that hold memory; the rollout comes last, to find what the step before it left."""
     pretend.placeholders = work.micro_batch * audio_tokens(work.frames)
     rows = work.micro_batch * work.group_size
     tokens = torch.zeros(rows, work.max_new_tokens, dtype=torch.long)
@@ -200,9 +198,18 @@ def _step(policy, reference, optimizer, prompts, work: Work, ledger: Ledger, pre
             logprobs, _ = score(policy, part, tokens, mask, group_size=work.group_size)
             logprobs.sum().backward()
     with ledger.phase("optimizer"):
-        nn.utils.clip_grad_norm_([p for p in policy.parameters() if p.grad is not None], 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        _update(policy, optimizer)
+    pretend.placeholders = work.prompts * audio_tokens(work.frames)
+    uniforms = torch.zeros(work.prompts * work.group_size, steps, dtype=torch.float64)
+    cache = mock.patch("grpo.sampler.KVCache", lambda _: KVCache(work.length))
+    with ledger.phase("rollout"), gathered(policy), torch.no_grad(), cache:
+        policy(_sample, prompts, work.group_size, steps, 1.0, uniforms)
+
+
+def _update(policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+    nn.utils.clip_grad_norm_([p for p in policy.parameters() if p.grad is not None], 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def _policy(config, setting: Setting, mesh, targets: tuple[str, ...]) -> Policy:
@@ -252,3 +259,28 @@ def _fill(policy: Policy, setting: Setting) -> None:
     policy.model.load_state_dict({n: stored(p) for n, p in policy.model.named_parameters()}, assign=True, strict=False)
     for module in policy.modules():
         module._buffers |= {name: torch.zeros(b.shape, dtype=b.dtype) for name, b in module._buffers.items()}
+
+
+def main() -> None:
+    """Plan and measure Qwen2-Audio-7B; about five minutes.  python -m tests.simulation"""
+    config = AutoConfig.for_model(**QWEN2_AUDIO_7B)
+    shape = shape_of(build_outline(config), targets=TARGETS)
+    eight = Setting(shards=8, dtype=2, master=4, recompute=True)
+    lora = Setting(shards=1, dtype=2, master=4, recompute=True, lora_rank=8, reference="adapters")
+    for name, seconds, prompts, setting in (
+        ("8 GPUs, 10 s", 10, 2, eight),
+        ("8 GPUs, 30 s", 30, 2, eight),
+        ("8 GPUs, 10 s, no recompute", 10, 2, replace(eight, recompute=False)),
+        ("LoRA, 1 GPU, 10 s", 10, 4, lora),
+        ("LoRA, 1 GPU, 30 s, no recompute", 30, 4, replace(lora, recompute=False)),
+        ("bfloat16, 1 GPU, 10 s", 10, 4, Setting(shards=1, dtype=2, master=2, recompute=True)),
+    ):
+        frames = 100 * seconds
+        work = Work(prompts, 1, 60 + audio_tokens(frames), frames, group_size=8, max_new_tokens=256)
+        result = plan(shape, work, setting)
+        for phase, peak in simulate(config, work, setting, targets=TARGETS, decoding_steps=1).items():
+            print(f"{name:32} {phase:10} {result.total(phase) / 2**30:7.2f} {peak / 2**30:7.2f} GiB", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -12,10 +12,9 @@ from models.loading import build_outline
 from models.qwen2_audio import QWEN2_AUDIO_7B, audio_tokens
 from models.shape import Shape, shape_of
 from tests.conftest import build_causal_lm
-from tests.simulation import simulate
+from tests.simulation import TARGETS, simulate
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# What the issue asks of the plan against a GPU; the arithmetic itself comes within 6 %.
+# What the issue asks of the plan against a GPU; in these the arithmetic comes within 13 %, mostly 5.
 TOLERANCE = 0.15
 
 
@@ -58,7 +57,6 @@ CASES = {
     "weights dominate": (HEAVY, work(), FOUR),
     "activations dominate": (LIGHT, LONG, FOUR),
     "recomputed": (LIGHT, LONG, dataclasses.replace(FOUR, recompute=True)),
-    "float32": (LIGHT, LONG, Setting(shards=4, dtype=4, master=4)),
     "gathered weights stay": (HEAVY, work(), dataclasses.replace(FOUR, reshard=False)),
     "frozen tower, no reference": (HEAVY, work(), dataclasses.replace(FOUR, train_tower=False, reference="none")),
     "adapters on four ranks": (HEAVY, work(), dataclasses.replace(FOUR, lora_rank=8, reference="adapters")),
@@ -84,7 +82,7 @@ def test_the_plan_is_what_a_step_of_the_engine_holds_at_each_phase(name):
 
 
 def test_real_tensors_hold_what_fake_ones_say():
-    arguments = LIGHT, work(max_new_tokens=8), ONE
+    arguments = LIGHT, work(max_new_tokens=4), Setting(shards=1, dtype=4, master=4)
     real = simulate(*arguments, fake=False)
     # Fake scalars count eight bytes here and there that real ones keep elsewhere.
     assert real == pytest.approx(simulate(*arguments), rel=1e-3)
