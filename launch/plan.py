@@ -76,7 +76,7 @@ def _model_config(config: Config, shape: str | None):
 def predict(shape: Shape, planned: Run) -> Plan:
     """The plan of a run. Raises ConfigError for a number of GPUs that the configuration cannot be spread over."""
     config, gpus = planned.config, planned.gpus
-    if config.optim.prompts_per_step % gpus:
+    if gpus < 1 or config.optim.prompts_per_step % gpus:
         raise ConfigError(
             f"optim.prompts_per_step is {config.optim.prompts_per_step}; it must be a multiple of --gpus, {gpus}"
         )

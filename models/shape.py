@@ -1,9 +1,9 @@
 """The sizes of a policy, and the bytes that its layers hold of activations: what the memory of a run is a function of.
 
 Layers are those of transformers' Qwen2 and of its Whisper-like towers under sdpa; others hold about as much. Attention
-is counted as fused kernels do it (CUDA's memory-efficient one, the CPU's flash one): they keep query, key, value, output,
-one float32 per head and query, and the mask, which sdpa turns from boolean into one addend in the compute dtype per
-pair of tokens, anew in each layer; but no attention probabilities, which only the unfused kernel keeps.
+is counted as fused kernels do it (CUDA's memory-efficient one, the CPU's flash one): they keep query, key, value,
+output, one float32 per head and query, and the mask, which sdpa turns from boolean into one addend in the compute dtype
+per pair of tokens, anew in each layer; but no attention probabilities, which only the unfused kernel keeps.
 
 Letters: D hidden, I inner size of the MLP, A heads * head size, d bytes of the compute dtype; norms compute in float32.
 """
