@@ -68,23 +68,54 @@ def load_policy(
 def build_policy(directory: Path) -> Policy:
     """The policy of a checkpoint directory with its parameters on the meta device, where they take no memory."""
     from transformers import AutoConfig, GenerationConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config = AutoConfig.from_pretrained(directory)
-    family = FAMILIES.get(config.model_type)
-    if family is None and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise PolicyError(
-            f"{directory}: no policy for model type {config.model_type!r}; there is {', '.join(sorted(FAMILIES))} "
-            "and every causal language model of text; see 'Make it yours' in README.md"
-        )
-    family = family or CausalLMPolicy
-    with _meta_parameters():
+    family = family_of(config, where=str(directory))
+    with meta_parameters():
         model = family.build(config)
     if (directory / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     policy = family(model, directory)
     policy.directory = directory
     return policy
+
+
+def read_config(path: str | Path):
+    """The transformers config of a local directory or a hub name; of the whole checkpoint only config.json is read.
+
+    Raises PolicyError where there is none.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path)
+    except Exception as error:
+        raise PolicyError(
+            f"{path}: no config.json could be read there, nor on the hub by that name ({error})"
+        ) from error
+
+
+def build_outline(config) -> Policy:
+    """A policy of a transformers config alone, its parameters on the meta device: sizes without files or tokenizer."""
+    family = family_of(config, where="the configuration")
+    outline = family.__new__(family)
+    with meta_parameters():
+        Policy.__init__(outline, family.build(config), None)
+    return outline
+
+
+def family_of(config, *, where: str) -> type[Policy]:
+    """The policy class of a transformers config. Raises PolicyError for a model type that has none."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if config.model_type in FAMILIES:
+        return FAMILIES[config.model_type]
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise PolicyError(
+            f"{where}: no policy for model type {config.model_type!r}; there is {', '.join(sorted(FAMILIES))} "
+            "and every causal language model of text; see 'Make it yours' in README.md"
+        )
+    return CausalLMPolicy
 
 
 def _directory(path: str | Path) -> Path:
@@ -104,7 +135,7 @@ def _directory(path: str | Path) -> Path:
 
 
 @contextmanager
-def _meta_parameters() -> Iterator[None]:
+def meta_parameters() -> Iterator[None]:
     """Put parameters made inside on the meta device; buffers (rotary frequencies) are computed for real."""
     register = nn.Module.register_parameter
 

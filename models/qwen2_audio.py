@@ -16,6 +16,30 @@ from data.errors import DataError
 from data.features import log_mel
 from models.policy import Policy, PolicyError, Prompt, pad_ids
 
+# Sizes of Qwen/Qwen2-Audio-7B-Instruct, as keys of its config.json: 8.4 billion parameters.
+QWEN2_AUDIO_7B = {
+    "model_type": "qwen2_audio",
+    "audio_config": {
+        "model_type": "qwen2_audio_encoder",
+        "d_model": 1280,
+        "encoder_layers": 32,
+        "encoder_attention_heads": 20,
+        "encoder_ffn_dim": 5120,
+        "num_mel_bins": 128,
+    },
+    "text_config": {
+        "model_type": "qwen2",
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 8192,
+        "vocab_size": 156032,
+    },
+    "audio_token_index": 151646,
+}
+
 CONV_REACH = 2  # mel frames behind a clip that the tower's two convolutions still see
 
 

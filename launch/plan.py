@@ -1,0 +1,218 @@
+"""Predict the peak memory of a training run by part and phase, and say what to change when it does not fit.
+
+    python launch/plan.py CONFIG [section.key=value ...] [--gpus 8] [--memory 80] [--seconds 10] [--text 60]
+                          [--shape qwen2-audio-7b] [--json OUT]
+
+Nothing is loaded but the model's config.json: no GPU and no weights are needed. See grpo/memory.py for what is counted.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from parts import run
+
+from grpo.config import Config, ConfigError, load_config
+from grpo.memory import PARTS, Plan, Setting, Work, plan
+from models.loading import build_outline, read_config
+from models.qwen2_audio import QWEN2_AUDIO_7B, audio_tokens
+from models.shape import Shape, shape_of
+
+GIB = 2**30
+USABLE = 0.95  # of the device; the rest is for the CUDA context, workspaces and fragmentation
+MACHINE = 8  # GPUs in one machine, which share its host memory
+BYTES = {"float32": 4, "bfloat16": 2}
+SHAPES = {"qwen2-audio-7b": QWEN2_AUDIO_7B}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What is planned: a configuration on some GPUs."""
+
+    config: Config
+    gpus: int
+    seconds: float
+    text: int
+
+
+def main(argv: list[str]) -> None:
+    options, words = _parser().parse_known_args(argv)
+    config = load_config(words)
+    planned = Run(config, options.gpus, options.seconds or config.data.max_seconds, options.text)
+    shape = shape_of(build_outline(_model_config(config, options.shape)), targets=config.lora.targets)
+    result, limit = predict(shape, planned), USABLE * options.memory * GIB
+    print(describe(shape, planned, result, options.memory))
+    changes = [] if result.peak <= limit else remedies(shape, planned, limit)
+    if result.peak > limit:
+        print(advice(changes, limit))
+    if options.json:
+        record = {"phases": result.phases, "peak": result.peak, "host": result.host, "fits": result.peak <= limit}
+        Path(options.json).write_text(json.dumps(record | {"changes": changes}, indent=1))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", type=int, default=int(os.environ.get("WORLD_SIZE", 8)))
+    parser.add_argument("--memory", type=float, default=80.0, help="GiB of one GPU")
+    parser.add_argument("--seconds", type=float, help="length of the clips; default data.max_seconds")
+    parser.add_argument("--text", type=int, default=60, help="tokens of a prompt beside its audio")
+    parser.add_argument("--shape", choices=sorted(SHAPES), help="a known model, instead of model.path's config.json")
+    parser.add_argument("--json", help="also write the bytes to this file")
+    return parser
+
+
+def _model_config(config: Config, shape: str | None):
+    from transformers import AutoConfig
+
+    if shape is None:
+        return read_config(config.model.path)
+    return AutoConfig.for_model(**SHAPES[shape])
+
+
+def predict(shape: Shape, planned: Run) -> Plan:
+    """The plan of a run. Raises ConfigError for a number of GPUs that the configuration cannot be spread over."""
+    config, gpus = planned.config, planned.gpus
+    if gpus < 1 or config.optim.prompts_per_step % gpus:
+        raise ConfigError(
+            f"optim.prompts_per_step is {config.optim.prompts_per_step}; it must be a multiple of --gpus, {gpus}"
+        )
+    if gpus % config.sharding.replicas:
+        raise ConfigError(f"--gpus is {gpus}; it must be a multiple of sharding.replicas, {config.sharding.replicas}")
+    frames = round(100 * planned.seconds) if shape.tower else 0
+    work = Work(
+        prompts=config.optim.prompts_per_step // gpus,
+        micro_batch=min(config.optim.micro_batch, config.optim.prompts_per_step // gpus),
+        prompt=planned.text + (audio_tokens(frames) if shape.tower else 0),
+        frames=frames,
+        group_size=config.rollout.group_size,
+        max_new_tokens=config.rollout.max_new_tokens,
+        evaluated=config.evaluation.batch if config.evaluation.every else 0,
+    )
+    lora = config.lora.rank > 0
+    copy = not lora or config.model.reference is not None
+    setting = Setting(
+        shards=gpus // config.sharding.replicas,
+        dtype=BYTES[config.model.dtype],
+        master=BYTES[config.model.master_dtype],
+        train_tower=config.model.train_tower,
+        recompute=config.model.recompute,
+        reshard=config.sharding.reshard,
+        lora_rank=config.lora.rank,
+        reference="none" if config.loss.beta == 0 else "copy" if copy else "adapters",
+        offload=config.sharding.offload,
+        offload_reference=config.sharding.offload_reference,
+    )
+    return plan(shape, work, setting)
+
+
+def describe(shape: Shape, planned: Run, result: Plan, memory: float) -> str:
+    """A table of GiB, one line per part and one column per phase."""
+    phases = list(result.phases)
+    where = f"{planned.gpus} GPU{'s' * (planned.gpus > 1)}, clips of {planned.seconds:g} s"
+    lines = [
+        f"{shape.parameters / 1e9:.2f} B parameters, {where}; GiB per GPU",
+        "",
+        f"{'':12}" + "".join(f"{phase:>12}" for phase in phases),
+    ]
+    for part in PARTS:
+        cells = [result.phases[phase][part] / GIB for phase in phases]
+        if any(cells):
+            lines.append(f"{part:12}" + "".join(f"{cell:12.2f}" for cell in cells))
+    lines.append(f"{'total':12}" + "".join(f"{result.total(phase) / GIB:12.2f}" for phase in phases))
+    fits = "fits" if result.peak <= USABLE * memory * GIB else "does not fit"
+    lines += ["", f"peak {result.peak / GIB:.2f} GiB in {result.worst}: {fits} {100 * USABLE:g} % of {memory:g} GiB"]
+    if result.host:
+        ranks = min(planned.gpus, MACHINE)
+        lines.append(f"host memory {result.host * ranks / GIB:.1f} GiB per machine of {ranks} GPUs")
+    return "\n".join(lines)
+
+
+# What to change -------------------------------------------------------------------------------------------------------
+
+Change = tuple[str, str, object]  # section, key, value; the section of the number of GPUs is ""
+SHOWN, TOGETHER = 6, 4  # changes to print, and how many may have to be made together
+
+
+def remedies(shape: Shape, planned: Run, limit: float) -> list[dict]:
+    """Changes that make the run fit and its peak with them, cheapest first, none with a part that is not needed."""
+    candidates = list(enumerate(_candidates(planned)))
+    enough: list[dict[int, Change]] = []
+    for count in range(1, TOGETHER + 1):
+        for chosen in map(dict, itertools.combinations(candidates, count)):
+            needless = any(fewer.keys() <= chosen.keys() for fewer in enough)
+            changed = None if needless else _changed(planned, chosen.values())
+            if changed and predict(shape, changed).peak <= limit:
+                enough.append(chosen)
+    enough.sort(key=lambda chosen: (max(chosen), sum(chosen)))
+    return [
+        {"change": list(map(_words, chosen.values())), "peak": predict(shape, _changed(planned, chosen.values())).peak}
+        for chosen in enough[:SHOWN]
+    ]
+
+
+def _candidates(planned: Run) -> Iterator[Change]:
+    """Changes from the least cost to the greatest: those of time only, then those of the algorithm, then more GPUs."""
+    config, gpus = planned.config, planned.gpus
+    for section, key, value in (
+        ("sharding", "reshard", True),
+        ("sharding", "replicas", 1),
+        ("model", "recompute", True),
+        ("sharding", "offload_reference", True),
+        ("model", "dtype", "bfloat16"),
+        ("sharding", "offload", True),
+        ("lora", "rank", 8),
+        ("model", "train_tower", False),
+        ("model", "master_dtype", "bfloat16"),
+    ):
+        now = getattr(getattr(config, section), key)
+        if now != value and not (section == "lora" and now):
+            yield section, key, value
+        if (section, key) == ("sharding", "reshard"):
+            yield from _fewer_at_once(config)
+        if (section, key) == ("sharding", "offload"):
+            yield "rollout", "max_new_tokens", max(config.rollout.max_new_tokens // 2, 1)
+            if config.optim.prompts_per_step > gpus:
+                yield "optim", "prompts_per_step", gpus
+    yield "", "gpus", 2 * gpus
+
+
+def _fewer_at_once(config: Config) -> Iterator[Change]:
+    if config.optim.micro_batch > 1:
+        yield "optim", "micro_batch", 1
+    if config.evaluation.every and config.evaluation.batch > 1:
+        yield "evaluation", "batch", max(config.evaluation.batch // 4, 1)
+
+
+def _changed(planned: Run, chosen: Iterable[Change]) -> Run | None:
+    """The run with these changes, or None if they do not go together."""
+    config, gpus = planned.config, planned.gpus
+    for section, key, value in chosen:
+        if section:
+            part = dataclasses.replace(getattr(config, section), **{key: value})
+            config = dataclasses.replace(config, **{section: part})
+        else:
+            gpus = value
+    odd_dtypes = config.model.master_dtype == "bfloat16" and config.model.dtype != "bfloat16"
+    return (
+        None if odd_dtypes or config.optim.prompts_per_step % gpus else Run(config, gpus, planned.seconds, planned.text)
+    )
+
+
+def _words(change: Change) -> str:
+    section, key, value = change
+    return f"{section}.{key}={str(value).lower()}" if section else f"--{key} {value}"
+
+
+def advice(changes: list[dict], limit: float) -> str:
+    if not changes:
+        return f"no change known here brings it under {limit / GIB:.1f} GiB; choose a smaller model or more GPUs"
+    lines = [f"each of these lines brings it under {limit / GIB:.1f} GiB, the cheapest first:"]
+    return "\n".join(lines + [f"  {' '.join(c['change']):72} -> {c['peak'] / GIB:6.2f} GiB" for c in changes])
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,286 @@
+"""One step of the engine without its numbers: fake tensors, a fake process group, and exact accounting of storages.
+
+The sampler, the scorer, FSDP2, autograd and AdamW run as they are; only the values are missing. So a model of any size
+is measured in seconds on any machine, on one of as many ranks as wanted.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import AutoConfig
+
+from grpo.memory import Setting, Work, plan
+from grpo.optimizer import build_optimizer
+from grpo.sampler import _sample
+from grpo.scorer import score
+from grpo.sharding import gathered, shard
+from models.cache import KVCache
+from models.loading import build_outline, meta_parameters
+from models.policy import Policy, Prompt
+from models.qwen2_audio import CONV_REACH, QWEN2_AUDIO_7B, Qwen2AudioPolicy, audio_tokens
+from models.shape import shape_of
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
+
+
+class Ledger(TorchDispatchMode):
+    """Bytes of all storages that live, and their peak since `phase` began; inside, FSDP's resizing counts too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.peaks: dict[str, int] = {}
+        self._sizes = WeakIdKeyDictionary()
+        self._deaths: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        self.add(output)
+        return output
+
+    def add(self, tree) -> None:
+        for tensor in tree_iter(tree):
+            if isinstance(tensor, torch.Tensor):
+                self._note(getattr(tensor, "_local_tensor", tensor).untyped_storage())
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        held = self._sizes.get(storage)
+        if held is None:
+            held = self._sizes[storage] = [0]
+            self._deaths[id(held)] = weakref.ref(storage, partial(self._forget, held))
+        self.live += storage.nbytes() - held[0]
+        held[0] = storage.nbytes()
+        self.peak = max(self.peak, self.live)
+
+    def _forget(self, held: list[int], _: weakref.ref) -> None:
+        self.live -= held[0]
+        del self._deaths[id(held)]
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        gc.collect()
+        self.peak = self.live
+        yield
+        self.peaks[name] = self.peak
+
+    def __enter__(self):
+        resize = torch.UntypedStorage.resize_
+
+        def counted(storage: torch.UntypedStorage, size: int) -> None:
+            resize(storage, size)
+            if storage in self._sizes:
+                self._note(storage)
+
+        self._patch = mock.patch.object(torch.UntypedStorage, "resize_", counted)
+        self._patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error) -> None:
+        self._patch.stop()
+        super().__exit__(*error)
+
+
+class Pretend(TorchFunctionMode):
+    """What depends on values goes as in a step of full length: masks are true everywhere, nothing has stopped."""
+
+    placeholders = 0  # of all clips that are embedded at a time
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.__getitem__ and getattr(args[1], "dtype", None) == torch.bool:
+            return args[0].flatten(0, args[1].dim() - 1).clone()
+        if function is torch.Tensor.__bool__:
+            return True
+        if function is torch.Tensor.__int__:
+            return self.placeholders
+        return function(*args, **(kwargs or {}))
+
+
+class Mute(Qwen2AudioPolicy):
+    """A Qwen2-Audio of a configuration alone, without tokenizer and processor."""
+
+    pad_id, stop_ids = 0, (1, 2)
+
+    def __init__(self, config) -> None:
+        with meta_parameters():
+            Policy.__init__(self, self.build(config), None)
+        self.audio_id = config.audio_token_id
+        self.suppressed_ids = (self.audio_id,)
+
+
+class Adapted(nn.Module):
+    """A frozen linear layer with a low-rank adapter beside it."""
+
+    def __init__(self, linear: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.linear = linear
+        self.down = nn.Parameter(torch.empty(rank, linear.in_features, device="meta"))
+        self.up = nn.Parameter(torch.empty(linear.out_features, rank, device="meta"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) + 2.0 * nn.functional.linear(nn.functional.linear(x, self.down), self.up)
+
+
+def simulate(
+    config, work: Work, setting: Setting, *, targets: tuple[str, ...] = (), decoding_steps: int | None = None, fake=True
+) -> dict[str, int]:
+    """Peak bytes of each phase of a step, AdamW's moments being there from a step before.
+
+    targets: the decoder's linear layers that get an adapter. decoding_steps cuts the rollout short, beside the whole
+    KV cache. With fake=False the same is done with real tensors, on one rank.
+    """
+    kind, store = ("fake", FakeStore()) if fake else ("gloo", dist.HashStore())
+    dist.init_process_group(kind, rank=0, world_size=setting.shards, store=store)
+    try:
+        mesh = init_device_mesh("cpu", (setting.shards,))
+        policy = _policy(config, setting, mesh, targets)
+        reference = {
+            "copy": lambda: _reference(config, setting, mesh),
+            "adapters": lambda: policy,
+            "none": lambda: None,
+        }
+        reference = reference[setting.reference]()
+        mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
+        pretend = Pretend()
+        with mode, pretend if fake else nullcontext(), Ledger() as ledger:
+            for module in {policy, reference} - {None}:
+                _fill(module, setting)
+                ledger.add([*module.parameters(), *module.buffers()])
+            heard = audio_tokens(work.frames)
+            ids = torch.cat([torch.zeros(work.prompt - heard).long(), torch.full((heard,), config.audio_token_id)])
+            mel = torch.zeros(
+                config.audio_config.num_mel_bins,
+                min(work.frames + CONV_REACH, 2 * config.audio_config.max_source_positions),
+            )
+            prompts = (Prompt(ids, mel, work.frames),) * work.prompts
+            optimizer = build_optimizer(policy, weight_decay=0.0, betas=(0.9, 0.999), fused=True)
+            for parameter in policy.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+            _update(policy, optimizer)
+            _step(policy, reference, optimizer, prompts, work, ledger, pretend, decoding_steps or work.max_new_tokens)
+            return ledger.peaks
+    finally:
+        dist.destroy_process_group()
+
+
+def _step(policy, reference, optimizer, prompts, work: Work, ledger: Ledger, pretend: Pretend, steps: int) -> None:
+    """The hops of Trainer.step that hold memory; the rollout comes last, to find what the step before it left."""
+    pretend.placeholders = work.micro_batch * audio_tokens(work.frames)
+    rows = work.micro_batch * work.group_size
+    tokens = torch.zeros(rows, work.max_new_tokens, dtype=torch.long)
+    mask = torch.ones(rows, work.max_new_tokens, dtype=torch.bool)
+    parts = [prompts[first : first + work.micro_batch] for first in range(0, work.prompts, work.micro_batch)]
+    if reference is not None:
+        with ledger.phase("reference"), torch.no_grad():
+            for part in parts:
+                score(reference, part, tokens, mask, group_size=work.group_size)
+    with ledger.phase("backward"):
+        for part in parts:
+            logprobs, _ = score(policy, part, tokens, mask, group_size=work.group_size)
+            logprobs.sum().backward()
+    with ledger.phase("optimizer"):
+        _update(policy, optimizer)
+    pretend.placeholders = work.prompts * audio_tokens(work.frames)
+    uniforms = torch.zeros(work.prompts * work.group_size, steps, dtype=torch.float64)
+    cache = mock.patch("grpo.sampler.KVCache", lambda _: KVCache(work.length))
+    with ledger.phase("rollout"), gathered(policy), torch.no_grad(), cache:
+        policy(_sample, prompts, work.group_size, steps, 1.0, uniforms)
+
+
+def _update(policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+    nn.utils.clip_grad_norm_([p for p in policy.parameters() if p.grad is not None], 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _policy(config, setting: Setting, mesh, targets: tuple[str, ...]) -> Policy:
+    policy = Mute(config)
+    if setting.lora_rank:
+        policy.requires_grad_(False)
+        for layer in policy.decoder.layers:
+            for name, module in list(layer.named_modules()):
+                parent, _, last = name.rpartition(".")
+                if last in targets:
+                    setattr(layer.get_submodule(parent), last, Adapted(module, setting.lora_rank))
+    elif not setting.train_tower:
+        policy.freeze_tower()
+    if setting.recompute:
+        policy.recompute_activations()
+    frozen = [p for p in policy.parameters() if not p.requires_grad]
+    whole = frozen if setting.shards == 1 else [p for p in policy.tower.parameters() if not p.requires_grad]
+    _shard(policy, setting, mesh, whole=set(whole))
+    return policy
+
+
+def _reference(config, setting: Setting, mesh) -> Policy:
+    reference = Mute(config).requires_grad_(False)
+    if setting.shards > 1:
+        _shard(reference, setting, mesh, whole=set())
+    return reference
+
+
+def _shard(policy: Policy, setting: Setting, mesh, *, whole: set[nn.Parameter]) -> None:
+    """As the engine does it; parameters in `whole` are left out."""
+    with mock.patch("grpo.sharding.fully_shard", partial(fully_shard, ignored_params=whole)):
+        shard(policy, mesh, dtype=DTYPES[setting.dtype], reshard=setting.reshard)
+
+
+def _fill(policy: Policy, setting: Setting) -> None:
+    """Give parameters storage: trained ones in the master dtype, others in the dtype of the computation."""
+
+    def stored(p: nn.Parameter) -> nn.Parameter:
+        dtype = DTYPES[setting.master if p.requires_grad else setting.dtype]
+        local = torch.zeros(p.to_local().shape if isinstance(p, DTensor) else p.shape, dtype=dtype)
+        if isinstance(p, DTensor):
+            local = DTensor.from_local(
+                local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+            )
+        return nn.Parameter(local, requires_grad=p.requires_grad)
+
+    policy.model.load_state_dict({n: stored(p) for n, p in policy.model.named_parameters()}, assign=True, strict=False)
+    for module in policy.modules():
+        module._buffers |= {name: torch.zeros(b.shape, dtype=b.dtype) for name, b in module._buffers.items()}
+
+
+def main() -> None:
+    """Plan and measure Qwen2-Audio-7B; about five minutes.  python -m tests.simulation"""
+    config = AutoConfig.for_model(**QWEN2_AUDIO_7B)
+    shape = shape_of(build_outline(config), targets=TARGETS)
+    eight = Setting(shards=8, dtype=2, master=4, recompute=True)
+    lora = Setting(shards=1, dtype=2, master=4, recompute=True, lora_rank=8, reference="adapters")
+    for name, seconds, prompts, setting in (
+        ("8 GPUs, 10 s", 10, 2, eight),
+        ("8 GPUs, 30 s", 30, 2, eight),
+        ("8 GPUs, 10 s, no recompute", 10, 2, replace(eight, recompute=False)),
+        ("LoRA, 1 GPU, 10 s", 10, 4, lora),
+        ("LoRA, 1 GPU, 30 s, no recompute", 30, 4, replace(lora, recompute=False)),
+        ("bfloat16, 1 GPU, 10 s", 10, 4, Setting(shards=1, dtype=2, master=2, recompute=True)),
+    ):
+        frames = 100 * seconds
+        work = Work(prompts, 1, 60 + audio_tokens(frames), frames, group_size=8, max_new_tokens=256)
+        result = plan(shape, work, setting)
+        for phase, peak in simulate(config, work, setting, targets=TARGETS, decoding_steps=1).items():
+            print(f"{name:32} {phase:10} {result.total(phase) / 2**30:7.2f} {peak / 2**30:7.2f} GiB", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""launch/plan.py as a user meets it: a table, whether it fits, and changes that do make it fit."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import plan
+import pytest
+from transformers import AutoConfig
+
+from grpo.config import ConfigError, load_config
+from models.loading import build_outline
+from models.policy import PolicyError
+from models.qwen2_audio import QWEN2_AUDIO_7B
+from models.shape import shape_of
+
+
+@pytest.fixture
+def config(tmp_path) -> Path:
+    """Full fine-tuning of the 7B, of which there is nothing but its config.json."""
+    AutoConfig.for_model(**QWEN2_AUDIO_7B).save_pretrained(tmp_path / "model")
+    path = tmp_path / "full.yaml"
+    path.write_text(
+        f"run: {{directory: {tmp_path}/run}}\n"
+        f"model: {{path: {tmp_path}/model, dtype: bfloat16}}\n"
+        "optim: {prompts_per_step: 16, micro_batch: 2}\n"
+    )
+    return path
+
+
+def planned(capsys, *words: object) -> str:
+    plan.main(list(map(str, words)))
+    return capsys.readouterr().out
+
+
+def test_a_directory_with_only_a_config_is_enough_and_the_known_shape_is_the_same(config, capsys):
+    read = planned(capsys, config)
+    known = planned(capsys, config, "model.path=nowhere/at-all", "--shape", "qwen2-audio-7b")
+    assert read == known and "8.40 B parameters, 8 GPUs, clips of 30 s" in read
+
+
+def test_each_change_that_is_offered_makes_it_fit_when_it_is_made(config, capsys, tmp_path):
+    arguments = [config, "--memory", 40, "evaluation.every=10"]
+    printed = planned(capsys, *arguments, "--json", tmp_path / "plan.json")
+    record = json.loads((tmp_path / "plan.json").read_text())
+    assert "does not fit" in printed and not record["fits"] and len(record["changes"]) > 2
+    shape = shape_of(build_outline(AutoConfig.for_model(**QWEN2_AUDIO_7B)), targets=("q_proj",))
+    for change in record["changes"]:
+        words = " ".join(change["change"])
+        gpus = int(next(iter(re.findall(r"--gpus (\d+)", words)), 8))
+        overrides = [word for word in change["change"] if not word.startswith("--")]
+        remade = load_config([str(config), "evaluation.every=10", *overrides])
+        if remade.lora.rank == 0:  # the shape above has fewer adapters
+            peak = plan.predict(shape, plan.Run(remade, gpus, 30.0, 60)).peak
+            assert peak == change["peak"] <= plan.USABLE * 40 * 2**30, words
+
+
+def test_what_fits_comes_without_advice_and_offloading_with_host_memory(config, capsys):
+    printed = planned(capsys, config, "model.recompute=true", "sharding.offload=true", "--memory", 80)
+    assert "fits 95 % of 80 GiB" in printed and "->" not in printed
+    assert re.search(r"host memory 12\d\.\d GiB per machine of 8 GPUs", printed)  # 16 bytes a parameter
+
+
+def test_numbers_that_do_not_divide_and_models_that_cannot_be_read_are_errors(config):
+    with pytest.raises(ConfigError, match="optim.prompts_per_step is 16; it must be a multiple of --gpus, 5"):
+        plan.main([str(config), "--gpus", "5"])
+    with pytest.raises(PolicyError, match="no config.json could be read there"):
+        plan.main([str(config), f"model.path={config.parent}/nothing"])
