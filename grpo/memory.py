@@ -3,7 +3,8 @@
 Pure arithmetic over what this engine, FSDP2 and autograd hold; nothing is allocated. tests/test_memory.py holds it
 against the engine itself.
 
-    peak = max over phases of (weights + gradients + optimizer + reference + gathered + KV cache + activations + logits)
+    peak = max over phases of (weights + gradients + optimizer + reference + audio cache + gathered + KV cache
+                           + activations + logits)
 
 Not counted: the CUDA context, what the allocator loses to fragmentation, and the workspaces of cuDNN, cuBLAS and NCCL;
 leave a twentieth of the device for them. Letters: d bytes of the compute dtype, m of the master dtype, V vocabulary.
@@ -17,7 +18,9 @@ from dataclasses import dataclass, replace
 from grpo.scorer import CHUNK
 from models.shape import FLOAT, Shape, Tower
 
-PARTS = ("weights", "gradients", "optimizer", "reference", "gathered", "KV cache", "activations", "logits")
+PARTS = (
+    "weights", "gradients", "optimizer", "reference", "audio cache", "gathered", "KV cache", "activations", "logits"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,15 @@ class Setting:
     """How the model is stored and spread.
 
     shards: ranks that share one copy of the weights; dtype, master: bytes per element of the computation, and of
-    trained weights; reference: "none", "adapters" (the policy without its adapters) or "copy".
+    trained weights; reference: "none", "adapters" (the policy without its adapters) or "copy"; tower_cache: bytes for
+    what a frozen tower has heard.
     """
 
     shards: int
     dtype: int
     master: int
     train_tower: bool = True
+    tower_cache: int = 0
     recompute: bool = False
     reshard: bool = True
     lora_rank: int = 0
@@ -96,7 +101,8 @@ def plan(shape: Shape, work: Work, setting: Setting) -> Plan:
     kept = {
         "weights": sharded + units.frozen_device,
         "optimizer": 2 * sharded,
-        "reference": units.reference_stays + (0 if s.offload_reference else units.reference),
+        "reference": 0 if s.offload_reference else units.reference,
+        "audio cache": units.cache,
     }
     phases = {"rollout": _add(kept, _highest(_rollout(shape, work, units)))}
     if work.evaluated:
@@ -122,6 +128,7 @@ class Units:
         d, n, lora = setting.dtype, setting.shards, setting.lora_rank > 0
         tower = shape.tower or Tower(0, 0, 0, 0, 0, 0)
         whole = tower.parameters if lora or not setting.train_tower else 0
+        self.cache = setting.tower_cache if whole else 0  # bytes
         frozen = shape.parameters - whole if lora else 0
         adapters = setting.lora_rank * shape.adapters
         root = shape.root - (tower.rest if whole else 0)
@@ -139,19 +146,19 @@ class Units:
         self.buffer = d * self.layer if n > 1 else 0  # bytes of an all-gather's buffer; one rank copies in place
         # A buffer is freed after the next unit's copy out of its own: at a pass's first unit this one is the root's.
         self.entry = d * (self.root + 2 * (self.tower_layer or self.layer)) if n > 1 else 0  # bytes
-        self._place_reference(shape)
+        self._place_reference(shape, whole)
 
-    def _place_reference(self, shape: Shape) -> None:
-        """Bytes of the reference: its own, what stays gathered of it once it was used, and what is gathered in use."""
-        s = self.setting
+    def _place_reference(self, shape: Shape, whole: int) -> None:
+        """Bytes of the reference: its own, and what is gathered of it in use; a frozen tower is the policy's."""
+        s, rest = self.setting, shape.tower.rest if shape.tower and whole else 0
         copy = s.reference == "copy"
         gathers = copy and (s.shards > 1 or s.offload_reference)
-        self.reference = s.dtype * shape.parameters // s.shards if copy else 0
-        # FSDP frees layers after their forward if it is told to reshard, but never the root.
-        self.reference_stays = s.dtype * (shape.root if s.reshard else shape.parameters) if gathers else 0
-        first = shape.tower.layer if shape.tower else shape.layer
-        self.reference_entry = s.dtype * (shape.root + 2 * first) if gathers and s.reshard and s.shards > 1 else 0
-        self.reference_passing = s.dtype * shape.layer * (s.reshard + (s.shards > 1)) if gathers else 0
+        self.reference = s.dtype * (shape.parameters - whole) // s.shards if copy else 0
+        layer = shape.layer if whole or not shape.tower else shape.tower.layer  # of the first unit
+        root, next_too = s.dtype * (shape.root - rest), s.shards > 1
+        passing = root + s.dtype * shape.layer * (1 + next_too)
+        self.reference_passing = (passing if s.reshard else s.dtype * (shape.parameters - whole)) if gathers else 0
+        self.reference_entry = root + 2 * s.dtype * layer if gathers and s.reshard and next_too else 0
 
     def sharded(self, elements: int) -> int:
         """Bytes on the device of this rank's share of so many elements in the master dtype."""
@@ -246,13 +253,13 @@ def _backward(shape: Shape, work: Work, units: Units) -> Iterator[dict[str, int]
 def _root_reduction(work: Work, units: Units) -> int:
     """Bytes, beside the sharded gradients, while those of the root unit are reduced in float32.
 
-    First the whole gradient (d) and its float32 copy; then that copy and this rank's share, which a single rank
-    computes by way of one more copy. The share is the gradient itself unless it adds to an earlier micro-batch's.
+    First the whole gradient (d) and its float32 copy; then that copy and this rank's share, which is the gradient
+    itself unless it adds to an earlier micro-batch's.
     """
     s, root = units.setting, units.root_trained
     own = 0 if work.prompts > work.micro_batch else units.sharded(root)
     share = FLOAT * root // s.shards - own
-    return max((s.dtype + FLOAT) * root, FLOAT * root + share + (FLOAT * root if s.shards == 1 else 0))
+    return max((s.dtype + FLOAT) * root, FLOAT * root + share)
 
 
 def _head(shape: Shape, work: Work) -> int:

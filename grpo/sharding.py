@@ -114,7 +114,8 @@ def shard(
             reshard_after_forward=reshard and unit is not policy,
             ignored_params=whole,
         )
-        unit.set_gradient_divide_factor(1.0)
+        if mesh.size() > 1:  # else nothing is divided, but a factor costs a copy
+            unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
     policy.reshards, policy.offloads = reshard, offload
 
@@ -139,6 +140,13 @@ def gather_rows(rows: list, world: World) -> list | None:
     parts: list | None = [None] * world.size if world.is_main else None
     dist.gather_object(rows, parts)
     return [row for part in parts for row in part] if parts is not None else None
+
+
+def release(policy: Policy) -> None:
+    """Free what a forward without a backward left gathered: the root, and every layer that is not resharded."""
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def exchange_rows(rows: list, world: World) -> list:

@@ -19,7 +19,7 @@ from grpo.metrics import Metrics, Phases, peak_gib, reduce_sums
 from grpo.optimizer import allocate_moments, build_optimizer, clip_gradients, learning_rate
 from grpo.sampler import sample
 from grpo.scorer import score
-from grpo.sharding import World, gathered
+from grpo.sharding import World, gathered, release
 from grpo.trace import write_step
 from grpo.types import Batch, Rollout
 from models.lora import WithoutAdapters
@@ -289,6 +289,8 @@ class Trainer:
                     temperature=self.config.rollout.temperature,
                 )[0]
             )
+        if isinstance(self.reference, Policy):
+            release(self.reference)
         return torch.cat(parts)
 
     def _weights(self, mask: torch.Tensor, tokens: float) -> torch.Tensor:

@@ -93,12 +93,13 @@ def predict(shape: Shape, planned: Run) -> Plan:
         evaluated=config.evaluation.batch if config.evaluation.every else 0,
     )
     lora = config.lora.rank > 0
-    copy = not lora or config.model.reference is not None
+    copy = not lora or config.model.reference not in (None, config.model.path)
     setting = Setting(
         shards=gpus // config.sharding.replicas,
         dtype=BYTES[config.model.dtype],
         master=BYTES[config.model.master_dtype],
         train_tower=config.model.train_tower,
+        tower_cache=config.model.tower_cache * 2**20,
         recompute=config.model.recompute,
         reshard=config.sharding.reshard,
         lora_rank=config.lora.rank,

@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -32,9 +31,10 @@ from grpo.memory import Setting, Work, plan
 from grpo.optimizer import build_optimizer
 from grpo.sampler import _sample
 from grpo.scorer import score
-from grpo.sharding import gathered, shard
-from models.cache import KVCache
+from grpo.sharding import gathered, release, shard
+from models.cache import KVCache, TowerCache
 from models.loading import build_outline, meta_parameters
+from models.lora import Lora, add_adapters
 from models.policy import Policy, Prompt
 from models.qwen2_audio import CONV_REACH, QWEN2_AUDIO_7B, Qwen2AudioPolicy, audio_tokens
 from models.shape import shape_of
@@ -127,19 +127,6 @@ class Mute(Qwen2AudioPolicy):
         self.suppressed_ids = (self.audio_id,)
 
 
-class Adapted(nn.Module):
-    """A frozen linear layer with a low-rank adapter beside it."""
-
-    def __init__(self, linear: nn.Linear, rank: int) -> None:
-        super().__init__()
-        self.linear = linear
-        self.down = nn.Parameter(torch.empty(rank, linear.in_features, device="meta"))
-        self.up = nn.Parameter(torch.empty(linear.out_features, rank, device="meta"))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(x) + 2.0 * nn.functional.linear(nn.functional.linear(x, self.down), self.up)
-
-
 def simulate(
     config, work: Work, setting: Setting, *, targets: tuple[str, ...] = (), decoding_steps: int | None = None, fake=True
 ) -> dict[str, int]:
@@ -154,7 +141,7 @@ def simulate(
         mesh = init_device_mesh("cpu", (setting.shards,))
         policy = _policy(config, setting, mesh, targets)
         reference = {
-            "copy": lambda: _reference(config, setting, mesh),
+            "copy": lambda: _reference(config, setting, mesh, policy),
             "adapters": lambda: policy,
             "none": lambda: None,
         }
@@ -193,6 +180,8 @@ def _step(policy, reference, optimizer, prompts, work: Work, ledger: Ledger, pre
         with ledger.phase("reference"), torch.no_grad():
             for part in parts:
                 score(reference, part, tokens, mask, group_size=work.group_size)
+        if reference is not policy:
+            release(reference)
     with ledger.phase("backward"):
         for part in parts:
             logprobs, _ = score(policy, part, tokens, mask, group_size=work.group_size)
@@ -215,33 +204,24 @@ def _update(policy: Policy, optimizer: torch.optim.Optimizer) -> None:
 def _policy(config, setting: Setting, mesh, targets: tuple[str, ...]) -> Policy:
     policy = Mute(config)
     if setting.lora_rank:
-        policy.requires_grad_(False)
-        for layer in policy.decoder.layers:
-            for name, module in list(layer.named_modules()):
-                parent, _, last = name.rpartition(".")
-                if last in targets:
-                    setattr(layer.get_submodule(parent), last, Adapted(module, setting.lora_rank))
+        add_adapters(policy, Lora(setting.lora_rank, 16.0, targets))
     elif not setting.train_tower:
         policy.freeze_tower()
+    if policy.tower_is_frozen:
+        policy.tower_cache = TowerCache(0)
     if setting.recompute:
         policy.recompute_activations()
-    frozen = [p for p in policy.parameters() if not p.requires_grad]
-    whole = frozen if setting.shards == 1 else [p for p in policy.tower.parameters() if not p.requires_grad]
-    _shard(policy, setting, mesh, whole=set(whole))
+    shard(policy, mesh, dtype=DTYPES[setting.dtype], reshard=setting.reshard)
     return policy
 
 
-def _reference(config, setting: Setting, mesh) -> Policy:
+def _reference(config, setting: Setting, mesh, policy: Policy) -> Policy:
     reference = Mute(config).requires_grad_(False)
-    if setting.shards > 1:
-        _shard(reference, setting, mesh, whole=set())
+    reference.tower_cache = policy.tower_cache
+    shard(reference, mesh, dtype=DTYPES[setting.dtype], reshard=setting.reshard)
+    if policy.tower_cache is not None:
+        reference.share_tower(policy)
     return reference
-
-
-def _shard(policy: Policy, setting: Setting, mesh, *, whole: set[nn.Parameter]) -> None:
-    """As the engine does it; parameters in `whole` are left out."""
-    with mock.patch("grpo.sharding.fully_shard", partial(fully_shard, ignored_params=whole)):
-        shard(policy, mesh, dtype=DTYPES[setting.dtype], reshard=setting.reshard)
 
 
 def _fill(policy: Policy, setting: Setting) -> None:
