@@ -28,7 +28,7 @@ class Work:
     """What one rank does in a step: prompts in the rollout, of them `micro_batch` at a time in scoring.
 
     prompt: tokens of a prompt, its audio included; frames: mel frames of its clip, 0 without one; evaluated: prompts
-    at a time in an evaluation, 0 without one.
+    at a time in an evaluation, 0 without one; samples: False where completions are given, as in SFT.
     """
 
     prompts: int
@@ -38,6 +38,7 @@ class Work:
     group_size: int
     max_new_tokens: int
     evaluated: int = 0
+    samples: bool = True
 
     @property
     def length(self) -> int:
@@ -104,7 +105,7 @@ def plan(shape: Shape, work: Work, setting: Setting) -> Plan:
         "reference": 0 if s.offload_reference else units.reference,
         "audio cache": units.cache,
     }
-    phases = {"rollout": _add(kept, _highest(_rollout(shape, work, units)))}
+    phases = {"rollout": _add(kept, _highest(_rollout(shape, work, units)))} if work.samples else {}
     if work.evaluated:
         asked = replace(work, prompts=work.evaluated, group_size=1)
         phases["evaluation"] = _add(kept, _highest(_rollout(shape, asked, units)))

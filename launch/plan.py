@@ -1,7 +1,7 @@
 """Predict the peak memory of a training run by part and phase, and say what to change when it does not fit.
 
     python launch/plan.py CONFIG [section.key=value ...] [--gpus 8] [--memory 80] [--seconds 10] [--text 60]
-                          [--shape qwen2-audio-7b] [--json OUT]
+                          [--sft] [--shape qwen2-audio-7b] [--json OUT]
 
 Nothing is loaded but the model's config.json: no GPU and no weights are needed. See grpo/memory.py for what is counted.
 """
@@ -37,12 +37,13 @@ class Run:
     gpus: int
     seconds: float
     text: int
+    sft: bool = False
 
 
 def main(argv: list[str]) -> None:
     options, words = _parser().parse_known_args(argv)
     config = load_config(words)
-    planned = Run(config, options.gpus, options.seconds or config.data.max_seconds, options.text)
+    planned = Run(config, options.gpus, options.seconds or config.data.max_seconds, options.text, options.sft)
     shape = shape_of(build_outline(_model_config(config, options.shape)), targets=config.lora.targets)
     result, limit = predict(shape, planned), USABLE * options.memory * GIB
     print(describe(shape, planned, result, options.memory))
@@ -60,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--memory", type=float, default=80.0, help="GiB of one GPU")
     parser.add_argument("--seconds", type=float, help="length of the clips; default data.max_seconds")
     parser.add_argument("--text", type=int, default=60, help="tokens of a prompt beside its audio")
+    parser.add_argument("--sft", action="store_true", help="plan launch/sft.py: no rollout, no reference, no group")
     parser.add_argument("--shape", choices=sorted(SHAPES), help="a known model, instead of model.path's config.json")
     parser.add_argument("--json", help="also write the bytes to this file")
     return parser
@@ -88,9 +90,10 @@ def predict(shape: Shape, planned: Run) -> Plan:
         micro_batch=min(config.optim.micro_batch, config.optim.prompts_per_step // gpus),
         prompt=planned.text + (audio_tokens(frames) if shape.tower else 0),
         frames=frames,
-        group_size=config.rollout.group_size,
+        group_size=1 if planned.sft else config.rollout.group_size,
         max_new_tokens=config.rollout.max_new_tokens,
         evaluated=config.evaluation.batch if config.evaluation.every else 0,
+        samples=not planned.sft,
     )
     lora = config.lora.rank > 0
     copy = not lora or config.model.reference not in (None, config.model.path)
@@ -103,7 +106,7 @@ def predict(shape: Shape, planned: Run) -> Plan:
         recompute=config.model.recompute,
         reshard=config.sharding.reshard,
         lora_rank=config.lora.rank,
-        reference="none" if config.loss.beta == 0 else "copy" if copy else "adapters",
+        reference="none" if config.loss.beta == 0 or planned.sft else "copy" if copy else "adapters",
         offload=config.sharding.offload,
         offload_reference=config.sharding.offload_reference,
     )
@@ -198,9 +201,8 @@ def _changed(planned: Run, chosen: Iterable[Change]) -> Run | None:
         else:
             gpus = value
     odd_dtypes = config.model.master_dtype == "bfloat16" and config.model.dtype != "bfloat16"
-    return (
-        None if odd_dtypes or config.optim.prompts_per_step % gpus else Run(config, gpus, planned.seconds, planned.text)
-    )
+    fits_together = not odd_dtypes and config.optim.prompts_per_step % gpus == 0
+    return dataclasses.replace(planned, config=config, gpus=gpus) if fits_together else None
 
 
 def _words(change: Change) -> str:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import choose
+import plan
 import pytest
 import sft
 import train
@@ -71,3 +72,12 @@ def test_thinking_differs_from_r1_aqa_in_its_prompt_alone():
     assert think.data.template == "think"
     assert {name for name in ("model", "lora", "sharding", "rollout", "reward", "loss", "optim", "evaluation")
             if getattr(plain, name) != getattr(think, name)} == set()  # fmt: skip
+
+
+@pytest.mark.parametrize("name", R1_AQA)
+def test_by_the_planner_it_fits_the_hardware_it_names(name, capsys):
+    text, _ = read(name)
+    gpus, sft = re.search(rf"launch/plan.py launch/configs/{name}.yaml --gpus (\d)( --sft)?", text).groups()
+    words = [str(CONFIGS / f"{name}.yaml"), "--gpus", gpus, "--shape", "qwen2-audio-7b"]
+    plan.main([*words, "--sft"] if sft else words)
+    assert "fits 95 % of 80 GiB" in capsys.readouterr().out

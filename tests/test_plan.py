@@ -68,3 +68,12 @@ def test_numbers_that_do_not_divide_and_models_that_cannot_be_read_are_errors(co
         plan.main([str(config), "--gpus", "5"])
     with pytest.raises(PolicyError, match="no config.json could be read there"):
         plan.main([str(config), f"model.path={config.parent}/nothing"])
+
+
+def test_supervised_fine_tuning_is_planned_without_rollout_and_reference(config, capsys, tmp_path):
+    printed = planned(capsys, config, "--sft", "--json", tmp_path / "sft.json")
+    assert "rollout" not in printed and "reference" not in printed and "KV cache" not in printed
+    sft = json.loads((tmp_path / "sft.json").read_text())
+    planned(capsys, config, "--json", tmp_path / "grpo.json")
+    grpo = json.loads((tmp_path / "grpo.json").read_text())
+    assert sft["phases"].keys() == {"backward", "optimizer"} and sft["peak"] < grpo["peak"]
