@@ -43,10 +43,11 @@ class Metrics:
     def truncate(self, step: int) -> None:
         """Drop every line with a step >= `step`, the first step that a resumed run takes; truncate(0) starts afresh.
 
-        A line torn by the crash is dropped too. Call it before the first log.
+        A line torn by the crash is dropped too. Call it before the first log; the pace is counted from here on.
         """
         if not self._writes:
             return
+        self._console.start()
         self._step = max(step - 1, 0)
         self._board = _open_board(self._path.parent, purge_step=step)
         if not self._path.exists():
@@ -160,6 +161,10 @@ class _Console:
         self._times = deque([time.monotonic()], maxlen=PACE_STEPS + 1)  # when each of the latest steps ended
         self._printed = -math.inf  # when the latest plain line was printed
         self._pending = None  # a line not yet printed (plain), or not yet ended (terminal)
+
+    def start(self) -> None:
+        self._times.clear()
+        self._times.append(time.monotonic())
 
     def step(self, step: int, values: dict[str, float]) -> None:
         now = time.monotonic()

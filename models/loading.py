@@ -243,18 +243,19 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 def _place(tensor: Any, *, target: torch.Tensor, policy: Policy, dtype: torch.dtype) -> torch.Tensor:
     """A tensor, or one still in its file, like `target`: a parameter of `dtype`, this rank's slice of it if sharded.
 
-    Buffers keep the dtype they were stored in.
+    Buffers keep the dtype they were stored in. Always a copy: what safetensors gives is the file itself, mapped into
+    memory, which would change or vanish with the file.
     """
     if not isinstance(target, nn.Parameter):
-        return tensor[...].to(policy.device)
+        return tensor[...].to(policy.device, copy=True)
     if not isinstance(target, DTensor):
-        return nn.Parameter(tensor[...].to(policy.device, dtype), requires_grad=target.requires_grad)
+        return nn.Parameter(tensor[...].to(policy.device, dtype, copy=True), requires_grad=target.requires_grad)
     shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
     local = (
         torch.empty(shape) if 0 in shape else tensor[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
     )
     sharded = DTensor.from_local(
-        local.to("cpu" if policy.offloads else policy.device, dtype), target.device_mesh, target.placements,
+        local.to("cpu" if policy.offloads else policy.device, dtype, copy=True), target.device_mesh, target.placements,
         run_check=False, shape=target.shape, stride=target.stride(),
     )  # fmt: skip
     return nn.Parameter(sharded, requires_grad=target.requires_grad)

@@ -65,7 +65,7 @@ def test_from_a_sharded_checkpoint_to_an_export_over_one_two_and_four_ranks(chec
         peaks = re.search(r"host memory grew by ([\d., ]+) GiB while loading", said).group(1).split(", ")
         assert len(peaks) == ranks
         # A rank's share, and what else it allocates for the first time while loading (some 40 MB).
-        assert all(float(peak) < total / ranks + 0.06 for peak in peaks), (ranks, peaks)
+        assert all(0.9 * total / ranks < float(peak) < total / ranks + 0.08 for peak in peaks), (ranks, peaks)
     export.main([str(tmp_path / "run")])
     same_logits(tmp_path / "run" / "model-000003", checkpoint)
     export.main([str(tmp_path / "run"), "--dtype", "bfloat16", "--to", str(tmp_path / "half")])

@@ -261,3 +261,12 @@ def test_reduce_sums_over_two_ranks_is_one_exact_call_that_checks_the_names(tmp_
         assert result["sums"] == {"count": 1.0 + 2.0**-40, "reward": 11.0}
         assert result["float64_calls"] == [True]
         assert f"this one passed {name}" in result["error"]
+
+
+def test_the_pace_leaves_out_what_came_before_the_first_step(tmp_path, capsys, monkeypatch):
+    clock = iter([0.0, 100.0, 103.0])  # made, started, one step done
+    monkeypatch.setattr("grpo.metrics.time.monotonic", lambda: next(clock))
+    metrics = Metrics(tmp_path, rank=0, total_steps=2)
+    metrics.truncate(0)
+    metrics.log(1, {})
+    assert "3 s/step" in capsys.readouterr().out
