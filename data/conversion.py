@@ -66,7 +66,7 @@ def _record(source: Source, question: Question, clips: "_Clips", root: Path, whe
     """The record of a question, checked as it will be when it is loaded."""
     record = {
         "id": question.id,
-        "audio_path": _name(clips.find(question.clips), root),
+        "audio_path": _name(clips.find(question.clips, required=not source.benchmark), root),
         "question_text": question.text,
         "multi_choice": question.choices,
         "answer": question.answer,
@@ -89,8 +89,11 @@ class _Clips:
         self._directory = directory
         self._used: dict[str, str] = {}  # file -> name it was found by
 
-    def find(self, names: Sequence[str]) -> str:
-        """The file of the first of these names that there is: below the directory as it stands, or by its last part."""
+    def find(self, names: Sequence[str], *, required: bool) -> str:
+        """The file of the first of these names that there is: below the directory as it stands, or by its last part.
+
+        Without one, where it would be, unless it is required: a benchmark's question stays, to be counted as wrong.
+        """
         for name in names:
             for place in dict.fromkeys((name, os.path.basename(name))):
                 for suffix in ("",) if os.path.splitext(name)[1].lower() in SUFFIXES else SUFFIXES:
@@ -98,6 +101,8 @@ class _Clips:
                     if os.path.isfile(path):
                         return self._of_one_name(path, names[0])
         self.missing[names[0]] = None
+        if not required:
+            return os.path.abspath(self._directory / names[0])
         raise SourceError("missing clip", f"{' or '.join(names)}: no such clip in {self._directory}")
 
     def _of_one_name(self, path: str, name: str) -> str:

@@ -212,3 +212,12 @@ def test_nothing_to_convert_and_nowhere_to_look_are_errors(tmp_path):
         run(tmp_path, "mmau", MMAU, options=["--audio", str(tmp_path / "nowhere")])
     with pytest.raises(DataError, match="unknown source"):
         run(tmp_path, "mmmu", MMAU)
+
+
+def test_a_benchmarks_question_stays_without_its_clip_so_that_it_is_counted(tmp_path, capsys):
+    clip(tmp_path, "test-mini-audios/3fe64f3d.wav")
+    gone = {**MMAU, "id": "gone", "audio_id": "./test-mini-audios/gone.wav"}
+    records, bad = run(tmp_path, "mmau", MMAU, gone)
+    assert [record["id"] for record in records] == ["3fe64f3d", "gone"] and bad == []
+    assert records[1]["audio_path"] == "clips/test-mini-audios/gone.wav"
+    assert "1 clips are missing, first ./test-mini-audios/gone.wav" in capsys.readouterr().out
