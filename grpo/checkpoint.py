@@ -16,7 +16,6 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_state_dict,
-    set_model_state_dict,
     set_state_dict,
 )
 
@@ -91,9 +90,8 @@ def load_checkpoint(directory: Path, policy: Policy, optimizer: torch.optim.Opti
 def load_weights(checkpoint: Path, policy: Policy) -> None:
     """Give the policy the trained weights of one of `checkpoints(directory)`; the rest it has from its own files."""
     with _readable(checkpoint, policy):
-        weights = get_model_state_dict(policy, options=TRAINED)
-        dcp.load(weights, checkpoint_id=checkpoint / WEIGHTS)
-    set_model_state_dict(policy, weights, options=TRAINED)
+        # The state dict holds the policy's own tensors, and they are loaded in place.
+        dcp.load(get_model_state_dict(policy, options=TRAINED), checkpoint_id=checkpoint / WEIGHTS)
 
 
 def checkpoints(directory: Path, *, whole: bool = False) -> list[Path]:

@@ -18,6 +18,7 @@ from grpo.sampler import sample
 from grpo.scorer import score
 from grpo.sharding import World, device_mesh, shard
 from models.loading import load_policy
+from models.lora import whole
 from models.mini import build_mini
 from models.policy import PolicyError
 from models.qwen2_audio import audio_tokens
@@ -223,6 +224,23 @@ def test_an_export_from_two_ranks_is_the_checkpoint_it_was_loaded_from(case, tmp
     kind = type(case.load_hf())
     kind.from_pretrained(tmp_path / "export")
     load_policy(tmp_path / "export")
+
+
+def test_weights_are_not_the_file_they_were_read_from(case, tmp_path):
+    """safetensors maps files into memory; what is written over one later must not reach a policy."""
+    directory = shutil.copytree(case.directory, tmp_path / "copy")
+
+    def run(world: World) -> None:
+        plain, sharded = load_policy(directory), load_policy(directory, shard=lambda p: shard(p, device_mesh(world)))
+        file = directory / "model.safetensors"
+        with file.open("r+b") as opened:
+            opened.seek(file.stat().st_size // 4)
+            opened.write(b"\x7f" * (file.stat().st_size // 2))
+        for policy in (plain, sharded):
+            for name, parameter in policy.model.named_parameters():
+                assert torch.equal(whole(parameter), case.policy.model.get_parameter(name)), name
+
+    on_ranks(1, run)
 
 
 def test_mini_is_a_function_of_its_seed_and_spells_any_text(tmp_path):

@@ -44,6 +44,7 @@ def test_four_ranks_hybrid_with_adapters_or_resuming_what_two_began_are_one_proc
 def check_mesh_and_train(world: World, runs: list[list[str]]) -> None:
     mesh = device_mesh(world, replicas=2)
     assert mesh.mesh.tolist() == [[0, 1], [2, 3]] and mesh.mesh_dim_names == ("replicate", "shard")
+    assert device_mesh(world, replicas=4).mesh.tolist() == [[0], [1], [2], [3]]
     train_all(world, runs)
 
 
@@ -65,12 +66,13 @@ def check_places(world: World, settings: list[str]) -> None:
     """Frozen weights stand whole where they must not or need not be gathered, and in the compute dtype."""
     for overrides, whole in (([], "nothing"), ([FROZEN], "audio_tower")):
         trainer = build(world, load_config([*settings, *overrides]))
-        for policy in (trainer.policy, trainer.reference):
-            for name, parameter in policy.model.named_parameters():
-                kept = whole in name or (world.size == 1 and not parameter.requires_grad)
-                assert isinstance(parameter, DTensor) != kept, name
-                assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16), name
-        trainer.step(0)
+        for step in range(2):  # and again after a step, which must have freed what it gathered
+            for policy in (trainer.policy, trainer.reference):
+                for name, parameter in policy.model.named_parameters():
+                    kept = whole in name or (world.size == 1 and not parameter.requires_grad)
+                    assert isinstance(parameter, DTensor) != kept, name
+                    assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16), name
+            trainer.step(step)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
