@@ -105,7 +105,7 @@ def mmsu_record(example: Example) -> dict:
 
 def answer_text(example: Example) -> str | None:
     """The right choice, or None where the benchmark keeps it to itself."""
-    return None if example.answer is None else example.choices[example.answer]
+    return example.truth or (None if example.answer is None else example.choices[example.answer])
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,8 @@ def judged(example: Example, completion: str, benchmark: Benchmark) -> bool | No
     answer = answer_text(example)
     if answer is None:
         return None
+    if example.truth and benchmark.rule is not mmau:
+        return False  # the other rules compare with a choice, and none is right
     return benchmark.rule(prediction_of(completion, example.choices, benchmark), example.choices, answer)
 
 

@@ -28,6 +28,7 @@ class Example:
     line: str = ""  # where it was read, "train.jsonl:17"
     sub_category: str = ""
     difficulty: str = ""
+    truth: str = ""  # a benchmark's answer that is none of its choices; `answer` is None then
     # Length of the clip, once its header was read: a measurement, which makes it no other question.
     seconds: float | None = field(default=None, compare=False)
 
@@ -71,7 +72,7 @@ def load_examples(
     examples instead. A file without one good example is always an error.
 
     A `benchmark`'s questions are taken as they are: two choices may be the same to the matcher, and `answer` may be
-    null or absent.
+    null or absent, or a text that is none of the choices.
     """
     path = Path(path)
     root = path.parent if audio_root is None else Path(audio_root)
@@ -133,6 +134,7 @@ def parse_example(
     audio_path = _text(record, "audio_path")
     if not audio_path and (require_audio or "audio_path" in record and record["audio_path"] is not None):
         raise DataError('"audio_path" is empty; expected the path of the clip')
+    truth = _text(record, "answer") if benchmark and isinstance(record.get("answer"), str) else ""
     question = _text(record, "question_text")
     if not question.strip():
         raise DataError('"question_text" is empty; expected the question')
@@ -141,7 +143,8 @@ def parse_example(
         audio_path=root / audio_path if audio_path else None,
         question=question,
         choices=choices,
-        answer=None if record.get("answer") is None else _answer(record["answer"], choices),
+        answer=None if record.get("answer") is None or truth else _answer(record["answer"], choices),
+        truth=truth,
         dataset=_text(record, "dataset_name"),
         task=_label(record, "task"),
         category=_label(record, "category"),

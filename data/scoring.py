@@ -31,8 +31,9 @@ class Prediction:
 
 def score_file(path: str, *, benchmark: str, out: str | None) -> None:
     """Judge every row of a file by a benchmark's rule, print the table, and write the figures to `out`."""
-    predictions = read_predictions(path)
-    rows = score(predictions, find_benchmark(benchmark).rule)
+    found = find_benchmark(benchmark)
+    predictions = read_predictions(path, keys=(found.key, *found.also))
+    rows = score(predictions, found.rule)
     examples = [example for prediction in predictions if (example := as_example(prediction)) is not None]
     missing = sum(prediction.prediction is None for prediction in predictions)
     print(f"{path}: {len(rows)} rows by the rule of {benchmark}")
@@ -93,15 +94,18 @@ def write_json(path: str | Path, value: dict) -> None:
 # Reading ------------------------------------------------------------------------------------------------------------
 
 
-def read_predictions(path: str | Path) -> list[Prediction]:
-    """The rows of a JSON list or of JSON lines; DataError that says where, what and how to fix it."""
+def read_predictions(path: str | Path, *, keys: Sequence[str] = ()) -> list[Prediction]:
+    """The rows of a JSON list or of JSON lines; DataError that says where, what and how to fix it.
+
+    keys: of the prediction, those to look for before all others.
+    """
     records = _records(Path(path))
     if not records:
         raise DataError(f"{path}: holds no rows; expected a JSON list of objects, or one JSON object per line")
     predictions = []
     for number, (where, record) in enumerate(records, start=1):
         try:
-            predictions.append(_prediction(record, where, number))
+            predictions.append(_prediction(record, where, number, keys))
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
     return predictions
@@ -132,7 +136,7 @@ def _json(text: str, where: str) -> Any:
         ) from None
 
 
-def _prediction(record: Any, where: str, number: int) -> Prediction:
+def _prediction(record: Any, where: str, number: int, keys: Sequence[str]) -> Prediction:
     if not isinstance(record, dict):
         raise DataError(
             f"is a JSON {type(record).__name__}; each row is an object with choices, answer and a prediction"
@@ -143,7 +147,7 @@ def _prediction(record: Any, where: str, number: int) -> Prediction:
         id=identity if isinstance(identity, (str, int)) else number,
         choices=_choices(record),
         answer=_answer(record),
-        prediction=next((_text(record[key]) for key in PREDICTIONS if key in record), None),
+        prediction=next((_text(record[key]) for key in (*keys, *PREDICTIONS) if key in record), None),
         task=_label(record, "task", "modality", "task_name"),
         category=_label(record, "category"),
         sub_category=_label(record, "sub-category", "sub_category", "subcategory"),
@@ -165,13 +169,13 @@ def _choices(record: dict) -> tuple[str, ...]:
 
 
 def _answer(record: dict) -> str | None:
-    """The `answer`, or MMSU's answer_gt; null where the benchmark keeps it to itself."""
+    """The `answer`, or MMSU's answer_gt; null or empty where the benchmark keeps it to itself."""
     key = "answer" if "answer" in record else "answer_gt"
     if key not in record:
         raise DataError('"answer" is missing; expected the text of the right choice, or null where it is not known')
     if record[key] is not None and not _is_text(record[key]):
         raise DataError(f'"{key}" is {record[key]!r}; expected the text of the right choice, or null')
-    return None if record[key] is None else str(record[key])
+    return None if record[key] in (None, "") else str(record[key])
 
 
 def _is_text(value: Any) -> bool:

@@ -171,7 +171,8 @@ def _readable(checkpoint: Path, policy: Policy) -> Iterator[int]:
         yield saved["step"]
     except (OSError, ValueError, KeyError, CheckpointException) as error:
         raise CheckpointError(
-            f"{checkpoint} cannot be read ({error}); expected a whole checkpoint; delete it to use the one before"
+            f"{checkpoint} cannot be read ({error}); expected a whole checkpoint; delete it to use the one before, "
+            "if there is one"
         ) from error
 
 

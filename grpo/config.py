@@ -53,7 +53,7 @@ class RunConfig:
 class ModelConfig:
     path: str  # Hugging Face directory of the policy to train
     reference: str | None = None  # Hugging Face directory of the reference policy; null is model.path
-    train_tower: bool = True  # False freezes the audio tower; it then stands whole on each rank
+    train_tower: bool = True  # False freezes the audio tower, as adapters do anyway; it then stands whole on each rank
     tower_cache: CountOrZero = 1024  # MiB per rank for what a frozen tower has heard
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation, and of weights that are not trained
     master_dtype: Literal["float32", "bfloat16"] = "float32"  # of trained weights and the optimizer's state
@@ -221,6 +221,10 @@ def _check_together(config: Config, *, source: str) -> None:
             f"{source}: optim.warmup_steps must be at most optim.steps ({config.optim.steps}), "
             f"not {config.optim.warmup_steps}"
         )
+    if config.lora.path is not None and config.lora.rank:
+        raise ConfigError(f"{source}: lora.rank and lora.path are both set; saved adapters bring their own rank")
+    if not config.lora.targets:
+        raise ConfigError(f"{source}: lora.targets is empty; it names the layers that get an adapter")
     if config.model.master_dtype == "bfloat16" and config.model.dtype != "bfloat16":
         raise ConfigError(f"{source}: model.master_dtype=bfloat16 needs model.dtype=bfloat16: it is computed in that")
     if config.data.held_out and config.data.validation is not None:

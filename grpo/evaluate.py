@@ -39,7 +39,8 @@ def evaluate(
 
 def blank_row(question: Any) -> dict:
     """The row of a question that could not be asked: wrong, unless its answer is not known anyway."""
-    correct = None if getattr(question, "answer", -1) is None else False
+    hidden = getattr(question, "answer", -1) is None and not question.truth
+    correct = None if hidden else False
     return _place(question) | {"prediction": "", "correct": correct, "stopped": None}
 
 

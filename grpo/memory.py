@@ -134,13 +134,13 @@ class Units:
         adapters = setting.lora_rank * shape.adapters
         root = shape.root - (tower.rest if whole else 0)
         self.trained = adapters * shape.layers if lora else shape.parameters - whole
-        self.frozen_host = d * frozen // n if setting.offload and n > 1 else 0  # bytes
+        self.frozen_host = d * frozen // n if setting.offload else 0  # bytes
         self.frozen_device = d * whole + d * frozen // n - self.frozen_host  # bytes
         self.root_trained = 0 if lora else root
         self.layer_trained = adapters if lora else shape.layer
         self.embedding_trained = 0 if lora else shape.vocabulary * shape.hidden
         self.tower_layer = 0 if whole else tower.layer
-        gathers = n > 1 or not lora
+        gathers = n > 1 or not lora or setting.offload
         self.root = root if gathers else 0
         self.layer = (shape.layer if gathers else 0) + (adapters if lora else 0)
         self.all = self.root + shape.layers * self.layer + tower.layers * self.tower_layer

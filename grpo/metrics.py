@@ -126,11 +126,17 @@ class Phases:
 
 
 def peak_gib(device: torch.device) -> float:
-    """The most memory in GiB that this process has held so far: tensors on its GPU, or, on the CPU, all of it."""
+    """The most memory in GiB that this process held: tensors on its GPU since `restart_peak`; on the CPU, all of it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes on macOS, else KiB
+
+
+def restart_peak(device: torch.device) -> None:
+    """Let `peak_gib` begin anew, where it can: on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def reduce_sums(values: dict[str, float], group: dist.ProcessGroup | None = None) -> dict[str, float]:

@@ -23,11 +23,13 @@ def sample(
     max_new_tokens: int,
     temperature: float,
     keys: Sequence[Sequence[int]] | None = None,
+    stop: bool = True,
 ) -> Rollout:
     """Draw `group_size` completions of each prompt from the policy at `temperature`; 0 takes the likeliest token.
 
     keys: what each prompt's draws are a function of, as integers, (seed, step, example) in training; not needed at
     temperature 0. The same prompt with the same key gives the same completions, whatever stands beside it.
+    stop: False lets every completion run into the limit, to see whether that fits in memory.
     Call it under `gathered(policy)` when the policy is sharded: ranks may stop at different lengths.
     """
     if keys is None and temperature > 0:
@@ -35,7 +37,7 @@ def sample(
     uniforms = None
     if temperature > 0:
         uniforms = torch.cat([_uniforms(key, group_size, max_new_tokens) for key in keys]).to(policy.device)
-    return policy(_sample, tuple(prompts), group_size, max_new_tokens, temperature, uniforms)
+    return policy(_sample, tuple(prompts), group_size, max_new_tokens, temperature, uniforms, stop)
 
 
 def _uniforms(key: Sequence[int], group_size: int, steps: int) -> torch.Tensor:
@@ -51,10 +53,11 @@ def _sample(
     limit: int,
     temperature: float,
     uniforms: torch.Tensor | None,
+    stop: bool = True,
 ) -> Rollout:
     device = policy.device
     count, rows = len(prompts), len(prompts) * group_size
-    stop_ids = torch.tensor(policy.stop_ids, device=device)
+    stop_ids = torch.tensor(policy.stop_ids if stop else [], device=device)
     embeddings, lengths = policy.embed(prompts)  # (N, P, D), (N,)
     longest = embeddings.shape[1]
     prompt = prompt_layout(lengths, longest)

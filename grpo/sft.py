@@ -35,8 +35,9 @@ class SupervisedTrainer(Trainer):
         sums = self.update(batch, step, examples)
         return reduce_sums(sums) | {"tokens": count}
 
-    def longest_batch(self, example: Any, prompts: tuple[Prompt, ...]) -> Batch:
-        return self._batch([example] * len(prompts), prompts)[0]
+    def longest_batch(self, prompts: tuple[Prompt, ...]) -> Batch:
+        longest = max(self.data.examples, key=lambda example: len(self.target(example)))
+        return self._batch([longest] * len(prompts), prompts)[0]
 
     def _batch(self, examples: Sequence[Any], prompts: tuple[Prompt, ...]) -> tuple[Batch, float]:
         """The examples with their answers as completions, and how many tokens these have over all ranks."""

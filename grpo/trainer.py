@@ -15,7 +15,7 @@ from grpo.checkpoint import export, export_adapters, load_checkpoint, save_check
 from grpo.config import Config, to_yaml
 from grpo.evaluate import Judge, accuracies, evaluate
 from grpo.loss import Sums, policy_loss, token_weights
-from grpo.metrics import Metrics, Phases, peak_gib, reduce_sums
+from grpo.metrics import Metrics, Phases, peak_gib, reduce_sums, restart_peak
 from grpo.optimizer import allocate_moments, build_optimizer, clip_gradients, learning_rate
 from grpo.sampler import sample
 from grpo.scorer import score
@@ -40,6 +40,8 @@ class TrainingData(Protocol):
 
     def longest(self) -> tuple[Any, Prompt]:
         """The example with the longest prompt."""
+
+    examples: Sequence[Any]  # all that there are
 
 
 class MemoryProbeError(RuntimeError):
@@ -182,6 +184,7 @@ class Trainer:
             self._evaluate(0)
         for step in range(start, config.optim.steps):
             self.phases.start()
+            restart_peak(self.world.device)
             metrics = self.step(step) | {"lr": self.learning_rate(step), "memory/peak_gib": peak_gib(self.world.device)}
             done = step + 1
             self.metrics.log(done, metrics | self.phases.seconds())
@@ -206,17 +209,17 @@ class Trainer:
         """
         example, prompt = self.data.longest()
         prompts = (prompt,) * (self.config.optim.prompts_per_step // self.world.size)
-        allocate_moments(self.optimizer)  # they come with the first step; the ones after it must fit beside them
-        batch = None
         try:
-            batch = self.longest_batch(example, prompts)
+            allocate_moments(self.optimizer)  # they come with the first step; the ones after it must fit beside them
+            if self.validation is not None:
+                self._draw((prompt,) * self.config.evaluation.batch, 1)
+            batch = self.longest_batch(prompts)
             self.accumulate(batch)
         except torch.OutOfMemoryError as error:
-            tokens = f"a prompt of {len(prompt.ids)} tokens"
-            tokens += f" and {batch.group_size} completions of {batch.tokens.shape[1]}" if batch is not None else ""
             raise MemoryProbeError(
-                f"out of memory on rank {self.world.rank} with {example.line or example.id}, {tokens}, the longest of "
-                f"the data ({error}); launch/plan.py with the same arguments says what to change"
+                f"out of memory on rank {self.world.rank} with {example.line or example.id}, a prompt of "
+                f"{len(prompt.ids)} tokens, the longest of the data ({error}); launch/plan.py with the same arguments "
+                "says what to change"
             ) from error
         self.optimizer.zero_grad()
         self.optimizer.state.clear()
@@ -228,25 +231,32 @@ class Trainer:
                 flush=True,
             )
 
-    def longest_batch(self, example: Any, prompts: tuple[Prompt, ...]) -> Batch:
-        """A batch of these prompts with completions up to the limit, after a rollout and a reference pass."""
-        group_size, limit = self.config.rollout.group_size, self.config.rollout.max_new_tokens
-        with gathered(self.policy):
-            sample(self.policy, prompts, group_size=group_size, max_new_tokens=limit, temperature=0)
-        tokens = torch.full((len(prompts) * group_size, limit), self.policy.stop_ids[0], device=self.world.device)
-        mask = torch.ones_like(tokens, dtype=torch.bool)
-        zeros = torch.zeros(mask.shape, device=self.world.device)
-        rollout = Rollout(prompts, group_size, tokens, mask, logprobs=zeros, stopped=mask[:, 0])
+    def longest_batch(self, prompts: tuple[Prompt, ...]) -> Batch:
+        """A batch of these prompts with completions as long as may be, after the rollout and the reference pass."""
+        rollout = self._draw(prompts, self.config.rollout.group_size)
         return Batch(
             prompts,
-            group_size,
-            tokens,
-            mask,
-            weights=self._weights(mask, mask.numel() * self.world.size),
+            rollout.group_size,
+            rollout.tokens,
+            rollout.mask,
+            weights=self._weights(rollout.mask, rollout.mask.numel() * self.world.size),
             old_logprobs=rollout.logprobs,
             ref_logprobs=self._reference_logprobs(rollout),
-            advantages=zeros[:, 0],
+            advantages=torch.zeros(len(rollout.tokens), device=self.world.device),
         )
+
+    def _draw(self, prompts: tuple[Prompt, ...], group_size: int) -> Rollout:
+        """Completions that all run into the limit."""
+        with gathered(self.policy):
+            return sample(
+                self.policy,
+                prompts,
+                group_size=group_size,
+                max_new_tokens=self.config.rollout.max_new_tokens,
+                temperature=self.config.rollout.temperature,
+                keys=[(place,) for place in range(len(prompts))],
+                stop=False,
+            )
 
     def learning_rate(self, step: int) -> float:
         optim = self.config.optim

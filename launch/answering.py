@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,10 +30,25 @@ def answer_benchmark(argv: list[str], *, silent: bool, audio: bool, choices: boo
     config = load_config(argv)
     if config.data.test is None:
         raise ConfigError("data.test is missing; it names the JSONL file of the questions to answer")
+    refuse_another(config)
     with joined_world(threads=config.run.threads) as world:
         announce(config, world)
         policy = make_policy(config, world, train=False)
         answer_test(config, world, policy, name=config.model.path, silent=silent, audio=audio, choices=choices)
+
+
+def refuse_another(config: Config) -> None:
+    """Refuse to write over the evaluation of another model, or on another test."""
+    path = Path(config.run.directory) / "evaluation.json"
+    if not path.exists():
+        return
+    before, now = json.loads(path.read_text())["config"], dataclasses.asdict(config)
+    for section, key in (("model", "path"), ("lora", "path"), ("data", "test")):
+        old, new = before[section][key], now[section][key]
+        if old != new:
+            raise ConfigError(
+                f"{path} is the evaluation of {section}.{key}={old}, not {new}; choose another run.directory"
+            )
 
 
 def answer_test(

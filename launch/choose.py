@@ -4,10 +4,11 @@
     torchrun --nproc-per-node GPUS launch/choose.py RUN [section.key=value ...]
 
 RUN is the run.directory of a training run with checkpoint.weights=true and data.validation or data.held_out. Prints a
-table over its checkpoints and writes RUN/choice.json, and the test's files beside it where data.test is set.
+table over its checkpoints and writes RUN/choice.json, and the test's files in RUN/chosen where data.test is set.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from answering import answer_test
@@ -24,7 +25,9 @@ def main(argv: list[str]) -> None:
     if not argv or "=" in argv[0]:
         raise ConfigError("the first argument must be the run.directory of a run: RUN [section.key=value ...]")
     directory = Path(argv[0])
-    config = load_config([str(directory / "config.yaml"), f"run.directory={directory}", *argv[1:]])
+    config = load_config(
+        [str(directory / "config.yaml"), f"run.directory={directory}", "sharding.replicas=1", *argv[1:]]
+    )
     there = checkpoints(directory / "checkpoints")
     if not there:
         raise CheckpointError(f"{directory / 'checkpoints'}: no checkpoints; expected a run with checkpoint.every")
@@ -49,6 +52,8 @@ def main(argv: list[str]) -> None:
             print(f"to keep it: python launch/export.py {directory} --step {chosen}", flush=True)
         if config.data.test is not None:
             load_weights(next(path for path in there if step_of(path) == chosen), policy)
+            # Beside the run's own files, so that an evaluation of model.path there does not overwrite it.
+            config = replace(config, run=replace(config.run, directory=str(directory / "chosen")))
             answer_test(config, world, policy, name=f"checkpoint {chosen} of {directory}")
 
 

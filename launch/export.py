@@ -19,7 +19,7 @@ from grpo.sharding import joined_world
 
 def main(argv: list[str]) -> None:
     arguments = parse(argv)
-    config = load_config([str(arguments.run / "config.yaml"), f"run.directory={arguments.run}"])
+    config = load_config([str(arguments.run / "config.yaml"), f"run.directory={arguments.run}", "sharding.replicas=1"])
     checkpoint = find(arguments.run / "checkpoints", arguments.step)
     kind = "adapters" if arguments.adapters else "model"
     target = arguments.to or arguments.run / f"{kind}-{step_of(checkpoint):06d}"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from resume import check_run_directory
 
 from data.audio import load_waveform
 from data.choices import is_correct
@@ -22,7 +23,6 @@ from data.rewards import RewardError, find_reward, reward_matrix
 from grpo.checkpoint import CheckpointError
 from grpo.config import Config, ConfigError, to_yaml
 from grpo.metrics import peak_gib
-from grpo.resume import check_run_directory
 from grpo.sharding import World, device_mesh, gather_rows, joined_world, shard
 from grpo.trainer import MemoryProbeError, NonFiniteError, Trainer
 from models.loading import load_policy
@@ -55,7 +55,7 @@ def train(config: Config, make_trainer: Callable[..., Trainer]) -> None:
         check_training(config, world)
         policy = make_policy(config, world)
         examples, held_out = training_examples(config, world, policy)
-        validation = held_out and (lambda: validation_batches(config, world, policy, held_out))
+        validation = (lambda: validation_batches(config, world, policy, held_out)) if held_out else None
         with training_loader(config, world, policy, examples) as loader:
             make_trainer(config, world, policy, data=loader, validation=validation, judge=judge).train()
             if loader.bad:
@@ -81,15 +81,15 @@ def check_training(config: Config, world: World) -> None:
             f"optim.prompts_per_step is {config.optim.prompts_per_step}; "
             f"it must be a multiple of the number of processes, {world.size}"
         )
-    if config.evaluation.every and config.data.validation is None and not config.data.held_out:
-        raise ConfigError(
-            "evaluation.every is set but neither data.validation nor data.held_out is; one gives questions"
-        )
+    evaluates = config.evaluation.every or config.evaluation.before
+    if evaluates and config.data.validation is None and not config.data.held_out:
+        raise ConfigError("evaluation is asked for, but neither data.validation nor data.held_out gives questions")
 
 
 def make_policy(config: Config, world: World, *, train: bool = True) -> Policy:
     """The policy of model.path with its adapters, sharded over the world."""
-    return _load(config, world, config.model.path, lora=lora_of(config), offload=config.sharding.offload, train=train)
+    lora = lora_of(config) if train or config.lora.path else None  # new adapters are there to be trained
+    return _load(config, world, config.model.path, lora=lora, offload=config.sharding.offload, train=train)
 
 
 def make_reference(config: Config, world: World, policy: Policy) -> Policy | WithoutAdapters | None:
@@ -132,18 +132,18 @@ def _load(config: Config, world: World, path: str, *, lora: Lora | None, offload
         recompute=model.recompute,
         shard=partial(shard, mesh=mesh, dtype=dtype, reshard=config.sharding.reshard, offload=offload),
     )
-    _report_loading(policy, path, peak_gib(torch.device("cpu")) - before, world)
+    _report_loading(policy, path, "policy" if train else "frozen policy", peak_gib(torch.device("cpu")) - before, world)
     return policy
 
 
-def _report_loading(policy: Policy, path: str, grown: float, world: World) -> None:
+def _report_loading(policy: Policy, path: str, kind: str, grown: float, world: World) -> None:
     peaks = gather_rows([grown], world)
     if peaks is not None:
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in policy.parameters()]
         count, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
         print(
-            f"{path}: {count / 1e6:.1f} M parameters, {trained / 1e6:.1f} M to train; the peak of host memory grew by "
-            f"{', '.join(f'{peak:.2f}' for peak in peaks)} GiB while loading on {world.size} ranks",
+            f"{kind} {path}: {count / 1e6:.4g} M parameters, {trained / 1e6:.3g} M to train; the peak of host memory "
+            f"grew by {', '.join(f'{peak:.2f}' for peak in peaks)} GiB while loading on {world.size} ranks",
             flush=True,
         )
 

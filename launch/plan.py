@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from parts import run
+from parts import lora_of, run
 
 from grpo.config import Config, ConfigError, load_config
 from grpo.memory import PARTS, Plan, Setting, Work, plan
@@ -44,7 +44,8 @@ def main(argv: list[str]) -> None:
     options, words = _parser().parse_known_args(argv)
     config = load_config(words)
     planned = Run(config, options.gpus, options.seconds or config.data.max_seconds, options.text, options.sft)
-    shape = shape_of(build_outline(_model_config(config, options.shape)), targets=config.lora.targets)
+    lora = lora_of(config) or config.lora  # what adapters there would be is needed to advise them
+    shape = shape_of(build_outline(_model_config(config, options.shape)), targets=lora.targets)
     result, limit = predict(shape, planned), USABLE * options.memory * GIB
     print(describe(shape, planned, result, options.memory))
     changes = [] if result.peak <= limit else remedies(shape, planned, limit)
@@ -95,8 +96,8 @@ def predict(shape: Shape, planned: Run) -> Plan:
         evaluated=config.evaluation.batch if config.evaluation.every else 0,
         samples=not planned.sft,
     )
-    lora = config.lora.rank > 0
-    copy = not lora or config.model.reference not in (None, config.model.path)
+    lora = lora_of(config)
+    copy = lora is None or config.model.reference not in (None, config.model.path)
     setting = Setting(
         shards=gpus // config.sharding.replicas,
         dtype=BYTES[config.model.dtype],
@@ -105,7 +106,7 @@ def predict(shape: Shape, planned: Run) -> Plan:
         tower_cache=config.model.tower_cache * 2**20,
         recompute=config.model.recompute,
         reshard=config.sharding.reshard,
-        lora_rank=config.lora.rank,
+        lora_rank=lora.rank if lora else 0,
         reference="none" if config.loss.beta == 0 or planned.sft else "copy" if copy else "adapters",
         offload=config.sharding.offload,
         offload_reference=config.sharding.offload_reference,
@@ -173,7 +174,7 @@ def _candidates(planned: Run) -> Iterator[Change]:
         ("model", "master_dtype", "bfloat16"),
     ):
         now = getattr(getattr(config, section), key)
-        if now != value and not (section == "lora" and now):
+        if now != value and not (section == "lora" and lora_of(config)):
             yield section, key, value
         if (section, key) == ("sharding", "reshard"):
             yield from _fewer_at_once(config)

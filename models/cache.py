@@ -47,10 +47,10 @@ class TowerCache:
 
     def __init__(self, capacity: int):
         self.capacity = capacity
-        self._heard: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+        self._heard: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._bytes = 0
 
-    def get(self, sound: bytes, hear: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def get(self, sound: str, hear: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The tower's output for a clip, from memory or by `hear`."""
         output = self._heard.pop(sound, None)
         if output is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -48,7 +49,7 @@ def load_policy(
     """
     directory = _directory(path)
     policy = build_policy(directory)
-    policy.device = torch.device(device)
+    policy.device, policy.name = torch.device(device), str(path)
     if not train_tower:
         policy.freeze_tower()
     if lora is not None:
@@ -122,7 +123,10 @@ def _directory(path: str | Path) -> Path:
     directory = Path(path)
     if not directory.is_dir():
         if str(path).count("/") != 1 or str(path).startswith((".", "/")):
-            raise PolicyError(f"{path}: no such directory; expected a Hugging Face checkpoint directory or a hub name")
+            raise PolicyError(
+                f"{path}: no such directory (working directory {os.getcwd()}); expected a Hugging Face checkpoint "
+                "directory or a hub name"
+            )
         from huggingface_hub import snapshot_download
 
         try:
@@ -180,7 +184,10 @@ def _fill(policy: Policy, directory: Path, dtype: torch.dtype, master_dtype: tor
     problems += [f"{name} is not part of the model" for name in sorted(left)]
     if problems:
         more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise PolicyError(f"{directory}: the weights do not fit config.json: {'; '.join(problems[:5])}{more}")
+        where = (
+            f"{directory} with the adapters of {policy.lora.path}" if policy.lora and policy.lora.path else directory
+        )
+        raise PolicyError(f"{where}: the weights do not fit config.json: {'; '.join(problems[:5])}{more}")
     policy.model.load_state_dict(state, assign=True)
     for module in policy.modules():
         for name, buffer in module._buffers.items():
@@ -213,7 +220,7 @@ class StoredTensors:
         if stored is None:
             yield None
             return
-        with safe_open(self._files[stored], framework="pt") as file:
+        with _opened(self._files[stored]) as file:
             yield file.get_slice(stored)
 
 
@@ -221,7 +228,10 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
     """Stored tensor name -> the safetensors file that holds it."""
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        return {name: directory / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        try:
+            return {name: directory / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        except (ValueError, KeyError) as error:
+            raise PolicyError(f"{index}: cannot be read ({error}); expected a weight_map; copy it again") from error
     single = directory / "model.safetensors"
     if not single.exists():
         raise PolicyError(f"{directory}: neither model.safetensors nor {index.name} is there")
@@ -229,8 +239,20 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
 
 
 def _tensors_of(path: Path) -> dict[str, Path]:
-    with safe_open(path, framework="pt") as file:
+    with _opened(path) as file:
         return {name: path for name in file.keys()}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file; whatever is wrong with it, here or while it is read, as a PolicyError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise PolicyError(
+            f"{path}: is missing or broken ({error}); expected a safetensors file; copy it again"
+        ) from error
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

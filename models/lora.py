@@ -158,7 +158,7 @@ def write_adapters(policy: Policy, tensors: dict[str, torch.Tensor], directory: 
     save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
     settings = {
         "peft_type": "LORA",
-        "base_model_name_or_path": str(policy.directory),
+        "base_model_name_or_path": policy.name,
         "r": policy.lora.rank,
         "lora_alpha": policy.lora.alpha,
         "lora_dropout": 0.0,

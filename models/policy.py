@@ -37,7 +37,7 @@ class Prompt:
     ids: torch.Tensor
     log_mel: torch.Tensor | None = None
     frames: int = 0
-    sound: bytes = b""
+    sound: str = ""
 
 
 class Policy(nn.Module):
@@ -82,6 +82,7 @@ class Policy(nn.Module):
         return None
 
     directory: Path  # the checkpoint it was built from
+    name: str  # what it was asked for by: a directory or a hub name
     device = torch.device("cpu")  # where it computes; its weights may be kept in host memory
     sample_rate: int | None = None  # Hz of the waveforms `prepare` takes; None for a text-only policy
     reshards = False  # whether sharding frees each layer's gathered weights after its forward

@@ -102,7 +102,7 @@ class Qwen2AudioPolicy(Policy):
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
         ids = torch.tensor(self.tokenizer(chat, add_special_tokens=False)["input_ids"])
-        sound = hashlib.blake2b(mel.numpy(), digest_size=16).digest()
+        sound = hashlib.blake2b(mel.numpy(), digest_size=16).hexdigest()
         return Prompt(ids=self._expand(ids, audio_tokens(frames)), log_mel=mel, frames=frames, sound=sound)
 
     def embed(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:

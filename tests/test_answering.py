@@ -15,9 +15,9 @@ import soundfile
 from answering import answer_benchmark, answers, with_shuffled_audio
 from parts import checked_questions, evaluation_share, make_policy, waveform_of
 
-from data.benchmarks import BENCHMARKS, mmau
+from data.benchmarks import BENCHMARKS, judged, mmau
 from data.examples import Example, load_examples
-from grpo.config import load_config
+from grpo.config import ConfigError, load_config
 from grpo.sharding import World, exchange_rows
 from tests.clips import write_questions
 from tests.ranks import on_ranks
@@ -181,3 +181,26 @@ def test_a_benchmark_with_hidden_answers_and_equal_choices_is_answered_as_it_is(
     assert [row["correct"] is None for row in result["rows"]] == [True, False, False]
     assert result["total"] == 2
     assert "1 of 3 questions have no known answer" in capsys.readouterr().out
+
+
+def test_an_answer_that_is_no_choice_is_judged_by_its_words_where_the_rule_does(config, tmp_path):
+    path = write_questions(tmp_path / "odd", 2, name="test", line1={"answer": "a bell ringing"})
+    example = load_examples(path, benchmark=True)[0][0]
+    assert (example.answer, example.truth) == (None, "a bell ringing")
+    completion = "<answer>Ringing: a bell</answer>"
+    right = {name: judged(example, completion, benchmark) for name, benchmark in BENCHMARKS.items()}
+    assert right == {"strict": False, "mmau": True, "mmar": True, "mmsu": False}
+    ask([str(config), f"data.test={path}", "evaluation.benchmark=mmau"])
+    result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert result["total"] == 2
+    assert json.loads((tmp_path / "run" / "answers.json").read_text())[0]["answer"] == "a bell ringing"
+
+
+def test_an_evaluation_of_another_model_or_test_is_not_written_over(config, tmp_path):
+    path = write_questions(tmp_path / "other", 2, name="test")
+    ask([str(config)])
+    before = (tmp_path / "run" / "evaluation.json").read_text()
+    with pytest.raises(ConfigError, match=r"evaluation.json is the evaluation of data.test=.*; choose another run.dir"):
+        ask([str(config), f"data.test={path}"])
+    assert (tmp_path / "run" / "evaluation.json").read_text() == before
+    ask([str(config)])

@@ -45,7 +45,7 @@ def test_a_run_is_chosen_from_and_its_test_reported_once(run, tmp_path, capsys):
     assert choice["step"] == min(step for step in accuracies if accuracies[step] == 1.0)
     assert f"checkpoint {choice['step']} of {tmp_path}/run on 3 questions of {test}, by the rule of mmau" in said
     assert said.count("by the rule of mmau") == 1
-    result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    result = json.loads((tmp_path / "run" / "chosen" / "evaluation.json").read_text())
     assert [row["id"] for row in result["rows"]] == ["test-0", "test-1", "test-2"]
 
 
@@ -58,10 +58,21 @@ def test_the_weights_of_each_checkpoint_are_its_own(run, tmp_path):
     test = write_questions(tmp_path / "test", 3, name="test")
     choose.main([str(tmp_path / "run"), f"data.test={test}"])
     chosen = json.loads((tmp_path / "run" / "choice.json").read_text())["step"]
-    rows = json.loads((tmp_path / "run" / "evaluation.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "run" / "chosen" / "evaluation.json").read_text())["rows"]
     export.main([str(tmp_path / "run"), "--step", str(chosen), "--to", str(tmp_path / "model")])
     evaluate.main([*run, f"model.path={tmp_path}/model", f"run.directory={tmp_path}/again", f"data.test={test}"])
     assert json.loads((tmp_path / "again" / "evaluation.json").read_text())["rows"] == rows
+
+
+def test_a_run_of_two_replicas_is_chosen_from_and_exported_by_one_process(run, tmp_path):
+    import export
+
+    sft.main([*run, "optim.steps=12"])
+    path = tmp_path / "run" / "config.yaml"
+    path.write_text(path.read_text().replace("replicas: 1", "replicas: 2"))
+    choose.main([str(tmp_path / "run")])
+    export.main([str(tmp_path / "run")])
+    assert (tmp_path / "run" / "model-000012").is_dir()
 
 
 def test_nothing_to_choose_from_or_by_is_said(tmp_path, settings, qwen2_audio_dir):

@@ -232,3 +232,17 @@ def test_a_missing_file_is_named_with_the_working_directory(tmp_path, monkeypatc
 def test_a_command_line_without_a_file_says_how_it_is_written(argv):
     with pytest.raises(ConfigError, match=r"CONFIG\.yaml \[section\.key=value"):
         load_config(argv)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["lora.rank=4", "lora.path=adapters"], "lora.rank and lora.path are both set"),
+        (["lora.targets=[]"], "lora.targets is empty"),
+        (["data.held_out=5", "data.validation=v.jsonl"], "data.held_out and data.validation are both set"),
+        (["model.master_dtype=bfloat16"], "model.master_dtype=bfloat16 needs model.dtype=bfloat16"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(load, overrides, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load(MINIMAL, *overrides)

@@ -41,7 +41,7 @@ def test_it_trains_chooses_a_checkpoint_and_answers_the_test(name, tmp_path, qwe
     assert ("kl" in lines[0]) == (verb is train)
     choose.main([str(tmp_path / "run")])
     assert json.loads((tmp_path / "run" / "choice.json").read_text())["step"] in (1, 2)
-    answers = json.loads((tmp_path / "run" / "answers.json").read_text())
+    answers = json.loads((tmp_path / "run" / "chosen" / "answers.json").read_text())
     assert [row["id"] for row in answers] == ["test-0", "test-1", "test-2"] and "model_prediction" in answers[0]
 
 

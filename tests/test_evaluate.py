@@ -51,10 +51,13 @@ def test_accuracies_worked_by_hand():
 
 def test_a_question_that_could_not_be_asked_is_wrong_unless_its_answer_is_hidden():
     asked = SimpleNamespace(id="q", task="sound", category="c", sub_category="s", difficulty="hard", answer=0)
+    asked.truth = ""
     row = {"id": "q", "task": "sound", "category": "c", "sub_category": "s", "difficulty": "hard"}
     assert blank_row(asked) == row | {"prediction": "", "correct": False, "stopped": None}
     asked.answer = None
     assert blank_row(asked)["correct"] is None
+    asked.truth = "none of the choices"
+    assert blank_row(asked)["correct"] is False
     assert blank_row(BadExample("test.jsonl:3", "q", "no JSON"))["correct"] is False
 
 

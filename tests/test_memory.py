@@ -118,6 +118,13 @@ def test_what_is_offloaded_is_counted_in_host_memory_instead():
     assert here.host == 0 and there.host == (16 + 2) * shape.parameters // 4
 
 
+def test_adapters_on_one_rank_are_offloaded_with_what_they_adapt():
+    setting = dataclasses.replace(ONE, lora_rank=8, reference="adapters", offload=True)
+    result, tower = plan(shape_7b(), work(), setting), shape_7b().tower.parameters
+    assert result.phases["optimizer"]["weights"] == 2 * tower, "the tower alone stands on the device"
+    assert result.host > 2 * (shape_7b().parameters - tower)
+
+
 def test_an_evaluation_counts_its_own_prompts():
     asked = plan(shape_7b(), dataclasses.replace(work(), evaluated=16), FOUR)
     # layers * (keys and values) * D * bytes * prompts * tokens

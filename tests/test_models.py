@@ -267,3 +267,26 @@ def test_mini_takes_its_tower_from_a_whisper_encoder(tmp_path):
     for name, parameter in policy.tower.named_parameters():
         assert torch.equal(parameter, expected[name]), name
     assert len(policy.prepare("What?", waveform(1, 0)).ids) > 25
+
+
+@pytest.mark.parametrize("fault", ["missing", "cut off", "no safetensors", "broken index"])
+def test_a_faulty_file_of_a_checkpoint_is_named(fault, qwen2_audio_dir, tmp_path):
+    directory = shutil.copytree(qwen2_audio_dir, tmp_path / "copy")
+    state = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    save_file(state, directory / "model-1.safetensors")
+    index = {"weight_map": dict.fromkeys(state, "model-1.safetensors")}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    load_policy(directory)
+    file = directory / "model-1.safetensors"
+    if fault == "missing":
+        file.unlink()
+    elif fault == "cut off":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif fault == "no safetensors":
+        file.write_bytes(b"nothing of the kind")
+    else:
+        file = directory / "model.safetensors.index.json"
+        file.write_text(file.read_text()[:50])
+    with pytest.raises(PolicyError, match=f"{file.name}: .*copy it again"):
+        load_policy(directory)

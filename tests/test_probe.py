@@ -106,3 +106,52 @@ def test_questions_held_out_of_the_training_data_are_validated_on(settings, tmp_
     on_ranks(1, run)
     lines = [json.loads(line) for line in open(config.data.train)]
     assert len(lines) == 12
+
+
+def test_the_probe_draws_to_the_limit_and_tries_an_evaluation(settings, tmp_path, monkeypatch):
+    """The small model stops at a fifth of its tokens; the probe's completions may not."""
+    config = load_config([*settings, f"run.directory={tmp_path}/run", "evaluation.batch=3", "rollout.max_new_tokens=9"])
+    drawn = []
+    sample = trainer_module.sample
+
+    def recorded(policy, prompts, **kwargs):
+        rollout = sample(policy, prompts, **kwargs)
+        drawn.append((len(prompts), rollout.mask.shape, bool(rollout.mask.all())))
+        return rollout
+
+    def run(world: World) -> None:
+        trainer = build(world, config)
+        trainer.validation = lambda: []
+        monkeypatch.setattr(trainer_module, "sample", recorded)
+        trainer.probe()
+
+    on_ranks(1, run)
+    assert drawn == [(3, (3, 9), True), (4, (16, 9), True)]
+
+
+def test_the_probe_of_supervised_training_takes_the_longest_answer(settings, tmp_path):
+    questions = write_questions(tmp_path, 4, line2={"multi_choice": ["rain", "a very long story about a dog"]})
+    config = load_config([*settings, f"run.directory={tmp_path}/run", f"data.train={questions}"])
+
+    def run(world: World) -> None:
+        trainer = build(world, config, SupervisedTrainer, target=lambda example: example.answer_text)
+        _, prompt = trainer.data.longest()
+        batch = trainer.longest_batch((prompt, prompt))
+        longest = trainer.policy.completion_ids("a very long story about a dog")
+        assert batch.tokens.shape == (2, len(longest)) and batch.mask.all()
+
+    on_ranks(1, run)
+
+
+def test_moments_that_do_not_fit_are_said_like_all_else(settings, tmp_path, monkeypatch):
+    config = load_config([*settings, f"run.directory={tmp_path}/run"])
+
+    def too_much(optimizer):
+        raise torch.OutOfMemoryError("no room for moments")
+
+    def run(world: World) -> None:
+        monkeypatch.setattr(trainer_module, "allocate_moments", too_much)
+        build(world, config).probe()
+
+    with pytest.raises(MemoryProbeError, match="no room for moments"):
+        on_ranks(1, run)

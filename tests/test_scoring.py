@@ -127,3 +127,15 @@ def test_scoring_loads_no_framework_and_a_mistake_is_one_line(tmp_path):
     command = [sys.executable, script, "--score", str(tmp_path / "none")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_an_empty_answer_is_an_unknown_one_and_each_benchmark_looks_for_its_own_key_first(tmp_path):
+    rows = [
+        {"id": 1, "choices": ["dog", "cat"], "answer": "", "model_prediction": "hello"},
+        {"id": 2, "choices": ["dog", "cat"], "answer": "dog", "answer_prediction": "dog", "model_prediction": "noise"},
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    for name, correct in (("mmar", True), ("mmau", False)):
+        scoring.score_file(str(tmp_path / "rows.json"), benchmark=name, out=str(tmp_path / "out.json"))
+        result = json.loads((tmp_path / "out.json").read_text())
+        assert [row["correct"] for row in result["rows"]] == [None, correct]

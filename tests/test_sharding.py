@@ -120,8 +120,3 @@ def test_pure_bfloat16_trains_in_bfloat16(settings, tmp_path):
         assert any(not torch.equal(b, a.full_tensor()) for b, a in zip(before, trained, strict=True))
 
     on_ranks(1, run)
-
-
-def test_a_bfloat16_master_needs_a_bfloat16_computation(settings):
-    with pytest.raises(ConfigError, match="model.master_dtype=bfloat16 needs model.dtype=bfloat16"):
-        load_config([*settings, "run.directory=run", "model.master_dtype=bfloat16"])

@@ -193,7 +193,14 @@ def test_a_conversation_that_is_no_multiple_choice_question_says_so(change, kind
 def test_the_answers_that_mmau_keeps_are_unknown_and_those_missing_elsewhere_are_a_fault(answer):
     assert SOURCES["mmau"].question({**MMAU, "answer": answer}).answer is None
     with pytest.raises(SourceError):
-        SOURCES["mmar"].question({**MMAR, "answer": answer})
+        SOURCES["audiomcq"].question({**AUDIOMCQ, "answer": answer})
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "key"), [("mmau", MMAU, "answer"), ("mmar", MMAR, "answer"), ("mmsu", MMSU, "answer_gt")]
+)
+def test_a_benchmarks_answer_that_is_no_choice_stays_as_it_is(name, row, key):
+    assert SOURCES[name].question({**row, key: "none of them"}).answer == "none of them"
 
 
 def test_categories_may_be_lists_and_numbers_are_texts():

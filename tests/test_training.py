@@ -18,7 +18,7 @@ from grpo.sampler import sample
 from grpo.scorer import score
 from grpo.sft import SupervisedTrainer
 from grpo.sharding import World
-from grpo.trace import read_step
+from grpo.trace import read_step, write_step
 from grpo.trainer import NonFiniteError
 from grpo.types import Batch
 from tests.clips import write_questions
@@ -256,3 +256,23 @@ def test_a_number_that_is_not_one_stops_the_run_and_keeps_the_step(settings, tmp
     batch, record = read_step(path)
     assert record["step"] == 0 and len(record["examples"]) == 4
     assert batch.advantages.isnan().any() and batch.tokens.shape == batch.mask.shape
+
+
+def test_a_run_may_not_be_resumed_with_other_weights_trained(settings, tmp_path):
+    run = [*settings, f"run.directory={tmp_path}/run", "optim.steps=1", "checkpoint.every=1"]
+    on_ranks(1, train, run)
+    with pytest.raises(ConfigError, match="model.train_tower is False, but the run in .* was started with True"):
+        on_ranks(1, train, [*run, "run.resume=true", "model.train_tower=false"])
+
+
+def test_an_evaluation_without_questions_is_refused_at_the_start(settings, tmp_path):
+    with pytest.raises(ConfigError, match="neither data.validation nor data.held_out gives questions"):
+        on_ranks(1, train, [*settings, f"run.directory={tmp_path}/run", "evaluation.before=true"])
+
+
+def test_a_kept_step_of_text_alone_can_be_read(case, tmp_path):
+    tokens = torch.zeros(3, 2, dtype=torch.long)
+    mask = torch.ones(3, 2, dtype=torch.bool)
+    write_step(tmp_path / "step.pt", Batch(case.prompts, 1, tokens, mask, mask.float()), step=0, rank=0, examples=["q"])
+    batch, _ = read_step(tmp_path / "step.pt")
+    assert [prompt.sound for prompt in batch.prompts] == [prompt.sound for prompt in case.prompts]

@@ -33,6 +33,19 @@ def find_answer(answer: str, choices: Sequence[str]) -> int:
     raise SourceError("answer not among the choices", f"the answer {answer!r} is none of the choices {list(choices)}")
 
 
+def benchmark_answer(answer: str, choices: Sequence[str]) -> int | str | None:
+    """An answer of a benchmark: the index of its choice, its own text where it is none of them, None where it is empty.
+
+    A benchmark's question is never left out for its answer: its own script asks and counts it as well.
+    """
+    if not answer.strip():
+        return None
+    try:
+        return find_answer(answer, choices)
+    except SourceError:
+        return answer
+
+
 def split_label(answer: str) -> tuple[str, str]:
     """The letter and the text of "B. text"; ("B", "") of a letter alone; ("", text) of a text without one."""
     answer = answer.strip()

@@ -1,10 +1,10 @@
 """MMAR (Ma et al., 2025): MMAR-meta.json, an array, or MMAR-meta.jsonl.
 
-Confirmed by the columns of copies on the hub and by published readers: all keys below. A few answers are not word for
-word among the choices; the ones that the matcher of the rewards cannot place are left out and listed.
+Confirmed by the columns of copies on the hub and by published readers: all keys below. A few answers are none of the
+choices; they stay as they are, to be judged as MMAR's script does.
 """
 
-from data.sources.answers import find_answer
+from data.sources.answers import benchmark_answer
 from data.sources.rows import Question, label, text, texts
 
 
@@ -16,7 +16,7 @@ def question(row: dict) -> Question:
         clips=(text(row, "audio_path"),),
         text=text(row, "question"),
         choices=choices,
-        answer=find_answer(text(row, "answer"), choices),
+        answer=benchmark_answer(text(row, "answer"), choices),
         task=label(row, "modality"),
         category=label(row, "category"),
         sub_category=label(row, "sub-category", "subcategory", "sub_category"),

@@ -4,7 +4,7 @@ Confirmed by the files in Sakshi113/MMAU: all keys below, and the clip's path in
 questions of the test are not public: `answer` is empty there, and null in what becomes of it.
 """
 
-from data.sources.answers import find_answer
+from data.sources.answers import benchmark_answer
 from data.sources.rows import Question, label, text, texts
 
 
@@ -16,7 +16,7 @@ def question(row: dict) -> Question:
         clips=(text(row, "audio_id"),),
         text=text(row, "question"),
         choices=choices,
-        answer=find_answer(answer, choices) if answer.strip() else None,
+        answer=benchmark_answer(answer, choices),
         task=label(row, "task"),
         category=label(row, "category"),
         sub_category=label(row, "sub-category"),

@@ -1,11 +1,10 @@
 """MMSU (Wang et al., 2025): question/mmsu.jsonl of ddwang2000/MMSU.
 
-Confirmed by the authors' mmsu_inference.py: all keys below, and that `choice_c` and `choice_d` may be
-missing; by a
+Confirmed by the authors' mmsu_inference.py: all keys below, and that `choice_c` and `choice_d` may be missing; by a
 published reader: that choices and answers may be bare numbers.
 """
 
-from data.sources.answers import find_answer
+from data.sources.answers import benchmark_answer
 from data.sources.rows import Question, label, text
 
 
@@ -18,7 +17,7 @@ def question(row: dict) -> Question:
         clips=(text(row, "audio_path"),),
         text=text(row, "question"),
         choices=choices,
-        answer=find_answer(text(row, "answer_gt"), choices),
+        answer=benchmark_answer(text(row, "answer_gt"), choices),
         task=label(row, "task_name"),
         category=label(row, "category"),
         sub_category=label(row, "sub-category"),

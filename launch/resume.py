@@ -9,11 +9,13 @@ import yaml
 
 from grpo.config import Config, ConfigError
 
-# What the steps before a resume were a function of, and the steps behind it must be too.
+# What may not change when a run is resumed: the model, what of it is trained, and the order of the data. The rest, such
+# as rates and rewards, is whose resumes it to answer for.
 FIXED = (
     ("run", "seed"),
     ("model", "path"),
     ("model", "reference"),
+    ("model", "train_tower"),
     ("lora", "rank"),
     ("lora", "alpha"),
     ("lora", "targets"),
