@@ -11,7 +11,7 @@ import evaluate
 import pytest
 
 from data.errors import DataError
-from data.scoring import read_predictions
+from data.scoring import read_predictions, score_file
 
 ROWS = [
     {"id": "a", "choices": ["Man", "Woman"], "answer": "Man", "model_prediction": "A man.", "task": "sound"},
@@ -136,6 +136,6 @@ def test_an_empty_answer_is_an_unknown_one_and_each_benchmark_looks_for_its_own_
     ]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     for name, correct in (("mmar", True), ("mmau", False)):
-        scoring.score_file(str(tmp_path / "rows.json"), benchmark=name, out=str(tmp_path / "out.json"))
+        score_file(str(tmp_path / "rows.json"), benchmark=name, out=str(tmp_path / "out.json"))
         result = json.loads((tmp_path / "out.json").read_text())
         assert [row["correct"] for row in result["rows"]] == [None, correct]
