@@ -52,10 +52,10 @@ def _score(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     hidden = _predicting_states(policy, prompts, tokens, group_size)[mask]  # (scored, D)
     chosen = tokens[mask]
-    parts = [
-        checkpoint(_chosen, policy, h, c, temperature, use_reentrant=False)
-        for h, c in zip(hidden.split(CHUNK), chosen.split(CHUNK), strict=True)
-    ]
+    chunks = list(zip(hidden.split(CHUNK), chosen.split(CHUNK), strict=True))
+    parts = [checkpoint(_chosen, policy, h, c, temperature, use_reentrant=False) for h, c in chunks[:-1]]
+    # The backward begins with the last chunk: to compute it again there would free nothing in between.
+    parts += [_chosen(policy, h, c, temperature) for h, c in chunks[-1:]]
     logprobs, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
     empty = torch.zeros(mask.shape, device=mask.device)
     return empty.masked_scatter(mask, logprobs), empty.masked_scatter(mask, entropy)
