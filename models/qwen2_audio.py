@@ -45,7 +45,12 @@ CONV_REACH = 2  # mel frames behind a clip that the tower's two convolutions sti
 
 def audio_tokens(frames: int | torch.Tensor) -> int | torch.Tensor:
     """Audio embeddings of a clip of `frames` mel frames (100 per second): 25 per second."""
-    return ((frames - 1) // 2 + 1 - 2) // 2 + 1
+    return (_places(frames) - 2) // 2 + 1
+
+
+def _places(frames: int | torch.Tensor) -> int | torch.Tensor:
+    """Positions of the tower's layers for a clip of `frames` mel frames: 50 per second."""
+    return (frames - 1) // 2 + 1
 
 
 class Qwen2AudioPolicy(Policy):
@@ -142,9 +147,12 @@ class Qwen2AudioPolicy(Policy):
         mels = nn.utils.rnn.pad_sequence([prompt.log_mel.T for prompt in prompts], batch_first=True)
         hidden = mels.transpose(1, 2).to(self.device, tower.conv1.weight.dtype)
         hidden = F.gelu(tower.conv2(F.gelu(tower.conv1(hidden)))).transpose(1, 2)  # (N, S, D), 50 per second
+        hidden = hidden[:, : _places(max(prompt.frames for prompt in prompts))]
         hidden = hidden + tower.embed_positions.weight[: hidden.shape[1]]
         place = torch.arange(hidden.shape[1], device=self.device)
-        mask = (place < ((frames - 1) // 2 + 1)[:, None])[:, None, None].expand(-1, 1, len(place), -1)
+        mask = None
+        if len({prompt.frames for prompt in prompts}) > 1:
+            mask = (place < _places(frames)[:, None])[:, None, None].expand(-1, 1, len(place), -1)
         for layer in tower.layers:
             hidden = layer(hidden, mask)
         hidden = tower.layer_norm(tower.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2))  # 25 per second
