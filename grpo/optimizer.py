@@ -11,16 +11,14 @@ from torch.nn.utils import clip_grad_norm_
 from models.policy import Policy
 
 
-def build_optimizer(
-    policy: Policy, *, weight_decay: float, betas: tuple[float, float], fused: bool
-) -> torch.optim.AdamW:
+def build_optimizer(policy: Policy, *, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
     """AdamW over the trained parameters; weights of layers decay, biases and norms do not."""
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=betas, fused=fused)
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=betas, fused=True)
 
 
 def allocate_moments(optimizer: torch.optim.Optimizer) -> None:

@@ -78,9 +78,7 @@ class Trainer:
         self.data, self.rewards, self.validation, self.judge = data, rewards, validation, judge
         self.directory = Path(config.run.directory)
         optim = config.optim
-        self.optimizer = build_optimizer(
-            policy, weight_decay=optim.weight_decay, betas=(optim.beta1, optim.beta2), fused=world.device.type == "cuda"
-        )
+        self.optimizer = build_optimizer(policy, weight_decay=optim.weight_decay, betas=(optim.beta1, optim.beta2))
         self.metrics = Metrics(self.directory, rank=world.rank, total_steps=optim.steps, show=self.shown)
         self.phases = Phases(world.device)
 

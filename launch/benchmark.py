@@ -99,7 +99,7 @@ class HarkSide:
         self.policy.model.generation_config.eos_token_id = self.policy.audio_id
         self.prompts = tuple(self.policy.prepare(QUESTION, waveform) for waveform in work.waveforms())
         # At rate 0 an update costs the same, and every turn begins with the same weights.
-        self.optimizer = build_optimizer(self.policy, weight_decay=0.0, betas=(0.9, 0.999), fused=False)
+        self.optimizer = build_optimizer(self.policy, weight_decay=0.0, betas=(0.9, 0.999))
         self.model, self.reference_model = self.policy.model, self.frozen.model
 
     def rollout(self) -> Rollout:

@@ -96,7 +96,7 @@ def simulate(
                 min(work.frames + CONV_REACH, 2 * config.audio_config.max_source_positions),
             )
             prompts = (Prompt(ids, mel, work.frames),) * work.prompts
-            optimizer = build_optimizer(policy, weight_decay=0.0, betas=(0.9, 0.999), fused=True)
+            optimizer = build_optimizer(policy, weight_decay=0.0, betas=(0.9, 0.999))
             for parameter in policy.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
             _update(policy, optimizer)

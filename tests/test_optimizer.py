@@ -28,7 +28,7 @@ def test_an_unknown_schedule_is_refused():
 
 def test_matrices_decay_and_vectors_do_not(causal_lm_dir):
     policy = load_policy(causal_lm_dir)
-    optimizer = build_optimizer(policy, weight_decay=0.1, betas=(0.9, 0.99), fused=False)
+    optimizer = build_optimizer(policy, weight_decay=0.1, betas=(0.9, 0.99))
     assert {group["weight_decay"]: {p.dim() for p in group["params"]} for group in optimizer.param_groups} == {
         0.1: {2},
         0.0: {1},
