@@ -64,7 +64,7 @@ def _sample(
     layout = prompt + branches_layout(lengths, group_size, limit, by_step=True)
     cache = KVCache(longest + group_size * (limit - 1))  # the last token of a branch is drawn, never fed
 
-    hidden = policy.decode(embeddings, tree_masks(policy, prompt, prompt), prompt.position, cache)
+    hidden = policy.decode(embeddings, tree_masks(policy, prompt, prompt, prompt=longest), prompt.position, cache)
     last = hidden[torch.arange(count, device=device), lengths - 1]
     hidden = last.repeat_interleave(group_size, dim=0)  # (B, D)
 

@@ -37,9 +37,16 @@ def log_distribution(policy: Policy, hidden: torch.Tensor, temperature: float) -
     return logits.log_softmax(dim=-1)
 
 
-def tree_masks(policy: Policy, queries: Layout, keys: Layout) -> dict[str, torch.Tensor]:
-    """The tree mask for each type of layer that the policy has."""
-    return {kind: tree_mask(queries, keys, window) for kind, window in policy.windows.items()}
+def tree_masks(policy: Policy, queries: Layout, keys: Layout, *, prompt: int = 0) -> dict[str, torch.Tensor]:
+    """The tree mask for each type of layer that the policy has.
+
+    prompt: how many of the queries, at the head of the row, are the prompt's: plainly causal, they need no mask, except
+    where a layer does not look all the way back.
+    """
+    return {
+        kind: tree_mask(queries[slice(prompt if window is None else 0, None)], keys, window)
+        for kind, window in policy.windows.items()
+    }
 
 
 def _score(
@@ -73,7 +80,8 @@ def _predicting_states(
     steps = tokens.shape[1] - 1
     fed = policy.embed_tokens(tokens[:, :-1]).reshape(count, group_size * steps, width)
     row = prompt_layout(lengths, longest) + branches_layout(lengths, group_size, steps, by_step=False)
-    hidden = policy.decode(torch.cat([embeddings, fed], dim=1), tree_masks(policy, row, row), row.position)
+    masks = tree_masks(policy, row, row, prompt=longest)
+    hidden = policy.decode(torch.cat([embeddings, fed], dim=1), masks, row.position)
     first = hidden[torch.arange(count, device=lengths.device), lengths - 1]
     first = first[:, None, None].expand(-1, group_size, -1, -1)  # (N, G, 1, D)
     rest = hidden[:, longest:].unflatten(1, (group_size, steps)) if steps else first[:, :, :0]

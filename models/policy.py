@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
+from models.attention import use_tree_attention
 from models.cache import TowerCache
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class Policy(nn.Module):
         self.model = model.eval()  # dropout and layer-drop off: the sampler and the scorer are one function
         self.tokenizer = tokenizer
         self._refuse_unmaskable_layers()
+        use_tree_attention(self.decoder.config)
 
     def forward(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run `function(policy, *args, **kwargs)` with every weight it needs gathered."""
@@ -123,12 +125,19 @@ class Policy(nn.Module):
     ) -> torch.Tensor:
         """Run the decoder on embeddings (N, L, D) at positions (N, L): hidden states (N, L, D).
 
-        masks: for each type of layer in `windows`, (N, 1, L, S) bool, True where a query may attend to a key; S counts
-        the cached keys and the new ones.
+        masks: for each type of layer in `windows`, (N, 1, Lm, S) bool, True where a query may attend to a key; S counts
+        the cached keys and the new ones. A mask of Lm < L is for the last Lm queries, and those before are causal.
         """
+        # As addends, once: from booleans sdpa would make them anew in each layer, and keep each for the backward.
+        addends = {
+            kind: torch.zeros(mask.shape, dtype=embeddings.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+            for kind, mask in masks.items()
+        }
         output = self.decoder(
             inputs_embeds=embeddings,
-            attention_mask=masks if getattr(self.decoder.config, "layer_types", None) else next(iter(masks.values())),
+            attention_mask=addends
+            if getattr(self.decoder.config, "layer_types", None)
+            else next(iter(addends.values())),
             position_ids=positions,
             past_key_values=cache,
             use_cache=cache is not None,
