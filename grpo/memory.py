@@ -45,6 +45,11 @@ class Work:
         """Tokens of a row: the prompt and G branches, whose last tokens are drawn but never fed."""
         return self.prompt + self.group_size * (self.max_new_tokens - 1)
 
+    def mask(self, d: int) -> int:
+        """Bytes of the branches' mask in scoring, which all layers share: booleans, and addends of d bytes."""
+        branches = self.length - self.prompt
+        return (1 + d) * self.micro_batch * branches * self.length
+
     @property
     def scored(self) -> int:
         """Completion tokens of a micro-batch."""
@@ -179,7 +184,7 @@ def _rollout(shape: Shape, work: Work, units: Units) -> Iterator[dict[str, int]]
     d, n, gathered = units.setting.dtype, work.prompts, units.setting.dtype * units.all
     cache = shape.layers * 2 * shape.kv_heads * shape.head_size * d * n * work.length
     prompt = n * work.prompt
-    prefill = prompt * (shape.passing(d) + work.prompt * (1 + d) + d * shape.hidden)
+    prefill = prompt * (shape.passing(d) + d * shape.hidden)
     repeated = 2 * d * n * work.length * shape.attention if shape.kv_heads < shape.heads else 0  # keys and values
     decode = n * work.group_size * work.length * (FLOAT + d) + repeated
     drawn = 20 * n * work.group_size * shape.vocabulary
@@ -195,7 +200,7 @@ def _reference(shape: Shape, work: Work, units: Units) -> Iterator[dict[str, int
     s, d = units.setting, units.setting.dtype
     gathered = units.reference_passing if s.reference == "copy" else units.gathered()
     tokens = work.micro_batch * work.length
-    passing = tokens * (shape.passing(d) + work.length * (1 + d))
+    passing = tokens * shape.passing(d) + work.mask(d)
     yield {"gathered": gathered, "activations": passing}
     yield {"gathered": gathered, "activations": 2 * d * work.scored * shape.hidden, "logits": _head(shape, work)}
     if shape.tower:
@@ -213,29 +218,28 @@ def _backward(shape: Shape, work: Work, units: Units) -> Iterator[dict[str, int]
     in the first micro-batch, the sharded ones that are yet to come.
     """
     s, d, tokens = units.setting, units.setting.dtype, work.micro_batch * work.length
-    mask = tokens * work.length
-    layer, inputs = tokens * shape.kept(d) + d * mask, d * tokens * shape.hidden
-    decoder = shape.layers * (inputs if s.recompute else layer)
+    layer, inputs = tokens * shape.kept(d), d * tokens * shape.hidden
+    decoder = shape.layers * (inputs if s.recompute else layer) + work.mask(d)
     again = layer if s.recompute else 0  # the activations of the layer that is computed again
     clips, tower = (work.micro_batch, work.frames, d), shape.tower if units.tower_layer else None
     heard = tower.kept(*clips) if tower else 0
     if tower:
         decoder += tower.layers * (tower.inputs(*clips) if s.recompute else heard) + tower.convolutions(*clips)
-    in_tower = decoder - shape.layers * (inputs if s.recompute else layer)
+    in_tower = decoder - shape.layers * (inputs if s.recompute else layer) - work.mask(d)
     embedding, adds = d * units.embedding_trained, work.prompts > work.micro_batch
     early = 0 if adds else units.sharded(units.trained)
     late = 0 if adds else units.sharded(units.trained - shape.layers * units.layer_trained)
     yield {"gathered": d * units.root + units.entry, "activations": in_tower}
-    yield {  # the head's logits, computed again in its backward
+    yield {  # the head's logits, of a chunk at a time
         "gathered": units.gathered(),
         "gradients": (embedding if work.scored > CHUNK else 0) - early,
-        "activations": decoder + mask + tokens * shape.hidden * (FLOAT + 2 * d) + 2 * d * work.scored * shape.hidden,
+        "activations": decoder + tokens * shape.hidden * (FLOAT + 2 * d) + 2 * d * work.scored * shape.hidden,
         "logits": _head(shape, work),
     }
     yield {  # the last layer, while the one behind it is reduced
         "gathered": units.gathered(),
         "gradients": embedding + (d + FLOAT) * units.layer_trained - early,
-        "activations": decoder + again + mask + tokens * shape.gradients(d),
+        "activations": decoder + again + tokens * shape.gradients(d),
     }
     yield {  # the embeddings: the gradients of the head, of the completions' and of the prompts' embeddings
         "gathered": d * units.root,

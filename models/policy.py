@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
-from models.attention import use_tree_attention
+from models.attention import TREE, use_tree_attention
 from models.cache import TowerCache
 
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ class Policy(nn.Module):
                 "layers (full or sliding) can take; choose a model with attention in every layer"
             )
         # Eager attention adds a boolean mask as numbers and is silently wrong.
-        if config._attn_implementation != "sdpa":
+        if config._attn_implementation not in ("sdpa", TREE):
             raise PolicyError(f"the decoder's attention is {config._attn_implementation!r}; the tree mask needs 'sdpa'")
 
 

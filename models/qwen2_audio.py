@@ -144,15 +144,18 @@ class Qwen2AudioPolicy(Policy):
         """
         tower = self.tower
         frames = torch.tensor([prompt.frames for prompt in prompts], device=self.device)
-        mels = nn.utils.rnn.pad_sequence([prompt.log_mel.T for prompt in prompts], batch_first=True)
-        hidden = mels.transpose(1, 2).to(self.device, tower.conv1.weight.dtype)
+        hidden = nn.utils.rnn.pad_sequence([prompt.log_mel.T for prompt in prompts], batch_first=True)
+        hidden = hidden.transpose(1, 2).to(self.device, tower.conv1.weight.dtype)
         hidden = F.gelu(tower.conv2(F.gelu(tower.conv1(hidden)))).transpose(1, 2)  # (N, S, D), 50 per second
         hidden = hidden[:, : _places(max(prompt.frames for prompt in prompts))]
         hidden = hidden + tower.embed_positions.weight[: hidden.shape[1]]
         place = torch.arange(hidden.shape[1], device=self.device)
         mask = None
         if len({prompt.frames for prompt in prompts}) > 1:
-            mask = (place < _places(frames)[:, None])[:, None, None].expand(-1, 1, len(place), -1)
+            # Addends in one row, for all layers: from booleans each would make, and keep, a square of its own.
+            behind = (place >= _places(frames)[:, None])[:, None, None]  # (N, 1, 1, S)
+            mask = torch.zeros(behind.shape, dtype=hidden.dtype, device=self.device).masked_fill(behind, -torch.inf)
+            mask = mask.expand(-1, -1, len(place), -1)
         for layer in tower.layers:
             hidden = layer(hidden, mask)
         hidden = tower.layer_norm(tower.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2))  # 25 per second

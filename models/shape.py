@@ -2,8 +2,8 @@
 
 Layers are those of transformers' Qwen2 and of its Whisper-like towers under sdpa; others hold about as much. Attention
 is counted as fused kernels do it (CUDA's memory-efficient one, the CPU's flash one): they keep query, key, value,
-output, one float32 per head and query, and the mask, which sdpa turns from boolean into one addend in the compute dtype
-per pair of tokens, anew in each layer; but no attention probabilities, which only the unfused kernel keeps.
+output and one float32 per head and query; but no attention probabilities, which only the unfused kernel keeps. The
+mask is one for all layers.
 
 Letters: D hidden, I inner size of the MLP, A heads * head size, d bytes of the compute dtype; norms compute in float32.
 """
@@ -36,10 +36,10 @@ class Tower:
         return self.layers * self.layer + self.rest
 
     def kept(self, clips: int, frames: int, d: int) -> int:
-        """Bytes that a layer keeps for its backward: two norms' inputs and outputs, attention, the MLP, the mask."""
+        """Bytes that a layer keeps for its backward: two norms' inputs and outputs, attention, the MLP."""
         length = frames // 2 + 1  # 50 per second
         per_token = d * (8 * self.width + 2 * self.inner) + FLOAT * self.heads
-        return clips * length * (per_token + d * length)
+        return clips * length * per_token
 
     def gradients(self, clips: int, frames: int, d: int) -> int:
         """Bytes of gradients of activations at the height of a layer's backward: in its MLP."""
@@ -56,7 +56,7 @@ class Tower:
     def passing(self, clips: int, frames: int, d: int) -> int:
         """Bytes of a forward without gradient at its height: in an MLP or in the first convolution."""
         length = frames // 2 + 1
-        return d * clips * length * (max(2 * self.inner + 2 * self.width, 6 * self.width) + length)
+        return d * clips * length * (max(2 * self.inner + 3 * self.width, 6 * self.width))
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Shape:
         return self.heads * self.head_size
 
     def kept(self, d: int) -> int:
-        """Bytes per token, beside the mask, that a decoder layer keeps for its backward.
+        """Bytes per token that a decoder layer keeps for its backward.
 
         Two norms, (4 + 2 d) D each: the input in float32, the normalised input and the output. Attention, 4 d A + 4
         heads: query, key, value (once per query head), output, log-sum. MLP, 4 d I: gate, its activation, up, product.
