@@ -1,7 +1,7 @@
 """The formula of the necessary multiply-adds against what torch counts while the real model runs.
 
 Torch counts every pair of a masked attention, so the products of attention are compared for themselves, and the pairs
-that count are held against the tree mask. The tower runs two frames more, which its convolutions reach behind a clip.
+that count are held against the tree mask. The tower's convolutions run two frames more, which they reach behind a clip.
 """
 
 from dataclasses import replace
@@ -48,8 +48,9 @@ def test_each_pass_costs_what_torch_counts(side):
     assert rollout == pytest.approx(expected.forward, rel=0.01)
     assert forward == pytest.approx(expected.forward, rel=0.01)
     assert backward - again == pytest.approx(expected.backward, rel=0.01)
-    row, places = len(side.prompts[0].ids) + 3 * 4, 402 // 2
-    assert attention == 2 * (len(whole.windows) * whole.pair * row**2 + whole.heard_pair * places**2)
+    prompt, branches, places = len(side.prompts[0].ids), 3 * 4, 400 // 2
+    pairs = prompt**2 + branches * (prompt + branches)  # the prompt's own, causal, and the branches' with the whole row
+    assert attention == 2 * (len(whole.windows) * whole.pair * pairs + whole.heard_pair * places**2)
 
 
 @pytest.mark.parametrize("window", [None, 7])
