@@ -103,23 +103,29 @@ def table(rows: Sequence[dict], examples: Sequence[Example], others: Mapping[str
     names = ["all", *NAMES.values(), *(f"  {value}" for groups in sections.values() for value in groups)]
     width = max(map(len, names)) + 2
     main = share(rows)
-    lines = [f"{'':{width}}{'right/total':>13}{'%':>8}{'95 % interval':>17}", _line("all", main, width)]
+    lines = [heading("", width), line("all", main, width)]
     if "strict" in others:
-        lines.append(_line(NAMES["strict"], others["strict"], width))
+        lines.append(line(NAMES["strict"], others["strict"], width))
     for name, groups in sections.items():
         if groups:
-            lines += ["", name, *(_line(f"  {value}", group, width) for value, group in groups.items())]
+            lines += ["", name, *(line(f"  {value}", group, width) for value, group in groups.items())]
     without = baseline_figures(examples)
     if without:
         lines += ["", "baselines", *(f"{'  ' + NAMES[key]:{width + 13}}{100 * x:8.1f}" for key, x in without.items())]
     controls = {name: other for name, other in others.items() if name != "strict"}
     if controls:
         lines += ["", f"{'controls':{width + 38}}{'difference':>12}"]
-        lines += [_line(f"  {NAMES[name]}", other, width, main) for name, other in controls.items()]
+        lines += [line(f"  {NAMES[name]}", other, width, main) for name, other in controls.items()]
     return "\n".join(lines)
 
 
-def _line(name: str, figure: Share, width: int, main: Share | None = None) -> str:
+def heading(name: str, width: int) -> str:
+    """What stands above `line`s."""
+    return f"{name:{width}}{'right/total':>13}{'%':>8}{'95 % interval':>17}"
+
+
+def line(name: str, figure: Share, width: int, main: Share | None = None) -> str:
+    """A share with its name in so many columns; beside another, with its difference."""
     if not figure.total:
         return f"{name:{width}}{'0/0':>13}"
     low, high = figure.interval

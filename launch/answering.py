@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from parts import announce, bad_log, checked_questions, evaluation_share, make_policy, waveform_of
+from resume import changed
 
 from data.benchmarks import BENCHMARKS, judged, write_answers
 from data.choices import shuffle_choices
@@ -42,13 +43,9 @@ def refuse_another(config: Config) -> None:
     path = Path(config.run.directory) / "evaluation.json"
     if not path.exists():
         return
-    before, now = json.loads(path.read_text())["config"], dataclasses.asdict(config)
-    for section, key in (("model", "path"), ("lora", "path"), ("data", "test")):
-        old, new = before[section][key], now[section][key]
-        if old != new:
-            raise ConfigError(
-                f"{path} is the evaluation of {section}.{key}={old}, not {new}; choose another run.directory"
-            )
+    before = json.loads(path.read_text())["config"]
+    for name, old, new in changed(before, config, (("model", "path"), ("lora", "path"), ("data", "test"))):
+        raise ConfigError(f"{path} is the evaluation of {name}={old}, not {new}; choose another run.directory")
 
 
 def answer_test(

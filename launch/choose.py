@@ -7,18 +7,20 @@ RUN is the run.directory of a training run with checkpoint.weights=true and data
 table over its checkpoints and writes RUN/choice.json, and the test's files in RUN/chosen where data.test is set.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 from answering import answer_test
 from parts import announce, judge, make_policy, run, training_examples, validation_batches
 
-from data.report import Share, share
+from data.report import Share, heading, line, share
+from data.scoring import write_json
 from grpo.checkpoint import CheckpointError, checkpoints, load_weights, step_of
 from grpo.config import ConfigError, load_config
 from grpo.evaluate import evaluate
 from grpo.sharding import exchange_rows, joined_world
+
+WIDTH = 8  # of the column of steps
 
 
 def main(argv: list[str]) -> None:
@@ -47,7 +49,7 @@ def main(argv: list[str]) -> None:
         (chosen,) = exchange_rows([best(shares)] if world.is_main else [], world)
         if world.is_main:
             record = {str(step): s._asdict() | {"accuracy": s.accuracy} for step, s in shares.items()}
-            (directory / "choice.json").write_text(json.dumps({"step": chosen, "validation": record}, indent=1) + "\n")
+            write_json(directory / "choice.json", {"step": chosen, "validation": record})
             print(table(shares, chosen))
             print(f"to keep it: python launch/export.py {directory} --step {chosen}", flush=True)
         if config.data.test is not None:
@@ -64,13 +66,8 @@ def best(shares: dict[int, Share]) -> int:
 
 def table(shares: dict[int, Share], chosen: int) -> str:
     """One line per checkpoint, the chosen one marked."""
-    lines = [f"{'step':>8}{'right/total':>14}{'%':>8}{'95 % interval':>17}"]
-    for step, s in shares.items():
-        low, high = s.interval
-        limits = f"{100 * low:.1f} - {100 * high:.1f}"
-        mark = "  chosen" if step == chosen else ""
-        lines.append(f"{step:8}{f'{s.right}/{s.total}':>14}{100 * s.accuracy:8.1f}{limits:>17}{mark}")
-    return "\n".join(lines)
+    lines = [line(str(step), figure, WIDTH) + "  chosen" * (step == chosen) for step, figure in shares.items()]
+    return "\n".join([heading("step", WIDTH), *lines])
 
 
 if __name__ == "__main__":

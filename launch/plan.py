@@ -9,13 +9,13 @@ Nothing is loaded but the model's config.json: no GPU and no weights are needed.
 import argparse
 import dataclasses
 import itertools
-import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from parts import lora_of, run
 
+from data.scoring import write_json
 from grpo.config import Config, ConfigError, load_config
 from grpo.memory import PARTS, Plan, Setting, Work, plan
 from models.loading import build_outline, read_config
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
         print(advice(changes, limit))
     if options.json:
         record = {"phases": result.phases, "peak": result.peak, "host": result.host, "fits": result.peak <= limit}
-        Path(options.json).write_text(json.dumps(record | {"changes": changes}, indent=1))
+        write_json(Path(options.json), record | {"changes": changes})
 
 
 def _parser() -> argparse.ArgumentParser:

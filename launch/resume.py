@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
@@ -40,11 +41,21 @@ def check_run_directory(config: Config) -> None:
 
 def _refuse_another_run(config: Config, directory: Path) -> None:
     path = directory / "config.yaml"
-    before, now = yaml.safe_load(path.read_text()) if path.exists() else {}, dataclasses.asdict(config)
-    for section, key in FIXED:
+    before = yaml.safe_load(path.read_text()) if path.exists() else {}
+    for name, old, new in changed(before, config, FIXED):
+        raise ConfigError(
+            f"{name} is {new!r}, but the run in {directory} was started with {old!r}; "
+            "resume it with that, or start another run.directory"
+        )
+
+
+def changed(before: dict, config: Config, keys: Sequence[tuple[str, str]]) -> Iterator[tuple[str, object, object]]:
+    """Which of the (section, key) pairs a saved configuration has otherwise: their names, its values and the new ones.
+
+    What the saved one does not have, because it was written before the option was there, counts as the same.
+    """
+    now = dataclasses.asdict(config)
+    for section, key in keys:
         old, new = before.get(section, {}).get(key, now[section][key]), now[section][key]
         if old != new:
-            raise ConfigError(
-                f"{section}.{key} is {new!r}, but the run in {directory} was started with {old!r}; "
-                "resume it with that, or start another run.directory"
-            )
+            yield f"{section}.{key}", old, new
