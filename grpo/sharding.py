@@ -117,7 +117,7 @@ def shard(
         if mesh.size() > 1:  # else nothing is divided, but a factor costs a copy
             unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
-    policy.reshards, policy.offloads = reshard, offload
+    policy.mesh, policy.reshards, policy.offloads = mesh, reshard, offload
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from resume import check_run_directory
+from torch.distributed.device_mesh import DeviceMesh
 
 from data.audio import load_waveform
 from data.choices import is_correct
@@ -89,7 +90,8 @@ def check_training(config: Config, world: World) -> None:
 def make_policy(config: Config, world: World, *, train: bool = True) -> Policy:
     """The policy of model.path with its adapters, sharded over the world."""
     lora = lora_of(config) if train or config.lora.path else None  # new adapters are there to be trained
-    return _load(config, world, config.model.path, lora=lora, offload=config.sharding.offload, train=train)
+    mesh = device_mesh(world, config.sharding.replicas)
+    return _load(config, world, config.model.path, mesh, lora=lora, offload=config.sharding.offload, train=train)
 
 
 def make_reference(config: Config, world: World, policy: Policy) -> Policy | WithoutAdapters | None:
@@ -102,7 +104,9 @@ def make_reference(config: Config, world: World, policy: Policy) -> Policy | Wit
         return None
     if policy.lora is not None and path == config.model.path:
         return WithoutAdapters(policy)
-    reference = _load(config, world, path, lora=None, offload=config.sharding.offload_reference, train=False)
+    # The policy's mesh, because a mesh of replicas brings communicators of its own.
+    offload = config.sharding.offload_reference
+    reference = _load(config, world, path, policy.mesh, lora=None, offload=offload, train=False)
     if policy.tower_cache is not None and path == config.model.path:
         reference.share_tower(policy)
     return reference
@@ -116,9 +120,10 @@ def lora_of(config: Config) -> Lora | None:
     return Lora(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else None
 
 
-def _load(config: Config, world: World, path: str, *, lora: Lora | None, offload: bool, train: bool) -> Policy:
+def _load(
+    config: Config, world: World, path: str, mesh: DeviceMesh, *, lora: Lora | None, offload: bool, train: bool
+) -> Policy:
     model, dtype = config.model, getattr(torch, config.model.dtype)
-    mesh = device_mesh(world, config.sharding.replicas)
     before = peak_gib(torch.device("cpu"))
     policy = load_policy(
         path,

@@ -18,6 +18,8 @@ from models.attention import TREE, use_tree_attention
 from models.cache import TowerCache
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from models.lora import Lora
 
 
@@ -87,6 +89,7 @@ class Policy(nn.Module):
     name: str  # what it was asked for by: a directory or a hub name
     device = torch.device("cpu")  # where it computes; its weights may be kept in host memory
     sample_rate: int | None = None  # Hz of the waveforms `prepare` takes; None for a text-only policy
+    mesh: DeviceMesh | None = None  # the ranks it is sharded over
     reshards = False  # whether sharding frees each layer's gathered weights after its forward
     offloads = False  # whether sharding keeps the weights in host memory
     lora: Lora | None = None  # what its adapters are like, if it has any
