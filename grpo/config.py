@@ -99,6 +99,8 @@ class RolloutConfig:
     group_size: Count = 8  # completions per prompt
     max_new_tokens: Count = 256  # longest completion, in tokens
     temperature: Positive = 1.0  # divides the logits, in sampling and in scoring
+    batch: Count | None = None  # prompts decoded at a time on one rank; one that has ended makes room; null is all
+    cuda_graphs: bool = False  # on a GPU, record the decode step once for each size of it, and replay it
 
 
 @dataclass(frozen=True)

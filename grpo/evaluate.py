@@ -20,16 +20,22 @@ def evaluate(
     world: World,
     *,
     max_new_tokens: int,
+    batch: int,
+    graphs: bool = False,
 ) -> list[dict] | None:
     """Answer every example greedily: on rank 0 one row per example, in rank order; None on the others.
 
-    batches: this rank's (example, prompt) pairs; ranks may have different numbers of them.
+    batches: this rank's (example, prompt) pairs; ranks may have different numbers of them. batch: how many are answered
+    at a time; the larger the batches are than that, the less a long answer holds up the others.
+    graphs: record the decode step as CUDA graphs, on a GPU.
     """
     rows = []
     with gathered(policy):
-        for batch in batches:
-            examples, prompts = zip(*batch, strict=True)
-            rollout = sample(policy, prompts, group_size=1, max_new_tokens=max_new_tokens, temperature=0)
+        for pairs in batches:
+            examples, prompts = zip(*pairs, strict=True)
+            rollout = sample(
+                policy, prompts, group_size=1, max_new_tokens=max_new_tokens, temperature=0, batch=batch, graphs=graphs
+            )
             texts = policy.completion_texts(rollout.tokens, rollout.mask)
             for example, text, stopped in zip(examples, texts, rollout.stopped.tolist(), strict=True):
                 row = _place(example) | {"prediction": text, "correct": judge(example, text), "stopped": stopped}

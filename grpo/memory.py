@@ -28,7 +28,8 @@ class Work:
     """What one rank does in a step: prompts in the rollout, of them `micro_batch` at a time in scoring.
 
     prompt: tokens of a prompt, its audio included; frames: mel frames of its clip, 0 without one; evaluated: prompts
-    at a time in an evaluation, 0 without one; samples: False where completions are given, as in SFT.
+    at a time in an evaluation, 0 without one; decoded: prompts at a time in the rollout, 0 for all of them; samples:
+    False where completions are given, as in SFT.
     """
 
     prompts: int
@@ -38,6 +39,7 @@ class Work:
     group_size: int
     max_new_tokens: int
     evaluated: int = 0
+    decoded: int = 0
     samples: bool = True
 
     @property
@@ -110,10 +112,11 @@ def plan(shape: Shape, work: Work, setting: Setting) -> Plan:
         "reference": 0 if s.offload_reference else units.reference,
         "audio cache": units.cache,
     }
-    phases = {"rollout": _add(kept, _highest(_rollout(shape, work, units)))} if work.samples else {}
-    if work.evaluated:
-        asked = replace(work, prompts=work.evaluated, group_size=1)
-        phases["evaluation"] = _add(kept, _highest(_rollout(shape, asked, units)))
+    at_once = {
+        "rollout": replace(work, prompts=work.decoded or work.prompts) if work.samples else None,
+        "evaluation": replace(work, prompts=work.evaluated, group_size=1) if work.evaluated else None,
+    }
+    phases = {name: _add(kept, _highest(_rollout(shape, drawn, units))) for name, drawn in at_once.items() if drawn}
     if s.reference != "none":
         phases["reference"] = _add(kept, _highest(_reference(shape, work, units)))
     phases["backward"] = _add(kept, {"gradients": sharded}, _highest(_backward(shape, work, units)))
@@ -179,14 +182,14 @@ def _rollout(shape: Shape, work: Work, units: Units) -> Iterator[dict[str, int]]
     """All weights gathered; the KV cache of N rows; then either the prefill's layers or the draws.
 
     KV cache: layers * 2 * kv_heads * head_size * d * N * (P + G (T - 1)).
+    Decode: a layer's scores of a step in float32, thrice, and their weights, (B, heads, P + T - 1).
     Draws: float32 logprobs, then float64 probabilities and their running sum, (B, V): 4 + 8 + 8 bytes.
     """
     d, n, gathered = units.setting.dtype, work.prompts, units.setting.dtype * units.all
     cache = shape.layers * 2 * shape.kv_heads * shape.head_size * d * n * work.length
     prompt = n * work.prompt
     prefill = prompt * (shape.passing(d) + d * shape.hidden)
-    repeated = 2 * d * n * work.length * shape.attention if shape.kv_heads < shape.heads else 0  # keys and values
-    decode = n * work.group_size * work.length * (FLOAT + d) + repeated
+    decode = n * work.group_size * (work.prompt + work.max_new_tokens - 1) * shape.heads * (3 * FLOAT + d)
     drawn = 20 * n * work.group_size * shape.vocabulary
     yield {"gathered": gathered, "KV cache": cache, "activations": prefill}
     yield {"gathered": gathered, "KV cache": cache, "activations": decode, "logits": drawn}

@@ -1,16 +1,19 @@
-"""Prompts -> Rollout: the prompt is prefilled once, then G branches grow behind it, one token each per step."""
+"""Prompts -> Rollout: a prompt is prefilled once, then G branches grow behind it, one token each per step.
+
+A branch that has ended leaves at once, and a prompt whose branches have all ended makes room for the next one, so no
+long completion holds up the others.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from grpo.scorer import log_distribution, tree_masks
-from grpo.tree import branches_layout, prompt_layout
+from grpo.branches import Branches
 from grpo.types import Rollout
-from models.cache import KVCache
 from models.policy import Policy, Prompt
 
 
@@ -23,12 +26,16 @@ def sample(
     max_new_tokens: int,
     temperature: float,
     keys: Sequence[Sequence[int]] | None = None,
+    batch: int | None = None,
+    graphs: bool = False,
     stop: bool = True,
 ) -> Rollout:
     """Draw `group_size` completions of each prompt from the policy at `temperature`; 0 takes the likeliest token.
 
     keys: what each prompt's draws are a function of, as integers, (seed, step, example) in training; not needed at
     temperature 0. The same prompt with the same key gives the same completions, whatever stands beside it.
+    batch: how many prompts are decoded at a time, which is what memory is needed for; None is all.
+    graphs: record the decode step as CUDA graphs, on a GPU.
     stop: False lets every completion run into the limit, to see whether that fits in memory.
     Call it under `gathered(policy)` when the policy is sharded: ranks may stop at different lengths.
     """
@@ -37,7 +44,17 @@ def sample(
     uniforms = None
     if temperature > 0:
         uniforms = torch.cat([_uniforms(key, group_size, max_new_tokens) for key in keys]).to(policy.device)
-    return policy(_sample, tuple(prompts), group_size, max_new_tokens, temperature, uniforms, stop)
+    return policy(
+        _sample,
+        tuple(prompts),
+        group_size=group_size,
+        limit=max_new_tokens,
+        temperature=temperature,
+        uniforms=uniforms,
+        rows=min(batch or len(prompts), len(prompts)),
+        stop=stop,
+        graphs=graphs,
+    )
 
 
 def _uniforms(key: Sequence[int], group_size: int, steps: int) -> torch.Tensor:
@@ -46,56 +63,14 @@ def _uniforms(key: Sequence[int], group_size: int, steps: int) -> torch.Tensor:
     return torch.from_numpy(np.random.Generator(bits).random((group_size, steps)))
 
 
-def _sample(
-    policy: Policy,
-    prompts: tuple[Prompt, ...],
-    group_size: int,
-    limit: int,
-    temperature: float,
-    uniforms: torch.Tensor | None,
-    stop: bool = True,
-) -> Rollout:
-    device = policy.device
-    count, rows = len(prompts), len(prompts) * group_size
-    stop_ids = torch.tensor(policy.stop_ids if stop else [], device=device)
-    embeddings, lengths = policy.embed(prompts)  # (N, P, D), (N,)
-    longest = embeddings.shape[1]
-    prompt = prompt_layout(lengths, longest)
-    layout = prompt + branches_layout(lengths, group_size, limit, by_step=True)
-    cache = KVCache(longest + group_size * (limit - 1))  # the last token of a branch is drawn, never fed
-
-    hidden = policy.decode(embeddings, tree_masks(policy, prompt, prompt, prompt=longest), prompt.position, cache)
-    last = hidden[torch.arange(count, device=device), lengths - 1]
-    hidden = last.repeat_interleave(group_size, dim=0)  # (B, D)
-
-    tokens = torch.full((rows, limit), policy.pad_id, device=device)
-    mask = torch.zeros((rows, limit), dtype=torch.bool, device=device)
-    logprobs = torch.zeros((rows, limit), device=device)
-    running = torch.ones(rows, dtype=torch.bool, device=device)
-    for t in range(limit):
-        distribution = log_distribution(policy, hidden, temperature or 1.0)  # (B, V)
-        drawn = distribution.argmax(dim=-1) if uniforms is None else _draw(distribution, uniforms[:, t])
-        tokens[:, t] = torch.where(running, drawn, tokens[:, t])
-        mask[:, t] = running
-        logprobs[:, t] = distribution.gather(-1, drawn[:, None]).squeeze(-1) * running
-        running = running & ~torch.isin(drawn, stop_ids)
-        if t + 1 == limit or not running.any():
-            break
-        start = longest + t * group_size
-        fed = layout[start : start + group_size]
-        masks = tree_masks(policy, fed, layout[: start + group_size])
-        embedded = policy.embed_tokens(tokens[:, t]).unflatten(0, (count, group_size))
-        hidden = policy.decode(embedded, masks, fed.position, cache).flatten(0, 1)
-
-    used = slice(t + 1)
-    return Rollout(prompts, group_size, tokens[:, used], mask[:, used], logprobs[:, used], ~running)
-
-
-def _draw(distribution: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Tokens (B,) by inverting the cumulative distribution of logprobs (B, V) at uniform (B,).
-
-    In float64: a float32 sum over a vocabulary of 150,000 would round the probability of rare tokens away.
-    """
-    cumulative = distribution.double().exp().cumsum(dim=-1)
-    target = uniform[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=distribution.shape[-1] - 1)
+def _sample(policy: Policy, prompts: tuple[Prompt, ...], **settings) -> Rollout:
+    branches = Branches(policy, prompts, **settings)
+    # Longest first: those beside one another are of like length, and what is there first is the most there will be.
+    waiting = deque(sorted(range(len(prompts)), key=lambda n: -len(prompts[n].ids)))
+    while waiting or branches.alive:
+        if waiting and branches.free:
+            branches.begin([waiting.popleft() for _ in range(min(len(waiting), branches.free))])
+        else:
+            branches.grow()
+        branches.drop_ended(keep_rows=bool(waiting))
+    return branches.rollout()

@@ -32,8 +32,8 @@ def score(
 def log_distribution(policy: Policy, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
     """Vocabulary logprobs (..., V) in float32 behind hidden states (..., D): what is sampled and what is scored."""
     logits = policy.logits(hidden).float() / temperature
-    if policy.suppressed_ids:
-        logits = logits.index_fill(-1, torch.tensor(policy.suppressed_ids, device=logits.device), -torch.inf)
+    for suppressed in policy.suppressed_ids:  # one by one: a list of them would have to be sent to the device
+        logits[..., suppressed] = -torch.inf
     return logits.log_softmax(dim=-1)
 
 
@@ -79,7 +79,7 @@ def _predicting_states(
     count, longest, width = embeddings.shape
     steps = tokens.shape[1] - 1
     fed = policy.embed_tokens(tokens[:, :-1]).reshape(count, group_size * steps, width)
-    row = prompt_layout(lengths, longest) + branches_layout(lengths, group_size, steps, by_step=False)
+    row = prompt_layout(lengths, longest) + branches_layout(lengths, group_size, steps)
     masks = tree_masks(policy, row, row, prompt=longest)
     hidden = policy.decode(torch.cat([embeddings, fed], dim=1), masks, row.position)
     first = hidden[torch.arange(count, device=lengths.device), lengths - 1]

@@ -95,6 +95,8 @@ class Trainer:
                 max_new_tokens=self.config.rollout.max_new_tokens,
                 temperature=temperature,
                 keys=[self.data.key(step, example) for example in examples],
+                batch=self.config.rollout.batch,
+                graphs=self.config.rollout.cuda_graphs,
             )
         with self.phases("reward"):
             completions = self.policy.completion_texts(rollout.tokens, rollout.mask)
@@ -253,6 +255,8 @@ class Trainer:
                 max_new_tokens=self.config.rollout.max_new_tokens,
                 temperature=self.config.rollout.temperature,
                 keys=[(place,) for place in range(len(prompts))],
+                batch=self.config.rollout.batch,
+                graphs=self.config.rollout.cuda_graphs,
                 stop=False,
             )
 
@@ -273,8 +277,11 @@ class Trainer:
     def _evaluate(self, done: int) -> None:
         if self.validation is None or self.judge is None:
             return
-        limit = self.config.rollout.max_new_tokens
-        rows = evaluate(self.policy, self.validation(), self.judge, self.world, max_new_tokens=limit)
+        rollout = self.config.rollout
+        rows = evaluate(
+            self.policy, self.validation(), self.judge, self.world, max_new_tokens=rollout.max_new_tokens,
+            batch=self.config.evaluation.batch, graphs=rollout.cuda_graphs,
+        )  # fmt: skip
         if rows is not None:
             self.metrics.log_event("evaluation", {"step": done} | accuracies(rows, "task"))
 

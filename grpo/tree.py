@@ -3,8 +3,8 @@
     row n:   [ prompt n, P tokens | completion 0 | completion 1 | ... | completion G-1 ]
 
 A token attends to the prompt and to its own branch, never to a sibling, and each branch counts its positions on from
-the prompt's end, as if it stood alone behind it. The sampler and the scorer lay rows out differently (by step, by
-branch) and share this one rule.
+the prompt's end, as if it stood alone behind it. The scorer lays out whole rows; the sampler, which adds a token to
+each branch at a time, lays out each branch with its prompt. They share this one rule.
 """
 
 from __future__ import annotations
@@ -38,19 +38,14 @@ def prompt_layout(lengths: torch.Tensor, longest: int) -> Layout:
     return Layout(torch.full_like(position, PROMPT), position, position < lengths[:, None])
 
 
-def branches_layout(lengths: torch.Tensor, group_size: int, steps: int, *, by_step: bool) -> Layout:
-    """G branches of `steps` tokens behind prompts of the given lengths (N,).
-
-    by_step: the tokens of one step stand together, as the sampler feeds them; otherwise those of one branch.
-    """
+def branches_layout(lengths: torch.Tensor, group_size: int, steps: int) -> Layout:
+    """G branches of `steps` tokens, one behind the other, behind prompts of the given lengths (N,)."""
     branch, step = torch.arange(group_size, device=lengths.device), torch.arange(steps, device=lengths.device)
-    if by_step:
-        branch, step = branch.repeat(steps), step.repeat_interleave(group_size)
-    else:
-        branch, step = branch.repeat_interleave(steps), step.repeat(group_size)
-    position = lengths[:, None] + step
+    position = lengths[:, None] + step.repeat(group_size)
     # Padding behind a completion's end needs no mask: only later tokens of its own branch could see it.
-    return Layout(branch.expand_as(position), position, torch.ones_like(position, dtype=torch.bool))
+    return Layout(
+        branch.repeat_interleave(steps).expand_as(position), position, torch.ones_like(position, dtype=torch.bool)
+    )
 
 
 def tree_mask(queries: Layout, keys: Layout, window: int | None = None) -> torch.Tensor:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from parts import announce, bad_log, checked_questions, evaluation_share, make_policy, waveform_of
+from parts import announce, bad_log, checked_questions, evaluation_settings, evaluation_share, make_policy, waveform_of
 from resume import changed
 
 from data.benchmarks import BENCHMARKS, judged, write_answers
@@ -97,7 +97,7 @@ def answers(
     benchmark = BENCHMARKS[config.evaluation.benchmark]
     batches = evaluation_share(config, world, policy, examples, waveform=waveform, on_bad=on_bad)
     judge = partial(judged, benchmark=benchmark)
-    rows = evaluate(policy, batches, judge, world, max_new_tokens=config.rollout.max_new_tokens)
+    rows = evaluate(policy, batches, judge, world, **evaluation_settings(config))
     if rows is None:
         return None
     asked = {row["id"]: row for row in rows}

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from answering import answer_test
-from parts import announce, judge, make_policy, run, training_examples, validation_batches
+from parts import announce, evaluation_settings, judge, make_policy, run, training_examples, validation_batches
 
 from data.report import Share, heading, line, share
 from data.scoring import write_json
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
         for checkpoint in there:
             load_weights(checkpoint, policy)
             batches = validation_batches(config, world, policy, questions)
-            rows = evaluate(policy, batches, judge, world, max_new_tokens=config.rollout.max_new_tokens)
+            rows = evaluate(policy, batches, judge, world, **evaluation_settings(config))
             if rows is not None:
                 shares[step_of(checkpoint)] = share(rows)
         (chosen,) = exchange_rows([best(shares)] if world.is_main else [], world)

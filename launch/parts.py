@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,9 @@ from models.loading import load_policy
 from models.lora import Lora, WithoutAdapters
 from models.policy import Policy, PolicyError, Prompt
 
+ROUNDS = (
+    4  # batches of an evaluation that are handed to the sampler together, so that one answer makes room for the next
+)
 USER_ERRORS = (ConfigError, DataError, PolicyError, CheckpointError, RewardError, MemoryProbeError, NonFiniteError)
 
 
@@ -204,11 +208,17 @@ def evaluation_share(
         policy.prepare,
         template=config.data.template,
         waveform=waveform,
-        batch=config.evaluation.batch,
+        batch=ROUNDS * config.evaluation.batch,
         workers=config.data.workers,
         skip_bad=config.data.skip_bad,
         on_bad=on_bad,
     )
+
+
+def evaluation_settings(config: Config) -> dict[str, Any]:
+    """How `evaluate` lets a policy answer."""
+    rollout = config.rollout
+    return dict(max_new_tokens=rollout.max_new_tokens, batch=config.evaluation.batch, graphs=rollout.cuda_graphs)
 
 
 def checked_examples(config: Config, world: World, policy: Policy, path: str) -> list[Example]:

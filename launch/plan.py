@@ -86,14 +86,16 @@ def predict(shape: Shape, planned: Run) -> Plan:
     if gpus % config.sharding.replicas:
         raise ConfigError(f"--gpus is {gpus}; it must be a multiple of sharding.replicas, {config.sharding.replicas}")
     frames = round(100 * planned.seconds) if shape.tower else 0
+    prompts = config.optim.prompts_per_step // gpus
     work = Work(
-        prompts=config.optim.prompts_per_step // gpus,
-        micro_batch=min(config.optim.micro_batch, config.optim.prompts_per_step // gpus),
+        prompts=prompts,
+        micro_batch=min(config.optim.micro_batch, prompts),
         prompt=planned.text + (audio_tokens(frames) if shape.tower else 0),
         frames=frames,
         group_size=1 if planned.sft else config.rollout.group_size,
         max_new_tokens=config.rollout.max_new_tokens,
         evaluated=config.evaluation.batch if config.evaluation.every else 0,
+        decoded=min(config.rollout.batch or prompts, prompts),
         samples=not planned.sft,
     )
     lora = lora_of(config)
@@ -177,7 +179,7 @@ def _candidates(planned: Run) -> Iterator[Change]:
         if now != value and not (section == "lora" and lora_of(config)):
             yield section, key, value
         if (section, key) == ("sharding", "reshard"):
-            yield from _fewer_at_once(config)
+            yield from _fewer_at_once(config, config.optim.prompts_per_step // gpus)
         if (section, key) == ("sharding", "offload"):
             yield "rollout", "max_new_tokens", max(config.rollout.max_new_tokens // 2, 1)
             if config.optim.prompts_per_step > gpus:
@@ -185,9 +187,11 @@ def _candidates(planned: Run) -> Iterator[Change]:
     yield "", "gpus", 2 * gpus
 
 
-def _fewer_at_once(config: Config) -> Iterator[Change]:
+def _fewer_at_once(config: Config, prompts: int) -> Iterator[Change]:
     if config.optim.micro_batch > 1:
         yield "optim", "micro_batch", 1
+    if (config.rollout.batch or prompts) > 1:
+        yield "rollout", "batch", max((config.rollout.batch or prompts) // 4, 1)
     if config.evaluation.every and config.evaluation.batch > 1:
         yield "evaluation", "batch", max(config.evaluation.batch // 4, 1)
 

@@ -1,12 +1,18 @@
-"""Attention of a decoder over a group row, on top of transformers' sdpa."""
+"""Attention of a decoder over groups: over whole rows when they are scored, over a cache when they grow."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
+from models.cache import GroupCache
 
 TREE = "tree"  # as an attention implementation in a decoder's config
+
+Attend = Callable[..., torch.Tensor]  # (module, query, key, value, mask, **kwargs) -> (N, L, heads, head size)
 
 
 def tree_attention(
@@ -15,8 +21,16 @@ def tree_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor,
+    attend: Attend | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
+    """What transformers calls in each layer: `attend`, where `Policy.decode` was given one, else `attend_to_row`."""
+    return (attend or attend_to_row)(module, query, key, value, attention_mask, **kwargs), None
+
+
+def attend_to_row(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, **kwargs
+) -> torch.Tensor:
     """Attend under a mask (N, 1, Lm, S) that stands for the last Lm of L queries; those before attend causally.
 
     A prompt at the head of a row sees itself and nothing of the branches, so it needs no mask, and causal kernels skip
@@ -24,15 +38,86 @@ def tree_attention(
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    causal = query.shape[2] - attention_mask.shape[2]
+    causal = query.shape[2] - mask.shape[2]
     kwargs.pop("is_causal", None)
     outputs = []
     if causal:
         own = (tensor[:, :, :causal] for tensor in (query, key, value))
         outputs.append(sdpa_attention_forward(module, *own, None, is_causal=True, **kwargs)[0])
     if causal < query.shape[2]:
-        outputs.append(sdpa_attention_forward(module, query[:, :, causal:], key, value, attention_mask, **kwargs)[0])
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), None
+        outputs.append(sdpa_attention_forward(module, query[:, :, causal:], key, value, mask, **kwargs)[0])
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Attention of prompts to themselves, which leaves their keys and values in rows of a cache."""
+
+    cache: GroupCache
+    rows: Sequence[int]
+
+    def __call__(self, module: torch.nn.Module, query, key, value, mask, **kwargs) -> torch.Tensor:
+        self.cache.fill(module.layer_idx, self.rows, key, value)
+        return attend_to_row(module, query, key, value, mask, **kwargs)
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Attention of one new token of each of B branches to its prompt and to the branch itself, by way of a cache.
+
+    A prompt's keys are read once for all of its branches, and a branch reads no sibling's; so a step costs what its own
+    branches cost, however many there have been.
+
+    step: (B,) where in its branch each token stands. place: (B,) where a branch stands in a grid of R rows of G places,
+    row * G + place. branch: (R * G,) which branch stands there; any, where none does.
+    rows, prompt, steps: how many rows, tokens of a prompt and tokens of a branch are in use.
+    """
+
+    cache: GroupCache
+    step: torch.Tensor
+    place: torch.Tensor
+    branch: torch.Tensor
+    rows: int
+    prompt: int
+    steps: int
+
+    def __call__(self, module: torch.nn.Module, query, key, value, mask, *, scaling, **kwargs) -> torch.Tensor:
+        """query: (B, heads, 1, head size); mask: (B, 1, 1, P + T), of addends; gives (B, 1, heads, head size)."""
+        if kwargs.get("softcap") is not None:
+            raise ValueError("this attention has no softcap")
+        count, heads, size = query.shape[0], key.shape[1], query.shape[-1]
+        branches = torch.arange(count, device=query.device)
+        own = []
+        for kept, new in zip(self.cache.branches(module.layer_idx), (key, value), strict=True):
+            kept[branches, :, self.step] = new[:, :, 0]
+            own.append(kept[:count, :, : self.steps])
+        prompt_keys, prompt_values = (t[: self.rows, :, : self.prompt] for t in self.cache.prompts(module.layer_idx))
+        query = query.reshape(count, heads, -1, size)  # query heads that share a key's are neighbours
+        to_prompt = self._from_rows(_products(self._to_rows(query), prompt_keys))
+        products = torch.cat([to_prompt, _products(query, own[0])], dim=-1)  # (B, heads, shared, P + T)
+        weights = torch.add(mask, products, alpha=scaling).softmax(dim=-1).to(query.dtype)
+        heard = self._from_rows(self._to_rows(weights[..., : self.prompt]) @ prompt_values)
+        return (heard + weights[..., self.prompt :] @ own[1]).reshape(count, 1, -1, size)
+
+    def _to_rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        """(B, heads, shared, X) of branches to (R, heads, G * shared, X) of rows."""
+        grid = tensor[self.branch].unflatten(0, (self.rows, -1))
+        return grid.transpose(1, 2).flatten(2, 3)
+
+    def _from_rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        """(R, heads, G * shared, X) of rows to (B, heads, shared, X) of branches."""
+        grid = tensor.unflatten(2, (len(self.branch) // self.rows, -1))
+        return grid.transpose(1, 2).flatten(0, 1)[self.place]
+
+
+def _products(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Queries (..., Lq, size) times keys (..., Lk, size), in float32: in half, scores would lose their last digits."""
+    if queries.dtype == torch.float32:
+        return queries @ keys.mT
+    if queries.is_cuda:
+        products = torch.bmm(queries.flatten(0, 1), keys.flatten(0, 1).mT, out_dtype=torch.float32)
+        return products.unflatten(0, queries.shape[:2])
+    return queries.float() @ keys.float().mT
 
 
 def use_tree_attention(config) -> None:

@@ -1,42 +1,59 @@
-"""What is computed once and kept: the keys and values of a group row, and what a frozen tower has heard."""
+"""What is computed once and kept: the keys and values of groups, and what a frozen tower has heard."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 
-class KVCache:
-    """Preallocated key-value cache with the two methods that transformers' decoders call.
+class GroupCache:
+    """Keys and values of a rollout, layer by layer: a prompt's stand once for its group, a branch has its own.
 
-    A decode step writes its keys behind those of the steps before it; the prompt's stand once for the whole group.
-    Memory is taken on the first write, when the shapes are known: layers x 2 x (N, heads, capacity, head size).
+    prompts: (R, heads, P, head size) and branches: (B, heads, T, head size), for keys and for values. Memory is taken
+    when a layer is first prefilled, and is 0 where nothing was kept: what is masked counts 0 times what stands there.
+    A completion's last token is drawn and never fed, so T is one less than its length.
     """
 
-    def __init__(self, capacity: int):
-        self.capacity = capacity  # tokens per row
-        self._keys: list[torch.Tensor] = []
-        self._values: list[torch.Tensor] = []
-        self._used: list[int] = []
+    def __init__(self, rows: int, prompt: int, branches: int, steps: int):
+        self.prompt = prompt
+        self._sizes = (rows, prompt), (branches, steps)
+        self._layers: dict[int, list[torch.Tensor]] = {}
 
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args, **kwargs):
-        """Append (N, heads, L, head size) keys and values to a layer; give all that the layer has so far."""
-        if layer == len(self._keys):
-            shape = (*keys.shape[:2], self.capacity, keys.shape[-1])
-            self._keys.append(keys.new_empty(shape))
-            self._values.append(values.new_empty((*shape[:-1], values.shape[-1])))
-            self._used.append(0)
-        start, stop = self._used[layer], self._used[layer] + keys.shape[2]
-        if stop > self.capacity:
-            raise ValueError(f"KV cache of {self.capacity} tokens per row is full; {stop} were needed")
-        self._keys[layer][:, :, start:stop] = keys
-        self._values[layer][:, :, start:stop] = values
-        self._used[layer] = stop
-        return self._keys[layer][:, :, :stop], self._values[layer][:, :, :stop]
+    def fill(self, layer: int, rows: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Keep the keys and values (N, heads, L, head size) of prompts in these rows."""
+        if layer not in self._layers:
+            self._layers[layer] = [
+                new.new_zeros((count, new.shape[1], length, new.shape[-1]))
+                for count, length in self._sizes
+                for new in (keys, values)
+            ]
+        for place, new in zip(self.prompts(layer), (keys, values), strict=True):
+            for n, row in enumerate(rows):
+                place[row, :, : new.shape[2]] = new[n]
 
-    def get_seq_length(self, layer: int = 0) -> int:
-        """Tokens per row that a layer holds."""
-        return self._used[layer] if layer < len(self._used) else 0
+    def prompts(self, layer: int) -> list[torch.Tensor]:
+        """The keys and the values of the prompts."""
+        return self._layers[layer][:2]
+
+    def branches(self, layer: int) -> list[torch.Tensor]:
+        """The keys and the values of the branches."""
+        return self._layers[layer][2:]
+
+    def move_rows(self, moves: Sequence[tuple[int, int]]) -> None:
+        """Copy prompts from some rows over those of others, (from, to)."""
+        for layer in self._layers:
+            _move(self.prompts(layer), moves)
+
+    def move_branches(self, moves: Sequence[tuple[int, int]], steps: int) -> None:
+        """Copy branches over others, (from, to), as far as their first `steps` tokens."""
+        for layer in self._layers:
+            _move([tensor[:, :, :steps] for tensor in self.branches(layer)], moves)
+
+
+def _move(tensors: Sequence[torch.Tensor], moves: Sequence[tuple[int, int]]) -> None:
+    for tensor in tensors:
+        for source, target in moves:
+            tensor[target] = tensor[source]
 
 
 class TowerCache:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
-from models.attention import TREE, use_tree_attention
+from models.attention import TREE, Attend, use_tree_attention
 from models.cache import TowerCache
 
 if TYPE_CHECKING:
@@ -124,12 +124,17 @@ class Policy(nn.Module):
         return self.decoder.get_input_embeddings()(tokens)
 
     def decode(
-        self, embeddings: torch.Tensor, masks: dict[str, torch.Tensor], positions: torch.Tensor, cache=None
+        self,
+        embeddings: torch.Tensor,
+        masks: dict[str, torch.Tensor],
+        positions: torch.Tensor,
+        attend: Attend | None = None,
     ) -> torch.Tensor:
         """Run the decoder on embeddings (N, L, D) at positions (N, L): hidden states (N, L, D).
 
-        masks: for each type of layer in `windows`, (N, 1, Lm, S) bool, True where a query may attend to a key; S counts
-        the cached keys and the new ones. A mask of Lm < L is for the last Lm queries, and those before are causal.
+        masks: for each type of layer in `windows`, (N, 1, Lm, S) bool, True where a query may attend to a key. A mask
+        of Lm < L is for the last Lm queries, and those before are causal.
+        attend: the attention of each layer where it is not of the row to itself, such as `models.attention.Growth`.
         """
         # As addends, once: from booleans sdpa would make them anew in each layer, and keep each for the backward.
         addends = {
@@ -142,8 +147,8 @@ class Policy(nn.Module):
             if getattr(self.decoder.config, "layer_types", None)
             else next(iter(addends.values())),
             position_ids=positions,
-            past_key_values=cache,
-            use_cache=cache is not None,
+            use_cache=False,
+            attend=attend,
         )
         return output.last_hidden_state
 

@@ -26,7 +26,7 @@ from grpo.optimizer import build_optimizer
 from grpo.sampler import _sample
 from grpo.scorer import score
 from grpo.sharding import gathered, release, shard
-from models.cache import KVCache, TowerCache
+from models.cache import GroupCache, TowerCache
 from models.loading import build_outline, meta_parameters
 from models.lora import Lora, add_adapters
 from models.policy import Policy, Prompt
@@ -125,11 +125,16 @@ def _step(policy, reference, optimizer, prompts, work: Work, ledger: Ledger, pre
             logprobs.sum().backward()
     with ledger.phase("optimizer"):
         _update(policy, optimizer)
-    pretend.placeholders = work.prompts * audio_tokens(work.frames)
+    pretend.placeholders = (work.decoded or work.prompts) * audio_tokens(work.frames)
     uniforms = torch.zeros(work.prompts * work.group_size, steps, dtype=torch.float64)
-    cache = mock.patch("grpo.sampler.KVCache", lambda _: KVCache(work.length))
-    with ledger.phase("rollout"), gathered(policy), torch.no_grad(), cache:
-        policy(_sample, prompts, work.group_size, steps, 1.0, uniforms)
+    rows = work.decoded or work.prompts
+    whole = mock.patch("grpo.branches.GroupCache", lambda *sizes: GroupCache(*sizes[:3], work.max_new_tokens - 1))
+    blind = mock.patch("grpo.branches.Lookout", lambda flags: lambda: [True] * flags.numel())
+    with ledger.phase("rollout"), gathered(policy), torch.no_grad(), whole, blind:
+        policy(
+            _sample, prompts, group_size=work.group_size, limit=steps, temperature=1.0, uniforms=uniforms, rows=rows,
+            stop=True, graphs=False,
+        )  # fmt: skip
 
 
 def _update(policy: Policy, optimizer: torch.optim.Optimizer) -> None:

@@ -19,7 +19,7 @@ def answers(world: World, case, sizes) -> list[dict]:
     for size in sizes:
         batches.append(pairs[first : first + size])
         first += size
-    return evaluate(case.policy, batches, lambda example, text: example.id == "q1", world, max_new_tokens=LIMIT)
+    return evaluate(case.policy, batches, lambda example, _: example.id == "q1", world, max_new_tokens=LIMIT, batch=2)
 
 
 @pytest.mark.parametrize("sizes", [(3,), (1, 2), (1, 1, 1)])

@@ -58,7 +58,7 @@ def test_a_token_attends_to_the_pairs_of_the_tree_mask(side, window):
     cost = replace(cost_of(side.policy), token=0, head=0, pair=1, convolutions=(), windows=(window,))
     prompt = side.prompts[0]
     lengths = torch.tensor([len(prompt.ids)])
-    row = prompt_layout(lengths, len(prompt.ids)) + branches_layout(lengths, 3, 4, by_step=False)
+    row = prompt_layout(lengths, len(prompt.ids)) + branches_layout(lengths, 3, 4)
     pairs = tree_mask(row, row, window).sum().item()
     assert macs(cost, [prompt], torch.tensor([5, 5, 5])).forward == pairs
 

@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from grpo.sampler import _draw, _uniforms, sample
+from grpo.branches import Branches, inverted
+from grpo.device import enough
+from grpo.sampler import _uniforms, sample
+from models.attention import Growth
 from tests.conftest import Case
 
 LIMIT = 8
@@ -26,6 +30,82 @@ def test_a_prompt_draws_the_same_completions_whatever_stands_beside_it(case):
     alone = [groups(draw(case, which=(n,)))[0] for n in range(3)]
     reordered = groups(draw(case, which=(2, 0, 1)))
     assert together == alone == [reordered[1], reordered[2], reordered[0]]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_prompt_draws_the_same_completions_however_many_are_decoded_at_a_time(case, batch):
+    """Under a mode in which torch fills memory that it was not asked to clear with nan: none of it is read."""
+    expected = draw(case, max_new_tokens=24)
+    assert len(expected.mask.sum(dim=1).unique()) > 3, "branches have to end at different times"
+    torch.use_deterministic_algorithms(True)
+    try:
+        rollout = draw(case, max_new_tokens=24, batch=batch)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert groups(rollout) == groups(expected)
+    torch.testing.assert_close(rollout.logprobs, expected.logprobs, atol=1e-5, rtol=1e-5)  # as in test_parity.py
+
+
+@pytest.mark.parametrize("batch", [None, 1, 2])
+def test_what_is_decoded_is_what_is_kept_and_what_is_attended_to_is_a_prompt_and_one_branch(case, monkeypatch, batch):
+    """A completion's last token is never fed, so its branch costs one step less than it has tokens, and none later."""
+    fed, seen, rows = [], [], []
+    decode = case.policy.decode
+
+    def watched(embeddings, masks, positions, attend):
+        if isinstance(attend, Growth):
+            fed.append(len(embeddings))
+            seen.append(next(iter(masks.values())).shape[-1])
+            rows.append(attend.rows)
+        return decode(embeddings, masks, positions, attend)
+
+    monkeypatch.setattr(case.policy, "decode", watched)
+    rollout = draw(case, max_new_tokens=24, batch=batch)
+    lengths = rollout.mask.sum(dim=1)
+    assert sum(fed) == int((lengths - 1).sum())
+    assert max(seen) <= max(len(prompt.ids) for prompt in case.prompts) + int(lengths.max()) - 1
+    groups_last = lengths.unflatten(0, (3, -1)).amax(dim=1) - 1
+    steps = {None: int(groups_last.max()), 1: int(groups_last.sum())}
+    if batch == 2:  # in order of length, a third prompt begins when the first group has ended
+        order = sorted(range(3), key=lambda n: -len(case.prompts[n].ids))
+        first, second, third = (int(groups_last[n]) for n in order)
+        steps[2] = max(first, second, min(first, second) + third)
+    assert len(fed) == steps[batch]
+    if batch is None:
+        assert rows == [int((groups_last > t).sum()) for t in range(len(fed))], "prompts of ended groups are not read"
+
+
+def test_a_step_waits_for_nothing_that_the_device_computes(case, monkeypatch):
+    """On fake tensors any number that a step wanted to know would be an error; so a GPU could run it by itself."""
+    inside = []
+    step = Branches._step
+
+    def fake(self, plan, sizes):
+        step(self, plan, sizes)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            step(self, torch.empty(plan.shape, dtype=plan.dtype), sizes)
+        inside.append(sizes)
+
+    monkeypatch.setattr(Branches, "_step", fake)
+    draw(case)
+    assert inside
+
+
+def test_a_step_done_twice_is_done_once(case, monkeypatch):
+    """So the run that makes libraries ready for recording it on a GPU may be a step of the rollout."""
+    expected, step = draw(case, group_size=8), Branches._step
+    monkeypatch.setattr(Branches, "_step", lambda self, *args: [step(self, *args), step(self, *args)])
+    rollout = draw(case, group_size=8)
+    assert groups(rollout) == groups(expected) and torch.equal(rollout.stopped, expected.stopped)
+
+
+def test_sizes_rounded_up_as_for_a_gpu_draw_the_same(case, monkeypatch):
+    expected = draw(case, max_new_tokens=24, batch=2)
+    cuda = torch.device("cuda")
+    monkeypatch.setattr("grpo.branches.enough", lambda count, most, _, **least: enough(count, most, cuda, **least))
+    rollout = draw(case, max_new_tokens=24, batch=2)
+    assert groups(rollout) == groups(expected)
+    torch.testing.assert_close(rollout.logprobs, expected.logprobs, atol=1e-5, rtol=1e-5)  # as in test_parity.py
 
 
 def test_another_step_or_example_draws_other_completions_and_siblings_differ(case):
@@ -75,9 +155,9 @@ def test_the_first_token_follows_the_policy_distribution(case):
 
 
 def test_drawing_inverts_the_cumulative_distribution():
-    distribution = torch.tensor([[0.5, 0.0, 0.25, 0.25]]).log().expand(5, -1)
-    uniform = torch.tensor([0.0, 0.49, 0.51, 0.76, 1 - 2**-53], dtype=torch.float64)
-    assert _draw(distribution, uniform).tolist() == [0, 0, 2, 3, 3]
+    distribution = torch.tensor([[0.5, 0.0, 0.25, 0.25]]).log()
+    uniform = torch.tensor([[0.0, 0.49, 0.51, 0.76, 1 - 2**-53]], dtype=torch.float64)
+    assert inverted(distribution, uniform).tolist() == [[0, 0, 2, 3, 3]]
 
 
 def test_uniforms_are_the_same_on_every_machine():

@@ -1,4 +1,4 @@
-"""Who attends to whom in a row: worked out token by token, for both orders of the branches."""
+"""Who attends to whom in a row: worked out token by token."""
 
 import torch
 
@@ -19,7 +19,7 @@ def expected(layout, n):
 
 
 def test_a_row_worked_by_hand():
-    row = prompt_layout(LENGTHS, 3) + branches_layout(LENGTHS, 2, 2, by_step=False)
+    row = prompt_layout(LENGTHS, 3) + branches_layout(LENGTHS, 2, 2)
     assert row.branch[1].tolist() == [PROMPT, PROMPT, PROMPT, 0, 0, 1, 1]
     assert row.position[1].tolist() == [0, 1, 2, 2, 3, 2, 3], "branches restart at the prompt's own length"
     mask = tree_mask(row, row)
@@ -37,16 +37,7 @@ def test_a_row_worked_by_hand():
 
 
 def test_no_token_sees_a_sibling_padding_or_the_future():
-    for by_step in (True, False):
-        row = prompt_layout(LENGTHS, 3) + branches_layout(LENGTHS, 3, 4, by_step=by_step)
-        mask = tree_mask(row, row)
-        for n in range(2):
-            assert torch.equal(mask[n, 0], expected(row, n))
-
-
-def test_by_step_and_by_branch_are_the_same_rows_in_another_order():
-    by_step = branches_layout(LENGTHS, 3, 4, by_step=True)
-    by_branch = branches_layout(LENGTHS, 3, 4, by_step=False)
-    order = torch.arange(12).unflatten(0, (4, 3)).T.flatten()
-    assert torch.equal(by_step.branch[:, order], by_branch.branch)
-    assert torch.equal(by_step.position[:, order], by_branch.position)
+    row = prompt_layout(LENGTHS, 3) + branches_layout(LENGTHS, 3, 4)
+    mask = tree_mask(row, row)
+    for n in range(2):
+        assert torch.equal(mask[n, 0], expected(row, n))

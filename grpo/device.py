@@ -1,0 +1,69 @@
+"""How the host and a GPU go on without waiting for each other while completions grow; the CPU needs none of it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Hashable
+
+import torch
+
+
+def send(values: list[int], device: torch.device) -> torch.Tensor:
+    """Whole numbers as a tensor on the device; a GPU gets them from pinned memory, when it comes to that."""
+    tensor = torch.tensor(values, dtype=torch.long)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def enough(count: int, most: int, device: torch.device, least: int = 1) -> int:
+    """A size for `count` things: exact on the CPU; on a GPU a power of two up to `most`, so that few sizes occur."""
+    return count if device.type != "cuda" else min(most, max(least, 1 << (count - 1).bit_length()))
+
+
+class Lookout:
+    """What stands in a tensor of booleans; on a GPU what stood there a look ago, so that none waits for the present."""
+
+    def __init__(self, flags: torch.Tensor):
+        self._flags = flags
+        self._looks: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
+
+    def __call__(self) -> list[bool]:
+        if self._flags.device.type != "cuda":
+            return self._flags.tolist()
+        copy = torch.empty(self._flags.shape, dtype=torch.bool, pin_memory=True)
+        copy.copy_(self._flags, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._looks.append((copy, event))
+        if len(self._looks) == 1:
+            return [True] * len(copy)
+        copy, event = self._looks.popleft()
+        event.synchronize()
+        return copy.tolist()
+
+
+class Recorded:
+    """A function of a tensor and of sizes, recorded as a CUDA graph for each sizes, so that a GPU repeats it by itself.
+
+    The function must change nothing when it is called a second time with the same numbers, wait for nothing, and find
+    whatever else it reads where it was. It is called as it is the first time for some sizes, which makes libraries
+    ready; the second call is recorded, and from then on it is replayed. Memory for all recordings is shared.
+    """
+
+    def __init__(self, function: Callable[..., None]):
+        self._function = function
+        self._inputs: dict[Hashable, torch.Tensor] = {}
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, tensor: torch.Tensor, sizes: Hashable) -> None:
+        if sizes not in self._inputs:
+            self._inputs[sizes] = tensor
+            self._function(tensor, sizes)
+            return
+        self._inputs[sizes].copy_(tensor)
+        if sizes not in self._graphs:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                self._function(self._inputs[sizes], sizes)
+            self._graphs[sizes] = graph
+        self._graphs[sizes].replay()
