@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from grpo.branches import Branches, inverted
-from grpo.device import enough
+from grpo.device import Lookout, enough
 from grpo.sampler import _uniforms, sample
 from models.attention import Growth
 from tests.conftest import Case
@@ -106,6 +106,24 @@ def test_sizes_rounded_up_as_for_a_gpu_draw_the_same(case, monkeypatch):
     rollout = draw(case, max_new_tokens=24, batch=2)
     assert groups(rollout) == groups(expected)
     torch.testing.assert_close(rollout.logprobs, expected.logprobs, atol=1e-5, rtol=1e-5)  # as in test_parity.py
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_to_learn_one_step_late_who_has_ended_as_on_a_gpu_draws_the_same(case, monkeypatch, batch):
+    expected = draw(case, max_new_tokens=24)
+
+    class Late(Lookout):
+        def __init__(self, flags):
+            super().__init__(flags)
+            self.before = [True] * len(flags)
+
+        def __call__(self):
+            seen, self.before = self.before, super().__call__()
+            return seen
+
+    monkeypatch.setattr("grpo.branches.Lookout", Late)
+    rollout = draw(case, max_new_tokens=24, batch=batch)
+    assert groups(rollout) == groups(expected) and torch.equal(rollout.stopped, expected.stopped)
 
 
 def test_another_step_or_example_draws_other_completions_and_siblings_differ(case):
