@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
@@ -99,9 +100,8 @@ def shard(
     A frozen tower stands whole on each rank: whether it has heard a clip before may differ between ranks, and so it
     must not take part in collectives. Nor does any frozen weight where one rank holds it all anyway.
     """
-    frozen = [p for p in policy.parameters() if not p.requires_grad]
     alone = mesh.size(mesh.ndim - 1) == 1 and not offload
-    whole = set(frozen if alone else policy.tower.parameters() if policy.tower_cache is not None else ())
+    whole = {p for p in policy.parameters() if not p.requires_grad} if alone else whole_weights(policy)
     units = [*(layer for layer in policy.layers() if not whole.issuperset(layer.parameters())), policy]
     half = None if dtype == torch.float32 else dtype
     for unit in units:
@@ -118,6 +118,11 @@ def shard(
             unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
     policy.mesh, policy.reshards, policy.offloads = mesh, reshard, offload
+
+
+def whole_weights(policy: Policy) -> set[nn.Parameter]:
+    """The weights that stand whole on each rank although others share the model: those of a frozen tower."""
+    return set(policy.tower.parameters()) if policy.tower_cache is not None else set()
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import torch
 
 from grpo.advantage import equal_rewards, group_advantages
 from grpo.checkpoint import export, export_adapters, load_checkpoint, save_checkpoint
+from grpo.communication import Meter
 from grpo.config import Config, to_yaml
 from grpo.evaluate import Judge, accuracies, evaluate
 from grpo.loss import Sums, policy_loss, token_weights
@@ -80,7 +81,10 @@ class Trainer:
         optim = config.optim
         self.optimizer = build_optimizer(policy, weight_decay=optim.weight_decay, betas=(optim.beta1, optim.beta2))
         self.metrics = Metrics(self.directory, rank=world.rank, total_steps=optim.steps, show=self.shown)
-        self.phases = Phases(world.device)
+        self.phases, self.meter = Phases(world.device), Meter(world.device)
+        for model in (policy, reference):
+            if isinstance(model, Policy):
+                self.meter.watch(model)
 
     def step(self, step: int) -> dict[str, float]:
         """One step of GRPO; metrics as means over all ranks."""
@@ -106,7 +110,8 @@ class Trainer:
             advantages = group_advantages(rewards, group_size=group_size, scale=self.config.loss.advantage)
         with self.phases("reference"):
             ref_logprobs = self._reference_logprobs(rollout)
-        tokens = reduce_sums({"tokens": rollout.mask.sum()})["tokens"]
+        with self.meter.collective():  # without a reference it is here that ranks wait for the longest rollout
+            tokens = reduce_sums({"tokens": rollout.mask.sum()})["tokens"]
         batch = Batch(
             prompts=rollout.prompts,
             group_size=group_size,
@@ -184,10 +189,11 @@ class Trainer:
             self._evaluate(0)
         for step in range(start, config.optim.steps):
             self.phases.start()
+            self.meter.start()
             restart_peak(self.world.device)
             metrics = self.step(step) | {"lr": self.learning_rate(step), "memory/peak_gib": peak_gib(self.world.device)}
             done = step + 1
-            self.metrics.log(done, metrics | self.phases.seconds())
+            self.metrics.log(done, metrics | self.phases.seconds() | self.meter.measured())
             last = done == config.optim.steps
             if config.checkpoint.every and (done % config.checkpoint.every == 0 or last):
                 save_checkpoint(

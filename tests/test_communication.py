@@ -1,0 +1,68 @@
+"""The formula of a step's communication against what FSDP sends on two ranks, without a tolerance."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from grpo.communication import GIB, Meter, step_bytes
+from grpo.config import load_config
+from grpo.sharding import World
+from tests.ranks import on_ranks
+from tests.runs import build, read_metrics, train
+
+CASES = (
+    [],
+    ["sharding.reshard=false", "optim.micro_batch=1", "model.recompute=true"],
+    ["model.dtype=bfloat16", "model.train_tower=false", "loss.beta=0", "loss.inner_epochs=2"],
+    ["lora.rank=3", "optim.micro_batch=1"],  # a first dimension that two ranks do not divide
+    ["lora.rank=3", "optim.micro_batch=1", "sharding.reshard=false"],
+    ["sharding.replicas=2"],
+)
+
+
+def check_bytes(world: World, settings: list[str]) -> None:
+    for case in CASES:
+        config = load_config([*settings, *case])
+        trainer = build(world, config)
+        foreseen = step_bytes(
+            trainer.policy,
+            trainer.reference,
+            shards=world.size // config.sharding.replicas,
+            replicas=config.sharding.replicas,
+            dtype=getattr(torch, config.model.dtype),
+            reshard=config.sharding.reshard,
+            micro_batches=config.optim.prompts_per_step // world.size // config.optim.micro_batch,
+            inner_epochs=config.loss.inner_epochs,
+        )
+        for step in range(2):  # the second must not find what the first has gathered
+            began = time.perf_counter()
+            trainer.meter.start()
+            trainer.step(step)
+            measured = trainer.meter.measured()
+            assert 0 < measured["seconds/communication"] < time.perf_counter() - began
+            assert measured["communication/gib"] == foreseen / GIB, case
+
+
+def test_a_step_sends_what_the_formula_says_to_the_byte(settings, tmp_path):
+    on_ranks(2, check_bytes, [*settings, f"run.directory={tmp_path}/run"])
+
+
+def test_a_process_alone_sends_nothing(settings, tmp_path):
+    on_ranks(1, train, [*settings, f"run.directory={tmp_path}/run", "optim.steps=1"])
+    (line,) = read_metrics(tmp_path / "run")
+    assert line["communication/gib"] == 0
+    assert 0 <= line["seconds/communication"] < line["seconds/step"]
+
+
+def test_time_in_two_collectives_at_once_counts_once(monkeypatch):
+    meter = Meter(torch.device("cpu"))
+    clock = iter([0.0, 1.0, 2.0, 4.0, 5.0, 7.0, 8.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    meter.start()
+    with meter.collective(GIB // 2), meter.collective(GIB // 2):  # 1 to 5, and 2 to 4 inside
+        pass
+    with meter.collective():  # 7 to 8
+        pass
+    assert meter.measured() == {"seconds/communication": 5.0, "communication/gib": 1.0}
