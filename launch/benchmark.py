@@ -38,9 +38,11 @@ from grpo.loss import policy_loss, token_weights
 from grpo.optimizer import build_optimizer, clip_gradients
 from grpo.sampler import sample
 from grpo.scorer import score
+from grpo.sharding import gathered, release
 from grpo.types import Batch, Rollout
 from models.loading import load_policy
 from models.mini import build_mini
+from models.policy import Policy
 
 SECONDS = {"A": 10.0, "B": 30.0}
 TARGETS = {
@@ -90,11 +92,11 @@ class Work:
 
 
 class HarkSide:
-    """A step of this engine, phase by phase."""
+    """A step of this engine, phase by phase; with `shard` on all ranks, each doing the work."""
 
-    def __init__(self, directory: Path, work: Work):
+    def __init__(self, directory: Path, work: Work, *, shard: Callable[[Policy], None] | None = None):
         self.work = work
-        self.policy, self.frozen = load_policy(directory), load_policy(directory, train=False)
+        self.policy, self.frozen = (load_policy(directory, train=train, shard=shard) for train in (True, False))
         # The placeholder is never drawn, so with it as the only stop token every completion has all its tokens.
         self.policy.model.generation_config.eos_token_id = self.policy.audio_id
         self.prompts = tuple(self.policy.prepare(QUESTION, waveform) for waveform in work.waveforms())
@@ -105,7 +107,8 @@ class HarkSide:
     def rollout(self) -> Rollout:
         keys = [(0, 0, n) for n in range(self.work.prompts)]
         size, limit = self.work.group_size, self.work.new_tokens
-        return sample(self.policy, self.prompts, group_size=size, max_new_tokens=limit, temperature=1.0, keys=keys)
+        with gathered(self.policy):
+            return sample(self.policy, self.prompts, group_size=size, max_new_tokens=limit, temperature=1.0, keys=keys)
 
     @torch.no_grad()
     def reference(self, drawn: Rollout) -> torch.Tensor:
@@ -113,6 +116,7 @@ class HarkSide:
             score(self.frozen, self.prompts[n], drawn.tokens[b], drawn.mask[b], group_size=self.work.group_size)[0]
             for n, b in self.work.micro_batches()
         ]
+        release(self.frozen)
         return torch.cat(parts)
 
     def score(self, drawn: Rollout, ref_logprobs: torch.Tensor) -> torch.Tensor:
@@ -295,9 +299,8 @@ def measure(sides: dict[str, Any], drawn: Rollout, repeat: int) -> dict[str, Any
         outputs = {name: timed_passes(side, drawn, turns[name]) for name, side in sides.items()}
         parity = max(parity, *differences(outputs, sides))
         for name, side in sides.items():
-            turns[name][-1]["optimizer"] = timed(side.optimizer_step)[0]
-            turns[name][-1]["step"] = sum(turns[name][-1].values())
-    seconds = {name: {phase: median(t[phase] for t in taken) for phase in taken[0]} for name, taken in turns.items()}
+            finish_turn(side, turns[name])
+    seconds = {name: medians(taken) for name, taken in turns.items()}
     speedups = {f"{phase}_speedup": seconds["baseline"][phase] / s for phase, s in seconds["hark"].items()}
     hark = sides["hark"]
     needed = macs(cost_of(hark.policy), hark.prompts, drawn.mask.sum(dim=1), audio_id=hark.policy.audio_id).step()
@@ -318,6 +321,16 @@ def timed_passes(side: Any, drawn: Rollout, turns: list[dict[str, float]]) -> to
     seconds, logprobs = timed(side.score, drawn, ref_logprobs)
     turns.append({"rollout": rollout, "reference": reference, "score": seconds})
     return logprobs
+
+
+def finish_turn(side: Any, turns: list[dict[str, float]]) -> None:
+    """Make the step of a turn whose gradients are there, and add up its times."""
+    turns[-1]["optimizer"] = timed(side.optimizer_step)[0]
+    turns[-1]["step"] = sum(turns[-1].values())
+
+
+def medians(turns: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: median(turn[name] for turn in turns) for name in turns[0]}
 
 
 def timed(function: Callable[..., Any], *args: Any) -> tuple[float, Any]:
@@ -349,11 +362,19 @@ def machine() -> dict[str, Any]:
     import transformers
 
     return {
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def processor() -> str:
+    """The processor's name where Linux tells it, else its architecture."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 COLUMNS = (
