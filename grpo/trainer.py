@@ -22,7 +22,7 @@ from grpo.sampler import sample
 from grpo.scorer import score
 from grpo.sharding import World, gathered, release
 from grpo.trace import write_step
-from grpo.types import Batch, Rollout
+from grpo.types import Batch, Groups, Rollout
 from models.lora import WithoutAdapters
 from models.policy import Policy, Prompt
 
@@ -160,14 +160,7 @@ class Trainer:
         """Add the gradient of a batch, micro-batch by micro-batch; this rank's share of each metric."""
         sums: dict[str, float] = {}
         for micro in batch.micro_batches(self.config.optim.micro_batch):
-            logprobs, entropy = score(
-                self.policy,
-                micro.prompts,
-                micro.tokens,
-                micro.mask,
-                group_size=micro.group_size,
-                temperature=self.config.rollout.temperature,
-            )
+            logprobs, entropy = self._score(self.policy, micro)
             loss, parts = self.loss(micro, logprobs)
             loss.backward()
             parts |= {"entropy": (micro.weights * entropy).sum()}
@@ -296,23 +289,18 @@ class Trainer:
         """Logprobs (B, T) of the completions under the reference, micro-batch by micro-batch."""
         if self.reference is None:
             return None
-        size = self.config.optim.micro_batch
-        parts = []
-        for first in range(0, len(rollout.prompts), size):
-            rows = slice(first * rollout.group_size, (first + size) * rollout.group_size)
-            parts.append(
-                score(
-                    self.reference,
-                    rollout.prompts[first : first + size],
-                    rollout.tokens[rows],
-                    rollout.mask[rows],
-                    group_size=rollout.group_size,
-                    temperature=self.config.rollout.temperature,
-                )[0]
-            )
+        logprobs = torch.zeros_like(rollout.logprobs)
+        for groups in rollout.pack(self.config.optim.micro_batch):
+            part, _ = self._score(self.reference, rollout.select(groups))
+            logprobs[rollout.rows(groups), : part.shape[1]] = part
         if isinstance(self.reference, Policy):
             release(self.reference)
-        return torch.cat(parts)
+        return logprobs
+
+    def _score(self, policy: Policy | WithoutAdapters, micro: Groups) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logprobs and entropy (B, T) of a micro-batch under a policy."""
+        size, temperature = micro.group_size, self.config.rollout.temperature
+        return score(policy, micro.prompts, micro.tokens, micro.mask, group_size=size, temperature=temperature)
 
     def _weights(self, mask: torch.Tensor, tokens: float) -> torch.Tensor:
         completions = len(mask) * self.world.size

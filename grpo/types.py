@@ -9,34 +9,79 @@ A mask is True where a token counts. Every (B, T) float is exactly 0 where the m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from models.policy import Prompt
 
+Kind = TypeVar("Kind", bound="Groups")
+
 
 @dataclass(frozen=True)
-class Rollout:
-    """N groups of G completions, drawn from the policy.
+class Groups:
+    """N prompts with G completions each, one row of the engine per group.
 
     tokens: (B, T) int64, the stop token included, `pad_id` behind it.
     mask: (B, T) bool, written by the sampler; never derived from the ids.
-    logprobs: (B, T) float32 of each token under the distribution it was drawn from.
-    stopped: (B,) bool, False where the completion ran into the token limit.
     """
 
     prompts: tuple[Prompt, ...]
     group_size: int
     tokens: torch.Tensor
     mask: torch.Tensor
+
+    def rows(self, groups: Sequence[int]) -> torch.Tensor:
+        """Where the completions of some groups stand among the B, as many in a row as a group has."""
+        first = torch.tensor(groups, device=self.mask.device)[:, None] * self.group_size
+        return (first + torch.arange(self.group_size, device=self.mask.device)).flatten()
+
+    def select(self: Kind, groups: Sequence[int]) -> Kind:
+        """Some of the groups, by their places, trimmed to their longest completion."""
+        rows = self.rows(groups)
+        steps = int(self.mask[rows].sum(dim=1).max())
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        cells = {
+            name: value[rows, :steps] if value.dim() == 2 else value[rows]
+            for name, value in values.items()
+            if torch.is_tensor(value)
+        }
+        return dataclasses.replace(self, prompts=tuple(self.prompts[group] for group in groups), **cells)
+
+    def pack(self, size: int) -> list[list[int]]:
+        """Places of the groups in parts of up to `size`, those with rows of like length in one part.
+
+        A part is padded to its longest prompt and its longest completion. The longest part comes first: what does not
+        fit in memory fails at once, and the memory that the first part took serves the others.
+        """
+        completions = self.mask.sum(dim=1).unflatten(0, (-1, self.group_size)).amax(dim=1).tolist()
+        fed = [self.group_size * (longest - 1) for longest in completions]  # a last token is drawn, never fed
+        lengths = [len(prompt.ids) + branches for prompt, branches in zip(self.prompts, fed, strict=True)]
+        order = sorted(range(len(lengths)), key=lambda group: -lengths[group])
+        return [order[first : first + size] for first in range(0, len(order), size)]
+
+    def micro_batches(self: Kind, size: int) -> Iterator[Kind]:
+        """The parts of `pack`, one after the other."""
+        return (self.select(groups) for groups in self.pack(size))
+
+
+@dataclass(frozen=True)
+class Rollout(Groups):
+    """Completions drawn from the policy.
+
+    logprobs: (B, T) float32 of each token under the distribution it was drawn from.
+    stopped: (B,) bool, False where the completion ran into the token limit.
+    """
+
     logprobs: torch.Tensor
     stopped: torch.Tensor
 
 
 @dataclass(frozen=True)
-class Batch:
+class Batch(Groups):
     """What the loss needs of a step, on this rank.
 
     weights: (B, T), what each token counts for in the loss, from the whole step over all ranks.
@@ -45,27 +90,7 @@ class Batch:
     without one; advantages: (B,).
     """
 
-    prompts: tuple[Prompt, ...]
-    group_size: int
-    tokens: torch.Tensor
-    mask: torch.Tensor
     weights: torch.Tensor
     old_logprobs: torch.Tensor | None = None
     ref_logprobs: torch.Tensor | None = None
     advantages: torch.Tensor | None = None
-
-    def micro_batches(self, prompts: int) -> Iterator[Batch]:
-        """Split into parts of up to `prompts` whole groups, each trimmed to its longest completion."""
-        for first in range(0, len(self.prompts), prompts):
-            rows = slice(first * self.group_size, (first + prompts) * self.group_size)
-            cells = (rows, slice(int(self.mask[rows].sum(dim=1).max())))
-            yield Batch(
-                prompts=self.prompts[first : first + prompts],
-                group_size=self.group_size,
-                tokens=self.tokens[cells],
-                mask=self.mask[cells],
-                weights=self.weights[cells],
-                old_logprobs=None if self.old_logprobs is None else self.old_logprobs[cells],
-                ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[cells],
-                advantages=None if self.advantages is None else self.advantages[rows],
-            )

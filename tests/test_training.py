@@ -114,6 +114,25 @@ def test_two_steps_and_two_resumed_are_four_bit_for_bit(ranks, settings, tmp_pat
         assert all(one[name] == two[name] for name in computed(one))
 
 
+def test_the_reference_scores_each_completion_where_it_stands(settings, tmp_path):
+    """In parts of like length, out of order; given back in the order of the rollout."""
+    config = load_config([*settings, f"run.directory={tmp_path}/run", "optim.prompts_per_step=6"])
+
+    def run(world: World) -> None:
+        trainer = build(world, config)
+        _, prompts = zip(*trainer.data.step(0), strict=True)
+        keys = [(n,) for n in range(6)]
+        drawn = sample(trainer.policy, prompts, group_size=4, max_new_tokens=6, temperature=1.0, keys=keys)
+        assert sum(drawn.pack(2), []) != list(range(6)), "else no order could be lost"
+        together = trainer._reference_logprobs(drawn)
+        for n, prompt in enumerate(prompts):
+            rows = slice(4 * n, 4 * n + 4)
+            alone, _ = score(trainer.reference, [prompt], drawn.tokens[rows], drawn.mask[rows], group_size=4)
+            assert (alone - together[rows]).abs().max() < ROUNDING
+
+    on_ranks(1, run)
+
+
 def test_padding_beside_a_longer_prompt_changes_no_gradient(case):
     """A group alone in its micro-batch, and the same group beside longer prompts and completions."""
     keys = [(0, 0, n) for n in range(3)]
