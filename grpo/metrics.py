@@ -148,13 +148,27 @@ def reduce_sums(values: dict[str, float], group: dist.ProcessGroup | None = None
     if not dist.is_initialized():
         return {name: float(values[name]) for name in names}
     checksum = float(zlib.crc32("\n".join(names).encode()))  # 32 bits: exact in float64, also summed over ranks
-    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-    sums = torch.tensor([checksum, *(float(values[name]) for name in names)], dtype=torch.float64, device=device)
+    numbers = [checksum, *(float(values[name]) for name in names)]
+    sums = torch.tensor(numbers, dtype=torch.float64, device=_device_of(group))
     dist.all_reduce(sums, group=group)
     total, *reduced = sums.tolist()
     if total != checksum * dist.get_world_size(group):
         raise ValueError(f"reduce_sums: the ranks passed different names; this one passed {', '.join(names)}")
     return dict(zip(names, reduced, strict=True))
+
+
+def reduce_max(value: int, group: dist.ProcessGroup | None = None) -> int:
+    """The largest of the ranks' values; without a process group, the value."""
+    if not dist.is_initialized():
+        return value
+    largest = torch.tensor(value, device=_device_of(group))
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    return int(largest)
+
+
+def _device_of(group: dist.ProcessGroup | None) -> str:
+    """Where a tensor must be for the ranks to reduce it."""
+    return "cuda" if dist.get_backend(group) == "nccl" else "cpu"
 
 
 class _Console:

@@ -16,7 +16,7 @@ from grpo.communication import Meter
 from grpo.config import Config, to_yaml
 from grpo.evaluate import Judge, accuracies, evaluate
 from grpo.loss import Sums, policy_loss, token_weights
-from grpo.metrics import Metrics, Phases, peak_gib, reduce_sums, restart_peak
+from grpo.metrics import Metrics, Phases, peak_gib, reduce_max, reduce_sums, restart_peak
 from grpo.optimizer import allocate_moments, build_optimizer, clip_gradients, learning_rate
 from grpo.sampler import sample
 from grpo.scorer import score
@@ -125,7 +125,7 @@ class Trainer:
         updates = [self.update(batch, step, examples) for _ in range(self.config.loss.inner_epochs)]
         # Only before the first update do the sampler and the scorer see the same weights.
         sums = updates[-1] | {"sampler_gap": updates[0]["sampler_gap"]}
-        return self._report(sums, columns, rewards, rollout, tokens)
+        return self._report(sums, columns, rewards, rollout, batch) | {"tokens": tokens}
 
     def loss(self, micro: Batch, logprobs: torch.Tensor) -> tuple[torch.Tensor, Sums]:
         """The loss of a micro-batch and what to report of it, to be summed over micro-batches and ranks."""
@@ -140,7 +140,7 @@ class Trainer:
             beta=self.config.loss.beta,
         )
         gap = (logprobs.detach() - micro.old_logprobs).abs()
-        return loss, sums | {"sampler_gap": (micro.weights * gap).sum()}
+        return loss, sums | {"sampler_gap": (micro.weights * gap).sum(), "scored": micro.weights.sum()}
 
     def update(self, batch: Batch, step: int, examples: Sequence[Any]) -> dict[str, float]:
         """One optimizer step on a batch; this rank's share of each metric."""
@@ -159,7 +159,7 @@ class Trainer:
     def accumulate(self, batch: Batch) -> dict[str, float]:
         """Add the gradient of a batch, micro-batch by micro-batch; this rank's share of each metric."""
         sums: dict[str, float] = {}
-        for micro in batch.micro_batches(self.config.optim.micro_batch):
+        for micro in self._micro_batches(batch):
             logprobs, entropy = self._score(self.policy, micro)
             loss, parts = self.loss(micro, logprobs)
             loss.backward()
@@ -241,7 +241,7 @@ class Trainer:
             weights=self._weights(rollout.mask, rollout.mask.numel() * self.world.size),
             old_logprobs=rollout.logprobs,
             ref_logprobs=self._reference_logprobs(rollout),
-            advantages=torch.zeros(len(rollout.tokens), device=self.world.device),
+            advantages=torch.ones(len(rollout.tokens), device=self.world.device),  # 0 would have no gradient
         )
 
     def _draw(self, prompts: tuple[Prompt, ...], group_size: int) -> Rollout:
@@ -302,12 +302,25 @@ class Trainer:
         size, temperature = micro.group_size, self.config.rollout.temperature
         return score(policy, micro.prompts, micro.tokens, micro.mask, group_size=size, temperature=temperature)
 
+    def _micro_batches(self, batch: Batch) -> Iterator[Batch]:
+        """What of a batch has a gradient, in parts, as many on every rank, for every rank issues the same collectives.
+
+        A rank with fewer scores its shortest group again, with weight 0. One part is scored even if no rank has any: a
+        gradient of 0 is not the same as none to AdamW, whose moments go on.
+        """
+        parts = batch.pack(self.config.optim.micro_batch, batch.taught())
+        count = max(1, reduce_max(len(parts))) if batch.skips else len(parts)
+        yield from map(batch.select, parts)
+        for _ in range(count - len(parts)):
+            shortest = batch.select(batch.pack(1)[-1])
+            yield dataclasses.replace(shortest, weights=torch.zeros_like(shortest.weights))
+
     def _weights(self, mask: torch.Tensor, tokens: float) -> torch.Tensor:
         completions = len(mask) * self.world.size
         return token_weights(mask, kind=self.config.loss.token_weights, completions=completions, tokens=tokens)
 
     def _report(
-        self, sums: dict[str, float], columns: torch.Tensor, rewards: torch.Tensor, rollout: Rollout, tokens: float
+        self, sums: dict[str, float], columns: torch.Tensor, rewards: torch.Tensor, rollout: Rollout, batch: Batch
     ) -> dict[str, float]:
         """Means over all ranks, in one reduction."""
         completions = len(rewards) * self.world.size
@@ -318,12 +331,16 @@ class Trainer:
             "reward": rewards.sum() / completions,
             "reward_std": spread.sum() / groups,
             "equal_reward_share": equal.sum() / groups,
+            "skipped_share": (len(batch.prompts) - len(batch.taught())) / groups,
             "stopped_share": rollout.stopped.sum() / completions,
+            "completion_tokens": rollout.mask.sum() / completions,
         }
         names = [f"reward/{name}" for name in self.config.reward.weights]
         own |= dict(zip(names, columns.sum(dim=0) / completions, strict=True))
         means = reduce_sums(sums | {name: float(value) for name, value in own.items()})
-        return means | {"tokens": tokens, "completion_tokens": tokens / completions}
+        scored = means.pop("scored")  # weight of the tokens that were scored; 1 where no group was skipped
+        of_scored = {name: means.pop(name) for name in ("clip_share", "entropy", "sampler_gap")}
+        return means | ({name: value / scored for name, value in of_scored.items()} if scored else {})
 
     def _check_finite(self, values: dict[str, float], batch: Batch, step: int, examples: Sequence[Any]) -> None:
         broken = [name for name, value in values.items() if not math.isfinite(value)]

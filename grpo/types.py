@@ -51,8 +51,8 @@ class Groups:
         }
         return dataclasses.replace(self, prompts=tuple(self.prompts[group] for group in groups), **cells)
 
-    def pack(self, size: int) -> list[list[int]]:
-        """Places of the groups in parts of up to `size`, those with rows of like length in one part.
+    def pack(self, size: int, groups: Sequence[int] | None = None) -> list[list[int]]:
+        """Places of the groups, or of some of them, in parts of up to `size`, rows of like length in one part.
 
         A part is padded to its longest prompt and its longest completion. The longest part comes first: what does not
         fit in memory fails at once, and the memory that the first part took serves the others.
@@ -60,7 +60,7 @@ class Groups:
         completions = self.mask.sum(dim=1).unflatten(0, (-1, self.group_size)).amax(dim=1).tolist()
         fed = [self.group_size * (longest - 1) for longest in completions]  # a last token is drawn, never fed
         lengths = [len(prompt.ids) + branches for prompt, branches in zip(self.prompts, fed, strict=True)]
-        order = sorted(range(len(lengths)), key=lambda group: -lengths[group])
+        order = sorted(range(len(lengths)) if groups is None else groups, key=lambda group: -lengths[group])
         return [order[first : first + size] for first in range(0, len(order), size)]
 
     def micro_batches(self: Kind, size: int) -> Iterator[Kind]:
@@ -94,3 +94,15 @@ class Batch(Groups):
     old_logprobs: torch.Tensor | None = None
     ref_logprobs: torch.Tensor | None = None
     advantages: torch.Tensor | None = None
+
+    @property
+    def skips(self) -> bool:
+        """Whether a group without advantages has no gradient: nothing keeps it near a reference."""
+        return self.advantages is not None and self.ref_logprobs is None
+
+    def taught(self) -> list[int]:
+        """Places of the groups that have a gradient; no other needs a forward and a backward."""
+        if not self.skips:
+            return list(range(len(self.prompts)))
+        advantages = self.advantages.unflatten(0, (-1, self.group_size))  # (N, G)
+        return advantages.ne(0).any(dim=1).nonzero().flatten().tolist()

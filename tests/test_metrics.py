@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import grpo.metrics as metrics_module
-from grpo.metrics import Metrics, reduce_sums
+from grpo.metrics import Metrics, reduce_max, reduce_sums
 
 
 @pytest.fixture
@@ -245,6 +245,7 @@ def _reduce_on_rank(rank: int, store: str, out: str) -> None:
     # The ranks name their values in different orders; 1 + 2**-40 is lost in float32.
     mine = [{"reward": 1.0, "count": 2.0**-40}, {"count": 1.0, "reward": 10.0}][rank]
     result = {"sums": reduce_sums(mine), "float64_calls": [dtype == torch.float64 for dtype in calls]}
+    result["largest"] = reduce_max(7 - 2 * rank)
     try:
         reduce_sums({["loss", "kl"][rank]: 1.0})
     except ValueError as error:
@@ -260,6 +261,7 @@ def test_reduce_sums_over_two_ranks_is_one_exact_call_that_checks_the_names(tmp_
         result = json.loads((tmp_path / f"out{rank}").read_text())
         assert result["sums"] == {"count": 1.0 + 2.0**-40, "reward": 11.0}
         assert result["float64_calls"] == [True]
+        assert result["largest"] == 7
         assert f"this one passed {name}" in result["error"]
 
 

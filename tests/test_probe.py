@@ -64,6 +64,25 @@ def test_the_probe_uses_the_longest_prompt_and_changes_nothing(kind, settings, t
     assert "the longest step fits: 4 prompts of" in capsys.readouterr().out
 
 
+def test_the_probe_scores_all_that_a_step_without_a_reference_could(settings, tmp_path, monkeypatch):
+    """A step leaves out groups of equal rewards; the longest step has none."""
+    config = load_config([*settings, f"run.directory={tmp_path}/run", "loss.beta=0"])
+    tried = []
+    score = trainer_module.score
+
+    def recorded(policy, prompts, *args, **kwargs):
+        tried.append(len(prompts))
+        return score(policy, prompts, *args, **kwargs)
+
+    def run(world: World) -> None:
+        trainer = build(world, config)
+        monkeypatch.setattr(trainer_module, "score", recorded)
+        trainer.probe()
+
+    on_ranks(1, run)
+    assert tried == [2, 2]
+
+
 def test_what_does_not_fit_fails_before_the_first_step_and_names_the_example(settings, tmp_path, monkeypatch):
     config = load_config([*settings, f"run.directory={tmp_path}/run"])
 
