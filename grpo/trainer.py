@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,7 +58,7 @@ class Trainer:
     """Trains a policy by GRPO, one `step` at a time.
 
     reference: the frozen policy of the KL term; None where loss.beta is 0.
-    rewards: gives one column per name in `reward.weights`, in that order.
+    rewards: gives one column per name in `reward.weights`, in that order; called in a thread of its own.
     validation: this rank's batches of (example, prompt) pairs, made anew at each call.
     """
 
@@ -102,14 +103,17 @@ class Trainer:
                 batch=self.config.rollout.batch,
                 graphs=self.config.rollout.cuda_graphs,
             )
-        with self.phases("reward"):
-            completions = self.policy.completion_texts(rollout.tokens, rollout.mask)
-            siblings = [example for example in examples for _ in range(group_size)]
-            columns = self.rewards(siblings, completions).to(self.world.device)  # (B, K)
-            rewards = columns @ columns.new_tensor(list(self.config.reward.weights.values()))
-            advantages = group_advantages(rewards, group_size=group_size, scale=self.config.loss.advantage)
-        with self.phases("reference"):
-            ref_logprobs = self._reference_logprobs(rollout)
+        with ThreadPoolExecutor(1, "rewards") as thread:  # rewards need the texts alone: the reference scores meanwhile
+            with self.phases("reward"):
+                completions = self.policy.completion_texts(rollout.tokens, rollout.mask)
+                siblings = [example for example in examples for _ in range(group_size)]
+                pending = thread.submit(self.rewards, siblings, completions)
+            with self.phases("reference"):
+                ref_logprobs = self._reference_logprobs(rollout)
+            with self.phases("reward"):
+                columns = pending.result().to(self.world.device)  # (B, K)
+                rewards = columns @ columns.new_tensor(list(self.config.reward.weights.values()))
+                advantages = group_advantages(rewards, group_size=group_size, scale=self.config.loss.advantage)
         with self.meter.collective():  # without a reference it is here that ranks wait for the longest rollout
             tokens = reduce_sums({"tokens": rollout.mask.sum()})["tokens"]
         batch = Batch(

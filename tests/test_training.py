@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from parts import judge, make_policy, rewards_of, validation_batches
 from safetensors.torch import load_file
 
 from data.examples import load_examples
+from data.rewards import RewardError
+from grpo import trainer as trainer_module
 from grpo.advantage import group_advantages
 from grpo.checkpoint import CheckpointError, load_checkpoint
 from grpo.config import ConfigError, load_config
@@ -129,6 +132,48 @@ def test_the_reference_scores_each_completion_where_it_stands(settings, tmp_path
             rows = slice(4 * n, 4 * n + 4)
             alone, _ = score(trainer.reference, [prompt], drawn.tokens[rows], drawn.mask[rows], group_size=4)
             assert (alone - together[rows]).abs().max() < ROUNDING
+
+    on_ranks(1, run)
+
+
+def test_rewards_are_found_while_the_reference_scores(settings, tmp_path, monkeypatch):
+    """Each waits until the other has begun."""
+    config = load_config([*settings, f"run.directory={tmp_path}/run"])
+    judging, scoring, judged = threading.Event(), threading.Event(), []
+
+    def rewards(examples, completions):
+        judging.set()
+        judged.append(len(completions))
+        assert scoring.wait(timeout=20), "the reference waits for the rewards"
+        return length_reward(examples, completions)
+
+    def scored(policy, *args, **kwargs):
+        if not any(parameter.requires_grad for parameter in policy.parameters()):  # the reference
+            scoring.set()
+            assert judging.wait(timeout=20), "the rewards wait for the reference"
+        return score(policy, *args, **kwargs)
+
+    def run(world: World) -> None:
+        trainer = build(world, config, rewards=rewards)
+        monkeypatch.setattr(trainer_module, "score", scored)
+        means = trainer.step(0)
+        assert means["reward"] > 0 and means["kl"] == pytest.approx(0, abs=ROUNDING)
+        assert scoring.is_set() and judged == [16], "each completion is judged once"
+
+    on_ranks(1, run)
+
+
+def test_a_reward_that_fails_surfaces_as_itself(settings, tmp_path):
+    config = load_config([*settings, f"run.directory={tmp_path}/run"])
+    failure = RewardError("reward 'accuracy' of example 'q17' failed")
+
+    def broken(examples, completions):
+        raise failure
+
+    def run(world: World) -> None:
+        with pytest.raises(RewardError) as caught:
+            build(world, config, rewards=broken).step(0)
+        assert caught.value is failure and caught.traceback[-1].name == "broken"
 
     on_ranks(1, run)
 
