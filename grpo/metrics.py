@@ -125,6 +125,14 @@ class Phases:
         return phases | {"seconds/step": time.perf_counter() - self._started}
 
 
+def speed(metrics: dict[str, float], seconds: float, *, rate: float) -> dict[str, float]:
+    """How fast a step went, given its tokens, its necessary multiply-adds and the best rate of these of all ranks."""
+    return {
+        "speed/tokens_per_second": metrics["tokens"] / seconds,
+        "speed/limit_share": metrics["macs"] / rate / seconds,
+    }
+
+
 def peak_gib(device: torch.device) -> float:
     """The most memory in GiB that this process held: tensors on its GPU since `restart_peak`; on the CPU, all of it."""
     if device.type == "cuda":

@@ -33,7 +33,7 @@ class SupervisedTrainer(Trainer):
             examples, prompts = zip(*self.data.step(step), strict=True)
         batch, count = self._batch(examples, prompts)
         sums = self.update(batch, step, examples)
-        return reduce_sums(sums) | {"tokens": count}
+        return reduce_sums(sums | {"macs": self._macs(batch).step(rollout=False, reference=False)}) | {"tokens": count}
 
     def longest_batch(self, prompts: tuple[Prompt, ...]) -> Batch:
         longest = max(self.data.examples, key=lambda example: len(self.target(example)))

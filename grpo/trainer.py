@@ -16,8 +16,9 @@ from grpo.checkpoint import export, export_adapters, load_checkpoint, save_check
 from grpo.communication import Meter
 from grpo.config import Config, to_yaml
 from grpo.evaluate import Judge, accuracies, evaluate
+from grpo.flops import Macs, best_matmul_rate, cost_of, macs
 from grpo.loss import Sums, policy_loss, token_weights
-from grpo.metrics import Metrics, Phases, peak_gib, reduce_max, reduce_sums, restart_peak
+from grpo.metrics import Metrics, Phases, peak_gib, reduce_max, reduce_sums, restart_peak, speed
 from grpo.optimizer import allocate_moments, build_optimizer, clip_gradients, learning_rate
 from grpo.sampler import sample
 from grpo.scorer import score
@@ -81,6 +82,7 @@ class Trainer:
         self.directory = Path(config.run.directory)
         optim = config.optim
         self.optimizer = build_optimizer(policy, weight_decay=optim.weight_decay, betas=(optim.beta1, optim.beta2))
+        self.cost = cost_of(policy)
         self.metrics = Metrics(self.directory, rank=world.rank, total_steps=optim.steps, show=self.shown)
         self.phases, self.meter = Phases(world.device), Meter(world.device)
         for model in (policy, reference):
@@ -180,8 +182,10 @@ class Trainer:
         `check_run_directory` must have passed.
         """
         self.probe()
-        start = self._start()
         config = self.config
+        rate = best_matmul_rate(self.world.device, getattr(torch, config.model.dtype))
+        rate = reduce_sums({"rate": rate})["rate"]  # of all ranks together, measured while all are at it
+        start = self._start()
         if start == 0 and config.evaluation.before:
             self._evaluate(0)
         for step in range(start, config.optim.steps):
@@ -189,8 +193,9 @@ class Trainer:
             self.meter.start()
             restart_peak(self.world.device)
             metrics = self.step(step) | {"lr": self.learning_rate(step), "memory/peak_gib": peak_gib(self.world.device)}
-            done = step + 1
-            self.metrics.log(done, metrics | self.phases.seconds() | self.meter.measured())
+            seconds, done = self.phases.seconds(), step + 1
+            measured = seconds | self.meter.measured() | speed(metrics, seconds["seconds/step"], rate=rate)
+            self.metrics.log(done, metrics | measured)
             last = done == config.optim.steps
             if config.checkpoint.every and (done % config.checkpoint.every == 0 or last):
                 save_checkpoint(
@@ -319,6 +324,11 @@ class Trainer:
             shortest = batch.select(batch.pack(1)[-1])
             yield dataclasses.replace(shortest, weights=torch.zeros_like(shortest.weights))
 
+    def _macs(self, batch: Batch) -> Macs:
+        """Multiply-adds that the passes over a batch cannot do without, on this rank."""
+        lengths, audio_id = batch.mask.sum(dim=1), self.policy.audio_id
+        return macs(self.cost, batch.prompts, lengths, audio_id=audio_id, taught=batch.taught())
+
     def _weights(self, mask: torch.Tensor, tokens: float) -> torch.Tensor:
         completions = len(mask) * self.world.size
         return token_weights(mask, kind=self.config.loss.token_weights, completions=completions, tokens=tokens)
@@ -331,7 +341,9 @@ class Trainer:
         spread = rewards.unflatten(0, (-1, rollout.group_size)).std(dim=1)
         equal = equal_rewards(rewards, group_size=rollout.group_size)
         groups = completions // rollout.group_size
+        needed = self._macs(batch).step(reference=self.reference is not None, updates=self.config.loss.inner_epochs)
         own = {
+            "macs": needed,
             "reward": rewards.sum() / completions,
             "reward_std": spread.sum() / groups,
             "equal_reward_share": equal.sum() / groups,

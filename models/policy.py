@@ -94,6 +94,7 @@ class Policy(nn.Module):
     offloads = False  # whether sharding keeps the weights in host memory
     lora: Lora | None = None  # what its adapters are like, if it has any
     tower_cache: TowerCache | None = None  # what a frozen tower has heard; None while the tower is trained
+    audio_id: int | None = None  # the placeholder that audio embeddings take the place of
     suppressed_ids: tuple[int, ...] = ()  # never sampled and outside the scored distribution: placeholders
 
     # What every family shares.

@@ -15,12 +15,14 @@ import torch
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
+from grpo import flops
 from models.loading import load_policy
 from models.mini import build_mini
 from models.policy import Policy, Prompt
 from tests.clips import waveform, write_questions
 
 torch.set_num_threads(1)
+flops.SIZES = (256,)  # what a training run measures at its start need not be exact here
 
 TEXTS = (
     "Which comes second? Please choose the answer from the following options: ['a bell', 'rain'].",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+from grpo import flops
 from grpo.sharding import joined_world
 
 
@@ -27,6 +28,7 @@ def on_ranks(size: int, function: Callable[..., None], *args: Any) -> None:
 
 def _rank(rank: int, size: int, port: int, function: Callable[..., None], args: tuple) -> None:
     torch.set_num_threads(1)
+    flops.SIZES = (256,)  # as in conftest.py
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with joined_world() as world:

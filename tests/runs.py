@@ -65,4 +65,4 @@ def read_metrics(directory: Path) -> list[dict]:
 
 def computed(line: dict) -> list[str]:
     """The keys of a line of metrics that do not measure the machine or depend on how many ranks there are."""
-    return [name for name in line if not name.startswith(("seconds/", "memory/", "communication/"))]
+    return [name for name in line if not name.startswith(("seconds/", "speed/", "memory/", "communication/"))]

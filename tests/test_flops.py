@@ -1,7 +1,7 @@
 """The formula of the necessary multiply-adds against what torch counts while the real model runs.
 
 Torch counts every pair of a masked attention, so the products of attention are compared for themselves, and the pairs
-that count are held against the tree mask. The tower's convolutions run two frames more, which they reach behind a clip.
+that count are held against the tree mask. All else is equal to the last one.
 """
 
 from dataclasses import replace
@@ -12,17 +12,42 @@ from benchmark import HarkSide, Size, Work, build_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from grpo import flops
+from grpo.config import load_config
 from grpo.flops import best_matmul_rate, cost_of, macs
+from grpo.metrics import speed
+from grpo.sampler import sample
 from grpo.scorer import score
+from grpo.sft import SupervisedTrainer
+from grpo.sharding import World
+from grpo.trainer import Trainer
 from grpo.tree import branches_layout, prompt_layout, tree_mask
+from models.loading import load_policy
+from models.lora import Lora, WithoutAdapters
+from tests.ranks import on_ranks
+from tests.runs import build, read_metrics
 
 WORK = Work(seconds=4.0, prompts=2, group_size=3, new_tokens=5)
 
 
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+POLICIES = {
+    "whole": {},
+    "frozen tower": {"train_tower": False},
+    "adapters": {"lora": Lora(4, 8.0, TARGETS)},
+    "adapters of some layers": {"lora": Lora(4, 8.0, ("v_proj", "down_proj"))},
+}
+
+
 @pytest.fixture(scope="module")
-def side(tmp_path_factory):
+def directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("benchmark")
     build_model(directory, Size(vocabulary=400, hidden=64, inner=96, layers=2, tower_hidden=64, tower_layers=1))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def side(directory):
     return HarkSide(directory, WORK)
 
 
@@ -34,23 +59,31 @@ def counted(function, *args, **kwargs):
     return (counter.get_total_flops() - attention) / 2, attention / 2, result
 
 
-def test_each_pass_costs_what_torch_counts(side):
-    whole = cost_of(side.policy)
-    cost = replace(whole, pair=0, heard_pair=0)
-    rollout, _, drawn = counted(side.rollout)
-    assert drawn.mask.all()
-    expected = macs(cost, side.prompts, drawn.mask.sum(dim=1), audio_id=side.policy.audio_id)
-    forward, attention, (logprobs, _) = counted(
-        score, side.policy, side.prompts, drawn.tokens, drawn.mask, group_size=3
-    )
+@pytest.mark.parametrize("kind", POLICIES)
+def test_each_pass_costs_what_torch_counts(kind, side, directory):
+    policy = load_policy(directory, tower_cache=2**20, **POLICIES[kind])
+    whole = cost_of(policy)
+    draw = dict(group_size=3, max_new_tokens=5, temperature=1.0, keys=[(0,), (1,)], stop=False)
+    rollout, _, drawn = counted(sample, policy, side.prompts, **draw)
+    completions = side.prompts, drawn.tokens, drawn.mask
+    with torch.no_grad():
+        reference, _, _ = counted(score, WithoutAdapters(policy), *completions, group_size=3)
+    forward, attention, (logprobs, _) = counted(score, policy, *completions, group_size=3)
     backward, _, _ = counted(logprobs.sum().backward)
-    again = drawn.mask.sum().item() * cost.head  # the scorer computes its logits again in the backward
-    assert rollout == pytest.approx(expected.forward, rel=0.01)
-    assert forward == pytest.approx(expected.forward, rel=0.01)
-    assert backward - again == pytest.approx(expected.backward, rel=0.01)
+
+    cost = replace(whole, pair=0, heard_pair=0)
+    passes = macs(cost, side.prompts, drawn.mask.sum(dim=1), audio_id=policy.audio_id)
+    # The convolutions' places behind the clips: two of the first and one of the second, for each of two prompts.
+    first, second = (2 * conv.weight.numel() for conv in (policy.tower.conv1, policy.tower.conv2))
+    behind, again = 2 * first + second, 0 if whole.frozen_tower else 1
+    assert rollout == passes.heard + passes.rollout + behind
+    assert reference == passes.reference + again * behind, "a frozen tower is not heard again"
+    assert forward == passes.forward + again * behind
+    assert backward == passes.backward + again * 2 * (first + second)
+
     prompt, branches, places = len(side.prompts[0].ids), 3 * 4, 400 // 2
     pairs = prompt**2 + branches * (prompt + branches)  # the prompt's own, causal, and the branches' with the whole row
-    assert attention == 2 * (len(whole.windows) * whole.pair * pairs + whole.heard_pair * places**2)
+    assert attention == 2 * (len(whole.windows) * whole.pair * pairs + again * whole.heard_pair * places**2)
 
 
 @pytest.mark.parametrize("window", [None, 7])
@@ -63,13 +96,73 @@ def test_a_token_attends_to_the_pairs_of_the_tree_mask(side, window):
     assert macs(cost, [prompt], torch.tensor([5, 5, 5])).forward == pairs
 
 
-def test_a_whole_step_is_five_forwards_less_the_gradient_of_the_mel_frames(side):
+def test_a_whole_step_is_five_forwards_less_the_gradient_of_the_mel_frames_and_the_first_tokens_heads(side):
     cost = cost_of(side.policy)
     passes = macs(cost, side.prompts, torch.full((6,), 5), audio_id=side.policy.audio_id)
     first_convolution = 2 * 400 * side.policy.tower.conv1.weight.numel()
-    assert passes.step() == 5 * passes.forward - first_convolution
-    assert passes.step(reference=False, updates=2) == 7 * passes.forward - 2 * first_convolution
+    first_tokens = 2 * (3 - 1) * cost.head
+    assert passes.step() == 5 * passes.forward - first_convolution - first_tokens
+    assert passes.step(reference=False, updates=2) == 7 * passes.forward - 2 * first_convolution - first_tokens
+    assert passes.step(reference=False, rollout=False) == 3 * passes.forward - first_convolution
+
+
+def test_a_frozen_tower_is_heard_once_whoever_needs_it(side, directory):
+    cost = cost_of(load_policy(directory, train_tower=False))
+    passes = macs(cost, side.prompts, torch.full((6,), 5), audio_id=side.policy.audio_id)
+    assert passes.heard == 2 * cost.tower(400) > 0
+    unheard = macs(replace(cost, convolutions=()), side.prompts, torch.full((6,), 5), audio_id=side.policy.audio_id)
+    for parts in (dict(), dict(updates=2), dict(rollout=False, reference=False)):
+        assert passes.step(**parts) == unheard.step(**parts) + passes.heard
+
+
+def test_a_group_without_a_gradient_needs_the_rollout_and_the_reference_alone(side):
+    cost, lengths = cost_of(side.policy), torch.tensor([5, 5, 5, 2, 3, 1])
+    one, two = (macs(cost, [side.prompts[n]], lengths.split(3)[n], audio_id=side.policy.audio_id) for n in range(2))
+    passes = macs(cost, side.prompts, lengths, audio_id=side.policy.audio_id, taught=[1])
+    assert passes.rollout == one.rollout + two.rollout and passes.reference == one.reference + two.reference
+    assert (passes.forward, passes.backward) == (two.forward, two.backward)
+
+
+@pytest.mark.parametrize("kind", [Trainer, SupervisedTrainer])
+def test_a_step_reports_what_it_needed_and_how_fast_it_went(kind, settings, tmp_path):
+    config = load_config([*settings, f"run.directory={tmp_path}/run", "loss.inner_epochs=2", "optim.steps=2"])
+    more, supervised = {}, kind is SupervisedTrainer
+    if supervised:
+        more = {"target": lambda example: example.answer_text}
+    batches = []
+
+    def run(world: World) -> None:
+        trainer = build(world, config, kind, **more)
+        accumulate = trainer.accumulate
+        trainer.accumulate = lambda batch: batches.append(batch) or accumulate(batch)
+        trainer.train()
+        updates = batches[1:] if supervised else batches[1::2]  # the first is the probe's
+        for line, batch in zip(read_metrics(tmp_path / "run"), updates, strict=True):
+            lengths, policy = batch.mask.sum(dim=1), trainer.policy
+            passes = macs(cost_of(policy), batch.prompts, lengths, audio_id=policy.audio_id)
+            rollout = 0 if supervised else passes.rollout + passes.reference
+            assert line["macs"] == rollout + (1 if supervised else 2) * (passes.forward + passes.backward)
+            assert line["speed/tokens_per_second"] * line["seconds/step"] == pytest.approx(lengths.sum().item())
+            assert 1e-4 < line["speed/limit_share"] < 1.5, (
+                "small matrices are slow, and no step is faster than a matmul"
+            )
+
+    on_ranks(1, run)
+
+
+def test_the_share_of_the_limit_is_of_the_rate_of_all_ranks():
+    assert speed({"tokens": 60.0, "macs": 3e9}, 2.0, rate=1e10) == {
+        "speed/tokens_per_second": 30.0, "speed/limit_share": 0.15
+    }  # fmt: skip
 
 
 def test_the_best_matmul_rate_is_a_rate():
     assert 1e8 < best_matmul_rate(repeat=1) < 1e15
+
+
+def test_the_rate_is_that_of_the_fastest_product_and_none_is_waited_for_long(monkeypatch):
+    """2 ms, 16 ms and 64 ms; the next would take eight times as long as the last, half a second."""
+    seconds = {512: 2e-3, 1024: 16e-3, 2048: 64e-3}
+    monkeypatch.setattr(flops, "SIZES", (512, 1024, 2048, 4096))
+    monkeypatch.setattr(flops, "_seconds", lambda a, b: seconds[len(a)])
+    assert best_matmul_rate(repeat=1) == 2048**3 / 64e-3
