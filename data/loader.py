@@ -83,12 +83,16 @@ class Loader(Generic[Prompt]):
     def step(self, step: int) -> list[tuple[Example, Prompt]]:
         """This rank's examples of a step with their prompts, in order; any step may be asked for."""
         futures = self._ahead.pop(step, None) or self._submit(step)
-        self._cancel()
-        self._ahead = {step + 1: self._submit(step + 1)}
+        self.prepare(step + 1)
         slots = [future.result() for future in futures]
         for slot in slots:
             self._record(slot)
         return [(slot.example, slot.prompt) for slot in slots]
+
+    def prepare(self, step: int) -> None:
+        """Begin to prepare a step, instead of any other that is not asked for yet."""
+        self._cancel()
+        self._ahead = {step: self._submit(step)}
 
     def key(self, step: int, example: Example) -> tuple[int, ...]:
         """What the draws for an example in a step are a function of: (seed, step, example) as integers."""

@@ -36,7 +36,10 @@ class TrainingData(Protocol):
     """Where prompts come from: a pure function of the step, so that resume needs no state."""
 
     def step(self, step: int) -> Pairs:
-        """This rank's examples and prompts of a step."""
+        """This rank's examples and prompts of a step; the next one is prepared meanwhile."""
+
+    def prepare(self, step: int) -> None:
+        """Begin to prepare a step."""
 
     def key(self, step: int, example: Any) -> tuple[int, ...]:
         """What the draws for an example in a step are a function of."""
@@ -186,6 +189,7 @@ class Trainer:
         rate = best_matmul_rate(self.world.device, getattr(torch, config.model.dtype))
         rate = reduce_sums({"rate": rate})["rate"]  # of all ranks together, measured while all are at it
         start = self._start()
+        self.data.prepare(start)
         if start == 0 and config.evaluation.before:
             self._evaluate(0)
         for step in range(start, config.optim.steps):

@@ -90,6 +90,22 @@ def test_the_next_step_is_prepared_while_this_one_runs():
         assert Counter(seen) == Counter(indices(0) + indices(1))
 
 
+def test_the_first_step_of_a_run_can_be_prepared_before_it_is_asked_for():
+    seen, ready = [], threading.Event()
+
+    def prepare(text, waveform):
+        seen.append(waveform[0])
+        if len(seen) == 4:
+            ready.set()
+
+    with make(prepare=prepare) as loader:
+        loader.prepare(5)
+        assert ready.wait(timeout=20)
+        assert Counter(seen) == Counter(indices(5))
+        loader.step(5)
+    assert Counter(seen[:4]) == Counter(indices(5)) and not set(seen[4:]) - set(indices(6))
+
+
 def test_a_prepared_step_is_used_and_not_prepared_again():
     calls = Counter()
 

@@ -329,6 +329,23 @@ def test_a_run_may_not_be_resumed_with_other_weights_trained(settings, tmp_path)
         on_ranks(1, train, [*run, "run.resume=true", "model.train_tower=false"])
 
 
+def test_the_first_step_is_prepared_while_the_first_evaluation_runs(settings, tmp_path):
+    config = load_config([*settings, f"run.directory={tmp_path}/run", "optim.steps=1"])
+    order = []
+
+    def run(world: World) -> None:
+        evaluated = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, before=True))
+        trainer = build(world, evaluated, judge=judge)
+        trainer.validation = lambda: order.append("evaluation") or []
+        prepare, step = trainer.data.prepare, trainer.data.step
+        trainer.data.prepare = lambda number: order.append(f"prepare {number}") or prepare(number)
+        trainer.data.step = lambda number: order.append(f"step {number}") or step(number)
+        trainer.train()
+
+    on_ranks(1, run)
+    assert order == ["prepare 0", "evaluation", "step 0", "prepare 1"]
+
+
 def test_an_evaluation_without_questions_is_refused_at_the_start(settings, tmp_path):
     with pytest.raises(ConfigError, match="neither data.validation nor data.held_out gives questions"):
         on_ranks(1, train, [*settings, f"run.directory={tmp_path}/run", "evaluation.before=true"])
