@@ -8,7 +8,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from grpo.tree import Layout, branches_layout, prompt_layout, tree_mask
+from models.attention import Attend
 from models.policy import Policy, Prompt
+from models.split_attention import SplitRow
 
 CHUNK = 2048  # scored tokens whose vocabulary-wide logits exist at the same time
 
@@ -80,12 +82,23 @@ def _predicting_states(
     steps = tokens.shape[1] - 1
     fed = policy.embed_tokens(tokens[:, :-1]).reshape(count, group_size * steps, width)
     row = prompt_layout(lengths, longest) + branches_layout(lengths, group_size, steps)
-    masks = tree_masks(policy, row, row, prompt=longest)
-    hidden = policy.decode(torch.cat([embeddings, fed], dim=1), masks, row.position)
+    masks, attend = _row_attention(policy, row, longest, group_size)
+    hidden = policy.decode(torch.cat([embeddings, fed], dim=1), masks, row.position, attend)
     first = hidden[torch.arange(count, device=lengths.device), lengths - 1]
     first = first[:, None, None].expand(-1, group_size, -1, -1)  # (N, G, 1, D)
     rest = hidden[:, longest:].unflatten(1, (group_size, steps)) if steps else first[:, :, :0]
     return torch.cat([first, rest], dim=2).flatten(0, 1)
+
+
+def _row_attention(
+    policy: Policy, row: Layout, prompt: int, group_size: int
+) -> tuple[dict[str, torch.Tensor], Attend | None]:
+    """The masks under which a row attends to itself, and how: on the CPU layers without a window do it in parts."""
+    if policy.device.type != "cpu" or row.real.shape[1] == prompt:
+        return tree_masks(policy, row, row, prompt=prompt), None
+    real = row.real[:, None, None, :prompt]
+    masks = {kind: real if window is None else tree_mask(row, row, window) for kind, window in policy.windows.items()}
+    return masks, SplitRow(prompt, group_size)
 
 
 def _chosen(

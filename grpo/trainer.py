@@ -167,15 +167,14 @@ class Trainer:
 
     def accumulate(self, batch: Batch) -> dict[str, float]:
         """Add the gradient of a batch, micro-batch by micro-batch; this rank's share of each metric."""
-        sums: dict[str, float] = {}
+        sums: Sums = {}
         for micro in self._micro_batches(batch):
             logprobs, entropy = self._score(self.policy, micro)
             loss, parts = self.loss(micro, logprobs)
             loss.backward()
             parts |= {"entropy": (micro.weights * entropy).sum()}
-            for name, value in parts.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
-        return sums
+            sums = {name: sums.get(name, 0.0) + value for name, value in parts.items()}
+        return {name: float(value) for name, value in sums.items()}  # only now: a GPU would be waited for each time
 
     # Around the algorithm.
 
@@ -224,7 +223,7 @@ class Trainer:
         try:
             allocate_moments(self.optimizer)  # they come with the first step; the ones after it must fit beside them
             if self.validation is not None:
-                self._draw((prompt,) * self.config.evaluation.batch, 1)
+                self._draw((prompt,) * self.config.evaluation.batch, 1, self.config.evaluation.batch)
             batch = self.longest_batch(prompts)
             self.accumulate(batch)
         except torch.OutOfMemoryError as error:
@@ -245,7 +244,7 @@ class Trainer:
 
     def longest_batch(self, prompts: tuple[Prompt, ...]) -> Batch:
         """A batch of these prompts with completions as long as may be, after the rollout and the reference pass."""
-        rollout = self._draw(prompts, self.config.rollout.group_size)
+        rollout = self._draw(prompts, self.config.rollout.group_size, self.config.rollout.batch)
         return Batch(
             prompts,
             rollout.group_size,
@@ -257,8 +256,8 @@ class Trainer:
             advantages=torch.ones(len(rollout.tokens), device=self.world.device),  # 0 would have no gradient
         )
 
-    def _draw(self, prompts: tuple[Prompt, ...], group_size: int) -> Rollout:
-        """Completions that all run into the limit."""
+    def _draw(self, prompts: tuple[Prompt, ...], group_size: int, batch: int | None) -> Rollout:
+        """Completions that all run into the limit, of so many prompts at a time."""
         with gathered(self.policy):
             return sample(
                 self.policy,
@@ -267,7 +266,7 @@ class Trainer:
                 max_new_tokens=self.config.rollout.max_new_tokens,
                 temperature=self.config.rollout.temperature,
                 keys=[(place,) for place in range(len(prompts))],
-                batch=self.config.rollout.batch,
+                batch=batch,
                 graphs=self.config.rollout.cuda_graphs,
                 stop=False,
             )

@@ -22,6 +22,7 @@ from grpo.sft import SupervisedTrainer
 from grpo.sharding import World
 from grpo.trainer import Trainer
 from grpo.tree import branches_layout, prompt_layout, tree_mask
+from models import split_attention
 from models.loading import load_policy
 from models.lora import Lora, WithoutAdapters
 from tests.ranks import on_ranks
@@ -60,7 +61,7 @@ def counted(function, *args, **kwargs):
 
 
 @pytest.mark.parametrize("kind", POLICIES)
-def test_each_pass_costs_what_torch_counts(kind, side, directory):
+def test_each_pass_costs_what_torch_counts(kind, side, directory, monkeypatch):
     policy = load_policy(directory, tower_cache=2**20, **POLICIES[kind])
     whole = cost_of(policy)
     draw = dict(group_size=3, max_new_tokens=5, temperature=1.0, keys=[(0,), (1,)], stop=False)
@@ -68,6 +69,13 @@ def test_each_pass_costs_what_torch_counts(kind, side, directory):
     completions = side.prompts, drawn.tokens, drawn.mask
     with torch.no_grad():
         reference, _, _ = counted(score, WithoutAdapters(policy), *completions, group_size=3)
+    kernel, pairs = split_attention.flash, []  # of the branches, which torch does not count
+
+    def flash(query, key, value, **options):
+        pairs.append(query.shape[0] * query.shape[2] * key.shape[2])
+        return kernel(query, key, value, **options)
+
+    monkeypatch.setattr(split_attention, "flash", flash)
     forward, attention, (logprobs, _) = counted(score, policy, *completions, group_size=3)
     backward, _, _ = counted(logprobs.sum().backward)
 
@@ -81,9 +89,9 @@ def test_each_pass_costs_what_torch_counts(kind, side, directory):
     assert forward == passes.forward + again * behind
     assert backward == passes.backward + again * 2 * (first + second)
 
-    prompt, branches, places = len(side.prompts[0].ids), 3 * 4, 400 // 2
-    pairs = prompt**2 + branches * (prompt + branches)  # the prompt's own, causal, and the branches' with the whole row
-    assert attention == 2 * (len(whole.windows) * whole.pair * pairs + again * whole.heard_pair * places**2)
+    prompt, steps, places = len(side.prompts[0].ids), 4, 400 // 2
+    assert attention == 2 * (len(whole.windows) * whole.pair * prompt**2 + again * whole.heard_pair * places**2)
+    assert sum(pairs) == 2 * len(whole.windows) * 3 * steps * (prompt + steps), "siblings are not attended to"
 
 
 @pytest.mark.parametrize("window", [None, 7])
