@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,3 +27,12 @@ def read_step(path: Path, device: torch.device | str = "cpu") -> tuple[Batch, di
     fields = record.pop("batch")
     prompts = tuple(Prompt(**prompt) for prompt in fields.pop("prompts"))
     return Batch(prompts=prompts, **fields), record
+
+
+def nonfinite_rows(batch: Batch) -> Iterator[tuple[str, int]]:
+    """Names of a batch's fields and the rows in which they hold a number that is not one."""
+    for field in dataclasses.fields(batch):
+        value = getattr(batch, field.name)
+        if torch.is_tensor(value) and value.is_floating_point():
+            rows = ~value.isfinite().flatten(1).all(dim=1) if value.dim() > 1 else ~value.isfinite()
+            yield from ((field.name, row) for row in rows.nonzero().flatten().tolist())

@@ -23,7 +23,7 @@ from grpo.optimizer import allocate_moments, build_optimizer, clip_gradients, le
 from grpo.sampler import sample
 from grpo.scorer import score
 from grpo.sharding import World, gathered, release
-from grpo.trace import write_step
+from grpo.trace import nonfinite_rows, write_step
 from grpo.types import Batch, Groups, Rollout
 from models.lora import WithoutAdapters
 from models.policy import Policy, Prompt
@@ -374,12 +374,3 @@ class Trainer:
             f"{', '.join(names)}; in the batch: {', '.join(list(origins)[:5]) or 'all numbers are finite'}; it is kept "
             f"in {path}, to be read with grpo.trace.read_step; this update was not made"
         )
-
-
-def nonfinite_rows(batch: Batch) -> Iterator[tuple[str, int]]:
-    """Names of a batch's fields and the rows in which they hold a number that is not one."""
-    for field in dataclasses.fields(batch):
-        value = getattr(batch, field.name)
-        if torch.is_tensor(value) and value.is_floating_point():
-            rows = ~value.isfinite().flatten(1).all(dim=1) if value.dim() > 1 else ~value.isfinite()
-            yield from ((field.name, row) for row in rows.nonzero().flatten().tolist())
