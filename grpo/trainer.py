@@ -321,7 +321,10 @@ class Trainer:
         gradient of 0 is not the same as none to AdamW, whose moments go on.
         """
         parts = batch.pack(self.config.optim.micro_batch, batch.taught())
-        count = max(1, reduce_max(len(parts))) if batch.skips else len(parts)
+        count = len(parts)
+        if batch.skips:
+            with self.meter.collective():
+                count = max(1, reduce_max(len(parts)))
         yield from map(batch.select, parts)
         for _ in range(count - len(parts)):
             shortest = batch.select(batch.pack(1)[-1])
