@@ -57,6 +57,7 @@ class ModelConfig:
     tower_cache: CountOrZero = 1024  # MiB per rank for what a frozen tower has heard
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation, and of weights that are not trained
     master_dtype: Literal["float32", "bfloat16"] = "float32"  # of trained weights and the optimizer's state
+    attention: Literal["sdpa", "flex"] = "sdpa"  # of scored rows; flex skips what the tree mask hides, on GPUs only
     recompute: bool = False  # recompute each layer's activations in backward: less memory, about a third more time
 
 

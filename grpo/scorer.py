@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from grpo.tree import Layout, branches_layout, prompt_layout, tree_mask
-from models.attention import Attend
+from grpo.tree import Layout, branches_layout, prompt_layout, tree_mask, tree_rule
+from models.attention import Attend, BlockAttention, block_mask
 from models.policy import Policy, Prompt
 from models.split_attention import SplitRow
 
@@ -49,6 +49,15 @@ def tree_masks(policy: Policy, queries: Layout, keys: Layout, *, prompt: int = 0
         kind: tree_mask(queries[slice(prompt if window is None else 0, None)], keys, window)
         for kind, window in policy.windows.items()
     }
+
+
+def tree_blocks(policy: Policy, row: Layout) -> BlockAttention:
+    """The tree mask of whole rows for FlexAttention, made once for each type of layer."""
+    blocks = {
+        kind: block_mask(tree_rule(row, window), *row.branch.shape, row.branch.device)
+        for kind, window in policy.windows.items()
+    }
+    return BlockAttention(tuple(blocks[kind] for kind in policy.layer_types))
 
 
 def _score(
@@ -92,8 +101,10 @@ def _predicting_states(
 
 def _row_attention(
     policy: Policy, row: Layout, prompt: int, group_size: int
-) -> tuple[dict[str, torch.Tensor], Attend | None]:
+) -> tuple[dict[str, torch.Tensor] | None, Attend | None]:
     """The masks under which a row attends to itself, and how: on the CPU layers without a window do it in parts."""
+    if policy.attention == "flex":
+        return None, tree_blocks(policy, row)
     if policy.device.type != "cpu" or row.real.shape[1] == prompt:
         return tree_masks(policy, row, row, prompt=prompt), None
     real = row.real[:, None, None, :prompt]

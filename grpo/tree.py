@@ -9,6 +9,7 @@ each branch at a time, lays out each branch with its prompt. They share this one
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -50,9 +51,36 @@ def branches_layout(lengths: torch.Tensor, group_size: int, steps: int) -> Layou
 
 def tree_mask(queries: Layout, keys: Layout, window: int | None = None) -> torch.Tensor:
     """Which query may attend to which key, (N, 1, Lq, Lk) bool; `window` is how many positions back one may look."""
-    query, key = queries.position[:, :, None], keys.position[:, None, :]
-    own = queries.branch[:, :, None] == keys.branch[:, None, :]
-    mask = (own | (keys.branch[:, None, :] == PROMPT)) & keys.real[:, None, :] & (key <= query)
-    if window is not None:
-        mask &= query - key < window
-    return mask.unsqueeze(1)
+    branch, position = queries.branch[:, :, None], queries.position[:, :, None]
+    key = keys.branch[:, None, :], keys.position[:, None, :], keys.real[:, None, :]
+    return _attends(branch, position, *key, _since(position, window)).unsqueeze(1)
+
+
+def tree_rule(row: Layout, window: int | None = None) -> Callable[..., torch.Tensor]:
+    """The tree mask of rows as FlexAttention asks for it: a function of the places of single queries and keys."""
+    # Contiguous and of four bytes: the function is compiled for their strides, and reads them for each pair.
+    branch, position = (tensor.int().contiguous() for tensor in (row.branch, row.position))
+    real, since = row.real.contiguous(), _since(position, window)
+
+    def attends(n: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        key = branch[n, k], position[n, k], real[n, k]
+        return _attends(branch[n, q], position[n, q], *key, None if since is None else since[n, q])
+
+    return attends
+
+
+def _attends(
+    branch: torch.Tensor,
+    position: torch.Tensor,
+    key_branch: torch.Tensor,
+    key_position: torch.Tensor,
+    key_real: torch.Tensor,
+    since: torch.Tensor | None,
+) -> torch.Tensor:
+    """Whether queries may attend to keys, which look no further back than to position `since`."""
+    mask = ((key_branch == branch) | (key_branch == PROMPT)) & key_real & (key_position <= position)
+    return mask if since is None else mask & (key_position >= since)
+
+
+def _since(position: torch.Tensor, window: int | None) -> torch.Tensor | None:
+    return None if window is None else position - (window - 1)

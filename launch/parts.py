@@ -86,6 +86,10 @@ def check_training(config: Config, world: World) -> None:
             f"optim.prompts_per_step is {config.optim.prompts_per_step}; "
             f"it must be a multiple of the number of processes, {world.size}"
         )
+    if config.model.attention == "flex" and world.device.type != "cuda":
+        raise ConfigError(
+            "model.attention=flex needs a GPU: FlexAttention has no backward on the CPU; leave it at sdpa"
+        )
     evaluates = config.evaluation.every or config.evaluation.before
     if evaluates and config.data.validation is None and not config.data.held_out:
         raise ConfigError("evaluation is asked for, but neither data.validation nor data.held_out gives questions")
@@ -139,6 +143,7 @@ def _load(
         tower_cache=model.tower_cache * 2**20,
         lora=lora,
         recompute=model.recompute,
+        attention=model.attention,
         shard=partial(shard, mesh=mesh, dtype=dtype, reshard=config.sharding.reshard, offload=offload),
     )
     _report_loading(policy, path, "policy" if train else "frozen policy", peak_gib(torch.device("cpu")) - before, world)

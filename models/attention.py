@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
 from models.cache import GroupCache
@@ -47,6 +49,51 @@ def attend_to_row(
     if causal < query.shape[2]:
         outputs.append(sdpa_attention_forward(module, query[:, :, causal:], key, value, mask, **kwargs)[0])
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+@dataclass(frozen=True)
+class BlockAttention:
+    """Attention of whole rows to themselves by FlexAttention, which leaves out the blocks that a mask leaves empty.
+
+    On a GPU one compiled kernel, without a mask of all pairs in memory; elsewhere the uncompiled reference, which has
+    no backward and is for tests. It has been run on no GPU yet.
+    masks: of each layer.
+    """
+
+    masks: tuple[BlockMask, ...]
+
+    def __call__(self, module: torch.nn.Module, query, key, value, mask, *, scaling, **kwargs) -> torch.Tensor:
+        """query: (N, heads, L, head size); gives (N, L, heads, head size)."""
+        if kwargs.get("softcap") is not None:
+            raise ValueError("this attention has no softcap")
+        usual = query.shape[-1] ** -0.5
+        if scaling != usual:  # not as an argument: with dynamic shapes a number would become a variable of the kernel
+            query = query * (scaling / usual)
+        attend = _compiled_flex_attention() if query.is_cuda else flex_attention
+        grouped = query.shape[1] != key.shape[1]
+        blocks = self.masks[module.layer_idx]
+        return attend(query, key, value, block_mask=blocks, enable_gqa=grouped).transpose(1, 2)
+
+
+def block_mask(rule: Callable[..., torch.Tensor], rows: int, length: int, device: torch.device) -> BlockMask:
+    """Which blocks of 128 x 128 pairs a rule leaves empty, in part or full, for N rows of L tokens.
+
+    All pairs are held as booleans for a moment.
+    """
+    return create_block_mask(rule, rows, None, length, length, device=device)
+
+
+@cache
+def _compiled_flex_attention() -> Callable[..., torch.Tensor]:
+    """FlexAttention compiled once for rows of any length and number.
+
+    Compiled for each length, it would be compiled at almost every micro-batch, as prompts and completions have all
+    lengths. A few compilations remain: for one row and for several, with and without gradients, with and without a
+    window. Beyond the limit of their number torch would go on uncompiled, holding the scores of all pairs; `fullgraph`
+    makes that an error.
+    """
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ def load_policy(
     tower_cache: int = 0,
     lora: Lora | None = None,
     recompute: bool = False,
+    attention: str = "sdpa",
     shard: Callable[[Policy], None] | None = None,
 ) -> Policy:
     """Load a policy from a local directory or a hub name.
@@ -44,12 +45,12 @@ def load_policy(
     The module is built without memory, handed to `shard`, which may wrap it in FSDP, and then filled: weights that
     are trained are stored in `master_dtype`, all others in `dtype`, that of the computation, which loses nothing
     there. train: False freezes everything. lora: freezes everything and trains adapters. tower_cache: bytes for what a
-    frozen tower has heard.
+    frozen tower has heard. attention: of rows that are scored, "flex" on a GPU only.
     Raises PolicyError for a directory that is no checkpoint, an unknown family, or tensors that do not fit.
     """
     directory = _directory(path)
     policy = build_policy(directory)
-    policy.device, policy.name = torch.device(device), str(path)
+    policy.device, policy.name, policy.attention = torch.device(device), str(path), attention
     if not train_tower:
         policy.freeze_tower()
     if lora is not None:

@@ -92,6 +92,7 @@ class Policy(nn.Module):
     mesh: DeviceMesh | None = None  # the ranks it is sharded over
     reshards = False  # whether sharding frees each layer's gathered weights after its forward
     offloads = False  # whether sharding keeps the weights in host memory
+    attention = "sdpa"  # of rows that are scored; or "flex", for GPUs
     lora: Lora | None = None  # what its adapters are like, if it has any
     tower_cache: TowerCache | None = None  # what a frozen tower has heard; None while the tower is trained
     audio_id: int | None = None  # the placeholder that audio embeddings take the place of
@@ -120,6 +121,11 @@ class Policy(nn.Module):
         types = getattr(config, "layer_types", None) or (default,)
         return {kind: window if kind == "sliding_attention" else None for kind in types}
 
+    @property
+    def layer_types(self) -> tuple[str, ...]:
+        """The type of each decoder layer, one of `windows`."""
+        return tuple(getattr(self.decoder.config, "layer_types", None) or [*self.windows] * len(self.decoder.layers))
+
     def embed_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """Embeddings (..., D) of token ids (...)."""
         return self.decoder.get_input_embeddings()(tokens)
@@ -127,21 +133,19 @@ class Policy(nn.Module):
     def decode(
         self,
         embeddings: torch.Tensor,
-        masks: dict[str, torch.Tensor],
+        masks: dict[str, torch.Tensor] | None,
         positions: torch.Tensor,
         attend: Attend | None = None,
     ) -> torch.Tensor:
         """Run the decoder on embeddings (N, L, D) at positions (N, L): hidden states (N, L, D).
 
         masks: for each type of layer in `windows`, (N, 1, Lm, S) bool, True where a query may attend to a key. A mask
-        of Lm < L is for the last Lm queries, and those before are causal.
-        attend: the attention of each layer where it is not of the row to itself, such as `models.attention.Growth`.
+        of Lm < L is for the last Lm queries, and those before are causal. None where `attend` has masks of its own.
+        attend: the attention of each layer where it is not `models.attention.attend_to_row`, such as `Growth` there.
         """
+        masks = dict.fromkeys(self.windows) if masks is None else masks
         # As addends, once: from booleans sdpa would make them anew in each layer, and keep each for the backward.
-        addends = {
-            kind: torch.zeros(mask.shape, dtype=embeddings.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
-            for kind, mask in masks.items()
-        }
+        addends = {kind: None if mask is None else _addend(mask, embeddings.dtype) for kind, mask in masks.items()}
         output = self.decoder(
             inputs_embeds=embeddings,
             attention_mask=addends
@@ -224,6 +228,10 @@ class Policy(nn.Module):
         # Eager attention adds a boolean mask as numbers and is silently wrong.
         if config._attn_implementation not in ("sdpa", TREE):
             raise PolicyError(f"the decoder's attention is {config._attn_implementation!r}; the tree mask needs 'sdpa'")
+
+
+def _addend(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 
 
 def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

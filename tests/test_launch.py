@@ -201,6 +201,7 @@ def test_with_skip_bad_it_is_counted_listed_and_left_out(what, config, tmp_path,
         (["data.train=null"], "data.train is missing"),
         (["rollout.group_size=1"], "rollout.group_size must be at least 2"),
         (["data.train=nowhere.jsonl"], "nowhere.jsonl"),
+        (["model.attention=flex"], "model.attention=flex needs a GPU"),
     ],
 )
 def test_a_wrong_setting_is_named_with_what_would_be_right(overrides, message, config):

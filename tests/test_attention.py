@@ -1,0 +1,131 @@
+"""FlexAttention under the tree mask gives what sdpa gives; on the CPU by its uncompiled reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention import flex_attention as flex
+from torch.nn.attention.flex_attention import create_mask
+
+from grpo.sampler import sample
+from grpo.scorer import score
+from grpo.sharding import World, device_mesh, shard
+from grpo.tree import branches_layout, prompt_layout, tree_mask, tree_rule
+from models.attention import block_mask
+from models.loading import load_policy
+from models.lora import whole
+from tests.conftest import TEXTS, Case, build_causal_lm
+from tests.ranks import on_ranks
+from tests.test_models import build_mixed_windows, build_scaled
+
+VALUES = dict(atol=1e-5, rtol=1e-5)  # as in test_parity.py
+
+
+@pytest.fixture(autouse=True)
+def forget_compiled_functions():
+    torch._dynamo.reset()
+
+
+def row_of(lengths, group_size, steps):
+    lengths = torch.tensor(lengths)
+    return prompt_layout(lengths, int(lengths.max())) + branches_layout(lengths, group_size, steps)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 40])
+@pytest.mark.parametrize("lengths, group_size, steps", [([130, 3, 77], 4, 9), ([5], 1, 1), ([20, 20], 3, 60)])
+def test_the_rule_for_flexattention_is_the_tree_mask_at_every_pair(lengths, group_size, steps, window):
+    row = row_of(lengths, group_size, steps)
+    count, length = row.branch.shape
+    expected = tree_mask(row, row, window)
+    rule = tree_rule(row, window)
+    assert torch.equal(create_mask(rule, count, None, length, length, device="cpu"), expected)
+    blocks = block_mask(rule, count, length, row.branch.device).to_dense()[:, :, : -(-length // 128)]
+    padded = torch.nn.functional.pad(expected, (0, -length % 128, 0, -length % 128))
+    some = padded.unflatten(3, (-1, 128)).unflatten(2, (-1, 128)).any(dim=5).any(dim=3)
+    assert torch.equal(blocks.bool(), some)
+
+
+def test_branches_leave_blocks_of_their_siblings_out():
+    row = row_of([128], 8, 128)
+    assert tree_blocks_of(row).sparsity() > 65  # percent: 8 + 8 + 1 of 81 blocks would be 79; all causal ones 44
+
+
+def tree_blocks_of(row):
+    return block_mask(tree_rule(row), *row.branch.shape, row.branch.device)
+
+
+def drawn(policy, prompts):
+    keys = [(0, 0, n) for n in range(len(prompts))]
+    return sample(policy, prompts, group_size=4, max_new_tokens=12, temperature=1.0, keys=keys)
+
+
+@torch.no_grad()
+def assert_flex_scores_alike(policy, prompts):
+    rollout = drawn(policy, prompts)
+    everywhere = torch.ones_like(rollout.mask)
+    expected, entropy = score(policy, prompts, rollout.tokens, everywhere, group_size=4)
+    policy.attention = "flex"
+    logprobs, spread = score(policy, prompts, rollout.tokens, everywhere, group_size=4)
+    torch.testing.assert_close(logprobs, expected, **VALUES)
+    torch.testing.assert_close(spread, entropy, **VALUES)
+
+
+def test_flexattention_scores_as_sdpa_does(case):
+    """Three prompts of unlike lengths; the text model has two query heads for each key head."""
+    assert_flex_scores_alike(case.policy, case.prompts)
+
+
+@pytest.mark.parametrize("name", ["sliding", "mixed", "Granite"])
+def test_flexattention_takes_windows_and_scales_as_sdpa_does(name, tmp_path):
+    if name == "sliding":
+        build_causal_lm(tmp_path, sliding_window=8)
+    elif name == "mixed":
+        build_mixed_windows(tmp_path)
+    else:
+        build_scaled(tmp_path, name)
+    policy = load_policy(tmp_path)
+    assert_flex_scores_alike(policy, [policy.prepare(text, None) for text in TEXTS])
+
+
+def gradients(case: Case, **settings) -> dict[str, torch.Tensor]:
+    policy = load_policy(case.directory, **settings)
+    rollout = drawn(case.policy, case.prompts)
+    weights = torch.randn(rollout.mask.shape, generator=torch.Generator().manual_seed(0))
+    logprobs, _ = score(policy, case.prompts, rollout.tokens, rollout.mask, group_size=4)
+    (weights * logprobs).sum().backward()
+    return {name: whole(p.grad) for name, p in policy.model.named_parameters() if p.requires_grad}
+
+
+def test_gradients_pass_through_flexattention_recomputed_and_sharded_or_not(case, monkeypatch):
+    """By the backward of its reference, which torch refuses on the CPU for other reasons than its numbers."""
+    expected = gradients(case)
+    monkeypatch.setattr(flex, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+
+    def check(world: World) -> None:
+        split = dict(shard=lambda policy: shard(policy, device_mesh(world)))
+        for settings in ({}, {"recompute": True}, {"recompute": True} | split):
+            found = gradients(case, attention="flex", **settings)
+            assert found.keys() == expected.keys()
+            for name, gradient in found.items():
+                scale = expected[name].abs().max()
+                torch.testing.assert_close(gradient / scale, expected[name] / scale, atol=1e-4, rtol=0)
+
+    on_ranks(1, check)
+
+
+@torch.no_grad()
+def test_rows_of_any_length_and_number_share_one_compilation():
+    """The first rows are two of three blocks: sizes that happen to be equal at first would be taken to be the same."""
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(flex.flex_attention, dynamic=True, fullgraph=True, backend=counter)
+    for lengths, steps in (([300, 9], 20), ([310, 20, 7, 400, 30], 31), ([900, 901, 902], 100), ([257] * 6, 5)):
+        row = row_of(lengths, 4, steps)
+        query, key, value = (torch.randn(len(lengths), 8, row.branch.shape[1], 16) for _ in range(3))
+        result = compiled(query, key, value, block_mask=tree_blocks_of(row))
+        mask = tree_mask(row, row)
+        torch.testing.assert_close(
+            result, torch.nn.functional.scaled_dot_product_attention(query, key, value, mask), **VALUES
+        )
+    assert counter.frame_count == 1
