@@ -71,7 +71,7 @@ class Branches:
         longest = max(len(prompt.ids) for prompt in prompts)
         self.cache = GroupCache(rows, longest, rows * group_size, limit - 1)
         self._look = Lookout(self.running)
-        self._run = Recorded(self._step) if graphs and device.type == "cuda" else self._step
+        self._recorded = Recorded() if graphs and device.type == "cuda" else None
         self._alive: list[Branch] = []  # in the order in which they stand in the cache
         self._prompt_of: list[int | None] = []  # by row of the cache
 
@@ -100,7 +100,11 @@ class Branches:
     def grow(self) -> None:
         """Feed every branch the token it drew last, and draw its next one."""
         sizes = self._sizes()
-        self._run(send(self._plan(sizes), self.tokens.device), sizes)
+        plan = send(self._plan(sizes), self.tokens.device)
+        if self._recorded is None:
+            self._step(plan, sizes)
+        else:
+            self._recorded(self._step, plan, sizes)
         for branch in self._alive:
             branch.tokens += 1
 

@@ -46,24 +46,25 @@ class Recorded:
 
     The function must change nothing when it is called a second time with the same numbers, wait for nothing, and find
     whatever else it reads where it was. It is called as it is the first time for some sizes, which makes libraries
-    ready; the second call is recorded, and from then on it is replayed. Memory for all recordings is shared.
+    ready; the second call is recorded, and from then on it is replayed. Memory for all recordings is shared: nothing
+    that is made in one is read after it. The function is not kept, as it may well hold this.
     """
 
-    def __init__(self, function: Callable[..., None]):
-        self._function = function
+    def __init__(self) -> None:
         self._inputs: dict[Hashable, torch.Tensor] = {}
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, tensor: torch.Tensor, sizes: Hashable) -> None:
+    def __call__(self, function: Callable[..., None], tensor: torch.Tensor, sizes: Hashable) -> None:
         if sizes not in self._inputs:
             self._inputs[sizes] = tensor
-            self._function(tensor, sizes)
+            function(tensor, sizes)
             return
         self._inputs[sizes].copy_(tensor)
         if sizes not in self._graphs:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
-                self._function(self._inputs[sizes], sizes)
+            # What other threads do meanwhile, such as NCCL's watchdog, which asks for events, must not end it.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                function(self._inputs[sizes], sizes)
             self._graphs[sizes] = graph
         self._graphs[sizes].replay()

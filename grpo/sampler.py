@@ -14,7 +14,7 @@ import torch
 
 from grpo.branches import Branches
 from grpo.types import Rollout
-from models.policy import Policy, Prompt
+from models.policy import Policy, PolicyError, Prompt
 
 
 @torch.no_grad()
@@ -41,6 +41,11 @@ def sample(
     """
     if keys is None and temperature > 0:
         raise ValueError("sampling at a temperature above 0 needs one key per prompt")
+    if graphs and policy.moving_frequencies:
+        raise PolicyError(
+            f"rollout.cuda_graphs: {type(policy.model).__name__} has rotary frequencies of the kind "
+            f"{policy.moving_frequencies!r}, which are made anew for the longest position; set it to false"
+        )
     uniforms = None
     if temperature > 0:
         uniforms = torch.cat([_uniforms(key, group_size, max_new_tokens) for key in keys]).to(policy.device)

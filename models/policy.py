@@ -122,6 +122,13 @@ class Policy(nn.Module):
         return {kind: window if kind == "sliding_attention" else None for kind in types}
 
     @property
+    def moving_frequencies(self) -> str | None:
+        """The kind of rotary frequencies that depend on the longest position of a call, or None; most do not."""
+        kinds = getattr(getattr(self.decoder, "rotary_emb", None), "rope_type", None) or ()
+        kinds = (kinds,) if isinstance(kinds, str) else kinds.values()  # some decoders have one for each type of layer
+        return next((kind for kind in kinds if "dynamic" in kind or kind == "longrope"), None)
+
+    @property
     def layer_types(self) -> tuple[str, ...]:
         """The type of each decoder layer, one of `windows`."""
         return tuple(getattr(self.decoder.config, "layer_types", None) or [*self.windows] * len(self.decoder.layers))

@@ -1,14 +1,25 @@
 """What is drawn is a function of the prompt and its key, follows the policy's distribution, and ends where it says."""
 
+import gc
+import weakref
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from grpo.branches import Branches, inverted
-from grpo.device import Lookout, enough
+from grpo.device import Lookout, Recorded, enough
 from grpo.sampler import _uniforms, sample
+from grpo.sharding import World, device_mesh, gathered, shard
 from models.attention import Growth
+from models.cache import GroupCache
+from models.loading import load_policy
+from models.policy import PolicyError
 from tests.conftest import Case
+from tests.ranks import on_ranks
 
 LIMIT = 8
 
@@ -124,6 +135,84 @@ def test_to_learn_one_step_late_who_has_ended_as_on_a_gpu_draws_the_same(case, m
     monkeypatch.setattr("grpo.branches.Lookout", Late)
     rollout = draw(case, max_new_tokens=24, batch=batch)
     assert groups(rollout) == groups(expected) and torch.equal(rollout.stopped, expected.stopped)
+
+
+def test_keys_and_values_are_freed_with_the_rollout(case, monkeypatch):
+    """At once, not when Python next looks for cycles: on a GPU they are gigabytes that scoring needs."""
+    caches = []
+
+    def watched(*sizes):
+        cache = GroupCache(*sizes)
+        caches.append(weakref.ref(cache))
+        return cache
+
+    monkeypatch.setattr("grpo.branches.GroupCache", watched)
+    gc.disable()
+    try:
+        draw(case)
+        assert [cache() for cache in caches] == [None]
+    finally:
+        gc.enable()
+
+
+def test_frequencies_that_follow_the_longest_position_are_not_recorded(case):
+    draw(case, graphs=True)
+    case.policy.decoder.rotary_emb.rope_type = "dynamic"
+    with pytest.raises(PolicyError, match="rollout.cuda_graphs: .* rotary frequencies .*'dynamic'"):
+        draw(case, graphs=True)
+
+
+class Tape(TorchDispatchMode):
+    """What a CUDA graph does, on the CPU: keeps operations with the tensors they read and wrote, to do them again."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.replays = [], 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        if operation.namespace != "profiler":  # FSDP's labels
+            self.operations.append((operation, args, kwargs or {}, result))
+        return result
+
+    def replay(self):
+        self.replays += 1
+        for operation, args, kwargs, result in self.operations:
+            again = operation(*args, **kwargs)
+            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
+                    old.copy_(new)
+
+
+def test_a_step_recorded_once_and_repeated_draws_the_same(case, monkeypatch):
+    """Nothing that changes from step to step but by way of the plan may be in a recording, also of a sharded policy."""
+    tapes = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: tapes.append(Tape()) or tapes[-1])
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **how: graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    expected = draw(case, max_new_tokens=24, batch=2)
+    cuda, begin = torch.device("cuda"), Branches.begin
+
+    def recorded(self, chosen):
+        self._recorded = self._recorded or Recorded()
+        begin(self, chosen)
+
+    monkeypatch.setattr(Branches, "begin", recorded)
+    monkeypatch.setattr("grpo.branches.enough", lambda count, most, _, **least: enough(count, most, cuda, **least))
+
+    def check(world: World) -> None:
+        sharded = load_policy(case.directory, shard=lambda policy: shard(policy, device_mesh(world)))
+        for policy in (case.policy, sharded):
+            tapes.clear()
+            with gathered(policy):
+                rollout = draw(replace(case, policy=policy), max_new_tokens=24, batch=2)
+            assert sum(tape.replays for tape in tapes) > 2 * len(tapes) > 2, "some are repeated"
+            assert groups(rollout) == groups(expected)
+            torch.testing.assert_close(
+                rollout.logprobs, expected.logprobs, atol=1e-5, rtol=1e-5
+            )  # as in test_parity.py
+
+    on_ranks(1, check)
 
 
 def test_another_step_or_example_draws_other_completions_and_siblings_differ(case):
