@@ -6,13 +6,17 @@ SOUNDS := tinysoundfont==0.3.7 pretty_midi==0.2.11.post0 espeakng-loader==0.2.4
 RUFF := $(BIN)/ruff
 STYLE := --isolated --line-length 120 --target-version py310
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-gpu lint clean
 
 demo: .venv/sounds
 	$(BIN)/python launch/demo.py
 
 test: .venv/sounds .venv/test
 	$(BIN)/python -m pytest
+
+# What only a GPU can show; without one it says so and fails.
+test-gpu: .venv/test
+	$(BIN)/python -m tests.gpu
 
 lint: .venv/test
 	$(RUFF) check $(STYLE) --select E,F,I,UP,B .

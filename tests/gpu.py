@@ -1,0 +1,206 @@
+"""What only a GPU can show: recorded decode steps, waiting for the device, FlexAttention's kernels, half precision.
+
+    python -m tests.gpu        (or make test-gpu; a few minutes, one GPU)
+
+It prints each figure beside its bound, and fails if one is beyond. Models are small and random, and sharded over a
+world of one as in training. pytest does not collect it; tests/test_gpu.py runs it on the CPU as far as that goes. It
+has been run on no GPU yet, so a bound may turn out to be wrong, too.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from grpo.sampler import sample
+from grpo.scorer import score
+from grpo.sharding import World, device_mesh, gathered, joined_world, shard
+from grpo.types import Rollout
+from models.loading import load_policy
+from models.lora import whole
+from models.mini import build_mini
+from models.policy import Policy
+from tests.clips import waveform
+
+TEXTS = ("What is making this sound?", "How often does it ring, once, twice, or three times?", "Rising or falling?")
+SECONDS = (2.03, 0.7, 1.4)
+GROUP, WINDOW = 8, 64
+# The calls of the CUDA runtime in which the host waits for the device.
+WAITS = {"cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize", "cudaMemcpy"}
+
+
+class Report:
+    """Prints figures beside their bounds, and remembers those that are beyond."""
+
+    def __init__(self) -> None:
+        self.failed: list[str] = []
+
+    def at_most(self, bound: float, what: str, value: float) -> None:
+        good = value <= bound  # not a number is beyond any bound
+        print(f"{'ok' if good else 'FAILED':8}{what:70} {value:9.2e}   at most {bound:.0e}", flush=True)
+        if not good:
+            self.failed.append(what)
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        print("tests/gpu.py: no CUDA device here, so nothing was checked", file=sys.stderr)
+        raise SystemExit(1)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+    with joined_world() as world:
+        report = check(world)
+    print(f"{len(report.failed)} failed" if report.failed else "all as it should be")
+    raise SystemExit(bool(report.failed))
+
+
+def check(world: World, *, hidden: int = 256, layers: int = 4, limits: tuple[int, int] = (70, 120)) -> Report:
+    """All checks with a model of some size; limits: tokens of completions in the two runs that tell what a step costs."""
+    # Products of float32 in TF32 have 10 bits of mantissa: parity would be that of half precision.
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    report = Report()
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        tower = dict(tower_hidden=hidden // 2, tower_layers=2)
+        build_mini(directory, TEXTS, vocabulary=512, hidden=hidden, layers=layers, **tower)
+        check_recordings(report, world, directory, limits[0])
+        check_waiting(report, world, directory, limits)
+        check_memory(report, world, directory, limits[0])
+        check_gaps(report, world, directory, limits[0])
+        check_flexattention(report, world, directory, "full")
+        look_back(directory, WINDOW)
+        check_flexattention(report, world, directory, "windows")
+    return report
+
+
+def look_back(directory: Path, window: int) -> None:
+    """Let every other layer of a checkpoint see a window only."""
+    config = json.loads((directory / "config.json").read_text())
+    text = config["text_config"]
+    types = ["full_attention", "sliding_attention"] * text["num_hidden_layers"]
+    text |= dict(use_sliding_window=True, sliding_window=window, layer_types=types[: text["num_hidden_layers"]])
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def make(world: World, directory: Path, *, dtype: torch.dtype = torch.float32, **settings) -> Policy:
+    split = partial(shard, mesh=device_mesh(world), dtype=dtype)
+    policy = load_policy(directory, device=world.device, dtype=dtype, shard=split, **settings)
+    policy.model.generation_config.eos_token_id = list(range(100, 110))  # so that completions have unlike lengths
+    return policy
+
+
+def draw(policy: Policy, limit: int, **settings) -> Rollout:
+    prompts = [policy.prepare(text, waveform(s, n)) for n, (text, s) in enumerate(zip(TEXTS, SECONDS, strict=True))]
+    keys = [(0, 0, n) for n in range(len(prompts))]
+    settings = dict(group_size=GROUP, max_new_tokens=limit, temperature=1.0, keys=keys) | settings
+    with gathered(policy):
+        return sample(policy, prompts, **settings)
+
+
+def logprobs_of(policy: Policy, rollout: Rollout) -> torch.Tensor:
+    return score(policy, rollout.prompts, rollout.tokens, rollout.mask, group_size=GROUP)[0]
+
+
+def check_recordings(report: Report, world: World, directory: Path, limit: int) -> None:
+    """Recorded steps do what steps do: the same kernels, so the same bits, also after weights have moved."""
+    policy = make(world, directory)
+    for what in ("recorded steps", "recorded steps, weights gathered anew"):
+        for batch in (None, 2):
+            plain, recorded = (draw(policy, limit, batch=batch, graphs=graphs) for graphs in (False, True))
+            same = plain.tokens.shape == recorded.tokens.shape and bool((plain.mask == recorded.mask).all())
+            differing = int((plain.tokens != recorded.tokens).sum()) if same else plain.tokens.numel()
+            report.at_most(0, f"{what}, batch {batch}: tokens that differ", differing)
+            gap = (plain.logprobs - recorded.logprobs).abs().max().item() if same else torch.nan
+            report.at_most(1e-6, f"{what}, batch {batch}: logprobs", gap)
+        logprobs_of(policy, plain).sum().backward()  # reshards, so that the next rollout finds weights elsewhere
+
+
+def check_waiting(report: Report, world: World, directory: Path, limits: tuple[int, int]) -> None:
+    """The host waits once for each further step at most; what begins and ends a rollout waits as often in both runs."""
+    policy = make(world, directory)
+    for graphs in (False, True):
+        draw(policy, limits[0], graphs=graphs)
+        few, many = (waits(partial(draw, policy, limit, graphs=graphs, stop=False)) for limit in limits)
+        what = f"waits for the device per decode step, {'recorded' if graphs else 'not recorded'}"
+        report.at_most(1, what, (many - few) / (limits[1] - limits[0]))
+
+
+def waits(function: Callable[[], object]) -> int:
+    """How often the host waits for the device in a call."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+    with profile(activities=activities) as profiler:
+        function()
+    return sum(event.count for event in profiler.key_averages() if event.key in WAITS)
+
+
+def check_memory(report: Report, world: World, directory: Path, limit: int) -> None:
+    """A rollout leaves nothing behind but what it returns."""
+    policy = make(world, directory)
+    for graphs in (False, True):
+        draw(policy, limit, graphs=graphs)  # workspaces of libraries come with the first
+        before = allocated(world)
+        rollout = draw(policy, limit, graphs=graphs)
+        own = sum(t.nbytes for t in (rollout.tokens, rollout.mask, rollout.logprobs, rollout.stopped))
+        report.at_most(2, f"MiB left by a rollout, graphs={graphs}", (allocated(world) - before - own) / 2**20)
+
+
+def allocated(world: World) -> int:
+    return torch.cuda.memory_allocated() if world.device.type == "cuda" else 0
+
+
+def check_gaps(report: Report, world: World, directory: Path, limit: int) -> None:
+    """The sampler and the scorer agree, and float32 agrees with the CPU's.
+
+    bfloat16 rounds logits of up to 4 by up to 2^-7 = 0.008, and activations on the way as coarsely.
+    """
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 0.03)):
+        policy = make(world, directory, dtype=dtype)
+        for attention in ("sdpa", "flex"):
+            policy.attention = attention
+            rollout = draw(policy, limit, graphs=True)
+            with torch.no_grad():
+                gap = (logprobs_of(policy, rollout) - rollout.logprobs).abs().sum() / rollout.mask.sum()
+            report.at_most(bound, f"sampler_gap, {dtype}, {attention}", gap.item())
+    policy, host = make(world, directory), load_policy(directory)
+    rollout = draw(policy, limit)
+    with torch.no_grad():
+        there = score(host, rollout.prompts, rollout.tokens.cpu(), rollout.mask.cpu(), group_size=GROUP)[0]
+        gap = (logprobs_of(policy, rollout).cpu() - there).abs().max().item()
+    # Sums over 250 to 500 terms in another order, through some layers.
+    report.at_most(1e-4, "logprobs against the CPU's, float32", gap)
+
+
+def check_flexattention(report: Report, world: World, directory: Path, layers: str) -> None:
+    """FlexAttention gives what sdpa gives, in values and gradients.
+
+    float32: both sum in blocks, in other orders, and FlexAttention computes powers of 2 rather than of e. bfloat16:
+    both round each layer's output to 8 bits, one in 256, at other values.
+    """
+    rollout = draw(make(world, directory), 24)
+    weights = torch.randn(rollout.mask.shape, generator=torch.Generator().manual_seed(0)).to(world.device)
+    for dtype, value_bound, gradient_bound in ((torch.float32, 1e-4, 1e-3), (torch.bfloat16, 0.1, 0.1)):
+        results = {}
+        for attention, recompute in (("sdpa", False), ("flex", False), ("flex", True)):
+            policy = make(world, directory, dtype=dtype, attention=attention, recompute=recompute)
+            logprobs = logprobs_of(policy, rollout)
+            (weights * logprobs).sum().backward()
+            gradients = [whole(p.grad) for p in policy.parameters() if p.requires_grad]
+            results[attention, recompute] = logprobs.detach(), gradients
+        expected, theirs = results.pop(("sdpa", False))
+        for (_, recompute), (logprobs, gradients) in results.items():
+            what = f"flex against sdpa, {layers}, {dtype}{', recomputed' if recompute else ''}"
+            report.at_most(value_bound, f"{what}: logprobs", (logprobs - expected).abs().max().item())
+            # By the norm of each tensor's gradient: single numbers of a tensor may cancel out.
+            gaps = [((a - b).norm() / b.norm()).item() for a, b in zip(gradients, theirs, strict=True)]
+            report.at_most(gradient_bound, f"{what}: gradients", max(gaps))
+
+
+if __name__ == "__main__":
+    main()
