@@ -1,4 +1,4 @@
-"""Measure a step of GRPO against the R1-AQA procedure (launch/baseline.py), on the CPU, both in one run.
+"""Measure a step of GRPO against the R1-AQA procedure (launch/baseline.py), both in one run.
 
     python launch/benchmark.py [--shape A|B|both] [--prompts 1 4] [--group 8] [--new-tokens 24] [--threads 1 2]
                                [--repeat 3] [--micro-batch 1] [--quick] [--json FILE]
@@ -10,6 +10,11 @@ of more than 1e-4 in their numbers fails the run. --micro-batch is how many prom
 
 Memory is the peak of the bytes of a side's live tensors in a step before those that are timed: weights, reference,
 gradients and optimizer included, what kernels need for themselves not.
+
+    python launch/benchmark.py --device cuda [--model qwen2-audio-7b] [--dtype bfloat16] [--attention flex]
+                               [--prompts 8 32] [--micro-batch 4] [--shape ...] [--repeat ...] [--json FILE]
+
+is another study, of how near a GPU's limits a step is: launch/benchmark_gpu.py.
 """
 
 from __future__ import annotations
@@ -50,6 +55,10 @@ TARGETS = {
     "B": dict(rollout_speedup=5.5, score_speedup=7.5, step_speedup=7.0, limit_share=0.5, memory_ratio=1 / 4),
 }
 PARITY = 1e-4
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "cpu": dict(prompts=[1, 4], micro_batch=1),
+    "cuda": dict(prompts=[8, 32], micro_batch=4, model="qwen2-audio-7b", dtype="bfloat16", attention="sdpa"),
+}
 CLIP, BETA = 0.2, 0.04
 QUESTION = "How often does the bell ring? Choose: ['once', 'twice']."
 
@@ -81,8 +90,8 @@ class Work:
         samples = round(16_000 * self.seconds)
         return [0.1 * random.standard_normal(samples, dtype=np.float32) for _ in range(self.prompts)]
 
-    def advantages(self) -> torch.Tensor:
-        return torch.randn(self.prompts * self.group_size, generator=torch.Generator().manual_seed(0))
+    def advantages(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        return torch.randn(self.prompts * self.group_size, generator=torch.Generator().manual_seed(0)).to(device)
 
     def micro_batches(self) -> Iterator[tuple[slice, slice]]:
         """The prompts and the completions that are scored together."""
@@ -93,6 +102,8 @@ class Work:
 
 class HarkSide:
     """A step of this engine, phase by phase; with `shard` on all ranks, each doing the work."""
+
+    graphs = False  # whether decode steps are recorded
 
     def __init__(self, directory: Path, work: Work, *, shard: Callable[[Policy], None] | None = None):
         self.work = work
@@ -106,9 +117,9 @@ class HarkSide:
 
     def rollout(self) -> Rollout:
         keys = [(0, 0, n) for n in range(self.work.prompts)]
-        size, limit = self.work.group_size, self.work.new_tokens
+        sizes = dict(group_size=self.work.group_size, max_new_tokens=self.work.new_tokens)
         with gathered(self.policy):
-            return sample(self.policy, self.prompts, group_size=size, max_new_tokens=limit, temperature=1.0, keys=keys)
+            return sample(self.policy, self.prompts, temperature=1.0, keys=keys, graphs=self.graphs, **sizes)
 
     @torch.no_grad()
     def reference(self, drawn: Rollout) -> torch.Tensor:
@@ -124,7 +135,7 @@ class HarkSide:
         weights = token_weights(drawn.mask, kind="sequence-mean", completions=len(drawn.mask), tokens=0)
         batch = Batch(
             self.prompts, self.work.group_size, drawn.tokens, drawn.mask, weights, drawn.logprobs, ref_logprobs,
-            self.work.advantages(),
+            self.work.advantages(drawn.mask.device),
         )  # fmt: skip
         return torch.cat([self._accumulate(micro) for micro in batch.micro_batches(self.work.micro_batch)])
 
@@ -162,7 +173,7 @@ class BaselineSide:
 
     def score(self, drawn: Rollout, ref_logprobs: torch.Tensor) -> torch.Tensor:
         """Forward and backward; the logprobs (B, T)."""
-        advantages, parts = self.work.advantages(), []
+        advantages, parts = self.work.advantages(drawn.mask.device), []
         for n, b in self.work.micro_batches():
             logprobs = self._logprobs(self.policy, drawn, n, b)
             loss = grpo_loss(
@@ -188,6 +199,11 @@ SIDES: dict[str, Callable[[Path, Work], Any]] = {"baseline": BaselineSide, "hark
 def main(argv: list[str], size: Size | None = None) -> None:
     arguments = parse(argv)
     silence()
+    if arguments.device == "cuda":
+        import benchmark_gpu  # which imports this file
+
+        benchmark_gpu.main(arguments)
+        return
     results = []
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
@@ -212,15 +228,29 @@ def main(argv: list[str], size: Size | None = None) -> None:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=("A", "B", "both"), default="both")
-    parser.add_argument("--prompts", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--device", choices=DEFAULTS, default="cpu")
+    parser.add_argument("--model", choices=("small", "qwen2-audio-7b"), help="with --device cuda: the 7B by default")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="with --device cuda: bfloat16 by default")
+    parser.add_argument(
+        "--attention", choices=("sdpa", "flex"), help="with --device cuda: of scored rows, sdpa by default"
+    )
+    parser.add_argument("--prompts", type=int, nargs="+", help="1 4; with --device cuda 8 32")
     parser.add_argument("--group", type=int, default=8, help="completions of each prompt")
     parser.add_argument("--new-tokens", type=int, default=24, help="tokens of each completion")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeat", type=int, default=3, help="turns, of which the median counts")
-    parser.add_argument("--micro-batch", type=int, default=1, help="prompts scored at a time")
+    parser.add_argument(
+        "--micro-batch", type=int, help="prompts scored at a time: 1; with --device cuda 4, of Hark only"
+    )
     parser.add_argument("--quick", action="store_true", help="shape A, one prompt, one turn")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
     arguments = parser.parse_args(argv)
+    given = [f"--{name}" for name in ("model", "dtype", "attention") if getattr(arguments, name) is not None]
+    if arguments.device == "cpu" and given:
+        parser.error(f"{', '.join(given)} needs --device cuda; on the CPU a small model is measured in float32")
+    for name, value in DEFAULTS[arguments.device].items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
     if arguments.quick:
         threads = min(2, os.cpu_count() or 1)
         arguments.shape, arguments.prompts, arguments.threads, arguments.repeat = "A", [1], [threads], 1
@@ -237,11 +267,20 @@ def build_model(directory: Path, size: Size) -> None:
 
     The tokenizer has fewer tokens than the model; nothing that is drawn is read.
     """
-    from transformers import AutoConfig, Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
+    from transformers import AutoConfig, Qwen2AudioForConditionalGeneration
 
     # So few merges are learnt that the question around the audio has about 60 tokens, as a real one has.
     build_mini(directory, [QUESTION], vocabulary=275, hidden=64, layers=1, tower_hidden=64, tower_layers=1)
     audio_id = AutoConfig.from_pretrained(directory).audio_token_id
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        Qwen2AudioForConditionalGeneration(model_config(size, audio_id)).save_pretrained(directory)
+
+
+def model_config(size: Size, audio_id: int):
+    """The transformers config of a Qwen2-Audio of a size."""
+    from transformers import Qwen2AudioConfig
+
     text = dict(
         model_type="qwen2", vocab_size=size.vocabulary, hidden_size=size.hidden, intermediate_size=size.inner,
         num_hidden_layers=size.layers, num_attention_heads=size.hidden // 64, num_key_value_heads=size.hidden // 64,
@@ -252,10 +291,7 @@ def build_model(directory: Path, size: Size) -> None:
         encoder_attention_heads=size.tower_hidden // 64, encoder_ffn_dim=4 * size.tower_hidden,
         initializer_range=size.tower_hidden**-0.5 / 2,
     )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_index=audio_id)
-        Qwen2AudioForConditionalGeneration(config).save_pretrained(directory)
+    return Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_index=audio_id)
 
 
 def compare(directory: Path, work: Work, threads: Sequence[int], repeat: int) -> Iterator[dict[str, Any]]:

@@ -1,16 +1,22 @@
 """The benchmark compares like with like: its baseline is an oracle of the scorer, and it fails where numbers differ."""
 
 import json
+from dataclasses import replace
+from functools import partial
 
 import benchmark
+import benchmark_gpu
 import pytest
 import torch
 from baseline import Baseline, grpo_loss
-from benchmark import Size, main
+from benchmark import Size, Work, main
 
+from grpo import scorer
+from grpo.config import ConfigError
 from grpo.loss import policy_loss, token_weights
 from grpo.sampler import sample
 from grpo.scorer import score
+from grpo.tree import branches_layout
 from tests.conftest import TEXTS
 
 TINY = Size(vocabulary=320, hidden=64, inner=96, layers=2, tower_hidden=64, tower_layers=1)
@@ -67,3 +73,65 @@ def test_a_run_whose_numbers_differ_fails(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="1"):
         main(QUICK, TINY)
     assert "no speed-up counts" in capsys.readouterr().err
+
+
+def gpu_study(dtype, **changes):
+    """The study for GPUs, on the CPU."""
+    setting = benchmark_gpu.Setting(partial(benchmark_gpu.small_config, TINY), torch.device("cpu"), dtype, repeat=1)
+    work = Work(seconds=0.5, prompts=5, group_size=4, new_tokens=8, micro_batch=2)
+    return list(benchmark_gpu.study(replace(setting, **changes), [("A", work), ("B", replace(work, prompts=1))]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_study_for_gpus_compares_like_with_like_in_any_dtype(dtype):
+    results = gpu_study(dtype)
+    assert [(result["shape"], result["prompts"]) for result in results] == [("A", 5), ("B", 1)]
+    for result in results:
+        assert result["equal"] and 0 < result["differences"][0] <= benchmark_gpu.BOUNDS[dtype][0]
+        for side in ("baseline", "hark"):
+            assert set(result["seconds"][side]) == {"rollout", "reference", "score", "optimizer", "step"}
+            assert result["completions_per_second"][side] > 0
+        assert result["memory_gib"]["hark"] < result["memory_gib"]["baseline"]
+        assert all(result[name] > 0 for name in ("matmul_share", "limit_share", "weights_gib"))
+        report = "\n".join(benchmark_gpu.lines(result))
+        assert "as the dtype rounds" in report and "x reading the weights (target 1.5)" in report
+    json.dumps(results)
+
+
+def test_the_study_for_gpus_notices_completions_that_see_one_another(monkeypatch):
+    def one_branch(lengths, group_size, steps):
+        row = branches_layout(lengths, group_size, steps)
+        return replace(row, branch=torch.zeros_like(row.branch))
+
+    monkeypatch.setattr(scorer, "branches_layout", one_branch)
+    assert not any(result["equal"] for result in gpu_study(torch.bfloat16))
+
+
+def test_the_studied_models_share_their_weights_but_not_their_gradients():
+    setting = benchmark_gpu.Setting(partial(benchmark_gpu.small_config, TINY), torch.device("cpu"), torch.bfloat16)
+    models = benchmark_gpu.Models(setting)
+    for name, parameter in models.policy.model.named_parameters():
+        theirs = models.theirs.get_parameter(name)
+        assert theirs.data_ptr() == parameter.data_ptr() != models.frozen.model.get_parameter(name).data_ptr()
+        assert theirs is not parameter and theirs.requires_grad == parameter.requires_grad
+        assert parameter.dtype == torch.bfloat16
+    assert not any(p.requires_grad for p in (*models.frozen.parameters(), *models.their_frozen.parameters()))
+
+
+def test_a_baseline_that_does_not_fit_is_left_out(monkeypatch, capsys):
+    def full(self):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(benchmark_gpu.DeviceBaselineSide, "rollout", full)
+    result = gpu_study(torch.float32)[0]
+    assert "the baseline runs out of memory with 5 prompts" in capsys.readouterr().out
+    assert result["seconds"].keys() == {"hark"} and result["speedups"] is None
+    assert "faster" not in "\n".join(benchmark_gpu.lines(result))
+
+
+def test_the_study_for_gpus_needs_one(capsys):
+    with pytest.raises(ConfigError, match="no CUDA device"):
+        main(["--device", "cuda"])
+    with pytest.raises(SystemExit):
+        main(["--dtype", "bfloat16"])
+    assert "--dtype needs --device cuda" in capsys.readouterr().err
