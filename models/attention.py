@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
@@ -14,7 +17,42 @@ from models.cache import GroupCache
 
 TREE = "tree"  # as an attention implementation in a decoder's config
 
+ADDITIONS = ("softcap", "s_aux", "position_bias")  # to scores, by some families; none of what is here knows them
+
 Attend = Callable[..., torch.Tensor]  # (module, query, key, value, mask, **kwargs) -> (N, L, heads, head size)
+
+
+@dataclass
+class Pass:
+    """A pass through a decoder: how its layers attend, and which have done so."""
+
+    attend: Attend
+    attended: list[int | None] = field(default_factory=list)
+
+    @contextmanager
+    def run(self) -> Iterator[None]:
+        """Let the layers that run inside attend so. Not by an argument: some families do not hand all of them on."""
+        before = _pass.set(self)
+        try:
+            yield
+        finally:
+            _pass.reset(before)
+
+
+_pass: ContextVar[Pass | None] = ContextVar("pass", default=None)  # None outside of a decoder
+
+
+def in_this_pass(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, attending as now whenever it is called: also from a backward, which computes a layer again."""
+    current = _pass.get()
+    if current is None:
+        return function
+
+    def within(*args: Any, **kwargs: Any) -> Any:
+        with current.run():
+            return function(*args, **kwargs)
+
+    return within
 
 
 def tree_attention(
@@ -23,11 +61,15 @@ def tree_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor,
-    attend: Attend | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls in each layer: `attend`, where `Policy.decode` was given one, else `attend_to_row`."""
-    return (attend or attend_to_row)(module, query, key, value, attention_mask, **kwargs), None
+    """What transformers calls in each layer: the attention that `Policy.decode` was given."""
+    unknown = [name for name in ADDITIONS if kwargs.get(name) is not None]
+    if unknown:
+        raise ValueError(f"{type(module).__name__} adds {', '.join(unknown)} to its scores, which is not done here")
+    current = _pass.get()
+    current.attended.append(getattr(module, "layer_idx", None))
+    return current.attend(module, query, key, value, attention_mask, **kwargs), None
 
 
 def attend_to_row(
@@ -64,15 +106,13 @@ class BlockAttention:
 
     def __call__(self, module: torch.nn.Module, query, key, value, mask, *, scaling, **kwargs) -> torch.Tensor:
         """query: (N, heads, L, head size); gives (N, L, heads, head size)."""
-        if kwargs.get("softcap") is not None:
-            raise ValueError("this attention has no softcap")
         usual = query.shape[-1] ** -0.5
         if scaling != usual:  # not as an argument: with dynamic shapes a number would become a variable of the kernel
             query = query * (scaling / usual)
         attend = _compiled_flex_attention() if query.is_cuda else flex_attention
         grouped = query.shape[1] != key.shape[1]
         blocks = self.masks[module.layer_idx]
-        return attend(query, key, value, block_mask=blocks, enable_gqa=grouped).transpose(1, 2)
+        return attend(query, key, value, block_mask=blocks, enable_gqa=grouped).transpose(1, 2).contiguous()
 
 
 def block_mask(rule: Callable[..., torch.Tensor], rows: int, length: int, device: torch.device) -> BlockMask:
@@ -130,21 +170,19 @@ class Growth:
 
     def __call__(self, module: torch.nn.Module, query, key, value, mask, *, scaling, **kwargs) -> torch.Tensor:
         """query: (B, heads, 1, head size); mask: (B, 1, 1, P + T), of addends; gives (B, 1, heads, head size)."""
-        if kwargs.get("softcap") is not None:
-            raise ValueError("this attention has no softcap")
-        count, heads, size = query.shape[0], key.shape[1], query.shape[-1]
+        count, heads = query.shape[0], key.shape[1]
         branches = torch.arange(count, device=query.device)
         own = []
         for kept, new in zip(self.cache.branches(module.layer_idx), (key, value), strict=True):
             kept[branches, :, self.step] = new[:, :, 0]
             own.append(kept[:count, :, : self.steps])
         prompt_keys, prompt_values = (t[: self.rows, :, : self.prompt] for t in self.cache.prompts(module.layer_idx))
-        query = query.reshape(count, heads, -1, size)  # query heads that share a key's are neighbours
+        query = query.reshape(count, heads, -1, query.shape[-1])  # query heads that share a key's are neighbours
         to_prompt = self._from_rows(_products(self._to_rows(query), prompt_keys))
         products = torch.cat([to_prompt, _products(query, own[0])], dim=-1)  # (B, heads, shared, P + T)
         weights = torch.add(mask, products, alpha=scaling).softmax(dim=-1).to(query.dtype)
         heard = self._from_rows(self._to_rows(weights[..., : self.prompt]) @ prompt_values)
-        return (heard + weights[..., self.prompt :] @ own[1]).reshape(count, 1, -1, size)
+        return (heard + weights[..., self.prompt :] @ own[1]).reshape(count, 1, -1, value.shape[-1])
 
     def _to_rows(self, tensor: torch.Tensor) -> torch.Tensor:
         """(B, heads, shared, X) of branches to (R, heads, G * shared, X) of rows."""

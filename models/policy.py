@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
-from models.attention import TREE, Attend, use_tree_attention
+from models.attention import TREE, Attend, Pass, attend_to_row, in_this_pass, use_tree_attention
 from models.cache import TowerCache
 
 if TYPE_CHECKING:
@@ -148,20 +149,26 @@ class Policy(nn.Module):
 
         masks: for each type of layer in `windows`, (N, 1, Lm, S) bool, True where a query may attend to a key. A mask
         of Lm < L is for the last Lm queries, and those before are causal. None where `attend` has masks of its own.
-        attend: the attention of each layer where it is not `models.attention.attend_to_row`, such as `Growth` there.
+        attend: the attention of each layer where it is not `models.attention.attend_to_row`, such as `Growth` there; it
+        may have the masks otherwise.
         """
         masks = dict.fromkeys(self.windows) if masks is None else masks
+        layers = Pass(attend or attend_to_row)
         # As addends, once: from booleans sdpa would make them anew in each layer, and keep each for the backward.
         addends = {kind: None if mask is None else _addend(mask, embeddings.dtype) for kind, mask in masks.items()}
-        output = self.decoder(
-            inputs_embeds=embeddings,
-            attention_mask=addends
-            if getattr(self.decoder.config, "layer_types", None)
-            else next(iter(addends.values())),
-            position_ids=positions,
-            use_cache=False,
-            attend=attend,
-        )
+        typed = getattr(self.decoder.config, "layer_types", None)
+        with layers.run():
+            output = self.decoder(
+                inputs_embeds=embeddings,
+                attention_mask=addends if typed else next(iter(addends.values())),
+                position_ids=positions,
+                use_cache=False,
+            )
+        if layers.attended != list(range(len(self.decoder.layers))):
+            raise PolicyError(
+                f"{type(self.model).__name__}: its layers called attention as {layers.attended}, not once in "
+                "each of them in order, by which the keys and values of a rollout are kept; choose another model"
+            )
         return output.last_hidden_state
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -232,6 +239,11 @@ class Policy(nn.Module):
                 f"{type(self.model).__name__} has {what}: a group is one row under a tree mask, which only attention "
                 "layers (full or sliding) can take; choose a model with attention in every layer"
             )
+        if "position_ids" not in inspect.signature(self.decoder.forward).parameters:
+            raise PolicyError(
+                f"{type(self.decoder).__name__} takes no positions, and would count those of a branch from the row's "
+                "beginning; choose a model that does"
+            )
         # Eager attention adds a boolean mask as numbers and is silently wrong.
         if config._attn_implementation not in ("sdpa", TREE):
             raise PolicyError(f"the decoder's attention is {config._attn_implementation!r}; the tree mask needs 'sdpa'")
@@ -244,7 +256,7 @@ def _addend(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    return checkpoint(in_this_pass(forward), *args, use_reentrant=False, **kwargs)
 
 
 def pad_ids(prompts: Sequence[Prompt], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 
 from models.attention import attend_to_row
 
@@ -27,16 +28,19 @@ class SplitRow:
         """query: (N, heads, L, head size); mask: (N, 1, 1, P) of addends, or one of the whole row for it all."""
         if mask.shape[-1] == key.shape[2]:
             return attend_to_row(module, query, key, value, mask, scaling=scaling, **kwargs)
+        size, widest = value.shape[-1], max(value.shape[-1], key.shape[-1])
+        # The kernel wants one head size; zeros add nothing to a product.
+        query, key, value = (F.pad(t, (0, widest - t.shape[-1])) for t in (query, key, value))
         shared = query.shape[1] // key.shape[1]  # query heads to a key head, which are neighbours
         if shared > 1:
             key, value = (t.repeat_interleave(shared, dim=1) for t in (key, value))
-        own = torch.nn.functional.scaled_dot_product_attention(
+        own = F.scaled_dot_product_attention(
             *(t[:, :, : self.prompt] for t in (query, key, value)), is_causal=True, scale=scaling
         )
         sections = [t.tensor_split((self.prompt,), dim=2) for t in (query, key, value)]
         (_, query), (keys, branch_keys), (values, branch_values) = sections
         heard = _BranchAttention.apply(query, keys, values, branch_keys, branch_values, mask, self.group_size, scaling)
-        return torch.cat([own, heard], dim=2).transpose(1, 2)
+        return torch.cat([own, heard], dim=2)[..., :size].transpose(1, 2).contiguous()
 
 
 class _BranchAttention(torch.autograd.Function):

@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def check(world: World, *, hidden: int = 256, layers: int = 4, limits: tuple[int, int] = (70, 120)) -> Report:
-    """All checks with a model of some size; limits: tokens of completions in the two runs that tell what a step costs."""
+    """All checks with a model of some size; limits: tokens of completions in two runs, which tell one step's waits."""
     # Products of float32 in TF32 have 10 bits of mantissa: parity would be that of half precision.
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
