@@ -10,7 +10,8 @@ receives (n - 1) / n of a tensor that they gather, or reduce and scatter; of one
 
 root, layers: elements of sharded weights in FSDP's root and in its layers (the reference's where it has its own);
 trained: those with a gradient. A weight counts with the rows that pad it to a multiple of n. d: bytes of the dtype that
-computes; gradients travel in float32. E M: inner epochs times micro-batches. The rollout gathers everything once. copy:
+computes; gradients travel in float32. E M: inner epochs times micro-batches, of which there are fewer where groups are
+skipped. The rollout gathers everything once. copy:
 1 where the reference has weights of its own, whose root is gathered once; else 0, because what the policy gathered to
 be its own reference, and has not freed, its first micro-batch finds.
 """

@@ -103,7 +103,6 @@ class Macs:
 def cost_of(policy: Policy) -> Cost:
     """What a policy's layers cost, from the sizes of its weights."""
     config, head = policy.decoder.config, policy.model.get_output_embeddings()
-    types = getattr(config, "layer_types", None) or len(policy.decoder.layers) * tuple(policy.windows)
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     linear = list(_linears(policy.decoder))
     adapters = sum(_adapter(layer) for layer in linear)
@@ -111,7 +110,7 @@ def cost_of(policy: Policy) -> Cost:
         token=_weights(linear) + adapters,
         adapters=adapters,
         pair=2 * config.num_attention_heads * size,
-        windows=tuple(policy.windows[kind] for kind in types),
+        windows=tuple(policy.windows[kind] for kind in policy.layer_types),
         head=head.weight.numel(),
         spared_token=_frozen(linear) + _unread_gradient(policy),
         spared_head=_frozen([head]),

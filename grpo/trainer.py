@@ -94,20 +94,11 @@ class Trainer:
 
     def step(self, step: int) -> dict[str, float]:
         """One step of GRPO; metrics as means over all ranks."""
-        group_size, temperature = self.config.rollout.group_size, self.config.rollout.temperature
+        group_size = self.config.rollout.group_size
         with self.phases("load"):
             examples, prompts = zip(*self.data.step(step), strict=True)
-        with self.phases("rollout"), gathered(self.policy):
-            rollout = sample(
-                self.policy,
-                prompts,
-                group_size=group_size,
-                max_new_tokens=self.config.rollout.max_new_tokens,
-                temperature=temperature,
-                keys=[self.data.key(step, example) for example in examples],
-                batch=self.config.rollout.batch,
-                graphs=self.config.rollout.cuda_graphs,
-            )
+        with self.phases("rollout"):
+            rollout = self._draw(prompts, [self.data.key(step, example) for example in examples])
         with ThreadPoolExecutor(1, "rewards") as thread:  # rewards need the texts alone: the reference scores meanwhile
             with self.phases("reward"):
                 completions = self.policy.completion_texts(rollout.tokens, rollout.mask)
@@ -223,7 +214,7 @@ class Trainer:
         try:
             allocate_moments(self.optimizer)  # they come with the first step; the ones after it must fit beside them
             if self.validation is not None:
-                self._draw((prompt,) * self.config.evaluation.batch, 1, self.config.evaluation.batch)
+                self._draw_longest((prompt,) * self.config.evaluation.batch, group_size=1, batch=None)
             batch = self.longest_batch(prompts)
             self.accumulate(batch)
         except torch.OutOfMemoryError as error:
@@ -244,7 +235,7 @@ class Trainer:
 
     def longest_batch(self, prompts: tuple[Prompt, ...]) -> Batch:
         """A batch of these prompts with completions as long as may be, after the rollout and the reference pass."""
-        rollout = self._draw(prompts, self.config.rollout.group_size, self.config.rollout.batch)
+        rollout = self._draw_longest(prompts)
         return Batch(
             prompts,
             rollout.group_size,
@@ -256,20 +247,19 @@ class Trainer:
             advantages=torch.ones(len(rollout.tokens), device=self.world.device),  # 0 would have no gradient
         )
 
-    def _draw(self, prompts: tuple[Prompt, ...], group_size: int, batch: int | None) -> Rollout:
-        """Completions that all run into the limit, of so many prompts at a time."""
+    def _draw(self, prompts: tuple[Prompt, ...], keys: Sequence[Sequence[int]], **others: Any) -> Rollout:
+        """Completions as the configuration has them, but for `others`."""
+        rollout = self.config.rollout
+        settings = dict(
+            group_size=rollout.group_size, max_new_tokens=rollout.max_new_tokens, temperature=rollout.temperature,
+            batch=rollout.batch, graphs=rollout.cuda_graphs,
+        )  # fmt: skip
         with gathered(self.policy):
-            return sample(
-                self.policy,
-                prompts,
-                group_size=group_size,
-                max_new_tokens=self.config.rollout.max_new_tokens,
-                temperature=self.config.rollout.temperature,
-                keys=[(place,) for place in range(len(prompts))],
-                batch=batch,
-                graphs=self.config.rollout.cuda_graphs,
-                stop=False,
-            )
+            return sample(self.policy, prompts, keys=keys, **(settings | others))
+
+    def _draw_longest(self, prompts: tuple[Prompt, ...], **others: Any) -> Rollout:
+        """Completions that all run into the limit."""
+        return self._draw(prompts, [(place,) for place in range(len(prompts))], stop=False, **others)
 
     def learning_rate(self, step: int) -> float:
         optim = self.config.optim

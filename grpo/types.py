@@ -54,8 +54,8 @@ class Groups:
     def pack(self, size: int, groups: Sequence[int] | None = None) -> list[list[int]]:
         """Places of the groups, or of some of them, in parts of up to `size`, rows of like length in one part.
 
-        A part is padded to its longest prompt and its longest completion. The longest part comes first: what does not
-        fit in memory fails at once, and the memory that the first part took serves the others.
+        A part is padded to its longest prompt and its longest completion. The longest rows come first, so that the
+        memory which the first part took serves most of the others.
         """
         completions = self.mask.sum(dim=1).unflatten(0, (-1, self.group_size)).amax(dim=1).tolist()
         fed = [self.group_size * (longest - 1) for longest in completions]  # a last token is drawn, never fed

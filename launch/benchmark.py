@@ -137,7 +137,10 @@ class HarkSide:
             self.prompts, self.work.group_size, drawn.tokens, drawn.mask, weights, drawn.logprobs, ref_logprobs,
             self.work.advantages(drawn.mask.device),
         )  # fmt: skip
-        return torch.cat([self._accumulate(micro) for micro in batch.micro_batches(self.work.micro_batch)])
+        logprobs = torch.zeros_like(drawn.logprobs)
+        for groups in batch.pack(self.work.micro_batch):
+            logprobs[batch.rows(groups)] = self._accumulate(batch.select(groups))
+        return logprobs
 
     def optimizer_step(self) -> None:
         clip_gradients(self.policy, 1.0)

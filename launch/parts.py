@@ -31,9 +31,8 @@ from models.loading import load_policy
 from models.lora import Lora, WithoutAdapters
 from models.policy import Policy, PolicyError, Prompt
 
-ROUNDS = (
-    4  # batches of an evaluation that are handed to the sampler together, so that one answer makes room for the next
-)
+# Batches of an evaluation that are handed to the sampler together, so that one answer makes room for the next.
+ROUNDS = 4
 USER_ERRORS = (ConfigError, DataError, PolicyError, CheckpointError, RewardError, MemoryProbeError, NonFiniteError)
 
 

@@ -24,8 +24,9 @@ from grpo.ledger import Ledger
 from grpo.memory import Setting, Work, plan
 from grpo.optimizer import build_optimizer
 from grpo.sampler import _sample
-from grpo.scorer import score
+from grpo.scorer import score, tree_masks
 from grpo.sharding import gathered, release, shard
+from grpo.tree import Layout
 from models.cache import GroupCache, TowerCache
 from models.loading import build_outline, meta_parameters
 from models.lora import Lora, add_adapters
@@ -113,13 +114,14 @@ def _step(policy, reference, optimizer, prompts, work: Work, ledger: Ledger, pre
     tokens = torch.zeros(rows, work.max_new_tokens, dtype=torch.long)
     mask = torch.ones(rows, work.max_new_tokens, dtype=torch.bool)
     parts = [prompts[first : first + work.micro_batch] for first in range(0, work.prompts, work.micro_batch)]
+    as_on_a_gpu = mock.patch("grpo.scorer._row_attention", _whole_rows)
     if reference is not None:
-        with ledger.phase("reference"), torch.no_grad():
+        with ledger.phase("reference"), torch.no_grad(), as_on_a_gpu:
             for part in parts:
                 score(reference, part, tokens, mask, group_size=work.group_size)
         if reference is not policy:
             release(reference)
-    with ledger.phase("backward"):
+    with ledger.phase("backward"), as_on_a_gpu:
         for part in parts:
             logprobs, _ = score(policy, part, tokens, mask, group_size=work.group_size)
             logprobs.sum().backward()
@@ -135,6 +137,10 @@ def _step(policy, reference, optimizer, prompts, work: Work, ledger: Ledger, pre
             _sample, prompts, group_size=work.group_size, limit=steps, temperature=1.0, uniforms=uniforms, rows=rows,
             stop=True, graphs=False,
         )  # fmt: skip
+
+
+def _whole_rows(policy: Policy, row: Layout, prompt: int, group_size: int):
+    return tree_masks(policy, row, row, prompt=prompt), None
 
 
 def _update(policy: Policy, optimizer: torch.optim.Optimizer) -> None:
