@@ -78,7 +78,7 @@ class Branches:
     @property
     def alive(self) -> bool:
         """Whether any branch still grows."""
-        return bool(self._alive)
+        return any(branch.completion < self.count for branch in self._alive)
 
     @property
     def free(self) -> int:
@@ -113,17 +113,16 @@ class Branches:
 
         keep_rows: leave a prompt's row where it is although prompts before it have ended, because others will follow.
         """
-        running = self._look()
+        running, capacity, device = self._look(), self.rows * self.group_size, self.tokens.device
         kept = [running[branch.completion] and branch.tokens < self.limit for branch in self._alive]
-        if all(kept):
-            return
-        moves = _closing(kept)
-        self.cache.move_branches(moves, max(branch.tokens for branch in self._alive) - 1)
-        self._alive = _closed(self._alive, moves, sum(kept))
-        seated = {branch.place // self.group_size for branch in self._alive}
-        self._prompt_of = [n if row in seated else None for row, n in enumerate(self._prompt_of)]
-        if not keep_rows:
-            self._close_rows()
+        for branch in (branch for branch, is_kept in zip(self._alive, kept, strict=True) if not is_kept):
+            branch.completion, branch.tokens = self.count, 1  # idle: it is fed, if at all, as what belongs to none
+        # To move keys and values costs a GPU more than to feed idle branches, until a smaller size will do.
+        closes = enough(sum(kept), capacity, device) < enough(len(kept), capacity, device)
+        if closes or keep_rows and not all(kept):
+            self._close_branches(kept)
+            if not keep_rows:
+                self._close_rows()
 
     def rollout(self) -> Rollout:
         """All completions, in the order of the prompts."""
@@ -150,7 +149,7 @@ class Branches:
         columns: list[list[int]] = [[], [], [], []]
         for slot, branch in enumerate(self._alive):
             grid[branch.place] = slot
-            length = len(self.prompts[branch.completion // self.group_size].ids)
+            length = len(self.prompts[self._prompt_of[branch.place // self.group_size]].ids)
             for column, value in zip(
                 columns, (branch.completion, branch.tokens - 1, branch.place, length), strict=True
             ):
@@ -194,15 +193,26 @@ class Branches:
             self._alive += [Branch(first + g, place + g) for g in range(self.group_size)]
         return rows
 
+    def _close_branches(self, kept: Sequence[bool]) -> None:
+        """Bring the branches that are kept to the front of the cache."""
+        moves = _closing(kept)
+        self.cache.move_branches(*self._sent(moves), max(branch.tokens for branch in self._alive) - 1)
+        self._alive = _closed(self._alive, moves, sum(kept))
+        seated = {branch.place // self.group_size for branch in self._alive}
+        self._prompt_of = [n if row in seated else None for row, n in enumerate(self._prompt_of)]
+
     def _close_rows(self) -> None:
         """Bring the prompts that have branches to the front of the cache."""
         kept = [n is not None for n in self._prompt_of]
         moves = _closing(kept)
-        self.cache.move_rows(moves)
+        self.cache.move_rows(*self._sent(moves))
         self._prompt_of = _closed(self._prompt_of, moves, sum(kept))
         for branch in self._alive:
             row, g = divmod(branch.place, self.group_size)
             branch.place = dict(moves).get(row, row) * self.group_size + g
+
+    def _sent(self, moves: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+        return [send([move[end] for move in moves], self.tokens.device) for end in range(2)]
 
 
 def inverted(distribution: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

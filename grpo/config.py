@@ -101,7 +101,7 @@ class RolloutConfig:
     max_new_tokens: Count = 256  # longest completion, in tokens
     temperature: Positive = 1.0  # divides the logits, in sampling and in scoring
     batch: Count | None = None  # prompts decoded at a time on one rank; one that has ended makes room; null is all
-    cuda_graphs: bool = False  # on a GPU, record the decode step once for each size of it, and replay it
+    cuda_graphs: bool = False  # on a GPU, record decode steps in each rollout and replay them: for long completions
 
 
 @dataclass(frozen=True)

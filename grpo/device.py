@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable
 
 import torch
+
+UNRECORDED = 3  # calls for some sizes before one is recorded
 
 
 def send(values: list[int], device: torch.device) -> torch.Tensor:
@@ -45,26 +47,28 @@ class Recorded:
     """A function of a tensor and of sizes, recorded as a CUDA graph for each sizes, so that a GPU repeats it by itself.
 
     The function must change nothing when it is called a second time with the same numbers, wait for nothing, and find
-    whatever else it reads where it was. It is called as it is the first time for some sizes, which makes libraries
-    ready; the second call is recorded, and from then on it is replayed. Memory for all recordings is shared: nothing
-    that is made in one is read after it. The function is not kept, as it may well hold this.
+    whatever else it reads where it was. The first calls for some sizes are made as they are, which makes libraries
+    ready, and because a recording costs more than a call; then one is recorded, and from then on it is replayed. Memory
+    for all recordings is shared: nothing that is made in one is read after it. The function is not kept, as it may well
+    hold this.
     """
 
     def __init__(self) -> None:
-        self._inputs: dict[Hashable, torch.Tensor] = {}
-        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._calls: Counter[Hashable] = Counter()
+        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Callable[..., None], tensor: torch.Tensor, sizes: Hashable) -> None:
-        if sizes not in self._inputs:
-            self._inputs[sizes] = tensor
+        self._calls[sizes] += 1
+        if self._calls[sizes] <= UNRECORDED:
             function(tensor, sizes)
             return
-        self._inputs[sizes].copy_(tensor)
         if sizes not in self._graphs:
             graph = torch.cuda.CUDAGraph()
             # What other threads do meanwhile, such as NCCL's watchdog, which asks for events, must not end it.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                function(self._inputs[sizes], sizes)
-            self._graphs[sizes] = graph
-        self._graphs[sizes].replay()
+                function(tensor, sizes)
+            self._graphs[sizes] = graph, tensor
+        graph, place = self._graphs[sizes]
+        place.copy_(tensor)
+        graph.replay()

@@ -39,21 +39,20 @@ class GroupCache:
         """The keys and the values of the branches."""
         return self._layers[layer][2:]
 
-    def move_rows(self, moves: Sequence[tuple[int, int]]) -> None:
-        """Copy prompts from some rows over those of others, (from, to)."""
+    def move_rows(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Copy the prompts of some rows over those of others."""
         for layer in self._layers:
-            _move(self.prompts(layer), moves)
+            _move(self.prompts(layer), sources, targets)
 
-    def move_branches(self, moves: Sequence[tuple[int, int]], steps: int) -> None:
-        """Copy branches over others, (from, to), as far as their first `steps` tokens."""
+    def move_branches(self, sources: torch.Tensor, targets: torch.Tensor, steps: int) -> None:
+        """Copy some branches over others, as far as their first `steps` tokens."""
         for layer in self._layers:
-            _move([tensor[:, :, :steps] for tensor in self.branches(layer)], moves)
+            _move([tensor[:, :, :steps] for tensor in self.branches(layer)], sources, targets)
 
 
-def _move(tensors: Sequence[torch.Tensor], moves: Sequence[tuple[int, int]]) -> None:
-    for tensor in tensors:
-        for source, target in moves:
-            tensor[target] = tensor[source]
+def _move(tensors: Sequence[torch.Tensor], sources: torch.Tensor, targets: torch.Tensor) -> None:
+    for tensor in tensors if len(sources) else ():
+        tensor[targets] = tensor[sources]
 
 
 class TowerCache:

@@ -190,6 +190,7 @@ def test_a_step_recorded_once_and_repeated_draws_the_same(case, monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: tapes.append(Tape()) or tapes[-1])
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **how: graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr("grpo.device.UNRECORDED", 1)
     expected = draw(case, max_new_tokens=24, batch=2)
     cuda, begin = torch.device("cuda"), Branches.begin
 
@@ -208,9 +209,7 @@ def test_a_step_recorded_once_and_repeated_draws_the_same(case, monkeypatch):
                 rollout = draw(replace(case, policy=policy), max_new_tokens=24, batch=2)
             assert sum(tape.replays for tape in tapes) > 2 * len(tapes) > 2, "some are repeated"
             assert groups(rollout) == groups(expected)
-            torch.testing.assert_close(
-                rollout.logprobs, expected.logprobs, atol=1e-5, rtol=1e-5
-            )  # as in test_parity.py
+            torch.testing.assert_close(rollout.logprobs, expected.logprobs, atol=1e-5, rtol=1e-5)  # as in parity
 
     on_ranks(1, check)
 
