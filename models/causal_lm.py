@@ -1,4 +1,4 @@
-"""Text only: any causal language model of transformers whose layers are all attention."""
+"""Text only: causal language models of transformers whose layers are all attention, called once in each."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def family_of(config, *, where: str) -> type[Policy]:
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise PolicyError(
             f"{where}: no policy for model type {config.model_type!r}; there is {', '.join(sorted(FAMILIES))} "
-            "and every causal language model of text; see 'Make it yours' in README.md"
+            "and most causal language models of text; see 'Make it yours' in README.md"
         )
     return CausalLMPolicy
 
