@@ -18,6 +18,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from models.cache import TowerCache
 from models.causal_lm import CausalLMPolicy
+from models.linear import use_fast_products
 from models.lora import WEIGHTS_FILE, Lora, add_adapters, initial_weight, is_adapter, peft_name
 from models.policy import Policy, PolicyError
 from models.qwen2_audio import Qwen2AudioPolicy
@@ -51,6 +52,7 @@ def load_policy(
     directory = _directory(path)
     policy = build_policy(directory)
     policy.device, policy.name, policy.attention = torch.device(device), str(path), attention
+    use_fast_products(policy.model)
     if not train_tower:
         policy.freeze_tower()
     if lora is not None:

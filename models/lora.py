@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
 
+from models.linear import linear
 from models.policy import Policy, PolicyError
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -69,8 +69,8 @@ class LoraLinear(nn.Linear):
     adapted: bool
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.linear(x, self.weight, self.bias)
-        return y + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B) if self.adapted else y
+        y = linear(x, self.weight, self.bias)
+        return y + self.scale * linear(linear(x, self.lora_A), self.lora_B) if self.adapted else y
 
 
 def add_adapters(policy: Policy, lora: Lora) -> None:
