@@ -10,7 +10,7 @@ A mask is True where a token counts. Every (B, T) float is exactly 0 where the m
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -62,10 +62,6 @@ class Groups:
         lengths = [len(prompt.ids) + branches for prompt, branches in zip(self.prompts, fed, strict=True)]
         order = sorted(range(len(lengths)) if groups is None else groups, key=lambda group: -lengths[group])
         return [order[first : first + size] for first in range(0, len(order), size)]
-
-    def micro_batches(self: Kind, size: int) -> Iterator[Kind]:
-        """The parts of `pack`, one after the other."""
-        return (self.select(groups) for groups in self.pack(size))
 
 
 @dataclass(frozen=True)

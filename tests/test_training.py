@@ -195,7 +195,7 @@ def test_padding_beside_a_longer_prompt_changes_no_gradient(case):
     gradients = []
     for size in (1, 3):
         case.policy.zero_grad()
-        for micro in batch.micro_batches(size):
+        for micro in map(batch.select, batch.pack(size)):
             logprobs, _ = score(case.policy, micro.prompts, micro.tokens, micro.mask, group_size=4)
             loss, _ = policy_loss(
                 logprobs, micro.old_logprobs, None, micro.advantages, micro.weights,
