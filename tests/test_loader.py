@@ -76,14 +76,20 @@ def test_the_ranks_together_hold_the_same_prompts_whatever_their_number(world):
         part.close()
 
 
-def test_the_next_step_is_prepared_while_this_one_runs():
+def watching(count):
+    """What was prepared, an event that `count` prompts were, and the function that does it."""
     seen, ready = [], threading.Event()
 
     def prepare(text, waveform):
         seen.append(waveform[0])
-        if len(seen) == 8:
+        if len(seen) == count:
             ready.set()
 
+    return seen, ready, prepare
+
+
+def test_the_next_step_is_prepared_while_this_one_runs():
+    seen, ready, prepare = watching(8)
     with make(prepare=prepare) as loader:
         loader.step(0)
         assert ready.wait(timeout=20)
@@ -91,13 +97,7 @@ def test_the_next_step_is_prepared_while_this_one_runs():
 
 
 def test_the_first_step_of_a_run_can_be_prepared_before_it_is_asked_for():
-    seen, ready = [], threading.Event()
-
-    def prepare(text, waveform):
-        seen.append(waveform[0])
-        if len(seen) == 4:
-            ready.set()
-
+    seen, ready, prepare = watching(4)
     with make(prepare=prepare) as loader:
         loader.prepare(5)
         assert ready.wait(timeout=20)
