@@ -3,8 +3,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 # A SoundFont player; TimGM6mb.sf2, 128 sampled instruments, which is all that is used of its package; espeak-ng.
 SOUNDS := tinysoundfont==0.3.7 pretty_midi==0.2.11.post0 espeakng-loader==0.2.4
-RUFF := $(BIN)/ruff
-STYLE := --isolated --line-length 120 --target-version py310
 
 .PHONY: demo test test-gpu lint clean
 
@@ -19,8 +17,8 @@ test-gpu: .venv/test
 	$(BIN)/python -m tests.gpu
 
 lint: .venv/test
-	$(RUFF) check $(STYLE) --select E,F,I,UP,B .
-	$(RUFF) format --check $(STYLE) .
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 # On Linux without an NVIDIA driver, the CPU build of torch where the installer finds one: the default build brings
 # gigabytes of CUDA libraries that could not be used. Whatever is installed then satisfies setup.cfg.

@@ -12,8 +12,8 @@ import numpy as np
 import soundfile
 import torch
 
-from data.errors import AudioError, MissingClipError, SilentClipError, SkippedClipError
-from data.torchaudio_compat import torchaudio
+from hark.data.errors import AudioError, MissingClipError, SilentClipError, SkippedClipError
+from hark.data.torchaudio_compat import torchaudio
 
 SILENCE_PEAK = 1e-4  # full scale is 1; -80 dB, three steps of 16-bit audio
 CROP_MARGIN = 0.05  # seconds decoded beyond a crop, so that the resampling filter sees what follows the cut

@@ -1,15 +1,6 @@
-"""The one matcher of a completion with the choices, shared by reward and evaluation; and the order of the choices."""
+"""The one matcher of a completion with the choices, shared by reward and evaluation."""
 
-from __future__ import annotations
-
-import hashlib
-from dataclasses import replace
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from data.examples import Example
+from collections.abc import Sequence
 
 QUOTES = ('""', "''", "``", "“”", "‘’", "«»")
 
@@ -48,18 +39,3 @@ def is_correct(completion: str, choices: Sequence[str], answer: int) -> bool:
     given = normalise(extracted)
     matches = [index for index, choice in enumerate(choices) if normalise(choice) == given]
     return given != "" and matches == [answer]
-
-
-def shuffle_choices(example: Example, *, seed: int, step: int) -> Example:
-    """The example with its choices permuted and its answer index moved along: a pure function of (seed, step, id).
-
-    An answer that is not known stays so.
-    """
-
-    def rank(index: int) -> bytes:
-        return hashlib.sha256(f"{seed}/{step}/{index}/{example.id}".encode()).digest()
-
-    order = sorted(range(len(example.choices)), key=rank)
-    choices = tuple(example.choices[index] for index in order)
-    answer = None if example.answer is None else order.index(example.answer)
-    return replace(example, choices=choices, answer=answer)

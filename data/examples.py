@@ -4,8 +4,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.choices import normalise
-from data.errors import DataError
+from hark.data.choices import normalise
+from hark.data.errors import DataError
 
 KEYS = ("id", "audio_path", "question_text", "multi_choice", "answer")
 

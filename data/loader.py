@@ -14,12 +14,11 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from data import choices
-from data.audio import probe
-from data.errors import AudioError, DataError, SkippedClipError
-from data.examples import BadExample, Example
-from data.order import rank_slice, step_indices
-from data.prompts import find_template, render
+from hark.data.audio import probe
+from hark.data.errors import AudioError, DataError, SkippedClipError
+from hark.data.examples import BadExample, Example
+from hark.data.order import rank_slice, shuffle_choices, step_indices
+from hark.data.prompts import find_template, render
 
 Prompt = TypeVar("Prompt")
 
@@ -159,7 +158,7 @@ class Loader(Generic[Prompt]):
 
     def _make(self, example: Example, step: int) -> tuple[Example, Prompt]:
         if self._shuffle_choices:
-            example = choices.shuffle_choices(example, seed=self._seed, step=step)
+            example = shuffle_choices(example, seed=self._seed, step=step)
         waveform = None if example.audio_path is None else self._waveform(example)
         if waveform is not None and _digest(f"{self._seed}/{step}/{example.id}") < self._silent_share * 2**64:
             waveform = np.zeros_like(waveform)

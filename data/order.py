@@ -5,11 +5,12 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from data.errors import DataError
-from data.examples import Example
+from hark.data.errors import DataError
+from hark.data.examples import Example
 
 
 def step_indices(count: int, *, seed: int, step: int, prompts_per_step: int) -> list[int]:
@@ -43,6 +44,21 @@ def rank_slice(indices: Sequence[int], rank: int, world: int) -> list[int]:
         raise ValueError(f"rank {rank} of {world}; expected 0 to {world - 1}")
     size = len(indices) // world
     return list(indices[rank * size : (rank + 1) * size])
+
+
+def shuffle_choices(example: Example, *, seed: int, step: int) -> Example:
+    """The example with its choices permuted and its answer index moved along: a pure function of (seed, step, id).
+
+    An answer that is not known stays so.
+    """
+
+    def rank(index: int) -> bytes:
+        return hashlib.sha256(f"{seed}/{step}/{index}/{example.id}".encode()).digest()
+
+    order = sorted(range(len(example.choices)), key=rank)
+    choices = tuple(example.choices[index] for index in order)
+    answer = None if example.answer is None else order.index(example.answer)
+    return replace(example, choices=choices, answer=answer)
 
 
 def hold_out(examples: Sequence[Example], count: int, seed: int) -> tuple[list[Example], list[Example]]:

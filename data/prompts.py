@@ -6,8 +6,8 @@ Add your own: `TEMPLATES["short"] = Template("{question} One of {choices}.")`.
 import string
 from dataclasses import dataclass
 
-from data.errors import named
-from data.examples import Example
+from hark.data.errors import named
+from hark.data.examples import Example
 
 ASK = "{question} Please choose the answer from the following options: {choices}."
 

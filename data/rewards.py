@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from data.choices import is_correct
-from data.errors import named
-from data.examples import Example
-from data.prompts import Template, find_template
+from hark.data.choices import is_correct
+from hark.data.errors import named
+from hark.data.examples import Example
+from hark.data.prompts import Template, find_template
 
 Reward = Callable[[Example, str, Template], float]
 

@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 import torch
 
-from grpo.device import Lookout, Recorded, enough, send
-from grpo.scorer import log_distribution, tree_masks
-from grpo.tree import Layout, branches_layout, prompt_layout
-from grpo.types import Rollout
-from models.attention import Growth, Prefill
-from models.cache import GroupCache
-from models.policy import Policy, Prompt
+from hark.grpo.distribution import draw_tokens, log_distribution
+from hark.grpo.runtime.cuda import CudaGraphs, DelayedFlags, round_up, send
+from hark.grpo.tree import Layout, branches_layout, prompt_layout, tree_masks
+from hark.grpo.types import Rollout
+from hark.models.attention import DecodeAttention, PrefillAttention
+from hark.models.cache import GroupCache
+from hark.models.policy import Policy, Prompt
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Branches:
 
     The device holds what was drawn, of all B completions and of one more that takes what belongs to none, and the keys
     and values of those alive; the host holds who is alive. What has drawn a stop token is known on the device only,
-    until `drop_ended` asks.
+    until `remove_finished` asks.
     uniforms: (B, T) float64 in [0, 1), from which tokens are drawn; None takes the likeliest.
     graphs: record the step on a GPU, so that no time goes into launching its kernels one by one.
     """
@@ -70,8 +70,8 @@ class Branches:
         self.stopped = torch.zeros_like(self.running)
         longest = max(len(prompt.ids) for prompt in prompts)
         self.cache = GroupCache(rows, longest, rows * group_size, limit - 1)
-        self._look = Lookout(self.running)
-        self._recorded = Recorded() if graphs and device.type == "cuda" else None
+        self._look = DelayedFlags(self.running)
+        self._recorded = CudaGraphs() if graphs and device.type == "cuda" else None
         self._alive: list[Branch] = []  # in the order in which they stand in the cache
         self._prompt_of: list[int | None] = []  # by row of the cache
 
@@ -85,19 +85,21 @@ class Branches:
         """How many prompts can be begun now."""
         return self.rows - sum(n is not None for n in self._prompt_of)
 
-    def begin(self, chosen: Sequence[int]) -> None:
-        """Prefill prompts, given by number, and draw the first token of each of their completions."""
+    def prefill(self, chosen: Sequence[int]) -> None:
+        """PrefillAttention prompts, given by number, and draw the first token of each of their completions."""
         prompts = [self.prompts[n] for n in chosen]
         embeddings, lengths = self.policy.embed(prompts)  # (N, P, D), (N,)
         prompt = prompt_layout(lengths, embeddings.shape[1])
-        masks = tree_masks(self.policy, prompt, prompt, prompt=embeddings.shape[1])
-        hidden = self.policy.decode(embeddings, masks, prompt.position, Prefill(self.cache, self._seat(chosen)))
+        masks = tree_masks(self.policy.windows, prompt, prompt, prompt=embeddings.shape[1])
+        hidden = self.policy.decode(
+            embeddings, masks, prompt.position, PrefillAttention(self.cache, self._assign_rows(chosen))
+        )
         last = hidden[torch.arange(len(chosen), device=hidden.device), lengths - 1]  # (N, D)
         first = torch.tensor(chosen, device=hidden.device)[:, None] * self.group_size
         completion = first + torch.arange(self.group_size, device=hidden.device)  # (N, G)
         self._draw(last, completion, torch.zeros_like(completion))
 
-    def grow(self) -> None:
+    def decode_step(self) -> None:
         """Feed every branch the token it drew last, and draw its next one."""
         sizes = self._sizes()
         plan = send(self._plan(sizes), self.tokens.device)
@@ -108,7 +110,7 @@ class Branches:
         for branch in self._alive:
             branch.tokens += 1
 
-    def drop_ended(self, *, keep_rows: bool) -> None:
+    def remove_finished(self, *, keep_rows: bool) -> None:
         """Let go of the branches that have ended, and close the gaps they leave.
 
         keep_rows: leave a prompt's row where it is although prompts before it have ended, because others will follow.
@@ -118,7 +120,7 @@ class Branches:
         for branch in (branch for branch, is_kept in zip(self._alive, kept, strict=True) if not is_kept):
             branch.completion, branch.tokens = self.count, 1  # idle: it is fed, if at all, as what belongs to none
         # To move keys and values costs a GPU more than to feed idle branches, until a smaller size will do.
-        closes = enough(sum(kept), capacity, device) < enough(len(kept), capacity, device)
+        closes = round_up(sum(kept), capacity, device) < round_up(len(kept), capacity, device)
         if closes or keep_rows and not all(kept):
             self._close_branches(kept)
             if not keep_rows:
@@ -134,10 +136,10 @@ class Branches:
         device, capacity = self.tokens.device, self.rows * self.group_size
         lengths = [len(self.prompts[n].ids) for n in self._prompt_of if n is not None]
         return Sizes(
-            branches=enough(len(self._alive), capacity, device),
-            rows=enough(len(self._prompt_of), self.rows, device),
-            prompt=enough(max(lengths), self.cache.prompt, device),
-            steps=enough(max(branch.tokens for branch in self._alive), self.limit - 1, device, least=32),
+            branches=round_up(len(self._alive), capacity, device),
+            rows=round_up(len(self._prompt_of), self.rows, device),
+            prompt=round_up(max(lengths), self.cache.prompt, device),
+            steps=round_up(max(branch.tokens for branch in self._alive), self.limit - 1, device, least=32),
         )
 
     def _plan(self, sizes: Sizes) -> list[int]:
@@ -165,8 +167,8 @@ class Branches:
         fed = Layout(torch.zeros_like(position), position, torch.ones_like(position, dtype=torch.bool))
         keys = prompt_layout(length, sizes.prompt) + branches_layout(length, 1, sizes.steps)
         embedded = self.policy.embed_tokens(self.tokens[completion, step])[:, None]  # (b, 1, D)
-        growth = Growth(self.cache, step, place, grid, sizes.rows, sizes.prompt, sizes.steps)
-        hidden = self.policy.decode(embedded, tree_masks(self.policy, fed, keys), position, growth)
+        growth = DecodeAttention(self.cache, step, place, grid, sizes.rows, sizes.prompt, sizes.steps)
+        hidden = self.policy.decode(embedded, tree_masks(self.policy.windows, fed, keys), position, growth)
         self._draw(hidden[:, 0], completion[:, None], step[:, None] + 1)
 
     def _draw(self, hidden: torch.Tensor, completion: torch.Tensor, at: torch.Tensor) -> None:
@@ -175,7 +177,7 @@ class Branches:
         if self.uniforms is None:
             drawn = distribution.argmax(dim=-1, keepdim=True).expand_as(completion)
         else:
-            drawn = inverted(distribution, self.uniforms[completion, at])
+            drawn = draw_tokens(distribution, self.uniforms[completion, at])
         running = self.running[completion]
         for kept, new in ((self.tokens, drawn), (self.mask, running), (self.logprobs, distribution.gather(-1, drawn))):
             kept[completion, at] = torch.where(running, new, kept[completion, at])
@@ -183,7 +185,7 @@ class Branches:
         self.stopped[completion] |= stopped
         self.running[completion] = running & ~stopped
 
-    def _seat(self, chosen: Sequence[int]) -> list[int]:
+    def _assign_rows(self, chosen: Sequence[int]) -> list[int]:
         """Give prompts rows of the cache, and their branches places in it."""
         self._prompt_of += [None] * max(0, len(chosen) - self._prompt_of.count(None))
         rows = [row for row, n in enumerate(self._prompt_of) if n is None][: len(chosen)]
@@ -213,16 +215,6 @@ class Branches:
 
     def _sent(self, moves: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
         return [send([move[end] for move in moves], self.tokens.device) for end in range(2)]
-
-
-def inverted(distribution: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Tokens (n, g) by inverting the cumulative distribution of logprobs (n, V) at uniform (n, g).
-
-    In float64: a float32 sum over a vocabulary of 150,000 would round the probability of rare tokens away.
-    """
-    cumulative = distribution.double().exp().cumsum(dim=-1)
-    target = uniform * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True).clamp(max=distribution.shape[-1] - 1)
 
 
 def _closing(kept: Sequence[bool]) -> list[tuple[int, int]]:

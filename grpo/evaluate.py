@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from data.report import COLUMNS, grouped, share
-from grpo.sampler import sample
-from grpo.sharding import World, gather_rows, gathered
-from models.policy import Policy, Prompt
+from hark.data.benchmarks.report import COLUMNS, grouped, share
+from hark.grpo.runtime.collectives import World, gather_rows
+from hark.grpo.runtime.sharding import gathered
+from hark.grpo.sampler import sample
+from hark.models.policy import Policy, Prompt
 
 Judge = Callable[[Any, str], bool | None]  # (example, completion) -> is it right? None where that is not known
 

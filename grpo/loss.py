@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-Sums = dict[str, torch.Tensor]  # metric name -> its weighted sum; weights add up to 1 over the step
+MetricSums = dict[str, torch.Tensor]  # metric name -> its weighted sum; weights add up to 1 over the step
 
 
 def token_weights(mask: torch.Tensor, *, kind: str, completions: float, tokens: float) -> torch.Tensor:
@@ -40,7 +40,7 @@ def policy_loss(
     clip_low: float,
     clip_high: float,
     beta: float,
-) -> tuple[torch.Tensor, Sums]:
+) -> tuple[torch.Tensor, MetricSums]:
     """The GRPO objective, negated (arXiv 2402.03300, equation 3), and what to report of it.
 
     rho = pi / pi_old
@@ -54,7 +54,7 @@ def policy_loss(
     advantage = advantages[:, None]
     surrogate = torch.minimum(ratio * advantage, clipped * advantage)
     loss = -(weights * surrogate).sum()
-    sums: Sums = {"clip_share": (weights * (clipped * advantage < ratio * advantage)).sum()}
+    sums: MetricSums = {"clip_share": (weights * (clipped * advantage < ratio * advantage)).sum()}
     if ref_logprobs is not None:
         kl = (weights * kl_k3(logprobs, ref_logprobs)).sum()
         loss = loss + beta * kl
@@ -65,7 +65,7 @@ def policy_loss(
     return loss, {name: value.detach() for name, value in sums.items()}
 
 
-def supervised_loss(logprobs: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, Sums]:
+def supervised_loss(logprobs: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, MetricSums]:
     """Negative log-likelihood of given completions: -sum_t w_t * log pi(t)."""
     loss = -(weights * logprobs).sum()
     return loss, {"loss": loss.detach()}

@@ -8,7 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 
-from models.policy import Policy
+from hark.models.policy import Policy
 
 
 def build_optimizer(policy: Policy, *, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:

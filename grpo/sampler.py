@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from grpo.branches import Branches
-from grpo.types import Rollout
-from models.policy import Policy, PolicyError, Prompt
+from hark.grpo.branches import Branches
+from hark.grpo.types import Rollout
+from hark.models.policy import Policy, PolicyError, Prompt
 
 
 @torch.no_grad()
@@ -74,8 +74,8 @@ def _sample(policy: Policy, prompts: tuple[Prompt, ...], **settings) -> Rollout:
     waiting = deque(sorted(range(len(prompts)), key=lambda n: -len(prompts[n].ids)))
     while waiting or branches.alive:
         if waiting and branches.free:
-            branches.begin([waiting.popleft() for _ in range(min(len(waiting), branches.free))])
+            branches.prefill([waiting.popleft() for _ in range(min(len(waiting), branches.free))])
         else:
-            branches.grow()
-        branches.drop_ended(keep_rows=bool(waiting))
+            branches.decode_step()
+        branches.remove_finished(keep_rows=bool(waiting))
     return branches.rollout()

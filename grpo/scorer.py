@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from grpo.tree import Layout, branches_layout, prompt_layout, tree_mask, tree_rule
-from models.attention import Attend, BlockAttention, block_mask
-from models.policy import Policy, Prompt
-from models.split_attention import SplitRow
+from hark.grpo.distribution import entropy, log_distribution
+from hark.grpo.tree import Layout, branches_layout, prompt_layout, tree_mask, tree_masks, tree_rule
+from hark.models.attention import Attend, BlockAttention, block_mask
+from hark.models.policy import Policy, Prompt
+from hark.models.split_attention import SplitRow
 
 CHUNK = 2048  # scored tokens whose vocabulary-wide logits exist at the same time
 
@@ -29,26 +30,6 @@ def score(
     Gradients flow through the logprobs into every trained parameter, the audio tower included; not through the entropy.
     """
     return policy(_score, prompts, tokens, mask, group_size, temperature)
-
-
-def log_distribution(policy: Policy, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Vocabulary logprobs (..., V) in float32 behind hidden states (..., D): what is sampled and what is scored."""
-    logits = policy.logits(hidden).float() / temperature
-    for suppressed in policy.suppressed_ids:  # one by one: a list of them would have to be sent to the device
-        logits[..., suppressed] = -torch.inf
-    return logits.log_softmax(dim=-1)
-
-
-def tree_masks(policy: Policy, queries: Layout, keys: Layout, *, prompt: int = 0) -> dict[str, torch.Tensor]:
-    """The tree mask for each type of layer that the policy has.
-
-    prompt: how many of the queries, at the head of the row, are the prompt's: plainly causal, they need no mask, except
-    where a layer does not look all the way back.
-    """
-    return {
-        kind: tree_mask(queries[slice(prompt if window is None else 0, None)], keys, window)
-        for kind, window in policy.windows.items()
-    }
 
 
 def tree_blocks(policy: Policy, row: Layout) -> BlockAttention:
@@ -106,7 +87,7 @@ def _row_attention(
     if policy.attention == "flex":
         return None, tree_blocks(policy, row)
     if policy.device.type != "cpu" or row.real.shape[1] == prompt:
-        return tree_masks(policy, row, row, prompt=prompt), None
+        return tree_masks(policy.windows, row, row, prompt=prompt), None
     real = row.real[:, None, None, :prompt]
     masks = {kind: real if window is None else tree_mask(row, row, window) for kind, window in policy.windows.items()}
     return masks, SplitRow(prompt, group_size)
@@ -117,7 +98,4 @@ def _chosen(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logprobs (scored,) of tokens (scored,), and the entropy there; the logits are computed again in the backward."""
     logprobs = log_distribution(policy, hidden, temperature)  # (scored, V)
-    with torch.no_grad():
-        # 0 * -inf at suppressed ids is nan; they add nothing.
-        entropy = -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(dim=-1)
-    return logprobs.gather(-1, tokens[:, None]).squeeze(-1), entropy
+    return logprobs.gather(-1, tokens[:, None]).squeeze(-1), entropy(logprobs)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from grpo.loss import Sums, supervised_loss
-from grpo.metrics import reduce_sums
-from grpo.trainer import Trainer
-from grpo.types import Batch
-from models.policy import Prompt
+from hark.grpo.loss import MetricSums, supervised_loss
+from hark.grpo.runtime.collectives import reduce_sums
+from hark.grpo.trainer import Trainer
+from hark.grpo.types import Batch
+from hark.models.policy import Prompt
 
 
 class SupervisedTrainer(Trainer):
@@ -33,7 +33,9 @@ class SupervisedTrainer(Trainer):
             examples, prompts = zip(*self.data.step(step), strict=True)
         batch, count = self._batch(examples, prompts)
         sums = self.update(batch, step, examples)
-        return reduce_sums(sums | {"macs": self._macs(batch).step(rollout=False, reference=False)}) | {"tokens": count}
+        return reduce_sums(sums | {"macs": self._macs(batch).step(rollout=False, reference=False)}, self.world) | {
+            "tokens": count
+        }
 
     def longest_batch(self, prompts: tuple[Prompt, ...]) -> Batch:
         longest = max(self.data.examples, key=lambda example: len(self.target(example)))
@@ -45,8 +47,8 @@ class SupervisedTrainer(Trainer):
         tokens = pad_sequence(answers, batch_first=True, padding_value=self.policy.pad_id).to(self.world.device)
         lengths = torch.tensor([len(answer) for answer in answers], device=self.world.device)
         mask = torch.arange(tokens.shape[1], device=self.world.device) < lengths[:, None]
-        count = reduce_sums({"tokens": mask.sum()})["tokens"]
+        count = reduce_sums({"tokens": mask.sum()}, self.world)["tokens"]
         return Batch(prompts, group_size=1, tokens=tokens, mask=mask, weights=self._weights(mask, count)), count
 
-    def loss(self, micro: Batch, logprobs: torch.Tensor) -> tuple[torch.Tensor, Sums]:
+    def loss(self, micro: Batch, logprobs: torch.Tensor) -> tuple[torch.Tensor, MetricSums]:
         return supervised_loss(logprobs, micro.weights)

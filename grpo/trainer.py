@@ -11,22 +11,22 @@ from typing import Any, Protocol
 
 import torch
 
-from grpo.advantage import equal_rewards, group_advantages
-from grpo.checkpoint import export, export_adapters, load_checkpoint, save_checkpoint
-from grpo.communication import Meter
-from grpo.config import Config, to_yaml
-from grpo.evaluate import Judge, accuracies, evaluate
-from grpo.flops import Macs, best_matmul_rate, cost_of, macs
-from grpo.loss import Sums, policy_loss, token_weights
-from grpo.metrics import Metrics, Phases, peak_gib, reduce_max, reduce_sums, restart_peak, speed
-from grpo.optimizer import allocate_moments, build_optimizer, clip_gradients, learning_rate
-from grpo.sampler import sample
-from grpo.scorer import score
-from grpo.sharding import World, gathered, release
-from grpo.trace import nonfinite_rows, write_step
-from grpo.types import Batch, Groups, Rollout
-from models.lora import WithoutAdapters
-from models.policy import Policy, Prompt
+from hark.grpo.advantage import equal_rewards, group_advantages
+from hark.grpo.config import Config, to_yaml
+from hark.grpo.evaluate import Judge, accuracies, evaluate
+from hark.grpo.instruments.flops import Macs, best_matmul_rate, cost_of, macs
+from hark.grpo.instruments.metrics import Metrics, Phases, peak_gib, restart_peak, speed
+from hark.grpo.instruments.trace import nonfinite_rows, write_step
+from hark.grpo.loss import MetricSums, policy_loss, token_weights
+from hark.grpo.optimizer import allocate_moments, build_optimizer, clip_gradients, learning_rate
+from hark.grpo.runtime.checkpoint import export, export_adapters, load_checkpoint, save_checkpoint
+from hark.grpo.runtime.collectives import World, reduce_max, reduce_sums
+from hark.grpo.runtime.sharding import gathered, release
+from hark.grpo.sampler import sample
+from hark.grpo.scorer import score
+from hark.grpo.types import Batch, Groups, Rollout
+from hark.models.lora import WithoutAdapters
+from hark.models.policy import Policy, Prompt
 
 Pairs = Sequence[tuple[Any, Prompt]]  # (example, prompt)
 RewardMatrix = Callable[[Sequence[Any], Sequence[str]], torch.Tensor]  # (examples, completions), B each -> (B, K)
@@ -87,10 +87,7 @@ class Trainer:
         self.optimizer = build_optimizer(policy, weight_decay=optim.weight_decay, betas=(optim.beta1, optim.beta2))
         self.cost = cost_of(policy)
         self.metrics = Metrics(self.directory, rank=world.rank, total_steps=optim.steps, show=self.shown)
-        self.phases, self.meter = Phases(world.device), Meter(world.device)
-        for model in (policy, reference):
-            if isinstance(model, Policy):
-                self.meter.watch(model)
+        self.phases = Phases(world.device)
 
     def step(self, step: int) -> dict[str, float]:
         """One step of GRPO; metrics as means over all ranks."""
@@ -110,8 +107,8 @@ class Trainer:
                 columns = pending.result().to(self.world.device)  # (B, K)
                 rewards = columns @ columns.new_tensor(list(self.config.reward.weights.values()))
                 advantages = group_advantages(rewards, group_size=group_size, scale=self.config.loss.advantage)
-        with self.meter.collective():  # without a reference it is here that ranks wait for the longest rollout
-            tokens = reduce_sums({"tokens": rollout.mask.sum()})["tokens"]
+        # Without a reference it is here that ranks wait for the longest rollout.
+        tokens = reduce_sums({"tokens": rollout.mask.sum()}, self.world)["tokens"]
         batch = Batch(
             prompts=rollout.prompts,
             group_size=group_size,
@@ -127,7 +124,7 @@ class Trainer:
         sums = updates[-1] | {"sampler_gap": updates[0]["sampler_gap"]}
         return self._report(sums, columns, rewards, rollout, batch) | {"tokens": tokens}
 
-    def loss(self, micro: Batch, logprobs: torch.Tensor) -> tuple[torch.Tensor, Sums]:
+    def loss(self, micro: Batch, logprobs: torch.Tensor) -> tuple[torch.Tensor, MetricSums]:
         """The loss of a micro-batch and what to report of it, to be summed over micro-batches and ranks."""
         loss, sums = policy_loss(
             logprobs,
@@ -158,7 +155,7 @@ class Trainer:
 
     def accumulate(self, batch: Batch) -> dict[str, float]:
         """Add the gradient of a batch, micro-batch by micro-batch; this rank's share of each metric."""
-        sums: Sums = {}
+        sums: MetricSums = {}
         for micro in self._micro_batches(batch):
             logprobs, entropy = self._score(self.policy, micro)
             loss, parts = self.loss(micro, logprobs)
@@ -177,18 +174,18 @@ class Trainer:
         self.probe()
         config = self.config
         rate = best_matmul_rate(self.world.device, getattr(torch, config.model.dtype))
-        rate = reduce_sums({"rate": rate})["rate"]  # of all ranks together, measured while all are at it
+        rate = reduce_sums({"rate": rate}, self.world)["rate"]  # of all ranks together, measured while all are at it
         start = self._start()
         self.data.prepare(start)
         if start == 0 and config.evaluation.before:
             self._evaluate(0)
         for step in range(start, config.optim.steps):
             self.phases.start()
-            self.meter.start()
+            self.world.meter.start()
             restart_peak(self.world.device)
             metrics = self.step(step) | {"lr": self.learning_rate(step), "memory/peak_gib": peak_gib(self.world.device)}
             seconds, done = self.phases.seconds(), step + 1
-            measured = seconds | self.meter.measured() | speed(metrics, seconds["seconds/step"], rate=rate)
+            measured = seconds | self.world.meter.measured() | speed(metrics, seconds["seconds/step"], rate=rate)
             self.metrics.log(done, metrics | measured)
             last = done == config.optim.steps
             if config.checkpoint.every and (done % config.checkpoint.every == 0 or last):
@@ -292,7 +289,7 @@ class Trainer:
         if self.reference is None:
             return None
         logprobs = torch.zeros_like(rollout.logprobs)
-        for groups in rollout.pack(self.config.optim.micro_batch):
+        for groups in rollout.split_by_length(self.config.optim.micro_batch):
             part, _ = self._score(self.reference, rollout.select(groups))
             logprobs[rollout.rows(groups), : part.shape[1]] = part
         if isinstance(self.reference, Policy):
@@ -310,20 +307,21 @@ class Trainer:
         A rank with fewer scores its shortest group again, with weight 0. One part is scored even if no rank has any: a
         gradient of 0 is not the same as none to AdamW, whose moments go on.
         """
-        parts = batch.pack(self.config.optim.micro_batch, batch.taught())
+        parts = batch.split_by_length(self.config.optim.micro_batch, batch.groups_with_gradient())
         count = len(parts)
         if batch.skips:
-            with self.meter.collective():
-                count = max(1, reduce_max(len(parts)))
+            count = max(1, reduce_max(len(parts), self.world))
         yield from map(batch.select, parts)
         for _ in range(count - len(parts)):
-            shortest = batch.select(batch.pack(1)[-1])
+            shortest = batch.select(batch.split_by_length(1)[-1])
             yield dataclasses.replace(shortest, weights=torch.zeros_like(shortest.weights))
 
     def _macs(self, batch: Batch) -> Macs:
         """Multiply-adds that the passes over a batch cannot do without, on this rank."""
         lengths, audio_id = batch.mask.sum(dim=1), self.policy.audio_id
-        return macs(self.cost, batch.prompts, lengths, audio_id=audio_id, taught=batch.taught())
+        return macs(
+            self.cost, batch.prompts, lengths, audio_id=audio_id, groups_with_gradient=batch.groups_with_gradient()
+        )
 
     def _weights(self, mask: torch.Tensor, tokens: float) -> torch.Tensor:
         completions = len(mask) * self.world.size
@@ -343,13 +341,13 @@ class Trainer:
             "reward": rewards.sum() / completions,
             "reward_std": spread.sum() / groups,
             "equal_reward_share": equal.sum() / groups,
-            "skipped_share": (len(batch.prompts) - len(batch.taught())) / groups,
+            "skipped_share": (len(batch.prompts) - len(batch.groups_with_gradient())) / groups,
             "stopped_share": rollout.stopped.sum() / completions,
             "completion_tokens": rollout.mask.sum() / completions,
         }
         names = [f"reward/{name}" for name in self.config.reward.weights]
         own |= dict(zip(names, columns.sum(dim=0) / completions, strict=True))
-        means = reduce_sums(sums | {name: float(value) for name, value in own.items()})
+        means = reduce_sums(sums | own, self.world)
         scored = means.pop("scored")  # weight of the tokens that were scored; 1 where no group was skipped
         of_scored = {name: means.pop(name) for name in ("clip_share", "entropy", "sampler_gap")}
         return means | ({name: value / scored for name, value in of_scored.items()} if scored else {})
@@ -365,5 +363,5 @@ class Trainer:
         raise NonFiniteError(
             f"step {step + 1}, rank {self.world.rank}: {' and '.join(broken)} is not finite, examples "
             f"{', '.join(names)}; in the batch: {', '.join(list(origins)[:5]) or 'all numbers are finite'}; it is kept "
-            f"in {path}, to be read with grpo.trace.read_step; this update was not made"
+            f"in {path}, to be read with hark.grpo.instruments.trace.read_step; this update was not made"
         )

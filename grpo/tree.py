@@ -9,7 +9,7 @@ each branch at a time, lays out each branch with its prompt. They share this one
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +54,20 @@ def tree_mask(queries: Layout, keys: Layout, window: int | None = None) -> torch
     branch, position = queries.branch[:, :, None], queries.position[:, :, None]
     key = keys.branch[:, None, :], keys.position[:, None, :], keys.real[:, None, :]
     return _attends(branch, position, *key, _since(position, window)).unsqueeze(1)
+
+
+def tree_masks(
+    windows: Mapping[str, int | None], queries: Layout, keys: Layout, *, prompt: int = 0
+) -> dict[str, torch.Tensor]:
+    """The tree mask for each type of layer, given how many positions back each type attends.
+
+    prompt: how many queries at the start of the rows are prompt tokens. A type of layer without a window gets a mask
+    without these queries: attention of the prompt to itself is plainly causal and needs none.
+    """
+    return {
+        kind: tree_mask(queries[slice(prompt if window is None else 0, None)], keys, window)
+        for kind, window in windows.items()
+    }
 
 
 def tree_rule(row: Layout, window: int | None = None) -> Callable[..., torch.Tensor]:

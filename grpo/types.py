@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import torch
 
-from models.policy import Prompt
+from hark.models.policy import Prompt
 
 Kind = TypeVar("Kind", bound="Groups")
 
@@ -51,7 +51,7 @@ class Groups:
         }
         return dataclasses.replace(self, prompts=tuple(self.prompts[group] for group in groups), **cells)
 
-    def pack(self, size: int, groups: Sequence[int] | None = None) -> list[list[int]]:
+    def split_by_length(self, size: int, groups: Sequence[int] | None = None) -> list[list[int]]:
         """Places of the groups, or of some of them, in parts of up to `size`, rows of like length in one part.
 
         A part is padded to its longest prompt and its longest completion. The longest rows come first, so that the
@@ -96,7 +96,7 @@ class Batch(Groups):
         """Whether a group without advantages has no gradient: nothing keeps it near a reference."""
         return self.advantages is not None and self.ref_logprobs is None
 
-    def taught(self) -> list[int]:
+    def groups_with_gradient(self) -> list[int]:
         """Places of the groups that have a gradient; no other needs a forward and a backward."""
         if not self.skips:
             return list(range(len(self.prompts)))

@@ -10,18 +10,27 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from parts import announce, bad_log, checked_questions, evaluation_settings, evaluation_share, make_policy, waveform_of
-from resume import changed
 
-from data.benchmarks import BENCHMARKS, judged, write_answers
-from data.choices import shuffle_choices
-from data.examples import BadExample, Example
-from data.report import Share, figures, share, table
-from data.scoring import write_json
-from grpo.config import Config, ConfigError, load_config
-from grpo.evaluate import blank_row, evaluate
-from grpo.sharding import World, exchange_rows, joined_world
-from models.policy import Policy
+from hark.data.benchmarks.grading import write_json
+from hark.data.benchmarks.report import Share, figures, share, table
+from hark.data.benchmarks.rules import BENCHMARKS, judged, write_answers
+from hark.data.examples import BadExample, Example
+from hark.data.order import shuffle_choices
+from hark.grpo.config import Config, ConfigError
+from hark.grpo.evaluate import blank_row, evaluate
+from hark.grpo.runtime.collectives import World, exchange_rows, joined_world
+from hark.launch.common import (
+    announce,
+    bad_log,
+    checked_questions,
+    evaluation_settings,
+    evaluation_share,
+    make_policy,
+    waveform_of,
+)
+from hark.launch.config_file import load_config
+from hark.launch.run_directory import changed
+from hark.models.policy import Policy
 
 Question = Example | BadExample
 

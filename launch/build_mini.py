@@ -9,10 +9,10 @@ Whisper checkpoint, such as whisper-tiny, whose encoder becomes the audio tower;
 import argparse
 from pathlib import Path
 
-from data.examples import load_examples
-from data.mini import build
-from data.prompts import render, target
-from models.mini import build_mini
+from hark.data.examples import load_examples
+from hark.data.mini.build import build
+from hark.data.prompts import render, target
+from hark.models.mini import build_mini
 
 TEMPLATE = "answer"
 

@@ -11,11 +11,11 @@ import os
 from pathlib import Path
 
 import torch
-from parts import run
 
-from data.errors import DataError
-from data.examples import load_examples
-from data.survey import inspect_all, survey
+from hark.data.errors import DataError
+from hark.data.examples import load_examples
+from hark.data.sources.survey import inspect_all, survey
+from hark.launch.common import run
 
 SHOWN = 5  # of each fault, on the console; the JSON has all
 WIDTH = 16

@@ -10,15 +10,23 @@ table over its checkpoints and writes RUN/choice.json, and the test's files in R
 from dataclasses import replace
 from pathlib import Path
 
-from answering import answer_test
-from parts import announce, evaluation_settings, judge, make_policy, run, training_examples, validation_batches
-
-from data.report import Share, heading, line, share
-from data.scoring import write_json
-from grpo.checkpoint import CheckpointError, checkpoints, load_weights, step_of
-from grpo.config import ConfigError, load_config
-from grpo.evaluate import evaluate
-from grpo.sharding import exchange_rows, joined_world
+from hark.data.benchmarks.grading import write_json
+from hark.data.benchmarks.report import Share, heading, line, share
+from hark.grpo.config import ConfigError
+from hark.grpo.evaluate import evaluate
+from hark.grpo.runtime.checkpoint import CheckpointError, checkpoints, load_weights, step_of
+from hark.grpo.runtime.collectives import exchange_rows, joined_world
+from hark.launch.answering import answer_test
+from hark.launch.common import (
+    announce,
+    evaluation_settings,
+    judge,
+    make_policy,
+    run,
+    training_examples,
+    validation_batches,
+)
+from hark.launch.config_file import load_config
 
 WIDTH = 8  # of the column of steps
 

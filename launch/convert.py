@@ -9,11 +9,10 @@ What cannot be converted is counted and listed in OUTPUT.bad.jsonl with its plac
 import argparse
 from pathlib import Path
 
-from parts import run
-
-from data.conversion import Conversion, convert, write, write_bad
-from data.errors import DataError
-from data.sources import SOURCES, find_source
+from hark.data.errors import DataError
+from hark.data.sources import SOURCES, find_source
+from hark.data.sources.conversion import Conversion, convert, write, write_bad
+from hark.launch.common import run
 
 SHOWN = 5  # missing clips named on the console
 

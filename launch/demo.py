@@ -14,7 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-from grpo.config import Config, load_config
+from hark.grpo.config import Config
+from hark.launch.config_file import load_config
 
 ROOT = Path("runs/mini")
 LAUNCH = Path(__file__).parent

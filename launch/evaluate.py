@@ -7,9 +7,9 @@ python launch/evaluate.py --score FILE [--benchmark NAME] [--json OUT]
 import argparse
 import sys
 
-from data.benchmarks import BENCHMARKS
-from data.errors import DataError
-from data.scoring import score_file
+from hark.data.benchmarks.grading import score_file
+from hark.data.benchmarks.rules import BENCHMARKS
+from hark.data.errors import DataError
 
 
 def main(argv: list[str]) -> None:
@@ -17,7 +17,9 @@ def main(argv: list[str]) -> None:
     if options.score is not None:
         score_file(options.score, benchmark=options.benchmark or "mmau", out=options.json)
         return
-    from answering import answer_benchmark  # brings torch and transformers, which scoring a file must not wait for
+    from hark.launch.answering import (
+        answer_benchmark,  # brings torch and transformers, which scoring a file must not wait for
+    )
 
     controls = {"silent": options.silent, "audio": options.shuffled_audio, "choices": options.shuffle_choices}
     answer_benchmark(options.words, **controls)
@@ -52,7 +54,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 if __name__ == "__main__":
     if parse(sys.argv[1:]).score is None:
-        from parts import run
+        from hark.launch.common import run
 
         run(main)
     else:

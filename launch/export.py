@@ -10,11 +10,12 @@ import argparse
 from pathlib import Path
 
 import torch
-from parts import make_policy, run
 
-from grpo.checkpoint import CheckpointError, checkpoints, export, export_adapters, load_weights, step_of
-from grpo.config import ConfigError, load_config
-from grpo.sharding import joined_world
+from hark.grpo.config import ConfigError
+from hark.grpo.runtime.checkpoint import CheckpointError, checkpoints, export, export_adapters, load_weights, step_of
+from hark.grpo.runtime.collectives import joined_world
+from hark.launch.common import make_policy, run
+from hark.launch.config_file import load_config
 
 
 def main(argv: list[str]) -> None:

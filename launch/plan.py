@@ -3,7 +3,7 @@
     python launch/plan.py CONFIG [section.key=value ...] [--gpus 8] [--memory 80] [--seconds 10] [--text 60]
                           [--sft] [--shape qwen2-audio-7b] [--json OUT]
 
-Nothing is loaded but the model's config.json: no GPU and no weights are needed. See grpo/memory.py for what is counted.
+Nothing is loaded but the model's config.json: no GPU and no weights are needed. See grpo/instruments/memory.py for what is counted.
 """
 
 import argparse
@@ -13,14 +13,14 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from parts import lora_of, run
-
-from data.scoring import write_json
-from grpo.config import Config, ConfigError, load_config
-from grpo.memory import PARTS, Plan, Setting, Work, plan
-from models.loading import build_outline, read_config
-from models.qwen2_audio import QWEN2_AUDIO_7B, audio_tokens
-from models.shape import Shape, shape_of
+from hark.data.benchmarks.grading import write_json
+from hark.grpo.config import Config, ConfigError
+from hark.grpo.instruments.memory import PARTS, Plan, Setting, Work, plan
+from hark.grpo.instruments.shape import Shape, shape_of
+from hark.launch.common import lora_of, run
+from hark.launch.config_file import load_config
+from hark.models.families.qwen2_audio import QWEN2_AUDIO_7B, audio_tokens
+from hark.models.loading import build_outline, read_config
 
 GIB = 2**30
 USABLE = 0.95  # of the device; the rest is for the CUDA context, workspaces and fragmentation

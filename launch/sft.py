@@ -6,13 +6,13 @@ python launch/sft.py CONFIG [section.key=value ...]
 
 from functools import partial
 
-from parts import run, train
-
-from data.prompts import target
-from grpo.config import Config, load_config
-from grpo.sft import SupervisedTrainer
-from grpo.sharding import World
-from models.policy import Policy
+from hark.data.prompts import target
+from hark.grpo.config import Config
+from hark.grpo.runtime.collectives import World
+from hark.grpo.sft import SupervisedTrainer
+from hark.launch.common import run, train
+from hark.launch.config_file import load_config
+from hark.models.policy import Policy
 
 
 def main(argv: list[str]) -> None:

@@ -4,12 +4,12 @@ torchrun --nproc-per-node GPUS launch/train.py CONFIG [section.key=value ...]
 python launch/train.py CONFIG [section.key=value ...]
 """
 
-from parts import make_reference, rewards_of, run, train
-
-from grpo.config import Config, ConfigError, load_config
-from grpo.sharding import World
-from grpo.trainer import Trainer
-from models.policy import Policy
+from hark.grpo.config import Config, ConfigError
+from hark.grpo.runtime.collectives import World
+from hark.grpo.trainer import Trainer
+from hark.launch.common import make_reference, rewards_of, run, train
+from hark.launch.config_file import load_config
+from hark.models.policy import Policy
 
 
 def main(argv: list[str]) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
-from models.cache import GroupCache
+from hark.data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
+from hark.models.cache import GroupCache
 
 TREE = "tree"  # as an attention implementation in a decoder's config
 
@@ -137,7 +137,7 @@ def _compiled_flex_attention() -> Callable[..., torch.Tensor]:
 
 
 @dataclass(frozen=True)
-class Prefill:
+class PrefillAttention:
     """Attention of prompts to themselves, which leaves their keys and values in rows of a cache."""
 
     cache: GroupCache
@@ -149,7 +149,7 @@ class Prefill:
 
 
 @dataclass(frozen=True)
-class Growth:
+class DecodeAttention:
     """Attention of one new token of each of B branches to its prompt and to the branch itself, by way of a cache.
 
     A prompt's keys are read once for all of its branches, and a branch reads no sibling's; so a step costs what its own

@@ -16,12 +16,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from models.cache import TowerCache
-from models.causal_lm import CausalLMPolicy
-from models.linear import use_fast_products
-from models.lora import WEIGHTS_FILE, Lora, add_adapters, initial_weight, is_adapter, peft_name
-from models.policy import Policy, PolicyError
-from models.qwen2_audio import Qwen2AudioPolicy
+from hark.models.cache import TowerCache
+from hark.models.families.causal_lm import CausalLMPolicy
+from hark.models.families.qwen2_audio import Qwen2AudioPolicy
+from hark.models.linear import use_fast_products
+from hark.models.lora import WEIGHTS_FILE, Lora, add_adapters, initial_weight, is_adapter, peft_name
+from hark.models.policy import Policy, PolicyError
 
 # config.model_type -> family; a text-only causal LM needs no entry.
 FAMILIES: dict[str, type[Policy]] = {"qwen2_audio": Qwen2AudioPolicy}

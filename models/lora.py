@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from models.linear import linear
-from models.policy import Policy, PolicyError
+from hark.models.linear import linear
+from hark.models.policy import Policy, PolicyError
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."

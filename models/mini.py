@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
+from hark.data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
 
 AUDIO, AUDIO_BOS, AUDIO_EOS = "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"

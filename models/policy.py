@@ -14,14 +14,14 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
-from models.attention import TREE, Attend, Pass, attend_to_row, in_this_pass, use_tree_attention
-from models.cache import TowerCache
+from hark.data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
+from hark.models.attention import TREE, Attend, Pass, attend_to_row, in_this_pass, use_tree_attention
+from hark.models.cache import TowerCache
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    from models.lora import Lora
+    from hark.models.lora import Lora
 
 
 class PolicyError(ValueError):
@@ -149,7 +149,7 @@ class Policy(nn.Module):
 
         masks: for each type of layer in `windows`, (N, 1, Lm, S) bool, True where a query may attend to a key. A mask
         of Lm < L is for the last Lm queries, and those before are causal. None where `attend` has masks of its own.
-        attend: the attention of each layer where it is not `models.attention.attend_to_row`, such as `Growth` there; it
+        attend: the attention of each layer where it is not `models.attention.attend_to_row`, such as `DecodeAttention` there; it
         may have the masks otherwise.
         """
         masks = dict.fromkeys(self.windows) if masks is None else masks

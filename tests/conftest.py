@@ -14,11 +14,11 @@ import torch
 # The tests are about numbers on the CPU, also on a machine with a GPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-from data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
-from grpo import flops
-from models.loading import load_policy
-from models.mini import build_mini
-from models.policy import Policy, Prompt
+from hark.data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
+from hark.grpo.instruments import flops
+from hark.models.loading import load_policy
+from hark.models.mini import build_mini
+from hark.models.policy import Policy, Prompt
 from tests.clips import waveform, write_questions
 
 torch.set_num_threads(1)

@@ -19,14 +19,15 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from grpo.sampler import sample
-from grpo.scorer import score
-from grpo.sharding import World, device_mesh, gathered, joined_world, shard
-from grpo.types import Rollout
-from models.loading import load_policy
-from models.lora import whole
-from models.mini import build_mini
-from models.policy import Policy
+from hark.grpo.runtime.collectives import World, joined_world
+from hark.grpo.runtime.sharding import device_mesh, gathered, shard
+from hark.grpo.sampler import sample
+from hark.grpo.scorer import score
+from hark.grpo.types import Rollout
+from hark.models.loading import load_policy
+from hark.models.lora import whole
+from hark.models.mini import build_mini
+from hark.models.policy import Policy
 from tests.clips import waveform
 
 TEXTS = ("What is making this sound?", "How often does it ring, once, twice, or three times?", "Rising or falling?")
@@ -109,7 +110,7 @@ def logprobs_of(policy: Policy, rollout: Rollout) -> torch.Tensor:
 
 
 def check_recordings(report: Report, world: World, directory: Path, limit: int) -> None:
-    """Recorded steps do what steps do: the same kernels, so the same bits, also after weights have moved."""
+    """CudaGraphs steps do what steps do: the same kernels, so the same bits, also after weights have moved."""
     policy = make(world, directory)
     for what in ("recorded steps", "recorded steps, weights gathered anew"):
         for batch in (None, 2):
@@ -173,7 +174,7 @@ def check_gaps(report: Report, world: World, directory: Path, limit: int) -> Non
     with torch.no_grad():
         there = score(host, rollout.prompts, rollout.tokens.cpu(), rollout.mask.cpu(), group_size=GROUP)[0]
         gap = (logprobs_of(policy, rollout).cpu() - there).abs().max().item()
-    # Sums over 250 to 500 terms in another order, through some layers.
+    # MetricSums over 250 to 500 terms in another order, through some layers.
     report.at_most(1e-4, "logprobs against the CPU's, float32", gap)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from grpo import flops
-from grpo.sharding import joined_world
+from hark.grpo.instruments import flops
+from hark.grpo.runtime.collectives import joined_world
 
 
 def on_ranks(size: int, function: Callable[..., None], *args: Any) -> None:
@@ -33,4 +33,4 @@ def _rank(rank: int, size: int, port: int, function: Callable[..., None], args: 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with joined_world() as world:
         function(world, *args)
-    os._exit(0)  # as launch/parts.py leaves, and for its reason
+    os._exit(0)  # as launch/common.py leaves, and for its reason

@@ -12,12 +12,13 @@ import json
 from pathlib import Path
 
 import torch
-from parts import check_training, make_policy, make_reference, training_examples, training_loader
 from safetensors.torch import load_file
 
-from grpo.config import Config, load_config
-from grpo.sharding import World
-from grpo.trainer import Trainer
+from hark.grpo.config import Config
+from hark.grpo.runtime.collectives import World
+from hark.grpo.trainer import Trainer
+from hark.launch.common import check_training, make_policy, make_reference, training_examples, training_loader
+from hark.launch.config_file import load_config
 
 ROUNDING = 1e-5
 NO_GRADIENT = "k_proj.bias"

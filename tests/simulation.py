@@ -20,19 +20,19 @@ from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig
 
-from grpo.ledger import Ledger
-from grpo.memory import Setting, Work, plan
-from grpo.optimizer import build_optimizer
-from grpo.sampler import _sample
-from grpo.scorer import score, tree_masks
-from grpo.sharding import gathered, release, shard
-from grpo.tree import Layout
-from models.cache import GroupCache, TowerCache
-from models.loading import build_outline, meta_parameters
-from models.lora import Lora, add_adapters
-from models.policy import Policy, Prompt
-from models.qwen2_audio import CONV_REACH, QWEN2_AUDIO_7B, Qwen2AudioPolicy, audio_tokens
-from models.shape import shape_of
+from hark.grpo.instruments.memory import Setting, Work, plan
+from hark.grpo.instruments.memory_tracker import MemoryTracker
+from hark.grpo.instruments.shape import shape_of
+from hark.grpo.optimizer import build_optimizer
+from hark.grpo.runtime.sharding import gathered, release, shard
+from hark.grpo.sampler import _sample
+from hark.grpo.scorer import score
+from hark.grpo.tree import Layout, tree_masks
+from hark.models.cache import GroupCache, TowerCache
+from hark.models.families.qwen2_audio import CONV_REACH, QWEN2_AUDIO_7B, Qwen2AudioPolicy, audio_tokens
+from hark.models.loading import build_outline, meta_parameters
+from hark.models.lora import Lora, add_adapters
+from hark.models.policy import Policy, Prompt
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
@@ -86,10 +86,10 @@ def simulate(
         reference = reference[setting.reference]()
         mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
         pretend = Pretend()
-        with mode, pretend if fake else nullcontext(), Ledger() as ledger:
+        with mode, pretend if fake else nullcontext(), MemoryTracker() as tracker:
             for module in {policy, reference} - {None}:
                 _fill(module, setting)
-                ledger.add([*module.parameters(), *module.buffers()])
+                tracker.add([*module.parameters(), *module.buffers()])
             heard = audio_tokens(work.frames)
             ids = torch.cat([torch.zeros(work.prompt - heard).long(), torch.full((heard,), config.audio_token_id)])
             mel = torch.zeros(
@@ -101,38 +101,40 @@ def simulate(
             for parameter in policy.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
             _update(policy, optimizer)
-            _step(policy, reference, optimizer, prompts, work, ledger, pretend, decoding_steps or work.max_new_tokens)
-            return ledger.peaks
+            _step(policy, reference, optimizer, prompts, work, tracker, pretend, decoding_steps or work.max_new_tokens)
+            return tracker.peaks
     finally:
         dist.destroy_process_group()
 
 
-def _step(policy, reference, optimizer, prompts, work: Work, ledger: Ledger, pretend: Pretend, steps: int) -> None:
+def _step(
+    policy, reference, optimizer, prompts, work: Work, tracker: MemoryTracker, pretend: Pretend, steps: int
+) -> None:
     """The hops of Trainer.step that hold memory; the rollout comes last, to find what the step before it left."""
     pretend.placeholders = work.micro_batch * audio_tokens(work.frames)
     rows = work.micro_batch * work.group_size
     tokens = torch.zeros(rows, work.max_new_tokens, dtype=torch.long)
     mask = torch.ones(rows, work.max_new_tokens, dtype=torch.bool)
     parts = [prompts[first : first + work.micro_batch] for first in range(0, work.prompts, work.micro_batch)]
-    as_on_a_gpu = mock.patch("grpo.scorer._row_attention", _whole_rows)
+    as_on_a_gpu = mock.patch("hark.grpo.scorer._row_attention", _whole_rows)
     if reference is not None:
-        with ledger.phase("reference"), torch.no_grad(), as_on_a_gpu:
+        with tracker.phase("reference"), torch.no_grad(), as_on_a_gpu:
             for part in parts:
                 score(reference, part, tokens, mask, group_size=work.group_size)
         if reference is not policy:
             release(reference)
-    with ledger.phase("backward"), as_on_a_gpu:
+    with tracker.phase("backward"), as_on_a_gpu:
         for part in parts:
             logprobs, _ = score(policy, part, tokens, mask, group_size=work.group_size)
             logprobs.sum().backward()
-    with ledger.phase("optimizer"):
+    with tracker.phase("optimizer"):
         _update(policy, optimizer)
     pretend.placeholders = (work.decoded or work.prompts) * audio_tokens(work.frames)
     uniforms = torch.zeros(work.prompts * work.group_size, steps, dtype=torch.float64)
     rows = work.decoded or work.prompts
-    whole = mock.patch("grpo.branches.GroupCache", lambda *sizes: GroupCache(*sizes[:3], work.max_new_tokens - 1))
-    blind = mock.patch("grpo.branches.Lookout", lambda flags: lambda: [True] * flags.numel())
-    with ledger.phase("rollout"), gathered(policy), torch.no_grad(), whole, blind:
+    whole = mock.patch("hark.grpo.branches.GroupCache", lambda *sizes: GroupCache(*sizes[:3], work.max_new_tokens - 1))
+    blind = mock.patch("hark.grpo.branches.DelayedFlags", lambda flags: lambda: [True] * flags.numel())
+    with tracker.phase("rollout"), gathered(policy), torch.no_grad(), whole, blind:
         policy(
             _sample, prompts, group_size=work.group_size, limit=steps, temperature=1.0, uniforms=uniforms, rows=rows,
             stop=True, graphs=False,
@@ -140,7 +142,7 @@ def _step(policy, reference, optimizer, prompts, work: Work, ledger: Ledger, pre
 
 
 def _whole_rows(policy: Policy, row: Layout, prompt: int, group_size: int):
-    return tree_masks(policy, row, row, prompt=prompt), None
+    return tree_masks(policy.windows, row, row, prompt=prompt), None
 
 
 def _update(policy: Policy, optimizer: torch.optim.Optimizer) -> None:

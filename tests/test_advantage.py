@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from grpo.advantage import equal_rewards, group_advantages
+from hark.grpo.advantage import equal_rewards, group_advantages
 
 GENERATOR = torch.Generator().manual_seed(0)
 REWARDS = torch.rand(24, generator=GENERATOR)

@@ -8,17 +8,18 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import evaluate
 import numpy as np
 import pytest
 import soundfile
-from answering import answer_benchmark, answers, with_shuffled_audio
-from parts import checked_questions, evaluation_share, make_policy, waveform_of
 
-from data.benchmarks import BENCHMARKS, judged, mmau
-from data.examples import Example, load_examples
-from grpo.config import ConfigError, load_config
-from grpo.sharding import World, exchange_rows
+from hark.data.benchmarks.rules import BENCHMARKS, judged, mmau
+from hark.data.examples import Example, load_examples
+from hark.grpo.config import ConfigError
+from hark.grpo.runtime.collectives import World, exchange_rows
+from hark.launch import evaluate
+from hark.launch.answering import answer_benchmark, answers, with_shuffled_audio
+from hark.launch.common import checked_questions, evaluation_share, make_policy, waveform_of
+from hark.launch.config_file import load_config
 from tests.clips import write_questions
 from tests.ranks import on_ranks
 
@@ -78,7 +79,7 @@ def test_a_hidden_answer_is_handed_in_and_left_out_of_the_figures(config, tmp_pa
         examples, bad = load_examples(*args, **kwargs)
         return [replace(example, answer=None) for example in examples], bad
 
-    monkeypatch.setattr("parts.load_examples", hidden)
+    monkeypatch.setattr("hark.launch.common.load_examples", hidden)
     answer_benchmark([str(config)], silent=True, audio=True, choices=True)
     assert [row["correct"] for row in result(tmp_path)["rows"]] == [None] * 4 + [False] + [None] * 3
     handed_in = json.loads((tmp_path / "run" / "answers.json").read_text())
@@ -121,7 +122,7 @@ def test_controls_change_what_they_say_and_ask_only_what_could_be_asked(config, 
 
         return evaluation_share(config, world, policy, examples, waveform=heard, on_bad=on_bad)
 
-    monkeypatch.setattr("answering.evaluation_share", remember)
+    monkeypatch.setattr("hark.launch.answering.evaluation_share", remember)
     answer_benchmark([str(config)], silent=True, audio=True, choices=True)
     main, silent, audio, choices = asked
     ids = [identity for identity, could in zip(IDS, ASKED, strict=True) if could]

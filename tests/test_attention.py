@@ -8,13 +8,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import flex_attention as flex
 from torch.nn.attention.flex_attention import create_mask
 
-from grpo.sampler import sample
-from grpo.scorer import score
-from grpo.sharding import World, device_mesh, shard
-from grpo.tree import branches_layout, prompt_layout, tree_mask, tree_rule
-from models.attention import block_mask
-from models.loading import load_policy
-from models.lora import whole
+from hark.grpo.runtime.collectives import World
+from hark.grpo.runtime.sharding import device_mesh, shard
+from hark.grpo.sampler import sample
+from hark.grpo.scorer import score
+from hark.grpo.tree import branches_layout, prompt_layout, tree_mask, tree_rule
+from hark.models.attention import block_mask
+from hark.models.loading import load_policy
+from hark.models.lora import whole
 from tests.conftest import TEXTS, Case, build_causal_lm
 from tests.ranks import on_ranks
 from tests.test_models import build_mixed_windows, build_scaled

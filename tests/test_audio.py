@@ -5,9 +5,9 @@ import pytest
 import soundfile
 import torch
 
-from data.audio import load_waveform, probe, read_header
-from data.errors import AudioError, MissingClipError, SilentClipError, SkippedClipError
-from data.torchaudio_compat import torchaudio
+from hark.data.audio import load_waveform, probe, read_header
+from hark.data.errors import AudioError, MissingClipError, SilentClipError, SkippedClipError
+from hark.data.torchaudio_compat import torchaudio
 
 RATE = 16_000
 

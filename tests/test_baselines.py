@@ -1,10 +1,10 @@
-"""data/baselines.py: what is right without listening."""
+"""data/benchmarks/baselines.py: what is right without listening."""
 
 import pytest
 
-from data.baselines import always_first, chance, longest_choice
-from data.errors import DataError
-from data.examples import Example
+from hark.data.benchmarks.baselines import always_first, chance, longest_choice
+from hark.data.errors import DataError
+from hark.data.examples import Example
 
 
 def example(choices, answer):

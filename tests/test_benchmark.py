@@ -4,19 +4,18 @@ import json
 from dataclasses import replace
 from functools import partial
 
-import benchmark
-import benchmark_gpu
 import pytest
 import torch
-from baseline import Baseline, grpo_loss
-from benchmark import Size, Work, main
 
-from grpo import scorer
-from grpo.config import ConfigError
-from grpo.loss import policy_loss, token_weights
-from grpo.sampler import sample
-from grpo.scorer import score
-from grpo.tree import branches_layout
+from hark.grpo import scorer
+from hark.grpo.config import ConfigError
+from hark.grpo.loss import policy_loss, token_weights
+from hark.grpo.sampler import sample
+from hark.grpo.scorer import score
+from hark.grpo.tree import branches_layout
+from hark.launch.studies import benchmark, benchmark_gpu
+from hark.launch.studies.baseline import Baseline, grpo_loss
+from hark.launch.studies.benchmark import Size, Work, main
 from tests.conftest import TEXTS
 
 TINY = Size(vocabulary=320, hidden=64, inner=96, layers=2, tower_hidden=64, tower_layers=1)
@@ -104,7 +103,7 @@ def test_the_study_for_gpus_notices_completions_that_see_one_another(monkeypatch
         return replace(row, branch=torch.zeros_like(row.branch))
 
     def whole_rows(policy, row, prompt, group_size):
-        return scorer.tree_masks(policy, row, row, prompt=prompt), None
+        return scorer.tree_masks(policy.windows, row, row, prompt=prompt), None
 
     monkeypatch.setattr(scorer, "branches_layout", one_branch)
     monkeypatch.setattr(scorer, "_row_attention", whole_rows)

@@ -1,4 +1,4 @@
-"""data/benchmarks.py: the official rules, quirks included, and files that the official scripts can read."""
+"""data/benchmarks/rules.py: the official rules, quirks included, and files that the official scripts can read."""
 
 from __future__ import annotations
 
@@ -9,9 +9,19 @@ import string
 
 import pytest
 
-from data.benchmarks import BENCHMARKS, find_benchmark, judged, mmau, mmsu, place, prediction_of, strict, write_answers
-from data.errors import DataError
-from data.examples import Example
+from hark.data.benchmarks.rules import (
+    BENCHMARKS,
+    find_benchmark,
+    judged,
+    mmau,
+    mmsu,
+    place,
+    prediction_of,
+    strict,
+    write_answers,
+)
+from hark.data.errors import DataError
+from hark.data.examples import Example
 
 CARS = ("Car", "Bicycle", "Car door", "A red car")
 

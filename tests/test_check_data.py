@@ -6,13 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import check_data
 import numpy as np
 import pytest
 import soundfile
 
-from data import survey
-from data.errors import DataError
+from hark.data.errors import DataError
+from hark.data.sources import survey
+from hark.launch import check_data
 from tests.clips import write_questions
 
 LONG = ("a choice much longer than any other", "rain", "a bell", "wind")

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from data.choices import extract_answer, is_correct, shuffle_choices
-from data.examples import Example
+from hark.data.choices import extract_answer, is_correct
+from hark.data.examples import Example
+from hark.data.order import shuffle_choices
 
 CHOICES = ("Car", "At least 3", "At most 3", "Dog bark")
 

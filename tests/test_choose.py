@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 
-import choose
 import pytest
-import sft
 
-from data.report import Share
-from grpo.checkpoint import CheckpointError, checkpoints
-from grpo.config import ConfigError
+from hark.data.benchmarks.report import Share
+from hark.grpo.config import ConfigError
+from hark.grpo.runtime.checkpoint import CheckpointError, checkpoints
+from hark.launch import choose, sft
 from tests.clips import write_questions
 
 
@@ -51,8 +50,7 @@ def test_a_run_is_chosen_from_and_its_test_reported_once(run, tmp_path, capsys):
 
 def test_the_weights_of_each_checkpoint_are_its_own(run, tmp_path):
     """Answers of the chosen checkpoint are those of its export."""
-    import evaluate
-    import export
+    from hark.launch import evaluate, export
 
     sft.main([*run, "optim.steps=24", "optim.schedule=linear"])
     test = write_questions(tmp_path / "test", 3, name="test")
@@ -65,7 +63,7 @@ def test_the_weights_of_each_checkpoint_are_its_own(run, tmp_path):
 
 
 def test_a_run_of_two_replicas_is_chosen_from_and_exported_by_one_process(run, tmp_path):
-    import export
+    from hark.launch import export
 
     sft.main([*run, "optim.steps=12"])
     path = tmp_path / "run" / "config.yaml"

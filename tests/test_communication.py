@@ -6,9 +6,9 @@ import time
 
 import torch
 
-from grpo.communication import GIB, Meter, step_bytes
-from grpo.config import load_config
-from grpo.sharding import World
+from hark.grpo.instruments.communication import step_bytes
+from hark.grpo.runtime.collectives import GIB, CollectiveMeter, World
+from hark.launch.config_file import load_config
 from tests.ranks import on_ranks
 from tests.runs import build, read_metrics, train
 
@@ -38,9 +38,9 @@ def check_bytes(world: World, settings: list[str]) -> None:
         )
         for step in range(2):  # the second must not find what the first has gathered
             began = time.perf_counter()
-            trainer.meter.start()
+            world.meter.start()
             trainer.step(step)
-            measured = trainer.meter.measured()
+            measured = world.meter.measured()
             assert 0 < measured["seconds/communication"] < time.perf_counter() - began
             assert measured["communication/gib"] == foreseen / GIB, case
 
@@ -58,12 +58,12 @@ def test_a_process_alone_sends_nothing(settings, tmp_path):
 
 
 def test_time_in_two_collectives_at_once_counts_once(monkeypatch):
-    meter = Meter(torch.device("cpu"))
+    meter = CollectiveMeter(torch.device("cpu"))
     clock = iter([0.0, 1.0, 2.0, 4.0, 5.0, 7.0, 8.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     meter.start()
-    with meter.collective(GIB // 2), meter.collective(GIB // 2):  # 1 to 5, and 2 to 4 inside
+    with meter.measure(GIB // 2), meter.measure(GIB // 2):  # 1 to 5, and 2 to 4 inside
         pass
-    with meter.collective():  # 7 to 8
+    with meter.measure():  # 7 to 8
         pass
     assert meter.measured() == {"seconds/communication": 5.0, "communication/gib": 1.0}

@@ -6,13 +6,11 @@ import json
 import re
 from pathlib import Path
 
-import choose
-import plan
 import pytest
-import sft
-import train
 
-from grpo.config import Config, load_config
+from hark.grpo.config import Config
+from hark.launch import choose, plan, sft, train
+from hark.launch.config_file import load_config
 from tests.clips import write_questions
 from tests.runs import read_metrics
 

@@ -2,13 +2,13 @@
 
 import json
 
-import convert
 import pytest
 import soundfile
 
-from data.conversion import Conversion, write
-from data.errors import DataError
-from data.examples import load_examples
+from hark.data.errors import DataError
+from hark.data.examples import load_examples
+from hark.data.sources.conversion import Conversion, write
+from hark.launch import convert
 from tests.test_sources import AUDIOMCQ, AVQA, AVQA_PROCESSED, FLAMINGO, MMAR, MMAU, MMSU
 
 RECORDS = {

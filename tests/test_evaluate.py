@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from data.examples import BadExample
-from grpo.evaluate import accuracies, blank_row, evaluate
-from grpo.sampler import sample
-from grpo.sharding import World
+from hark.data.examples import BadExample
+from hark.grpo.evaluate import accuracies, blank_row, evaluate
+from hark.grpo.runtime.collectives import World
+from hark.grpo.sampler import sample
 from tests.ranks import on_ranks
 
 LIMIT = 8

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from data.errors import DataError
-from data.examples import load_examples
+from hark.data.errors import DataError
+from hark.data.examples import load_examples
 
 GOOD = {
     "id": 183, "audio_path": "clips/a.wav", "question_text": "What happened?", "multi_choice": ["Car", "Dog", "Bell"],

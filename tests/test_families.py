@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from grpo.sampler import sample
-from grpo.scorer import score
-from models.causal_lm import CausalLMPolicy
-from models.policy import Policy, PolicyError, Prompt
+from hark.grpo.sampler import sample
+from hark.grpo.scorer import score
+from hark.models.families.causal_lm import CausalLMPolicy
+from hark.models.policy import Policy, PolicyError, Prompt
 
 SIZES = dict(
     vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,

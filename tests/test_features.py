@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from data.features import _mel_filters, log_mel
-from data.torchaudio_compat import torchaudio
+from hark.data.features import _mel_filters, log_mel
+from hark.data.torchaudio_compat import torchaudio
 
 # Lengths around every edge: shorter than a window, around a hop, and where the 30 s padding begins to run out.
 LENGTHS = [1, 159, 160, 161, 200, 201, 400, 401, 16_000, 32_077, 479_599, 479_600, 479_601, 479_800, 479_999, 480_000]

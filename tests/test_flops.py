@@ -8,23 +8,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from benchmark import HarkSide, Size, Work, build_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from grpo import flops
-from grpo.config import load_config
-from grpo.flops import best_matmul_rate, cost_of, macs
-from grpo.metrics import speed
-from grpo.sampler import sample
-from grpo.scorer import score
-from grpo.sft import SupervisedTrainer
-from grpo.sharding import World
-from grpo.trainer import Trainer
-from grpo.tree import branches_layout, prompt_layout, tree_mask
-from models import split_attention
-from models.loading import load_policy
-from models.lora import Lora, WithoutAdapters
+from hark.grpo.instruments import flops
+from hark.grpo.instruments.flops import best_matmul_rate, cost_of, macs
+from hark.grpo.instruments.metrics import speed
+from hark.grpo.runtime.collectives import World
+from hark.grpo.sampler import sample
+from hark.grpo.scorer import score
+from hark.grpo.sft import SupervisedTrainer
+from hark.grpo.trainer import Trainer
+from hark.grpo.tree import branches_layout, prompt_layout, tree_mask
+from hark.launch.config_file import load_config
+from hark.launch.studies.benchmark import HarkSide, Size, Work, build_model
+from hark.models import split_attention
+from hark.models.loading import load_policy
+from hark.models.lora import Lora, WithoutAdapters
 from tests.ranks import on_ranks
 from tests.runs import build, read_metrics
 
@@ -62,7 +62,7 @@ def counted(function, *args, **kwargs):
 
 @pytest.mark.parametrize("kind", POLICIES)
 def test_each_pass_costs_what_torch_counts(kind, side, directory, monkeypatch):
-    monkeypatch.setattr("models.linear.AVAILABLE", False)  # torch does not count the products of oneDNN
+    monkeypatch.setattr("hark.models.linear.AVAILABLE", False)  # torch does not count the products of oneDNN
     policy = load_policy(directory, tower_cache=2**20, **POLICIES[kind])
     whole = cost_of(policy)
     draw = dict(group_size=3, max_new_tokens=5, temperature=1.0, keys=[(0,), (1,)], stop=False)
@@ -80,7 +80,7 @@ def test_each_pass_costs_what_torch_counts(kind, side, directory, monkeypatch):
     forward, attention, (logprobs, _) = counted(score, policy, *completions, group_size=3)
     backward, _, _ = counted(logprobs.sum().backward)
 
-    cost = replace(whole, pair=0, heard_pair=0)
+    cost = replace(whole, pair=0, tower_pair=0)
     passes = macs(cost, side.prompts, drawn.mask.sum(dim=1), audio_id=policy.audio_id)
     # The convolutions' places behind the clips: two of the first and one of the second, for each of two prompts.
     first, second = (2 * conv.weight.numel() for conv in (policy.tower.conv1, policy.tower.conv2))
@@ -91,7 +91,7 @@ def test_each_pass_costs_what_torch_counts(kind, side, directory, monkeypatch):
     assert backward == passes.backward + again * 2 * (first + second)
 
     prompt, steps, places = len(side.prompts[0].ids), 4, 400 // 2
-    assert attention == 2 * (len(whole.windows) * whole.pair * prompt**2 + again * whole.heard_pair * places**2)
+    assert attention == 2 * (len(whole.windows) * whole.pair * prompt**2 + again * whole.tower_pair * places**2)
     assert sum(pairs) == 2 * len(whole.windows) * 3 * steps * (prompt + steps), "siblings are not attended to"
 
 
@@ -127,7 +127,7 @@ def test_a_frozen_tower_is_heard_once_whoever_needs_it(side, directory):
 def test_a_group_without_a_gradient_needs_the_rollout_and_the_reference_alone(side):
     cost, lengths = cost_of(side.policy), torch.tensor([5, 5, 5, 2, 3, 1])
     one, two = (macs(cost, [side.prompts[n]], lengths.split(3)[n], audio_id=side.policy.audio_id) for n in range(2))
-    passes = macs(cost, side.prompts, lengths, audio_id=side.policy.audio_id, taught=[1])
+    passes = macs(cost, side.prompts, lengths, audio_id=side.policy.audio_id, groups_with_gradient=[1])
     assert passes.rollout == one.rollout + two.rollout and passes.reference == one.reference + two.reference
     assert (passes.forward, passes.backward) == (two.forward, two.backward)
 

@@ -12,15 +12,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import export
 import pytest
-import sft
 import torch
 from safetensors.torch import load_file
 
-from data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
-from models.loading import load_policy
-from models.mini import build_mini
+from hark.data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
+from hark.launch import export, sft
+from hark.models.loading import load_policy
+from hark.models.mini import build_mini
 from tests.clips import waveform
 from tests.conftest import TEXTS
 
@@ -99,8 +98,8 @@ def same_logits(exported: Path, original: Path) -> None:
 
 
 def test_an_export_of_what_is_not_there_says_what_is(tmp_path, checkpoint):
-    from grpo.checkpoint import CheckpointError
-    from grpo.config import ConfigError
+    from hark.grpo.config import ConfigError
+    from hark.grpo.runtime.checkpoint import CheckpointError
 
     with pytest.raises(ConfigError, match="config.yaml: no such file"):
         export.main([str(tmp_path)])

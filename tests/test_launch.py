@@ -8,13 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import evaluate
 import pytest
-import sft
 import soundfile
-import train
-from parts import USER_ERRORS
 
+from hark.launch import evaluate, sft, train
+from hark.launch.common import USER_ERRORS
 from tests.clips import write_questions
 from tests.conftest import build_causal_lm
 

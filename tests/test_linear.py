@@ -5,10 +5,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models import linear as module
-from models.linear import Linear, linear, use_fast_products
+from hark.models import linear as module
+from hark.models.linear import Linear, linear, use_fast_products
 
-# Sums of 64 products of size 1 in another order: some 1e-6 of values up to 30.
+# MetricSums of 64 products of size 1 in another order: some 1e-6 of values up to 30.
 TOLERANCE = dict(atol=1e-5, rtol=1e-5)
 
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from data.errors import AudioError, DataError, SkippedClipError
-from data.examples import BadExample, Example
-from data.loader import BadLog, Loader, check_audio, evaluation_batches
-from data.order import step_indices
+from hark.data.errors import AudioError, DataError, SkippedClipError
+from hark.data.examples import BadExample, Example
+from hark.data.loader import BadLog, Loader, check_audio, evaluation_batches
+from hark.data.order import step_indices
 
 COUNT = 11
 

@@ -6,16 +6,16 @@ import json
 
 import pytest
 import torch
-from parts import make_policy, make_reference
 from safetensors.torch import load_file, save_file
 
-from grpo.checkpoint import export_adapters
-from grpo.config import load_config
-from grpo.scorer import score
-from grpo.sharding import World
-from models.loading import load_policy
-from models.lora import Lora, WithoutAdapters, adapter_delta, is_adapter
-from models.policy import PolicyError
+from hark.grpo.runtime.checkpoint import export_adapters
+from hark.grpo.runtime.collectives import World
+from hark.grpo.scorer import score
+from hark.launch.common import make_policy, make_reference
+from hark.launch.config_file import load_config
+from hark.models.loading import load_policy
+from hark.models.lora import Lora, WithoutAdapters, adapter_delta, is_adapter
+from hark.models.policy import PolicyError
 from tests.ranks import on_ranks
 from tests.runs import ROUNDING, build, largest_difference, read_metrics, train, train_all, weights
 

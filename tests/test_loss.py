@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from grpo.loss import kl_k3, policy_loss, supervised_loss, token_weights
+from hark.grpo.loss import kl_k3, policy_loss, supervised_loss, token_weights
 
 CLIP = dict(clip_low=0.2, clip_high=0.3)
 MASK = torch.tensor([[True, True, False], [True, True, True]])

@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 from transformers import AutoConfig, Qwen2AudioConfig
 
-from grpo.memory import Plan, Setting, Work, plan
-from models.loading import build_outline
-from models.qwen2_audio import QWEN2_AUDIO_7B, audio_tokens
-from models.shape import Shape, shape_of
+from hark.grpo.instruments.memory import Plan, Setting, Work, plan
+from hark.grpo.instruments.shape import Shape, shape_of
+from hark.models.families.qwen2_audio import QWEN2_AUDIO_7B, audio_tokens
+from hark.models.loading import build_outline
 from tests.conftest import build_causal_lm
 from tests.simulation import TARGETS, simulate
 

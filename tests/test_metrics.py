@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-import grpo.metrics as metrics_module
-from grpo.metrics import Metrics, reduce_max, reduce_sums
+import hark.grpo.instruments.metrics as metrics_module
+from hark.grpo.instruments.metrics import Metrics
+from hark.grpo.runtime.collectives import World, reduce_max, reduce_sums
 
 
 @pytest.fixture
@@ -231,23 +232,26 @@ def test_tensorboard_gets_steps_and_events_where_it_is_installed(tmp_path, no_te
     assert board == [3, ("reward", 0.5, 3), ("evaluation/accuracy", 0.25, 3), "closed"]
 
 
-def test_reduce_sums_without_a_process_group_is_a_copy():
+WORLD = World(0, 1, torch.device("cpu"))
+
+
+def test_reduce_sums_of_one_process_is_a_copy():
     values = {"b": 2, "a": 1.0}
-    assert reduce_sums(values) == {"a": 1.0, "b": 2.0}
-    assert reduce_sums({}) == {}
+    assert reduce_sums(values, WORLD) == {"a": 1.0, "b": 2.0}
+    assert reduce_sums({}, WORLD) == {}
 
 
 def _reduce_on_rank(rank: int, store: str, out: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    calls = []
+    world, calls = World(rank, 2, torch.device("cpu")), []
     all_reduce = dist.all_reduce
     dist.all_reduce = lambda tensor, **options: calls.append(tensor.dtype) or all_reduce(tensor, **options)
     # The ranks name their values in different orders; 1 + 2**-40 is lost in float32.
     mine = [{"reward": 1.0, "count": 2.0**-40}, {"count": 1.0, "reward": 10.0}][rank]
-    result = {"sums": reduce_sums(mine), "float64_calls": [dtype == torch.float64 for dtype in calls]}
-    result["largest"] = reduce_max(7 - 2 * rank)
+    result = {"sums": reduce_sums(mine, world), "float64_calls": [dtype == torch.float64 for dtype in calls]}
+    result["largest"] = reduce_max(7 - 2 * rank, world)
     try:
-        reduce_sums({["loss", "kl"][rank]: 1.0})
+        reduce_sums({["loss", "kl"][rank]: 1.0}, world)
     except ValueError as error:
         result["error"] = str(error)
     with open(f"{out}{rank}", "w") as file:
@@ -267,7 +271,7 @@ def test_reduce_sums_over_two_ranks_is_one_exact_call_that_checks_the_names(tmp_
 
 def test_the_pace_leaves_out_what_came_before_the_first_step(tmp_path, capsys, monkeypatch):
     clock = iter([0.0, 100.0, 103.0])  # made, started, one step done
-    monkeypatch.setattr("grpo.metrics.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("hark.grpo.instruments.metrics.time.monotonic", lambda: next(clock))
     metrics = Metrics(tmp_path, rank=0, total_steps=2)
     metrics.truncate(0)
     metrics.log(1, {})

@@ -10,7 +10,9 @@ import pytest
 import soundfile
 from numpy.random import default_rng
 
-from data import clips, mini, mini_sound, soundfont, synthesis
+from hark.data.mini import build as mini
+from hark.data.mini import clips, soundfont, synthesis
+from hark.data.mini import sound as mini_sound
 
 SIZES = {"train": 240, "validation": 24, "test": 120}
 KEYS = {

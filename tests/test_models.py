@@ -12,16 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data.errors import DataError
-from grpo.checkpoint import export
-from grpo.sampler import sample
-from grpo.scorer import score
-from grpo.sharding import World, device_mesh, shard
-from models.loading import load_policy
-from models.lora import whole
-from models.mini import build_mini
-from models.policy import PolicyError
-from models.qwen2_audio import audio_tokens
+from hark.data.errors import DataError
+from hark.grpo.runtime.checkpoint import export
+from hark.grpo.runtime.collectives import World
+from hark.grpo.runtime.sharding import device_mesh, shard
+from hark.grpo.sampler import sample
+from hark.grpo.scorer import score
+from hark.models.families.qwen2_audio import audio_tokens
+from hark.models.loading import load_policy
+from hark.models.lora import whole
+from hark.models.mini import build_mini
+from hark.models.policy import PolicyError
 from tests.clips import waveform
 from tests.conftest import TEXTS, build_causal_lm
 from tests.ranks import on_ranks

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from grpo.optimizer import build_optimizer, clip_gradients, learning_rate
-from models.loading import load_policy
+from hark.grpo.optimizer import build_optimizer, clip_gradients, learning_rate
+from hark.models.loading import load_policy
 
 RATE = dict(peak=2.0, warmup=4, total=12)
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from data.errors import DataError
-from data.examples import Example
-from data.order import hold_out, rank_slice, step_indices
+from hark.data.errors import DataError
+from hark.data.examples import Example
+from hark.data.order import hold_out, rank_slice, step_indices
 
 
 def steps(count, number, size, seed=0):

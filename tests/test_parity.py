@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from grpo.sampler import sample
-from grpo.scorer import score
+from hark.grpo.sampler import sample
+from hark.grpo.scorer import score
 from tests.conftest import TEXTS, Case
 
 GROUP, LIMIT = 4, 9

@@ -6,15 +6,16 @@ import json
 import re
 from pathlib import Path
 
-import plan
 import pytest
 from transformers import AutoConfig
 
-from grpo.config import ConfigError, load_config
-from models.loading import build_outline
-from models.policy import PolicyError
-from models.qwen2_audio import QWEN2_AUDIO_7B
-from models.shape import shape_of
+from hark.grpo.config import ConfigError
+from hark.grpo.instruments.shape import shape_of
+from hark.launch import plan
+from hark.launch.config_file import load_config
+from hark.models.families.qwen2_audio import QWEN2_AUDIO_7B
+from hark.models.loading import build_outline
+from hark.models.policy import PolicyError
 
 
 @pytest.fixture

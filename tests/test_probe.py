@@ -7,15 +7,15 @@ import json
 import pytest
 import torch
 
-from data.examples import load_examples
-from data.loader import Loader
-from grpo import trainer as trainer_module
-from grpo.config import load_config
-from grpo.sft import SupervisedTrainer
-from grpo.sharding import World
-from grpo.trainer import MemoryProbeError, Trainer
-from models.lora import whole
-from models.policy import Prompt
+from hark.data.examples import load_examples
+from hark.data.loader import Loader
+from hark.grpo import trainer as trainer_module
+from hark.grpo.runtime.collectives import World
+from hark.grpo.sft import SupervisedTrainer
+from hark.grpo.trainer import MemoryProbeError, Trainer
+from hark.launch.config_file import load_config
+from hark.models.lora import whole
+from hark.models.policy import Prompt
 from tests.clips import write_questions
 from tests.ranks import on_ranks
 from tests.runs import build
@@ -112,7 +112,7 @@ def test_moments_made_beforehand_are_those_of_a_first_step():
 
 
 def test_questions_held_out_of_the_training_data_are_validated_on(settings, tmp_path):
-    from parts import training_examples
+    from hark.launch.common import training_examples
 
     config = load_config([*settings, f"run.directory={tmp_path}/run", "data.held_out=3"])
 

@@ -1,11 +1,11 @@
-"""data/report.py: intervals that are right for few and extreme figures, and a table in which every row is counted."""
+"""Reports: intervals that are right for few and extreme figures, and a table in which every row is counted."""
 
 import math
 
 import pytest
 
-from data.examples import Example
-from data.report import Share, baseline_figures, figures, grouped, share, table
+from hark.data.benchmarks.report import Share, baseline_figures, figures, grouped, share, table
+from hark.data.examples import Example
 
 
 def row(correct, task="sound", category="", sub_category="", difficulty=""):

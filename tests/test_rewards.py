@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from data.examples import Example
-from data.prompts import TEMPLATES, target
-from data.rewards import REWARDS, RewardError, reward_matrix
+from hark.data.examples import Example
+from hark.data.prompts import TEMPLATES, target
+from hark.data.rewards import REWARDS, RewardError, reward_matrix
 
 EXAMPLE = Example("7", None, "Which?", ("Car", "Dog"), 0)
 

@@ -10,14 +10,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from grpo.branches import Branches, inverted
-from grpo.device import Lookout, Recorded, enough
-from grpo.sampler import _uniforms, sample
-from grpo.sharding import World, device_mesh, gathered, shard
-from models.attention import Growth
-from models.cache import GroupCache
-from models.loading import load_policy
-from models.policy import PolicyError
+from hark.grpo.branches import Branches
+from hark.grpo.distribution import draw_tokens
+from hark.grpo.runtime.collectives import World
+from hark.grpo.runtime.cuda import CudaGraphs, DelayedFlags, round_up
+from hark.grpo.runtime.sharding import device_mesh, gathered, shard
+from hark.grpo.sampler import _uniforms, sample
+from hark.models.attention import DecodeAttention
+from hark.models.cache import GroupCache
+from hark.models.loading import load_policy
+from hark.models.policy import PolicyError
 from tests.conftest import Case
 from tests.ranks import on_ranks
 
@@ -64,7 +66,7 @@ def test_what_is_decoded_is_what_is_kept_and_what_is_attended_to_is_a_prompt_and
     decode = case.policy.decode
 
     def watched(embeddings, masks, positions, attend):
-        if isinstance(attend, Growth):
+        if isinstance(attend, DecodeAttention):
             fed.append(len(embeddings))
             seen.append(next(iter(masks.values())).shape[-1])
             rows.append(attend.rows)
@@ -113,7 +115,9 @@ def test_a_step_done_twice_is_done_once(case, monkeypatch):
 def test_sizes_rounded_up_as_for_a_gpu_draw_the_same(case, monkeypatch):
     expected = draw(case, max_new_tokens=24, batch=2)
     cuda = torch.device("cuda")
-    monkeypatch.setattr("grpo.branches.enough", lambda count, most, _, **least: enough(count, most, cuda, **least))
+    monkeypatch.setattr(
+        "hark.grpo.branches.round_up", lambda count, most, _, **least: round_up(count, most, cuda, **least)
+    )
     rollout = draw(case, max_new_tokens=24, batch=2)
     assert groups(rollout) == groups(expected)
     torch.testing.assert_close(rollout.logprobs, expected.logprobs, atol=1e-5, rtol=1e-5)  # as in test_parity.py
@@ -123,7 +127,7 @@ def test_sizes_rounded_up_as_for_a_gpu_draw_the_same(case, monkeypatch):
 def test_to_learn_one_step_late_who_has_ended_as_on_a_gpu_draws_the_same(case, monkeypatch, batch):
     expected = draw(case, max_new_tokens=24)
 
-    class Late(Lookout):
+    class Late(DelayedFlags):
         def __init__(self, flags):
             super().__init__(flags)
             self.before = [True] * len(flags)
@@ -132,7 +136,7 @@ def test_to_learn_one_step_late_who_has_ended_as_on_a_gpu_draws_the_same(case, m
             seen, self.before = self.before, super().__call__()
             return seen
 
-    monkeypatch.setattr("grpo.branches.Lookout", Late)
+    monkeypatch.setattr("hark.grpo.branches.DelayedFlags", Late)
     rollout = draw(case, max_new_tokens=24, batch=batch)
     assert groups(rollout) == groups(expected) and torch.equal(rollout.stopped, expected.stopped)
 
@@ -146,7 +150,7 @@ def test_keys_and_values_are_freed_with_the_rollout(case, monkeypatch):
         caches.append(weakref.ref(cache))
         return cache
 
-    monkeypatch.setattr("grpo.branches.GroupCache", watched)
+    monkeypatch.setattr("hark.grpo.branches.GroupCache", watched)
     gc.disable()
     try:
         draw(case)
@@ -190,16 +194,18 @@ def test_a_step_recorded_once_and_repeated_draws_the_same(case, monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: tapes.append(Tape()) or tapes[-1])
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **how: graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr("grpo.device.UNRECORDED", 1)
+    monkeypatch.setattr("hark.grpo.runtime.cuda.WARM_UP_CALLS", 1)
     expected = draw(case, max_new_tokens=24, batch=2)
-    cuda, begin = torch.device("cuda"), Branches.begin
+    cuda, begin = torch.device("cuda"), Branches.prefill
 
     def recorded(self, chosen):
-        self._recorded = self._recorded or Recorded()
+        self._recorded = self._recorded or CudaGraphs()
         begin(self, chosen)
 
-    monkeypatch.setattr(Branches, "begin", recorded)
-    monkeypatch.setattr("grpo.branches.enough", lambda count, most, _, **least: enough(count, most, cuda, **least))
+    monkeypatch.setattr(Branches, "prefill", recorded)
+    monkeypatch.setattr(
+        "hark.grpo.branches.round_up", lambda count, most, _, **least: round_up(count, most, cuda, **least)
+    )
 
     def check(world: World) -> None:
         sharded = load_policy(case.directory, shard=lambda policy: shard(policy, device_mesh(world)))
@@ -263,7 +269,7 @@ def test_the_first_token_follows_the_policy_distribution(case):
 def test_drawing_inverts_the_cumulative_distribution():
     distribution = torch.tensor([[0.5, 0.0, 0.25, 0.25]]).log()
     uniform = torch.tensor([[0.0, 0.49, 0.51, 0.76, 1 - 2**-53]], dtype=torch.float64)
-    assert inverted(distribution, uniform).tolist() == [[0, 0, 2, 3, 3]]
+    assert draw_tokens(distribution, uniform).tolist() == [[0, 0, 2, 3, 3]]
 
 
 def test_uniforms_are_the_same_on_every_machine():

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-import scaling
-from scaling import BEGIN, CURVES, END, main, plot, with_tables
 
+from hark.launch.studies import scaling
+from hark.launch.studies.scaling import BEGIN, CURVES, END, main, plot, with_tables
 from tests.test_benchmark import TINY
 
 SIZES = "--group-size 2 8 --seconds 1 10 --new-tokens 8 24 --prompts 1 2".split()

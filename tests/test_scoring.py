@@ -1,4 +1,4 @@
-"""data/scoring.py and `launch/evaluate.py --score`: every row of a file counts, and a mistake in it is located."""
+"""Grading a file of answers: every row of a file counts, and a mistake in it is located."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import evaluate
 import pytest
 
-from data.errors import DataError
-from data.scoring import read_predictions, score_file
+from hark.data.benchmarks.grading import read_predictions, score_file
+from hark.data.errors import DataError
+from hark.launch import evaluate
 
 ROWS = [
     {"id": "a", "choices": ["Man", "Woman"], "answer": "Man", "model_prediction": "A man.", "task": "sound"},

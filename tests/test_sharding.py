@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from grpo.config import ConfigError, load_config
-from grpo.sharding import World, device_mesh
+from hark.grpo.config import ConfigError
+from hark.grpo.runtime.collectives import World
+from hark.grpo.runtime.sharding import device_mesh
+from hark.launch.config_file import load_config
 from tests.ranks import on_ranks
 from tests.runs import ROUNDING, build, largest_difference, read_metrics, train, train_all, weights
 

@@ -8,10 +8,10 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from grpo import trainer as trainer_module
-from grpo.config import load_config
-from grpo.sharding import World
-from grpo.types import Batch
+from hark.grpo import trainer as trainer_module
+from hark.grpo.runtime.collectives import World
+from hark.grpo.types import Batch
+from hark.launch.config_file import load_config
 from tests.ranks import on_ranks
 from tests.runs import ROUNDING, build, largest_difference, read_metrics
 
@@ -43,8 +43,10 @@ def train(world: World, settings: list[str], *, skips: bool = True) -> list[tupl
     plan, scored = iter(TAUGHT[world.size][world.rank]), []
 
     def rewards(examples, completions) -> torch.Tensor:
-        taught = torch.tensor(next(plan))
-        column = torch.outer(taught, torch.tensor([0.0, 2.0, 1.0, 1.0])).flatten()  # two of four at the mean
+        groups_with_gradient = torch.tensor(next(plan))
+        column = torch.outer(
+            groups_with_gradient, torch.tensor([0.0, 2.0, 1.0, 1.0])
+        ).flatten()  # two of four at the mean
         return torch.stack([column, torch.zeros(len(completions))], dim=1)
 
     def score(policy, prompts, tokens, mask, **kwargs):
@@ -110,4 +112,4 @@ def test_a_group_whose_advantages_are_not_numbers_is_scored(settings):
     """So that the error is found."""
     mask = torch.ones(4, 1, dtype=torch.bool)
     advantages = torch.tensor([0.0, 0.0, torch.nan, torch.nan])
-    assert Batch(("a", "b"), 2, mask.long(), mask, mask.float(), advantages=advantages).taught() == [1]
+    assert Batch(("a", "b"), 2, mask.long(), mask, mask.float(), advantages=advantages).groups_with_gradient() == [1]

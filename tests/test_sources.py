@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from data.errors import DataError
-from data.sources import SOURCES, find_source
-from data.sources.answers import find_answer, split_options, unlabelled
-from data.sources.rows import Question, SourceError, read_rows
+from hark.data.errors import DataError
+from hark.data.sources import SOURCES, find_source
+from hark.data.sources.answers import find_answer, split_options, unlabelled
+from hark.data.sources.rows import Question, SourceError, read_rows
 
 AVQA = {
     "id": 183, "video_name": "-HG3Omg_89c_000030", "video_id": 341, "question_text": "What happened in the video?",

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from grpo.tree import branches_layout, prompt_layout, tree_mask
-from models.attention import attend_to_row
-from models.split_attention import SplitRow
+from hark.grpo.tree import branches_layout, prompt_layout, tree_mask
+from hark.models.attention import attend_to_row
+from hark.models.split_attention import SplitRow
 
 MODULE = SimpleNamespace(training=False, num_key_value_groups=2, is_causal=True)
 PROMPT, GROUP, STEPS, SIZE = 7, 3, 5, 16

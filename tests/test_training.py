@@ -7,23 +7,24 @@ import threading
 
 import pytest
 import torch
-from parts import judge, make_policy, rewards_of, validation_batches
 from safetensors.torch import load_file
 
-from data.examples import load_examples
-from data.rewards import RewardError
-from grpo import trainer as trainer_module
-from grpo.advantage import group_advantages
-from grpo.checkpoint import CheckpointError, load_checkpoint
-from grpo.config import ConfigError, load_config
-from grpo.loss import policy_loss, token_weights
-from grpo.sampler import sample
-from grpo.scorer import score
-from grpo.sft import SupervisedTrainer
-from grpo.sharding import World
-from grpo.trace import read_step, write_step
-from grpo.trainer import NonFiniteError
-from grpo.types import Batch
+from hark.data.examples import load_examples
+from hark.data.rewards import RewardError
+from hark.grpo import trainer as trainer_module
+from hark.grpo.advantage import group_advantages
+from hark.grpo.config import ConfigError
+from hark.grpo.instruments.trace import read_step, write_step
+from hark.grpo.loss import policy_loss, token_weights
+from hark.grpo.runtime.checkpoint import CheckpointError, load_checkpoint
+from hark.grpo.runtime.collectives import World
+from hark.grpo.sampler import sample
+from hark.grpo.scorer import score
+from hark.grpo.sft import SupervisedTrainer
+from hark.grpo.trainer import NonFiniteError
+from hark.grpo.types import Batch
+from hark.launch.common import judge, make_policy, rewards_of, validation_batches
+from hark.launch.config_file import load_config
 from tests.clips import write_questions
 from tests.conftest import build_causal_lm
 from tests.ranks import on_ranks
@@ -126,7 +127,7 @@ def test_the_reference_scores_each_completion_where_it_stands(settings, tmp_path
         _, prompts = zip(*trainer.data.step(0), strict=True)
         keys = [(n,) for n in range(6)]
         drawn = sample(trainer.policy, prompts, group_size=4, max_new_tokens=6, temperature=1.0, keys=keys)
-        assert sum(drawn.pack(2), []) != list(range(6)), "else no order could be lost"
+        assert sum(drawn.split_by_length(2), []) != list(range(6)), "else no order could be lost"
         together = trainer._reference_logprobs(drawn)
         for n, prompt in enumerate(prompts):
             rows = slice(4 * n, 4 * n + 4)
@@ -195,7 +196,7 @@ def test_padding_beside_a_longer_prompt_changes_no_gradient(case):
     gradients = []
     for size in (1, 3):
         case.policy.zero_grad()
-        for micro in map(batch.select, batch.pack(size)):
+        for micro in map(batch.select, batch.split_by_length(size)):
             logprobs, _ = score(case.policy, micro.prompts, micro.tokens, micro.mask, group_size=4)
             loss, _ = policy_loss(
                 logprobs, micro.old_logprobs, None, micro.advantages, micro.weights,

@@ -2,7 +2,7 @@
 
 import torch
 
-from grpo.tree import PROMPT, branches_layout, prompt_layout, tree_mask
+from hark.grpo.tree import PROMPT, branches_layout, prompt_layout, tree_mask
 
 LENGTHS = torch.tensor([3, 2])
 

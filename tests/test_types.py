@@ -7,8 +7,8 @@ from itertools import permutations
 import pytest
 import torch
 
-from grpo.types import Batch
-from models.policy import Prompt
+from hark.grpo.types import Batch
+from hark.models.policy import Prompt
 
 GROUP = 2
 
@@ -42,20 +42,20 @@ def cells(batch: Batch, parts) -> int:
 def test_no_split_into_parts_of_a_size_pads_less(prompts, completions):
     batch = batch_of(prompts, completions)
     splits = [[order[:2], order[2:4], order[4:]] for order in permutations(range(6))]
-    assert cells(batch, batch.pack(2)) == min(cells(batch, split) for split in splits)
-    assert cells(batch, batch.pack(2)) < cells(batch, [[0, 1], [2, 3], [4, 5]])
+    assert cells(batch, batch.split_by_length(2)) == min(cells(batch, split) for split in splits)
+    assert cells(batch, batch.split_by_length(2)) < cells(batch, [[0, 1], [2, 3], [4, 5]])
 
 
 def test_prompts_and_completions_both_count():
     """Rows of 10 + 2 * 29, 60 + 2 * 4, 10 + 2 * 4 and 12 + 2 * 2 tokens."""
     batch = batch_of([10, 10, 60, 12], [30, 5, 5, 3])
-    assert batch.pack(2) == [[0, 2], [1, 3]] and batch.pack(3) == [[0, 2, 1], [3]]
+    assert batch.split_by_length(2) == [[0, 2], [1, 3]] and batch.split_by_length(3) == [[0, 2, 1], [3]]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
 def test_every_group_is_scored_once_with_what_belongs_to_it(size):
     batch = batch_of([7, 3, 9, 3, 5], [4, 6, 2, 1, 6])
-    parts = batch.pack(size)
+    parts = batch.split_by_length(size)
     assert sorted(sum(parts, [])) == list(range(5))
     assert len(parts) == -(-5 // size), "as many on every rank, whatever the lengths"
     for groups, micro in zip(parts, map(batch.select, parts), strict=True):

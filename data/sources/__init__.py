@@ -6,9 +6,9 @@ A source is a function from a row to a Question. Add your own to SOURCES.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from data.errors import named
-from data.sources import audio_flamingo, audiomcq, avqa, avqa_processed, mmar, mmau, mmsu
-from data.sources.rows import Question
+from hark.data.errors import named
+from hark.data.sources import audio_flamingo, audiomcq, avqa, avqa_processed, mmar, mmau, mmsu
+from hark.data.sources.rows import Question
 
 
 @dataclass(frozen=True)

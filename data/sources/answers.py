@@ -3,8 +3,8 @@
 import re
 from collections.abc import Sequence
 
-from data.choices import normalise
-from data.sources.rows import SourceError
+from hark.data.choices import normalise
+from hark.data.sources.rows import SourceError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LABEL = re.compile(r"(?:\(([A-Z])\)|([A-Z])[.):])\s*(.*)", re.DOTALL)  # "(A) x", "A. x", "A) x", "A: x"

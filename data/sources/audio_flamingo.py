@@ -9,8 +9,8 @@ Open questions, and conversations of several turns or clips, are no multiple-cho
 
 import re
 
-from data.sources.answers import find_answer, split_options
-from data.sources.rows import Question, SourceError, text, value
+from hark.data.sources.answers import find_answer, split_options
+from hark.data.sources.rows import Question, SourceError, text, value
 
 TAG = re.compile(r"<(?:sound|speech|audio)>\s*")
 INSTRUCTION = re.compile(r"\s*(?:Output the answer with <|Please think and reason about the input audio).*", re.DOTALL)

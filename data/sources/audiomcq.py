@@ -6,8 +6,8 @@ Not confirmed: whether rows say `audio-contribution` (weak or strong), and that 
 converter tells those that do not apart. The reasoning that rows carry is not used.
 """
 
-from data.sources.answers import find_answer, unlabelled
-from data.sources.rows import Question, label, text, texts
+from hark.data.sources.answers import find_answer, unlabelled
+from hark.data.sources.rows import Question, label, text, texts
 
 
 def question(row: dict) -> Question:

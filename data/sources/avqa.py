@@ -6,7 +6,7 @@ Confirmed by the README of R1-AQA: the keys below, `answer` as an index, and a c
 
 import re
 
-from data.sources.rows import Question, label, text, texts, value
+from hark.data.sources.rows import Question, label, text, texts, value
 
 # Not "coloratura", which is heard.
 COLOUR = re.compile(r"\bcolou?r(?:s|ed|ful|ing)?\b", re.IGNORECASE)

@@ -7,9 +7,9 @@ the datasets library. It has no `id` that is known of: without one, a question i
 
 from pathlib import PurePath
 
-from data.sources.answers import find_answer, split_options
-from data.sources.avqa import heard
-from data.sources.rows import Question, label, text
+from hark.data.sources.answers import find_answer, split_options
+from hark.data.sources.avqa import heard
+from hark.data.sources.rows import Question, label, text
 
 
 def question(row: dict) -> Question:

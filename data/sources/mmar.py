@@ -4,8 +4,8 @@ Confirmed by the columns of copies on the hub and by published readers: all keys
 choices; they stay as they are, to be judged as MMAR's script does.
 """
 
-from data.sources.answers import benchmark_answer
-from data.sources.rows import Question, label, text, texts
+from hark.data.sources.answers import benchmark_answer
+from hark.data.sources.rows import Question, label, text, texts
 
 
 def question(row: dict) -> Question:

@@ -4,8 +4,8 @@ Confirmed by the files in Sakshi113/MMAU: all keys below, and the clip's path in
 questions of the test are not public: `answer` is empty there, and null in what becomes of it.
 """
 
-from data.sources.answers import benchmark_answer
-from data.sources.rows import Question, label, text, texts
+from hark.data.sources.answers import benchmark_answer
+from hark.data.sources.rows import Question, label, text, texts
 
 
 def question(row: dict) -> Question:

@@ -4,8 +4,8 @@ Confirmed by the authors' mmsu_inference.py: all keys below, and that `choice_c`
 published reader: that choices and answers may be bare numbers.
 """
 
-from data.sources.answers import benchmark_answer
-from data.sources.rows import Question, label, text
+from hark.data.sources.answers import benchmark_answer
+from hark.data.sources.rows import Question, label, text
 
 
 def question(row: dict) -> Question:

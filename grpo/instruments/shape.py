@@ -1,0 +1,152 @@
+"""The sizes of a policy, and the bytes that its layers hold of activations: what the memory of a run is a function of.
+
+Layers are those of transformers' Qwen2 and of its Whisper-like towers under sdpa; others hold about as much. Attention
+is counted as fused kernels do it (CUDA's memory-efficient one, the CPU's flash one): they keep query, key, value,
+output and one float32 per head and query; but no attention probabilities, which only the unfused kernel keeps. The
+mask is one for all layers.
+
+Letters: D hidden, I inner size of the MLP, A heads * head size, d bytes of the compute dtype; norms compute in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from hark.models.policy import Policy
+
+FLOAT = 4  # bytes of float32
+
+
+@dataclass(frozen=True)
+class Tower:
+    """Sizes of an audio tower; `layer` and `rest` count parameters of one layer and outside the layers."""
+
+    layers: int
+    width: int
+    inner: int
+    heads: int
+    layer: int
+    rest: int
+
+    @property
+    def parameters(self) -> int:
+        return self.layers * self.layer + self.rest
+
+    def kept(self, clips: int, frames: int, d: int) -> int:
+        """Bytes that a layer keeps for its backward: two norms' inputs and outputs, attention, the MLP."""
+        length = frames // 2 + 1  # 50 per second
+        per_token = d * (8 * self.width + 2 * self.inner) + FLOAT * self.heads
+        return clips * length * per_token
+
+    def gradients(self, clips: int, frames: int, d: int) -> int:
+        """Bytes of gradients of activations at the height of a layer's backward: in its MLP."""
+        return d * clips * (frames // 2 + 1) * 2 * (self.inner + self.width)
+
+    def inputs(self, clips: int, frames: int, d: int) -> int:
+        """Bytes of a layer's input."""
+        return d * clips * (frames // 2 + 1) * self.width
+
+    def convolutions(self, clips: int, frames: int, d: int) -> int:
+        """Bytes that the two convolutions keep: outputs before and after the activation, 100 and 50 per second."""
+        return 6 * self.inputs(clips, frames, d)
+
+    def passing(self, clips: int, frames: int, d: int) -> int:
+        """Bytes of a forward without gradient at its height: in an MLP or in the first convolution."""
+        length = frames // 2 + 1
+        return d * clips * length * (max(2 * self.inner + 3 * self.width, 6 * self.width))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model; `layer` and `root` count parameters of one decoder layer and outside all layers.
+
+    root: embeddings, head, last norm, projector and what the tower has outside its layers: FSDP's root unit.
+    adapters: parameters of a decoder layer's adapters of rank 1, the sum of input and output sizes of its targets.
+    """
+
+    layers: int
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    vocabulary: int
+    tied: bool
+    layer: int
+    root: int
+    adapters: int
+    tower: Tower | None = None
+
+    @property
+    def parameters(self) -> int:
+        tower_layers = self.tower.layers * self.tower.layer if self.tower else 0
+        return self.root + self.layers * self.layer + tower_layers
+
+    @property
+    def attention(self) -> int:
+        return self.heads * self.head_size
+
+    def kept(self, d: int) -> int:
+        """Bytes per token that a decoder layer keeps for its backward.
+
+        Two norms, (4 + 2 d) D each: the input in float32, the normalised input and the output. Attention, 4 d A + 4
+        heads: query, key, value (once per query head), output, log-sum. MLP, 4 d I: gate, its activation, up, product.
+        """
+        attention = 4 * d * self.attention + FLOAT * self.heads
+        return 2 * (FLOAT + 2 * d) * self.hidden + attention + 4 * d * self.inner
+
+    def gradients(self, d: int) -> int:
+        """Bytes per token of gradients of activations at the height of a decoder layer's backward: in its MLP."""
+        return d * (2 * self.inner + 2 * self.hidden)
+
+    def passing(self, d: int) -> int:
+        """Bytes per token of a decoder layer without gradient at its height: in the MLP, in attention or in a norm."""
+        mlp, attention = 3 * self.inner + 2 * self.hidden, 2 * self.hidden + 6 * self.attention
+        return max(d * mlp, d * attention, (d + 3 * FLOAT) * self.hidden)
+
+
+def shape_of(policy: Policy, *, targets: Sequence[str] = ()) -> Shape:
+    """Sizes of a policy, whose parameters may be on the meta device; its layers are taken to be alike.
+
+    targets: last parts of the names of the decoder's linear layers that adapters would stand beside.
+    """
+    config, layers = policy.decoder.config, list(policy.decoder.layers)
+    linears = [
+        m for name, m in layers[0].named_modules() if name.split(".")[-1] in targets and isinstance(m, nn.Linear)
+    ]
+    tower = None if policy.tower is None else _tower_of(policy.tower)
+    in_layers = sum(map(_count, layers)) + (tower.layers * tower.layer if tower else 0)
+    head, embeddings = policy.model.get_output_embeddings(), policy.decoder.get_input_embeddings()
+    return Shape(
+        layers=len(layers),
+        hidden=config.hidden_size,
+        inner=config.intermediate_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        vocabulary=head.weight.shape[0],
+        tied=head.weight is embeddings.weight,
+        layer=_count(layers[0]),
+        root=_count(policy.model) - in_layers,
+        adapters=sum(linear.in_features + linear.out_features for linear in linears),
+        tower=tower,
+    )
+
+
+def _tower_of(tower: nn.Module) -> Tower:
+    config, layers = tower.config, list(tower.layers)
+    return Tower(
+        layers=len(layers),
+        width=config.d_model,
+        inner=config.encoder_ffn_dim,
+        heads=config.encoder_attention_heads,
+        layer=_count(layers[0]),
+        rest=_count(tower) - sum(map(_count, layers)),
+    )
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,191 @@
+"""Sharded checkpoints for exact resume, and export to an ordinary Hugging Face directory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+
+from hark.grpo.runtime.collectives import World
+from hark.models.loading import StoredTensors, tied_names
+from hark.models.lora import adapter_delta, adapter_tensors, is_adapter, whole, write_adapters
+from hark.models.policy import Policy
+
+WEIGHTS, OPTIMIZER = "weights", "optimizer"
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # what is frozen stands in model.path
+SHARD_BYTES = "5GB"  # of one safetensors file of an export
+# Not part of an export: weights, and what belongs to weights.
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is missing, broken, or of another model."""
+
+
+def save_checkpoint(
+    directory: Path,
+    step: int,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    world: World,
+    *,
+    keep: int,
+    keep_weights: bool = False,
+) -> None:
+    """Write `directory/step-NNNNNN` after `step` finished steps: what is trained, and the optimizer's state.
+
+    Every rank writes its shards. The name appears when all of it is written, so a crash leaves no half checkpoint. The
+    newest `keep` stay whole; of older ones nothing stays, or with `keep_weights` the weights.
+    """
+    final = directory / f"step-{step:06d}"
+    partial = directory / f"{final.name}.partial"
+    if world.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    weights, moments = get_state_dict(policy, optimizer, options=TRAINED)
+    dcp.save(weights, checkpoint_id=partial / WEIGHTS)
+    dcp.save(moments, checkpoint_id=partial / OPTIMIZER)
+    if world.is_main:
+        (partial / "hark.json").write_text(json.dumps({"step": step, "tensors": _signature(policy)}))
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        for old in checkpoints(directory, whole=True)[:-keep]:
+            shutil.rmtree(old / OPTIMIZER if keep_weights else old)
+    dist.barrier()
+
+
+def load_checkpoint(directory: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
+    """Restore the newest whole checkpoint under `directory`, saved by any number of ranks; how many steps it had done.
+
+    Raises CheckpointError where there is none, or it is of a model with other tensors.
+    """
+    usable = checkpoints(directory, whole=True)
+    if not usable:
+        raise CheckpointError(f"{directory}: no checkpoint to resume from; run without run.resume=true to start afresh")
+    settings = [{key: group[key] for key in ("betas", "weight_decay")} for group in optimizer.param_groups]
+    with _readable(usable[-1], policy) as step:
+        weights, moments = get_state_dict(policy, optimizer, options=TRAINED)
+        dcp.load(weights, checkpoint_id=usable[-1] / WEIGHTS)
+        dcp.load(moments, checkpoint_id=usable[-1] / OPTIMIZER)
+    set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments, options=TRAINED)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)  # the configuration's, not the checkpoint's
+    return step
+
+
+def load_weights(checkpoint: Path, policy: Policy) -> None:
+    """Give the policy the trained weights of one of `checkpoints(directory)`; the rest it has from its own files."""
+    with _readable(checkpoint, policy):
+        # The state dict holds the policy's own tensors, and they are loaded in place.
+        dcp.load(get_model_state_dict(policy, options=TRAINED), checkpoint_id=checkpoint / WEIGHTS)
+
+
+def checkpoints(directory: Path, *, whole: bool = False) -> list[Path]:
+    """Finished checkpoints, oldest first; `whole` leaves out those of which only the weights were kept."""
+    finished = (path for path in directory.glob("step-*") if (path / "hark.json").exists() and not path.suffix)
+    return sorted(path for path in finished if (path / OPTIMIZER).exists() or not whole)
+
+
+def step_of(checkpoint: Path) -> int:
+    """How many steps a checkpoint had done."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def export(policy: Policy, target: Path, world: World, *, dtype: torch.dtype = torch.float32) -> None:
+    """Write a directory that transformers' `from_pretrained` loads, with the hub's tensor names, adapters merged.
+
+    What was not trained is copied from the checkpoint the policy came from, as are its tokenizer and processor.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    stored, state = StoredTensors(policy.directory, policy), {}
+    tied = {name for name, first in tied_names(policy.model).items() if name != first}
+    for name, tensor in policy.model.state_dict(keep_vars=True).items():
+        if name in tied or is_adapter(name):
+            continue
+        delta = adapter_delta(policy, name)  # every rank takes part in these two, and in the same order
+        trained = whole(tensor) if tensor.requires_grad else None
+        if world.is_main:
+            with stored.opened(name) as original:
+                value = original[...] if trained is None else trained
+            value = value if delta is None else value.to(delta) + delta
+            keep = not isinstance(tensor, torch.nn.Parameter)  # a buffer may hold integers
+            state[policy.hub_name(name)] = value.cpu().clone() if keep else value.to("cpu", dtype, copy=True)
+    if world.is_main:
+        with _replaced(target) as partial:
+            for file in policy.directory.iterdir():
+                if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):
+                    shutil.copy2(file, partial / file.name)
+            _set_dtype(partial / "config.json", dtype)
+            save_torch_state_dict(state, partial, max_shard_size=SHARD_BYTES, metadata={"format": "pt"})
+    dist.barrier()
+
+
+def export_adapters(policy: Policy, target: Path, world: World) -> None:
+    """Write the policy's adapters in PEFT's format."""
+    state = adapter_tensors(policy)
+    if world.is_main:
+        with _replaced(target) as partial:
+            write_adapters(policy, state, partial)
+    dist.barrier()
+
+
+@contextmanager
+def _replaced(target: Path) -> Iterator[Path]:
+    """An empty directory that takes the name, and the place, of `target` once all is written."""
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+
+
+def _set_dtype(path: Path, dtype: torch.dtype) -> None:
+    """Let a config.json say what the weights beside it are stored in."""
+    config = json.loads(path.read_text())
+    config.pop("torch_dtype", None)  # its name in older files
+    path.write_text(json.dumps(config | {"dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n")
+
+
+@contextmanager
+def _readable(checkpoint: Path, policy: Policy) -> Iterator[int]:
+    """The checkpoint's step; whatever goes wrong inside, in reading it, is a CheckpointError."""
+    try:
+        saved = json.loads((checkpoint / "hark.json").read_text())
+        _compare(checkpoint, saved["tensors"], _signature(policy))
+        yield saved["step"]
+    except (OSError, ValueError, KeyError, CheckpointException) as error:
+        raise CheckpointError(
+            f"{checkpoint} cannot be read ({error}); expected a whole checkpoint; delete it to use the one before, "
+            "if there is one"
+        ) from error
+
+
+def _signature(policy: Policy) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in policy.model.state_dict().items()}
+
+
+def _compare(path: Path, saved: dict[str, list[int]], own: dict[str, list[int]]) -> None:
+    differing = sorted(name for name in saved.keys() | own.keys() if saved.get(name) != own.get(name))
+    if differing:
+        name = differing[0]
+        raise CheckpointError(
+            f"{path} is a checkpoint of another model: {len(differing)} tensors differ, the first is {name}, "
+            f"{saved.get(name, 'absent')} there and {own.get(name, 'absent')} in model.path; "
+            "use the model.path of that run, or another run.directory"
+        )

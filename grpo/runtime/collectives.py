@@ -1,0 +1,175 @@
+"""The processes of a run, what they exchange, and a meter of how much that is and how long it takes."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+
+from hark.grpo.config import ConfigError
+
+TIMEOUT = timedelta(hours=1)  # of one collective; rank 0 may be writing an export of many gigabytes meanwhile
+GIB = 2**30
+
+Timestamp: TypeAlias = "float | torch.cuda.Event"  # the host's clock, or an event in a stream of the GPU
+
+
+class CollectiveMeter:
+    """Counts the bytes and the time of this rank's collectives since `start`.
+
+    The time is that in which at least one collective was running, waiting for slower ranks included. On the CPU it is
+    the time of the calls. On a GPU it is taken by events in the stream, and most of it passes beside computation.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self.start()
+
+    def start(self) -> None:
+        """Begin a step."""
+        self.bytes = 0.0
+        self._spans: list[tuple[Timestamp, Timestamp]] = []
+        self._started = self.now()
+
+    @contextmanager
+    def measure(self, received: float = 0.0) -> Iterator[None]:
+        """Count the time of the block and so many received bytes."""
+        began = self.now()
+        yield
+        self.add(began, received)
+
+    def add(self, began: Timestamp, received: float) -> None:
+        """Count the time from `began` until now and so many received bytes."""
+        self._spans.append((began, self.now()))
+        self.bytes += received
+
+    def now(self) -> Timestamp:
+        """The time; on a GPU an event in the current stream, for which the host does not wait."""
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def measured(self) -> dict[str, float]:
+        """Seconds and GiB since `start`; waits until the device has finished."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        spans = sorted((self._seconds(began), self._seconds(ended)) for began, ended in self._spans)
+        seconds, latest = 0.0, -math.inf
+        for began, ended in spans:  # spans may overlap
+            seconds += max(ended - max(began, latest), 0.0)
+            latest = max(latest, ended)
+        return {"seconds/communication": seconds, "communication/gib": self.bytes / GIB}
+
+    def _seconds(self, moment: Timestamp) -> float:
+        """Seconds from `start` to a moment."""
+        return moment - self._started if isinstance(moment, float) else self._started.elapsed_time(moment) / 1000
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others."""
+
+    rank: int
+    size: int
+    device: torch.device
+    meter: CollectiveMeter = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "meter", CollectiveMeter(self.device))
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def joined_world(*, threads: int = 0) -> Iterator[World]:
+    """Join the processes that torchrun started, or be a world of one process without torchrun."""
+    if threads:
+        torch.set_num_threads(threads)
+    device = _device()
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    size = dist.get_world_size()
+    try:
+        yield World(dist.get_rank(), size, device)
+    except BaseException:
+        # To destroy the group waits for the other ranks, which may be waiting for this one. torchrun ends them all.
+        if size == 1:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def _device() -> torch.device:
+    """This process's own GPU, or the CPU of a machine without one."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if local >= torch.cuda.device_count():
+        raise ConfigError(
+            f"process {local} of this machine has no GPU, there are {torch.cuda.device_count()}; "
+            "start as many processes as GPUs, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+def reduce_sums(values: dict[str, Any], world: World) -> dict[str, float]:
+    """Sum every value over the ranks in one all-reduce, in float64.
+
+    A global mean is a sum and a count, reduced together and then divided. Every rank must pass the same names
+    (ValueError).
+    """
+    names = sorted(values)
+    if world.size == 1:
+        return {name: float(values[name]) for name in names}
+    checksum = float(zlib.crc32("\n".join(names).encode()))  # 32 bits: exact in float64, also summed over ranks
+    numbers = [checksum, *(float(values[name]) for name in names)]
+    sums = torch.tensor(numbers, dtype=torch.float64, device=world.device)
+    with world.meter.measure():
+        dist.all_reduce(sums)
+    total, *reduced = sums.tolist()
+    if total != checksum * world.size:
+        raise ValueError(f"reduce_sums: the ranks passed different names; this one passed {', '.join(names)}")
+    return dict(zip(names, reduced, strict=True))
+
+
+def reduce_max(value: int, world: World) -> int:
+    """The largest of the ranks' values."""
+    if world.size == 1:
+        return value
+    largest = torch.tensor(value, device=world.device)
+    with world.meter.measure():
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def gather_rows(rows: list, world: World) -> list | None:
+    """All ranks' rows, in rank order, on rank 0; None on the others."""
+    parts: list | None = [None] * world.size if world.is_main else None
+    with world.meter.measure():
+        dist.gather_object(rows, parts)
+    return [row for part in parts for row in part] if parts is not None else None
+
+
+def exchange_rows(rows: list, world: World) -> list:
+    """All ranks' rows, in rank order, on every rank."""
+    parts: list = [None] * world.size
+    with world.meter.measure():
+        dist.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]

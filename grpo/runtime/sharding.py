@@ -1,0 +1,148 @@
+"""FSDP2: how a policy is sharded, and `gathered()`: whole weights without collectives, for sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed import ProcessGroup, Work
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+# Not exported, but here in torch 2.11 to 2.13.
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
+
+from hark.grpo.config import ConfigError
+from hark.grpo.runtime.collectives import CollectiveMeter, World
+from hark.models.policy import Policy
+
+
+def device_mesh(world: World, replicas: int = 1) -> DeviceMesh:
+    """The ranks to shard over; with more than one replica, (replicate, shard): each row of ranks holds a whole model.
+
+    Neighbouring ranks, of one machine, share a model, so that only gradients travel between replicas.
+    Raises ConfigError where the ranks cannot be divided.
+    """
+    if world.size % replicas:
+        raise ConfigError(f"sharding.replicas is {replicas}; it must divide the number of processes, {world.size}")
+    if replicas == 1:
+        return init_device_mesh(world.device.type, (world.size,))
+    shape = (replicas, world.size // replicas)
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def shard(
+    policy: Policy,
+    mesh: DeviceMesh,
+    *,
+    dtype: torch.dtype = torch.float32,
+    reshard: bool = True,
+    offload: bool = False,
+    meter: CollectiveMeter | None = None,
+) -> None:
+    """Wrap a policy in FSDP2: each layer a unit, the rest with the root.
+
+    dtype: what gathered weights and activations are; gradients are reduced in float32 and summed, not averaged,
+    because token weights already carry every normalisation.
+    reshard: free a layer's gathered weights after its forward and gather them again for its backward.
+    offload: keep the sharded weights, their gradients and the optimizer's state in host memory.
+    meter: counts the collectives of the policy.
+    A frozen tower is not sharded: each rank holds all of it. Its outputs are cached, and the ranks may have cached
+    different clips, so it must not take part in collectives. Where one rank holds a whole copy of the model, no frozen
+    weight is handed to FSDP.
+    """
+    alone = mesh.size(mesh.ndim - 1) == 1 and not offload
+    whole = {p for p in policy.parameters() if not p.requires_grad} if alone else whole_weights(policy)
+    units = [*(layer for layer in policy.layers() if not whole.issuperset(layer.parameters())), policy]
+    half = None if dtype == torch.float32 else dtype
+    for unit in units:
+        fully_shard(
+            unit,
+            mesh=mesh,
+            # The root takes prompts, masks and the sampler's float64 uniforms: none of them may be cast.
+            mp_policy=MixedPrecisionPolicy(half, reduce_dtype=torch.float32, cast_forward_inputs=unit is not policy),
+            offload_policy=CPUOffloadPolicy(pin_memory=policy.device.type == "cuda") if offload else OffloadPolicy(),
+            reshard_after_forward=reshard and unit is not policy,
+            ignored_params=whole,
+        )
+        if mesh.size() > 1:  # else nothing is divided, but a factor costs a copy
+            unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+        if meter is not None:
+            _measure_collectives(unit, meter, replicas=mesh.size(0) if mesh.ndim == 2 else 1)
+    policy.mesh, policy.reshards, policy.offloads = mesh, reshard, offload
+
+
+def whole_weights(policy: Policy) -> set[nn.Parameter]:
+    """The weights that are not sharded although others are: those of a frozen tower."""
+    return set(policy.tower.parameters()) if policy.tower_cache is not None else set()
+
+
+@contextmanager
+def gathered(policy: Policy) -> Iterator[None]:
+    """Hold every weight whole on this rank: inside, forward passes issue no collective and ranks may part ways."""
+    units = [module for module in policy.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.unshard()
+        unit.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
+            unit.set_reshard_after_forward(unit is not policy and policy.reshards, recurse=False)
+
+
+def release(policy: Policy) -> None:
+    """Free what a forward without a backward left gathered: the root, and every layer that is not resharded."""
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _measure_collectives(unit: FSDPModule, meter: CollectiveMeter, replicas: int) -> None:
+    """Let FSDP call collectives that a meter counts."""
+    reduction = _ReduceScatter(meter, replicas)
+    unit.set_custom_all_gather(_AllGather(meter))
+    unit.set_custom_reduce_scatter(reduction)
+    if replicas > 1:
+        unit.set_all_reduce_hook(reduction.count_all_reduce)
+
+
+class _AllGather(DefaultAllGather):
+    def __init__(self, meter: CollectiveMeter):
+        self._meter = meter
+
+    def __call__(
+        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: ProcessGroup, async_op: bool = False
+    ) -> Work | None:
+        with self._meter.measure(output_tensor.nbytes * (group.size() - 1) / group.size()):
+            return super().__call__(output_tensor, input_tensor, group, async_op)
+
+
+class _ReduceScatter(DefaultReduceScatter):
+    """A reduce-scatter. With replicas FSDP does an all-reduce after it, and calls a hook when that has finished."""
+
+    def __init__(self, meter: CollectiveMeter, replicas: int):
+        self._meter, self._replicas = meter, replicas
+
+    def allocate(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._began = self._meter.now()  # FSDP allocates the output last before it calls the reduce-scatter
+        return super().allocate(*args, **kwargs)
+
+    def __call__(
+        self,
+        output_tensor: torch.Tensor,
+        input_tensor: torch.Tensor,
+        group: ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> Work | None:
+        with self._meter.measure(input_tensor.nbytes * (group.size() - 1) / group.size()):
+            return super().__call__(output_tensor, input_tensor, group, op, async_op)
+
+    def count_all_reduce(self, result: torch.Tensor) -> None:
+        self._meter.add(self._began, 2 * result.nbytes * (self._replicas - 1) / self._replicas)

@@ -1,0 +1,252 @@
+"""A configuration file and `section.key=value` overrides, read into a Config.
+
+A mistake in a configuration is a `ConfigError` that says where it stands and what was expected; nothing is ignored.
+"""
+
+import dataclasses
+import difflib
+import math
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+import yaml
+
+from hark.grpo.config import Bound, Config, ConfigError
+
+SECTIONS: dict[str, type] = get_type_hints(Config)
+HINTS: dict[str, Any] = {
+    f"{section}.{key}": hint
+    for section, kind in SECTIONS.items()
+    for key, hint in get_type_hints(kind, include_extras=True).items()
+}
+
+
+class Entry(NamedTuple):
+    """A value as it was written, and where: `FILE:LINE` or `override KEY=VALUE`."""
+
+    value: Any
+    where: str
+
+
+def load_config(argv: list[str]) -> Config:
+    """Read `CONFIG.yaml [section.key=value ...]`; later overrides win. Raises ConfigError."""
+    if not argv or "=" in argv[0] and not Path(argv[0]).is_file():
+        raise ConfigError("the first argument must be the configuration: CONFIG.yaml [section.key=value ...]")
+    entries = _read_file(argv[0])
+    for override in argv[1:]:
+        name, entry = _read_override(override)
+        entries[name] = entry
+    return _build(entries, source=argv[0])
+
+
+def _build(entries: dict[str, Entry], *, source: str) -> Config:
+    values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    for name, entry in entries.items():
+        section, key = name.split(".")
+        try:
+            values[section][key] = _convert(entry.value, HINTS[name])
+        except ConfigError as error:
+            raise ConfigError(f"{entry.where}: {name} must be {error}, not {entry.value!r}") from None
+    for section, kind in SECTIONS.items():
+        for f in dataclasses.fields(kind):
+            if f.name not in values[section] and _is_required(f):
+                name = f"{section}.{f.name}"
+                raise ConfigError(f"{source}: {name} is missing; set it there or as {name}=VALUE")
+    config = Config(**{section: kind(**values[section]) for section, kind in SECTIONS.items()})
+    _check_together(config, source=source)
+    return config
+
+
+def _is_required(f: dataclasses.Field) -> bool:
+    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+
+
+def _check_together(config: Config, *, source: str) -> None:
+    if config.optim.warmup_steps > config.optim.steps:
+        raise ConfigError(
+            f"{source}: optim.warmup_steps must be at most optim.steps ({config.optim.steps}), "
+            f"not {config.optim.warmup_steps}"
+        )
+    if config.lora.path is not None and config.lora.rank:
+        raise ConfigError(f"{source}: lora.rank and lora.path are both set; saved adapters bring their own rank")
+    if not config.lora.targets:
+        raise ConfigError(f"{source}: lora.targets is empty; it names the layers that get an adapter")
+    if config.model.master_dtype == "bfloat16" and config.model.dtype != "bfloat16":
+        raise ConfigError(f"{source}: model.master_dtype=bfloat16 needs model.dtype=bfloat16: it is computed in that")
+    if config.data.held_out and config.data.validation is not None:
+        raise ConfigError(
+            f"{source}: data.held_out and data.validation are both set; validation questions come from one of them"
+        )
+
+
+# Reading ------------------------------------------------------------------------------------------------------------
+
+
+def _read_file(path: str) -> dict[str, Entry]:
+    """Every `section.key` of a YAML file with its line; unknown and repeated names are errors."""
+    if not Path(path).is_file():
+        raise ConfigError(f"{path}: no such file (working directory {os.getcwd()})")
+    try:
+        loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
+        root = loader.get_single_node()
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from None
+    entries = {}
+    for section, section_node in _pairs(root, path, "the file"):
+        where = f"{path}:{section.start_mark.line + 1}"
+        if section.value not in SECTIONS:
+            raise ConfigError(f"{where}: unknown section {section.value}; {_nearest_section(section.value)}")
+        for key, node in _pairs(section_node, path, section.value):
+            where = f"{path}:{key.start_mark.line + 1}"
+            name = _known(f"{section.value}.{key.value}", where)
+            entries[name] = Entry(_construct(loader, node, path, name), where)
+    return entries
+
+
+def _pairs(node: yaml.Node | None, path: str, name: str) -> list[tuple[yaml.Node, yaml.Node]]:
+    """The (key, value) nodes of a mapping; YAML itself would let a repeated key silently replace the first one."""
+    if node is None or node.tag == "tag:yaml.org,2002:null":  # an empty file, or a section whose keys are all comments
+        return []
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{path}:{node.start_mark.line + 1}: {name} must be a mapping of keys to values")
+    seen = set()
+    for key, _ in node.value:
+        where = f"{path}:{key.start_mark.line + 1}"
+        if not isinstance(key, yaml.ScalarNode):
+            raise ConfigError(f"{where}: a key of {name} must be a plain name")
+        if key.value in seen:
+            raise ConfigError(f"{where}: {key.value} stands twice in {name}")
+        seen.add(key.value)
+    return node.value
+
+
+def _construct(loader: yaml.SafeLoader, node: yaml.Node, path: str, name: str) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        _pairs(node, path, name)
+    try:
+        return loader.construct_object(node, deep=True)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path}:{node.start_mark.line + 1}: {name} is not YAML: {error}") from None
+
+
+def _read_override(text: str) -> tuple[str, Entry]:
+    """Split `section.key=value`; the value is YAML, except that a string field takes it as it stands."""
+    name, equals, written = text.partition("=")
+    where = f"override {text}"
+    if not equals:
+        raise ConfigError(f"{where}: an override is written section.key=value")
+    name = _known(name.strip(), where)
+    try:
+        value = yaml.safe_load(written)
+    except (yaml.YAMLError, ValueError) as error:
+        if not _is_text(HINTS[name]):
+            raise ConfigError(f"{where}: the value is not YAML: {error}") from None
+        value = written
+    # run.directory=2026 means the directory "2026": a shell has no good way to quote a YAML string.
+    if _is_text(HINTS[name]) and not isinstance(value, str) and not (value is None and _is_optional(HINTS[name])):
+        value = written
+    return name, Entry(value, where)
+
+
+def _known(name: str, where: str) -> str:
+    """The name itself if it is a `section.key` of the configuration."""
+    if name in HINTS:
+        return name
+    section, _, key = name.partition(".")
+    if section not in SECTIONS:
+        raise ConfigError(f"{where}: unknown section {section}; {_nearest_section(section)}")
+    elsewhere = [known for known in HINTS if known.endswith(f".{key}")]
+    here = [known for known in HINTS if known.startswith(f"{section}.")]
+    raise ConfigError(f"{where}: unknown key {name}; the nearest key is {_nearest(name, elsewhere or here)}")
+
+
+def _nearest_section(name: str) -> str:
+    return f"the nearest section is {_nearest(name, list(SECTIONS))}, of {', '.join(SECTIONS)}"
+
+
+def _nearest(name: str, candidates: list[str]) -> str:
+    return difflib.get_close_matches(name, candidates, n=1, cutoff=0.0)[0]
+
+
+# Conversion ---------------------------------------------------------------------------------------------------------
+# Each raises ConfigError with only what was expected; _build adds where, which key and what stood there.
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """`value` as YAML gave it, checked and converted to the type `hint`."""
+    if _is_optional(hint):
+        return None if value is None else _convert(value, _inner(hint))
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _within(_convert(value, args[0]), args[1])
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"one of {', '.join(args)}")
+        return value
+    if origin is list:
+        return _list(value, args[0])
+    if origin is dict:
+        return _mapping(value, args[1])
+    return {bool: _bool, int: _int, float: _float, str: _str}[hint](value)
+
+
+def _is_optional(hint: Any) -> bool:
+    return type(None) in get_args(hint)
+
+
+def _inner(hint: Any) -> Any:
+    """T of `T | None`."""
+    return next(arg for arg in get_args(hint) if arg is not type(None))
+
+
+def _is_text(hint: Any) -> bool:
+    return (_inner(hint) if _is_optional(hint) else hint) is str
+
+
+def _within(value: float, bound: Bound) -> float:
+    if not bound.holds(value):
+        raise ConfigError(bound.words)
+    return value
+
+
+def _bool(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError("true or false")
+    return value
+
+
+def _int(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ConfigError("an integer")
+    return value
+
+
+def _float(value: Any) -> float:
+    """A finite number; YAML 1.1 reads 1e-6 (no dot) as a string, so strings are tried too."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ConfigError("a finite number")
+    return number
+
+
+def _str(value: Any) -> str:
+    """A string; a leading ~ is the home directory, which no shell expands after `key=`."""
+    if not isinstance(value, str) or not value:
+        raise ConfigError("a string that is not empty (quote it if it looks like something else)")
+    return os.path.expanduser(value)
+
+
+def _list(value: Any, item: Any) -> list:
+    if not isinstance(value, list):
+        raise ConfigError("a list")
+    return [_convert(element, item) for element in value]
+
+
+def _mapping(value: Any, item: Any) -> dict:
+    if not isinstance(value, dict) or not value or not all(isinstance(key, str) for key in value):
+        raise ConfigError("a mapping of at least one name to a number")
+    return {key: _convert(element, item) for key, element in value.items()}

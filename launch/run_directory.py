@@ -1,0 +1,61 @@
+"""What a run directory may hold when a run starts: nothing of another run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import yaml
+
+from hark.grpo.config import Config, ConfigError
+
+# What may not change when a run is resumed: the model, what of it is trained, and the order of the data. The rest, such
+# as rates and rewards, is whose resumes it to answer for.
+FIXED = (
+    ("run", "seed"),
+    ("model", "path"),
+    ("model", "reference"),
+    ("model", "train_tower"),
+    ("lora", "rank"),
+    ("lora", "alpha"),
+    ("lora", "targets"),
+    ("lora", "path"),
+    ("data", "train"),
+    ("data", "held_out"),
+    ("data", "template"),
+    ("optim", "prompts_per_step"),
+)
+
+
+def check_run_directory(config: Config) -> None:
+    """Refuse to write over an earlier run, or to resume one that was another."""
+    directory = Path(config.run.directory)
+    if config.run.resume:
+        _refuse_another_run(config, directory)
+    elif (directory / "metrics.jsonl").exists():
+        raise ConfigError(
+            f"{directory} already holds a run; continue it with run.resume=true, or choose another run.directory"
+        )
+
+
+def _refuse_another_run(config: Config, directory: Path) -> None:
+    path = directory / "config.yaml"
+    before = yaml.safe_load(path.read_text()) if path.exists() else {}
+    for name, old, new in changed(before, config, FIXED):
+        raise ConfigError(
+            f"{name} is {new!r}, but the run in {directory} was started with {old!r}; "
+            "resume it with that, or start another run.directory"
+        )
+
+
+def changed(before: dict, config: Config, keys: Sequence[tuple[str, str]]) -> Iterator[tuple[str, object, object]]:
+    """Which of the (section, key) pairs a saved configuration has otherwise: their names, its values and the new ones.
+
+    What the saved one does not have, because it was written before the option was there, counts as the same.
+    """
+    now = dataclasses.asdict(config)
+    for section, key in keys:
+        old, new = before.get(section, {}).get(key, now[section][key]), now[section][key]
+        if old != new:
+            yield f"{section}.{key}", old, new

@@ -1,0 +1,290 @@
+"""Measure what a step costs against each of its sizes, and with more ranks: the figures of docs/scaling.md, on the CPU.
+
+    python launch/studies/scaling.py [--json FILE] [--plot FILE.svg] [--table FILE.md] [--repeat 3] [--threads 1]
+                             [--group-size 2 4 8 ...] [--seconds 1 2 ...] [--new-tokens 8 ...] [--prompts 1 2 ...]
+                             [--ranks 1 2 4]
+
+The model is that of launch/studies/benchmark.py. One size at a time goes through its values, while the others stay at one clip
+of 10 s and 8 completions of 24 tokens; then launch/studies/weak_scaling.py measures that step on each number of ranks. Beside
+the times stand the multiply-adds that a step needs (grpo/instruments/flops.py), and those of a row for each completion instead.
+
+The tables are printed, and --table writes them into a page, between the two lines that mark their place. With the
+values above, one turn (--repeat 1) takes about five minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hark.data.benchmarks.grading import write_json
+from hark.grpo.instruments.flops import best_matmul_rate, cost_of, macs
+from hark.grpo.types import Rollout
+from hark.launch.common import run
+from hark.launch.studies.benchmark import (
+    HarkSide,
+    Size,
+    Work,
+    build_model,
+    finish_turn,
+    machine,
+    medians,
+    silence,
+    timed_passes,
+)
+from hark.launch.studies.weak_scaling import BASE
+
+CURVES: dict[str, tuple[str, tuple[float, ...]]] = {  # a field of Work -> its name, and its values
+    "group_size": ("completions per prompt", (2, 4, 8, 16, 32, 64)),
+    "seconds": ("seconds of sound", (1.0, 2.0, 5.0, 10.0, 20.0, 30.0)),
+    "new_tokens": ("tokens per completion", (8, 16, 32, 64, 128, 256, 512)),
+    "prompts": ("prompts", (1, 2, 4, 8, 16, 32)),
+}
+RANKS = (1, 2, 4)
+PHASES = {"rollout": "rollout", "reference": "reference", "score": "forward, backward", "optimizer": "optimizer"}
+BEGIN, END = "<!-- launch/studies/scaling.py writes from here -->", "<!-- to here -->"
+
+
+def main(argv: list[str], size: Size | None = None) -> None:
+    arguments = parse(argv)
+    silence()
+    torch.set_num_threads(arguments.threads)
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        build_model(directory, size or Size())
+        chosen = {field: getattr(arguments, field) for field in CURVES}
+        result = {"machine": machine(), "threads": arguments.threads, "repeat": arguments.repeat}
+        result |= measure_curves(directory, chosen, arguments.repeat)
+        result["ranks"] = [measure_ranks(directory, ranks, arguments.repeat) for ranks in arguments.ranks]
+    print(tables(result))
+    if arguments.json:
+        write_json(arguments.json, result)
+    if arguments.plot:
+        plot(result, arguments.plot)
+    if arguments.table:
+        arguments.table.write_text(with_tables(arguments.table.read_text(), tables(result)))
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field, (name, values) in CURVES.items():
+        option, kind = f"--{field.replace('_', '-')}", type(getattr(BASE, field))
+        parser.add_argument(option, type=kind, nargs="*", default=values, help=name)
+    parser.add_argument("--ranks", type=int, nargs="*", default=RANKS, help="processes, each with the same work")
+    parser.add_argument("--threads", type=int, default=1, help="of the curves; a rank has one")
+    parser.add_argument("--repeat", type=int, default=3, help="turns, of which the median counts")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves; needs matplotlib")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="the page whose tables are to be written anew")
+    arguments = parser.parse_args(argv)
+    if arguments.plot and find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib, which is not installed: pip install -e '.[plot]'")
+    if arguments.table and not (arguments.table.exists() and has_place(arguments.table.read_text())):
+        parser.error(f"--table {arguments.table}: expected a page with the lines '{BEGIN}' and '{END}'")
+    return arguments
+
+
+# Measuring ------------------------------------------------------------------------------------------------------------
+
+
+def measure_curves(directory: Path, chosen: dict[str, Sequence[float]], repeat: int) -> dict[str, Any]:
+    """The figures of each kind of step, and the best matmul rate of the run, of which each has a share."""
+    works = {field: [replace(BASE, **{field: value}) for value in values] for field, values in chosen.items()}
+    points: dict[Work, dict[str, Any]] = {}
+    rate = 0.0
+    for work in dict.fromkeys(work for curve in works.values() for work in curve):
+        rate = max(rate, best_matmul_rate())
+        points[work] = measure(directory, work, repeat)
+        print(f"{work}: {points[work]['seconds']['step']:.3g} s", flush=True)
+    for point in points.values():
+        point["limit_seconds"] = point["necessary_gmacs"] * 1e9 / rate
+        point["separate_limit_seconds"] = point["separate_gmacs"] * 1e9 / rate
+    curves = {field: [points[work] for work in curve] for field, curve in works.items()}
+    return {"matmul_gmacs_per_second": rate / 1e9, "curves": curves}
+
+
+def measure(directory: Path, work: Work, repeat: int) -> dict[str, Any]:
+    """Medians of the seconds of a step's phases, and its multiply-adds."""
+    side, turns = HarkSide(directory, work), []
+    drawn = side.rollout()
+    for _ in range(repeat):
+        timed_passes(side, drawn, turns)
+        finish_turn(side, turns)
+    shared, separate = necessary(side, drawn)
+    return {
+        "work": asdict(work),
+        "prompt_tokens": len(side.prompts[0].ids),
+        "seconds": medians(turns),
+        "necessary_gmacs": shared / 1e9,
+        "separate_gmacs": separate / 1e9,
+    }
+
+
+def necessary(side: HarkSide, drawn: Rollout) -> tuple[int, int]:
+    """Multiply-adds that the step needs, and that it would need with one row, prompt and all, per completion."""
+    cost, lengths = cost_of(side.policy), drawn.mask.sum(dim=1)
+    repeated = [prompt for prompt in side.prompts for _ in range(side.work.group_size)]
+    shared, separate = (
+        macs(cost, prompts, lengths, audio_id=side.policy.audio_id).step() for prompts in (side.prompts, repeated)
+    )
+    return shared, separate
+
+
+def measure_ranks(directory: Path, ranks: int, repeat: int) -> dict[str, float]:
+    """The figures of launch/studies/weak_scaling.py on so many processes."""
+    figures = directory / "ranks.json"
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
+    script = (str(Path(__file__).with_name("weak_scaling.py")), str(directory), "--json", str(figures))
+    # torchrun would choose one thread too, and say so at length.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *torchrun, *script, "--repeat", str(repeat)], env=environment, check=True)
+    return json.loads(figures.read_text())
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+
+def tables(result: dict[str, Any]) -> str:
+    """All figures as markdown."""
+    parts = [conditions(result)]
+    for field, points in result["curves"].items():
+        name = CURVES[field][0]
+        if points:
+            parts += [f"### {name.capitalize()}", table(curve_heading(name), [curve_row(field, p) for p in points])]
+    if result["ranks"]:
+        heading = ("ranks", "step, s", "tokens/s", "per rank", "in collectives, s", "received, MiB", "formula, MiB")
+        rows = [ranks_row(figures, result["ranks"][0]) for figures in result["ranks"]]
+        parts += ["### Ranks", table(heading, rows), *crowded(result)]
+    return "\n\n".join(parts)
+
+
+def conditions(result: dict[str, Any]) -> str:
+    on, threads = result["machine"], result["threads"]
+    return (
+        f"{on['cpu']}, {on['cores']} cores, {threads} thread{'s' * (threads > 1)}, torch {on['torch']}, transformers "
+        f"{on['transformers']}, float32; medians of {result['repeat']}; "
+        f"the best matmul rate of the run is {result['matmul_gmacs_per_second']:.1f} · 10⁹ multiply-adds/s."
+    )
+
+
+def curve_heading(name: str) -> tuple[str, ...]:
+    times = (f"{title}, s" for title in (*PHASES.values(), "step"))
+    return (name, *times, "multiply-adds, 10⁹", "of limit", "in separate rows, 10⁹", "saved")
+
+
+def curve_row(field: str, point: dict[str, Any]) -> tuple[str, ...]:
+    seconds, shared, separate = point["seconds"], point["necessary_gmacs"], point["separate_gmacs"]
+    times = (number(seconds[phase]) for phase in (*PHASES, "step"))
+    share, saved = point["limit_seconds"] / seconds["step"], f"{separate / shared:.1f} x"
+    return (f"{point['work'][field]:g}", *times, number(shared), f"{share:.2f}", number(separate), saved)
+
+
+def ranks_row(figures: dict[str, float], first: dict[str, float]) -> tuple[str, ...]:
+    """A row of the table of ranks; the rate per rank is that of the first row's, as a share."""
+    per_rank = figures["tokens_per_second"] / figures["ranks"] / (first["tokens_per_second"] / first["ranks"])
+    return (
+        f"{figures['ranks']:g}",
+        number(figures["seconds/step"]),
+        number(figures["tokens_per_second"]),
+        f"{per_rank:.2f}",
+        number(figures["seconds/communication"]),
+        *(f"{1024 * figures[name]:.3f}" for name in ("communication/gib", "formula/gib")),
+    )
+
+
+def crowded(result: dict[str, Any]) -> Iterator[str]:
+    """What to know of ranks that have no core of their own."""
+    cores = result["machine"]["cores"]
+    most = max(figures["ranks"] for figures in result["ranks"])
+    if most > cores:
+        yield f"Each rank has one thread; more ranks than the {cores} cores share them, and wait for one another."
+
+
+def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heading, ["--:"] * len(heading), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def number(value: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def has_place(page: str) -> bool:
+    return 0 <= page.find(BEGIN) < page.find(END)
+
+
+def with_tables(page: str, text: str) -> str:
+    """The page with this text between its marks."""
+    before, _, rest = page.partition(BEGIN)
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}"
+
+
+# Plot -----------------------------------------------------------------------------------------------------------------
+
+# Name, seconds, style; the colours are of Okabe and Ito's palette, which the colour-blind can tell apart.
+LINES = (
+    ("whole step", lambda point: point["seconds"]["step"], dict(color="black", marker=".", linewidth=2)),
+    ("forward, backward", lambda point: point["seconds"]["score"], dict(color="#D55E00", marker=".")),
+    ("rollout", lambda point: point["seconds"]["rollout"], dict(color="#0072B2", marker=".")),
+    ("limit", lambda point: point["limit_seconds"], dict(color="#666666", linestyle="--")),
+    ("limit, separate rows", lambda point: point["separate_limit_seconds"], dict(color="#666666", linestyle=":")),
+)
+LABEL_GAP = 0.06  # of a panel's height, at least, from label to label
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Draw the curves as SVG, each in a panel of its own: seconds over the size, both logarithmic."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    curves = {field: points for field, points in result["curves"].items() if points}
+    # Text stays text, and the file is a function of the figures alone.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "hark", "font.size": 9}):
+        figure = Figure(figsize=(11, 7.5), layout="constrained")
+        panels = dict(zip(curves, figure.subplots(2, 2, sharey=True).flat, strict=False))
+        for field, axes in panels.items():
+            draw_lines(axes, field, curves[field])
+        for field, axes in panels.items():  # once all of them have set the height that they share
+            label_lines(axes, curves[field])
+        figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def draw_lines(axes: Any, field: str, points: Sequence[dict[str, Any]]) -> None:
+    sizes = [point["work"][field] for point in points]
+    for _, seconds, style in LINES:
+        axes.plot(sizes, [seconds(point) for point in points], **style)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
+    axes.set_xticks([], minor=True)
+    axes.yaxis.set_major_formatter("{x:g} s")
+    axes.set_xlabel(CURVES[field][0])
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+
+
+def label_lines(axes: Any, points: Sequence[dict[str, Any]]) -> None:
+    """Write the lines' names at their right ends, moved apart where they would overlap."""
+    low, high = map(math.log, axes.get_ylim())
+    ends = sorted(((math.log(seconds(points[-1])) - low) / (high - low), name, style) for name, seconds, style in LINES)
+    height = -math.inf
+    for end, name, style in ends:
+        height = max(end, height + LABEL_GAP)
+        axes.text(1.01, height, name, color=style["color"], transform=axes.transAxes, verticalalignment="center")
+
+
+if __name__ == "__main__":
+    run(main)

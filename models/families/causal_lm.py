@@ -1,0 +1,47 @@
+"""Text only: causal language models of transformers whose layers are all attention, called once in each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from hark.data.errors import DataError
+from hark.models.policy import Policy, Prompt, pad_ids
+
+
+class CausalLMPolicy(Policy):
+    """Any `AutoModelForCausalLM` checkpoint; it reads the question and hears nothing."""
+
+    def __init__(self, model: nn.Module, path: Path):
+        from transformers import AutoTokenizer
+
+        super().__init__(model, AutoTokenizer.from_pretrained(path))
+
+    @staticmethod
+    def build(config) -> nn.Module:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_config(config)
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.model.get_decoder()
+
+    def prepare(self, text: str, waveform: np.ndarray | None) -> Prompt:
+        """The chat template around the text, or the text itself where the tokenizer has no template."""
+        if waveform is not None:
+            raise DataError("the example has audio, which this policy would ignore: it reads text only")
+        if self.tokenizer.chat_template is None:
+            return Prompt(ids=torch.tensor(self.tokenizer(text)["input_ids"]))
+        chat = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+        )
+        return Prompt(ids=torch.tensor(self.tokenizer(chat, add_special_tokens=False)["input_ids"]))
+
+    def embed(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, lengths = pad_ids(prompts, self.pad_id, self.device)
+        return self.embed_tokens(ids), lengths
