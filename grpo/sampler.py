@@ -14,10 +14,11 @@ import torch
 
 from hark.grpo.branches import Branches
 from hark.grpo.types import Rollout
-from hark.models.policy import Policy, PolicyError, Prompt
+from hark.models.policy import Policy, PolicyError, Prompt, on_policy
 
 
 @torch.no_grad()
+@on_policy
 def sample(
     policy: Policy,
     prompts: Sequence[Prompt],
@@ -49,9 +50,9 @@ def sample(
     uniforms = None
     if temperature > 0:
         uniforms = torch.cat([_uniforms(key, group_size, max_new_tokens) for key in keys]).to(policy.device)
-    return policy(
-        _sample,
-        tuple(prompts),
+    branches = Branches(
+        policy,
+        prompts,
         group_size=group_size,
         limit=max_new_tokens,
         temperature=temperature,
@@ -60,17 +61,7 @@ def sample(
         stop=stop,
         graphs=graphs,
     )
-
-
-def _uniforms(key: Sequence[int], group_size: int, steps: int) -> torch.Tensor:
-    """Numbers in [0, 1), (G, steps) float64, a pure function of the key on every platform."""
-    bits = np.random.Philox(np.random.SeedSequence(list(key)))
-    return torch.from_numpy(np.random.Generator(bits).random((group_size, steps)))
-
-
-def _sample(policy: Policy, prompts: tuple[Prompt, ...], **settings) -> Rollout:
-    branches = Branches(policy, prompts, **settings)
-    # Longest first: those beside one another are of like length, and what is there first is the most there will be.
+    # The longest first: prompts that are decoded together are then of similar length, and memory is highest at once.
     waiting = deque(sorted(range(len(prompts)), key=lambda n: -len(prompts[n].ids)))
     while waiting or branches.alive:
         if waiting and branches.free:
@@ -79,3 +70,9 @@ def _sample(policy: Policy, prompts: tuple[Prompt, ...], **settings) -> Rollout:
             branches.decode_step()
         branches.remove_finished(keep_rows=bool(waiting))
     return branches.rollout()
+
+
+def _uniforms(key: Sequence[int], group_size: int, steps: int) -> torch.Tensor:
+    """Numbers in [0, 1), (G, steps) float64, a pure function of the key on every platform."""
+    bits = np.random.Philox(np.random.SeedSequence(list(key)))
+    return torch.from_numpy(np.random.Generator(bits).random((group_size, steps)))

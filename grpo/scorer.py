@@ -10,12 +10,13 @@ from torch.utils.checkpoint import checkpoint
 from hark.grpo.distribution import entropy, log_distribution
 from hark.grpo.tree import Layout, branches_layout, prompt_layout, tree_mask, tree_masks, tree_rule
 from hark.models.attention import Attend, BlockAttention, block_mask
-from hark.models.policy import Policy, Prompt
+from hark.models.policy import Policy, Prompt, on_policy
 from hark.models.split_attention import SplitRow
 
 CHUNK = 2048  # scored tokens whose vocabulary-wide logits exist at the same time
 
 
+@on_policy
 def score(
     policy: Policy,
     prompts: Sequence[Prompt],
@@ -29,26 +30,6 @@ def score(
 
     Gradients flow through the logprobs into every trained parameter, the audio tower included; not through the entropy.
     """
-    return policy(_score, prompts, tokens, mask, group_size, temperature)
-
-
-def tree_blocks(policy: Policy, row: Layout) -> BlockAttention:
-    """The tree mask of whole rows for FlexAttention, made once for each type of layer."""
-    blocks = {
-        kind: block_mask(tree_rule(row, window), *row.branch.shape, row.branch.device)
-        for kind, window in policy.windows.items()
-    }
-    return BlockAttention(tuple(blocks[kind] for kind in policy.layer_types))
-
-
-def _score(
-    policy: Policy,
-    prompts: Sequence[Prompt],
-    tokens: torch.Tensor,
-    mask: torch.Tensor,
-    group_size: int,
-    temperature: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
     hidden = _predicting_states(policy, prompts, tokens, group_size)[mask]  # (scored, D)
     chosen = tokens[mask]
     chunks = list(zip(hidden.split(CHUNK), chosen.split(CHUNK), strict=True))
@@ -58,6 +39,15 @@ def _score(
     logprobs, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
     empty = torch.zeros(mask.shape, device=mask.device)
     return empty.masked_scatter(mask, logprobs), empty.masked_scatter(mask, entropy)
+
+
+def tree_blocks(policy: Policy, row: Layout) -> BlockAttention:
+    """The tree mask of whole rows for FlexAttention, made once for each type of layer."""
+    blocks = {
+        kind: block_mask(tree_rule(row, window), *row.branch.shape, row.branch.device)
+        for kind, window in policy.windows.items()
+    }
+    return BlockAttention(tuple(blocks[kind] for kind in policy.layer_types))
 
 
 def _predicting_states(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from hark.models.lora import Lora
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class PolicyError(ValueError):
@@ -44,12 +47,26 @@ class Prompt:
     sound: str = ""
 
 
+def on_policy(function: Function) -> Function:
+    """Let a function of a policy, `function(policy, ...)`, run inside the policy's forward.
+
+    There FSDP has gathered the weights of the root; outside, to use a weight or call a sub-module fails or computes with
+    stale weights. A function so decorated must not be called by another one.
+    """
+
+    @wraps(function)
+    def run(policy: Any, *args: Any, **kwargs: Any) -> Any:
+        return policy(function, *args, **kwargs)
+
+    return run  # type: ignore[return-value]
+
+
 class Policy(nn.Module):
     """A causal decoder, whatever embeds its prompts, and their tokenizer.
 
     A model family subclasses this: it says where the decoder stands and supplies `prepare` and `embed`. The policy is
     the only FSDP root, and FSDP gathers weights in the hooks of `forward`; so everything that touches a weight is a
-    function of the policy and runs as `policy(function, *args)`, never by calling a sub-module from outside.
+    function of the policy decorated by `on_policy`, never a call of a sub-module from outside.
     """
 
     # (prefix in the hub's tensor names, prefix in the module tree); names without an entry are the same in both.
