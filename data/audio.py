@@ -122,13 +122,20 @@ def _no_samples(path: str | Path) -> AudioError:
 
 def _too_long(path: str | Path, file: soundfile.SoundFile, max_seconds: float, long_clips: str) -> AudioError:
     seconds = file.frames / file.samplerate
-    # A header may say less than there is, or libsndfile's largest integer for a length it does not know.
+    # The header may be wrong: less than was decoded, or libsndfile's largest integer for a length it does not know.
     known = max_seconds < seconds and file.frames < UNKNOWN_FRAMES
     kind = SkippedClipError if long_clips == "skip" else AudioError
     return kind(
-        f"{path}: is {f'{seconds:.2f} s long' if known else 'too long'}; expected at most {max_seconds:g} s; "
+        f"{path}: is {f'{_above(seconds, max_seconds)} s long' if known else 'too long'}; "
+        f"expected at most {max_seconds:.15g} s; "
         "raise max_seconds if the model can take it, or set long_clips to crop or skip"
     )
+
+
+def _above(value: float, limit: float) -> str:
+    """A value over a limit, with two decimals, or with more where two would print a number that is not over it."""
+    texts = (f"{value:.{decimals}f}" for decimals in range(2, 18))
+    return next((text for text in texts if float(text) > limit), repr(value))
 
 
 def _check_long_clips(long_clips: str) -> None:
