@@ -1,4 +1,4 @@
-"""What can be had without listening: the accuracies that any result has to be read against."""
+"""Rules that answer without the audio; their accuracies are what any result has to be compared with."""
 
 from hark.data.errors import DataError
 from hark.data.examples import Example
@@ -10,13 +10,13 @@ def always_first(example: Example) -> bool:
 
 
 def longest_choice(example: Example) -> bool:
-    """Whether the longest choice is right, the first of several that are equally long."""
+    """Whether the longest choice is right; of several equally long ones, the first."""
     lengths = [len(choice) for choice in example.choices]
     return _answer(example) == lengths.index(max(lengths))
 
 
 def chance(example: Example) -> float:
-    """The probability that a choice drawn at random is right."""
+    """The probability that a random choice is right."""
     return 1 / len(example.choices)
 
 
