@@ -166,7 +166,7 @@ FAULTS = {
     "silent": r"train.jsonl:3: .*silent.wav: is silent .*remove the example or replace",
     "too long": r"train.jsonl:3: .*long.wav: is 2.00 s long; expected at most 1 s.*long_clips",
     "answer out of range": r"train.jsonl:3: .*answer.* 4.*0 to 3",
-    "bad JSON": r"train.jsonl:3: not valid JSON .*each line is one JSON object",
+    "bad JSON": r"train.jsonl:3: not valid JSON .*one JSON object per line",
 }
 
 
