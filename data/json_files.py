@@ -58,7 +58,7 @@ def _not_an_object(row: object) -> DataError:
 
 
 def as_text(value: object) -> str | None:
-    """A text as it is, and a number as its text, since some data sets have choices such as 3; None for other types."""
+    """The text of a text or of a number, since some data sets have choices such as 3; None for other types."""
     return str(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else None
 
 

@@ -85,7 +85,7 @@ class Loader(Generic[Prompt]):
     def step(self, step: int) -> list[tuple[Example, Prompt, Key]]:
         """This rank's (example, prompt, key) of a step, in order; steps may be asked for in any order.
 
-        key: seeds the completions of this prompt, see `completion_key`; no two prompts of a step have the same.
+        key: seeds the completions of this prompt (`order.completion_key`); it differs for all prompts of a step.
         """
         futures = self._ahead.pop(step, None) or self._submit(step)
         self.prepare(step + 1)

@@ -159,7 +159,7 @@ def test_ids_that_name_clips_are_told_apart_and_a_benchmarks_never_changed(tmp_p
     clip(tmp_path, "Yabc.flac")
     records, bad = run(tmp_path, "audio_flamingo", FLAMINGO, FLAMINGO, {**FLAMINGO, "id": "other"}, FLAMINGO)
     assert [record["id"] for record in records] == ["Yabc", "Yabc#2", "other", "Yabc#3"] and bad == []
-    assert "2 ids were used before" in capsys.readouterr().out
+    assert "2 repeated ids got a number" in capsys.readouterr().out
     clip(tmp_path, "3fe64f3d.wav")
     records, bad = run(tmp_path, "mmau", MMAU, MMAU, options=["--force"])
     assert [record["id"] for record in records] == ["3fe64f3d"]

@@ -98,7 +98,7 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 
 def find_benchmark(name: str) -> Benchmark:
-    """The benchmark of that name; an unknown name is a DataError that offers the nearest."""
+    """The benchmark of that name; an unknown name is a DataError that suggests the nearest."""
     return named(BENCHMARKS, name, kind="benchmark")
 
 

@@ -33,5 +33,5 @@ SOURCES: dict[str, Source] = {
 
 
 def find_source(name: str) -> Source:
-    """The source of that name; an unknown name is a DataError that offers the nearest."""
+    """The source of that name; an unknown name is a DataError that suggests the nearest."""
     return named(SOURCES, name, kind="source")
