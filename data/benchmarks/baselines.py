@@ -1,5 +1,7 @@
 """Rules that answer without the audio; their accuracies are what any result has to be compared with."""
 
+from collections.abc import Callable, Sequence
+
 from hark.data.errors import DataError
 from hark.data.examples import Example
 
@@ -24,3 +26,16 @@ def _answer(example: Example) -> int:
     if example.answer is None:
         raise DataError(f"{example.line or example.id}: has no answer; baselines need questions whose answer is known")
     return example.answer
+
+
+BASELINES: dict[str, Callable[[Example], float]] = {
+    "always_first_accuracy": always_first,
+    "longest_choice_accuracy": longest_choice,
+    "chance": chance,
+}
+
+
+def baseline_figures(examples: Sequence[Example]) -> dict[str, float]:
+    """Accuracies of rules that do not use the audio, over the examples whose answer is known; {} without any."""
+    known = [example for example in examples if example.answer is not None]
+    return {name: sum(map(rule, known)) / len(known) for name, rule in BASELINES.items()} if known else {}

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from hark.data.benchmarks import baselines
+from hark.data.benchmarks.baselines import baseline_figures
 from hark.data.examples import Example
 
 COLUMNS = ("task", "category", "sub_category", "difficulty")  # columns of a row that the table has a section for
-BASELINES: dict[str, Callable[[Example], float]] = {
-    "always_first_accuracy": baselines.always_first,
-    "longest_choice_accuracy": baselines.longest_choice,
-    "chance": baselines.chance,
-}
 Z = 1.959964  # the 97.5 % quantile of the normal distribution
 
 
@@ -76,12 +71,6 @@ def grouped(rows: Sequence[dict], column: str) -> dict[str, Share]:
         if row[column]:
             groups.setdefault(row[column], []).append(row)
     return {value: share(members) for value, members in groups.items() if share(members).total}
-
-
-def baseline_figures(examples: Sequence[Example]) -> dict[str, float]:
-    """Accuracies of rules that do not use the audio, over the examples whose answer is known; {} without any."""
-    known = [example for example in examples if example.answer is not None]
-    return {name: sum(map(rule, known)) / len(known) for name, rule in BASELINES.items()} if known else {}
 
 
 def accuracies(rows: Sequence[dict], *by: str) -> dict[str, float]:

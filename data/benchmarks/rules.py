@@ -1,27 +1,28 @@
 """The rules by which the benchmarks decide whether a prediction is right. Plain Python, no framework is imported.
 
-Each rule was compared with the official script, row by row:
+The rules are those of the official scripts; a test compares them row by row:
 MMAU, Sakshi et al. 2024, arXiv:2410.19168: evaluation.py of github.com/Sakshi113/MMAU;
-MMAR, Ma et al. 2025, arXiv:2505.13032: code/evaluation.py of github.com/ddlBoJack/MMAR, which took over MMAU's rule;
+MMAR, Ma et al. 2025, arXiv:2505.13032: code/evaluation.py of github.com/ddlBoJack/MMAR, which has the rule of MMAU;
 MMSU, Wang et al. 2025, arXiv:2506.04779: mmsu_evaluation.py of github.com/dingdongwang/MMSU.
 
-Two figures are reported. The official figure counts what the script counts. Hark's figure differs on purpose:
+Two figures are reported. The official figure counts the rows that the script counts. Hark's own figure differs in this:
 
-- A row without a prediction counts as wrong. The scripts of MMAU and MMAR leave it out of the total.
-- A prediction in which MMSU's script finds no letter counts as wrong. The script leaves it out of the total, unless the
-  prediction is empty or "None", which it counts as wrong.
-- A row whose right answer is null or empty is left out of the total, since it cannot be graded. The scripts count it.
+- A row without a prediction is wrong. The scripts of MMAU and MMAR leave it out of the total.
+- A prediction in which MMSU's script finds no letter is wrong. The script leaves the row out of the total, unless the
+  prediction is empty or "None", which is wrong.
+- A row whose right answer is null or empty is left out of the total, because it cannot be graded. The scripts count it.
 
-Both figures differ from the scripts where a script stops with a traceback, or cannot be right:
+Neither figure follows the scripts in this:
 
-- MMAU, MMAR: a number as a choice, answer or prediction is read as its text. A prediction of null is no prediction. A
-  task, modality or category that the script does not list is a group like any other.
-- All: a line that is not valid JSON is an error. MMSU's script prints it and leaves it out.
-- MMAU's script reads "model_output", its README and older versions "model_prediction". MMAR's script reads
+- MMAU and MMAR: a number as a choice, answer or prediction is read as its text, null as no prediction, and a task,
+  modality or category that the script does not list is a group of its own. The scripts stop with a traceback.
+- All: a line that is not valid JSON, a row without choices or answer, and a list or an object as a prediction are
+  errors that name the row. MMSU's script leaves such lines and predictions out, and reads a missing value as "".
+- MMAU's script reads the key "model_output", its README and older versions "model_prediction"; MMAR's script reads
   "answer_prediction". The official figure uses the first of the benchmark's keys that any row of the file has. Hark's
-  figure uses, in each row, the first key that the row has.
-- launch/convert.py takes an answer that equals a choice up to case, spaces and quotes, or that is its letter, as that
-  choice. MMSU's script compares exactly, so that no prediction is right there.
+  own figure uses, in each row, the first key that the row has.
+- launch/convert.py accepts an answer that equals a choice up to case, spaces and quotes, or that is its letter. MMSU's
+  script compares exactly, so that no prediction is right for such a row.
 """
 
 import re

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 from hark.data.audio import Header, load_waveform, read_header
-from hark.data.benchmarks.report import baseline_figures
+from hark.data.benchmarks.baselines import baseline_figures
 from hark.data.errors import AudioError, MissingClipError, SilentClipError, SkippedClipError
 from hark.data.examples import BadExample, Example
 from hark.data.parallel import in_threads
