@@ -1,12 +1,13 @@
 """Multiple-choice questions about audio clips, read from files in the R1-AQA format."""
 
 import json
+import reprlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hark.data.choices import normalise
 from hark.data.errors import DataError
-from hark.data.json_files import read_rows
+from hark.data.json_files import as_text, read_rows
 
 KEYS = ("id", "audio_path", "question_text", "multi_choice", "answer")
 
@@ -88,7 +89,7 @@ def load_examples(
         except DataError as error:
             if not skip_bad:
                 raise DataError(f"{line}: {error}") from None
-            bad.append(BadExample(line, str(record.get("id", "")), str(error)))
+            bad.append(BadExample(line, as_text(record.get("id")) or "", str(error)))
         else:
             seen[example.id] = line
             examples.append(example)
@@ -109,7 +110,7 @@ def parse_example(
             raise DataError(f'"{key}" is missing; each line needs {", ".join(needed)}')
     identity = record["id"]
     if isinstance(identity, bool) or not isinstance(identity, (str, int)):
-        raise DataError(f'"id" is {identity!r}; expected text or an integer')
+        raise DataError(f'"id" is {reprlib.repr(identity)}; expected text or an integer')
     choices = _choices(record["multi_choice"], distinct=not benchmark)
     audio_path = _text(record, "audio_path")
     if not audio_path and (require_audio or "audio_path" in record and record["audio_path"] is not None):
@@ -137,7 +138,7 @@ def parse_example(
 def _text(record: dict, key: str) -> str:
     value = record.get(key)
     if value is not None and not isinstance(value, str):
-        raise DataError(f'"{key}" is {value!r}; expected text')
+        raise DataError(f'"{key}" is {reprlib.repr(value)}; expected text')
     return value or ""
 
 
@@ -147,14 +148,14 @@ def _label(record: dict, key: str) -> str:
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
         return ", ".join(value)
     if value is not None and not isinstance(value, str):
-        raise DataError(f'"{key}" is {value!r}; expected text or a list of texts')
+        raise DataError(f'"{key}" is {reprlib.repr(value)}; expected text or a list of texts')
     return value or ""
 
 
 def _choices(value: object, *, distinct: bool) -> tuple[str, ...]:
     """The choices. `distinct`: they must differ when normalised, since equal ones could never be answered right."""
     if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value):
-        raise DataError(f'"multi_choice" is {value!r}; expected a list of texts')
+        raise DataError(f'"multi_choice" is {reprlib.repr(value)}; expected a list of texts')
     if len(value) < 2:
         raise DataError(f'"multi_choice" has {len(value)} choices; expected at least 2')
     if distinct:
@@ -178,7 +179,9 @@ def _check_distinct(choices: list[str]) -> None:
 
 def _answer(value: object, choices: tuple[str, ...]) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise DataError(f'"answer" is {value!r}; expected the index of the right choice, 0 to {len(choices) - 1}')
+        raise DataError(
+            f'"answer" is {reprlib.repr(value)}; expected the index of the right choice, 0 to {len(choices) - 1}'
+        )
     if not 0 <= value < len(choices):
         raise DataError(f'"answer" is {value}, out of range; expected 0 to {len(choices) - 1} for these choices')
     return value

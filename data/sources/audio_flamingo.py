@@ -8,6 +8,7 @@ not found is listed as left out, and so are open questions and conversations of 
 """
 
 import re
+import reprlib
 
 from hark.data.sources.answers import find_answer, split_options
 from hark.data.sources.rows import Question, SourceError, text, value
@@ -36,7 +37,9 @@ def question(row: dict) -> Question:
 def _turns(row: dict) -> tuple[str, str]:
     turns = value(row, "conversations")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise SourceError('wrong "conversations"', f'"conversations" is {turns!r}; expected a list of turns')
+        raise SourceError(
+            'wrong "conversations"', f'"conversations" is {reprlib.repr(turns)}; expected a list of turns'
+        )
     if [turn.get("from") for turn in turns] != ["human", "gpt"]:
         raise SourceError("not one question and one answer", f"has {len(turns)} turns; expected human, gpt")
     return text(turns[0], "value"), text(turns[1], "value")

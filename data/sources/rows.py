@@ -54,7 +54,7 @@ def texts(row: dict, *keys: str) -> list[str]:
     """The list of texts at the first of these keys that is not null."""
     found = value(row, *keys)
     if not isinstance(found, list):
-        raise SourceError(f'wrong "{keys[0]}"', f'"{keys[0]}" is {found!r}; expected a list of texts')
+        raise SourceError(f'wrong "{keys[0]}"', f'"{keys[0]}" is {reprlib.repr(found)}; expected a list of texts')
     return [_text(part, keys[0]) for part in found]
 
 
