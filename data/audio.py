@@ -53,8 +53,8 @@ def load_waveform(path: str | Path, *, sample_rate: int, max_seconds: float, lon
     peak = float(np.abs(waveform).max())
     if peak < SILENCE_PEAK:
         raise SilentClipError(
-            f"{path}: is silent (peak {peak:.1e}, mean of {samples.shape[1]} channels); expected a peak of at least "
-            f"{SILENCE_PEAK:.0e}; remove the example or replace the file"
+            f"{path}: is silent (peak {_apart(peak, SILENCE_PEAK, '.1e')}, mean of {samples.shape[1]} channels); "
+            f"expected a peak of at least {SILENCE_PEAK:.0e}; remove the example or replace the file"
         )
     return waveform
 
@@ -124,18 +124,19 @@ def _too_long(path: str | Path, file: soundfile.SoundFile, max_seconds: float, l
     seconds = file.frames / file.samplerate
     # The header may be wrong: less than was decoded, or libsndfile's largest integer for a length it does not know.
     known = max_seconds < seconds and file.frames < UNKNOWN_FRAMES
+    length = f"{_apart(seconds, max_seconds, '.2f')} s long" if known else "too long"
     kind = SkippedClipError if long_clips == "skip" else AudioError
     return kind(
-        f"{path}: is {f'{_above(seconds, max_seconds)} s long' if known else 'too long'}; "
-        f"expected at most {max_seconds:.15g} s; "
+        f"{path}: is {length}; expected at most {max_seconds:.15g} s; "
         "raise max_seconds if the model can take it, or set long_clips to crop or skip"
     )
 
 
-def _above(value: float, limit: float) -> str:
-    """A value over a limit, with two decimals, or with more where two would print a number that is not over it."""
-    texts = (f"{value:.{decimals}f}" for decimals in range(2, 18))
-    return next((text for text in texts if float(text) > limit), repr(value))
+def _apart(value: float, limit: float, style: str) -> str:
+    """A value in a format such as ".2f", with more digits where it would round to the limit or beyond it."""
+    texts = (f"{value:.{digits}{style[-1]}}" for digits in range(int(style[1:-1]), 18))
+    same_side = (text for text in texts if float(text) != limit and (float(text) > limit) == (value > limit))
+    return next(same_side, repr(value))
 
 
 def _check_long_clips(long_clips: str) -> None:

@@ -97,6 +97,12 @@ def test_the_printed_length_of_a_long_clip_is_over_the_printed_limit(limit, mess
         load(path, max_seconds=limit)
 
 
+def test_the_printed_peak_of_a_silent_clip_is_below_the_printed_limit(tmp_path):
+    path = save(tmp_path / "a.wav", np.full(RATE, 9.99e-5, dtype=np.float32), subtype="FLOAT")
+    with pytest.raises(SilentClipError, match=r"peak 9.99e-05, .*at least 1e-04"):
+        load(path)
+
+
 def test_a_clip_of_exactly_the_limit_is_not_long(tmp_path):
     path = save(tmp_path / "a.wav", tone(2.0, 44_100), 44_100)
     assert len(load(path, max_seconds=2.0)) == 2 * RATE

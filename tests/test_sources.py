@@ -5,9 +5,9 @@ import json
 import pytest
 
 from hark.data.errors import DataError
+from hark.data.json_files import read_rows
 from hark.data.sources import SOURCES, find_source
 from hark.data.sources.answers import find_answer, split_options, unlabelled
-from hark.data.json_files import read_rows
 from hark.data.sources.rows import Question, SourceError
 
 AVQA = {
