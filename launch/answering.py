@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from hark.data.benchmarks.grading import write_json
+from hark.data.benchmarks.answer_files import BENCHMARKS, judged, official_share, write_answers
 from hark.data.benchmarks.report import Share, blank_row, figures, row_of, share, table
-from hark.data.benchmarks.rules import BENCHMARKS, judged, write_answers
 from hark.data.examples import BadExample, Example
+from hark.data.json_files import write_json
 from hark.data.order import shuffle_choices
 from hark.grpo.config import Config, ConfigError
 from hark.grpo.evaluate import evaluate
@@ -142,11 +142,13 @@ def report(
     """Print the table; write all figures, the configuration and the rows, and the benchmark's answer file."""
     directory, name = Path(config.run.directory), config.evaluation.benchmark
     examples = [question for question in questions if isinstance(question, Example)]
-    others: dict[str, Share] = {} if name == "strict" else {"strict": strict_share(questions, rows)}
+    pairs = [(q, row["prediction"]) for q, row in zip(questions, rows, strict=True) if isinstance(q, Example)]
+    others: dict[str, Share] = {}
+    if name != "strict":
+        others = {"official": official_share(pairs, BENCHMARKS[name]), "strict": strict_share(questions, rows)}
     others |= {control: share(again) for control, again in controls.items()}
     result = {"benchmark": name} | figures(rows, examples, others)
     write_json(directory / "evaluation.json", result | {"config": dataclasses.asdict(config), "rows": rows})
-    pairs = [(q, row["prediction"]) for q, row in zip(questions, rows, strict=True) if isinstance(q, Example)]
     path = write_answers(directory / "answers", pairs, BENCHMARKS[name])
     print(f"{asked} on {len(rows)} questions of {config.data.test}, by the rule of {name}:")
     hidden, blank = (sum(row[key] is None for row in rows) for key in ("correct", "stopped"))

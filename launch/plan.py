@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from hark.data.benchmarks.grading import write_json
+from hark.data.json_files import write_json
 from hark.grpo.config import Config, ConfigError
 from hark.grpo.instruments.memory import PARTS, Plan, Setting, Work, plan
 from hark.grpo.instruments.shape import Shape, shape_of

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from hark.data.benchmarks.grading import write_json
+from hark.data.json_files import write_json
 from hark.grpo.instruments.flops import best_matmul_rate, cost_of, macs
 from hark.grpo.types import Rollout
 from hark.launch.common import run

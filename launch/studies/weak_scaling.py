@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from hark.data.benchmarks.grading import write_json
+from hark.data.json_files import write_json
 from hark.grpo.instruments.communication import step_bytes
 from hark.grpo.runtime.collectives import GIB, CollectiveMeter, World, joined_world
 from hark.grpo.runtime.sharding import device_mesh, shard
