@@ -9,9 +9,9 @@ from torch.utils.checkpoint import checkpoint
 
 from hark.grpo.distribution import entropy, log_distribution
 from hark.grpo.tree import Layout, branches_layout, prompt_layout, tree_mask, tree_masks, tree_rule
-from hark.models.attention import Attend, BlockAttention, block_mask
+from hark.models.attention import AttentionFunction, BlockAttention, block_mask
 from hark.models.policy import Policy, Prompt, on_policy
-from hark.models.split_attention import SplitRow
+from hark.models.split_attention import SplitAttention
 
 CHUNK = 2048  # scored tokens whose vocabulary-wide logits exist at the same time
 
@@ -72,7 +72,7 @@ def _predicting_states(
 
 def _row_attention(
     policy: Policy, row: Layout, prompt: int, group_size: int
-) -> tuple[dict[str, torch.Tensor] | None, Attend | None]:
+) -> tuple[dict[str, torch.Tensor] | None, AttentionFunction | None]:
     """The masks under which a row attends to itself, and how: on the CPU layers without a window do it in parts."""
     if policy.attention == "flex":
         return None, tree_blocks(policy, row)
@@ -80,7 +80,7 @@ def _row_attention(
         return tree_masks(policy.windows, row, row, prompt=prompt), None
     real = row.real[:, None, None, :prompt]
     masks = {kind: real if window is None else tree_mask(row, row, window) for kind, window in policy.windows.items()}
-    return masks, SplitRow(prompt, group_size)
+    return masks, SplitAttention(prompt, group_size)
 
 
 def _chosen(

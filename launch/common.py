@@ -29,8 +29,8 @@ from hark.grpo.runtime.sharding import device_mesh, shard
 from hark.grpo.trainer import MemoryProbeError, NonFiniteError, Trainer
 from hark.launch.run_directory import check_run_directory
 from hark.models.loading import load_policy
-from hark.models.lora import Lora, WithoutAdapters
-from hark.models.policy import Policy, PolicyError, Prompt
+from hark.models.lora import WithoutAdapters, read_lora
+from hark.models.policy import Lora, Policy, PolicyError, Prompt
 
 # Batches of an evaluation that are handed to the sampler together, so that one answer makes room for the next.
 ROUNDS = 4
@@ -124,7 +124,7 @@ def lora_of(config: Config) -> Lora | None:
     """What adapters the policy has: those saved in lora.path, or new ones, or none."""
     lora = config.lora
     if lora.path is not None:
-        return Lora.read(lora.path)
+        return read_lora(lora.path)
     return Lora(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else None
 
 

@@ -19,9 +19,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from hark.models.cache import TowerCache
 from hark.models.families.causal_lm import CausalLMPolicy
 from hark.models.families.qwen2_audio import Qwen2AudioPolicy
-from hark.models.linear import use_fast_products
-from hark.models.lora import WEIGHTS_FILE, Lora, add_adapters, initial_weight, is_adapter, peft_name
-from hark.models.policy import Policy, PolicyError
+from hark.models.linear import use_onednn
+from hark.models.lora import WEIGHTS_FILE, add_adapters, initial_weight, is_adapter, peft_name
+from hark.models.policy import Lora, Policy, PolicyError
 
 # config.model_type -> family; a text-only causal LM needs no entry.
 FAMILIES: dict[str, type[Policy]] = {"qwen2_audio": Qwen2AudioPolicy}
@@ -52,7 +52,7 @@ def load_policy(
     directory = _directory(path)
     policy = build_policy(directory)
     policy.device, policy.name, policy.attention = torch.device(device), str(path), attention
-    use_fast_products(policy.model)
+    use_onednn(policy.model)
     if not train_tower:
         policy.freeze_tower()
     if lora is not None:
@@ -99,7 +99,7 @@ def read_config(path: str | Path):
         ) from error
 
 
-def build_outline(config) -> Policy:
+def build_from_config(config) -> Policy:
     """A policy of a transformers config alone, its parameters on the meta device: sizes without files or tokenizer."""
     family = family_of(config, where="the configuration")
     outline = family.__new__(family)

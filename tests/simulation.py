@@ -30,9 +30,9 @@ from hark.grpo.scorer import score
 from hark.grpo.tree import Layout, tree_masks
 from hark.models.cache import GroupCache, TowerCache
 from hark.models.families.qwen2_audio import CONV_REACH, QWEN2_AUDIO_7B, Qwen2AudioPolicy, audio_tokens
-from hark.models.loading import build_outline, meta_parameters
-from hark.models.lora import Lora, add_adapters
-from hark.models.policy import Policy, Prompt
+from hark.models.loading import build_from_config, meta_parameters
+from hark.models.lora import add_adapters
+from hark.models.policy import Lora, Policy, Prompt
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
@@ -194,7 +194,7 @@ def _fill(policy: Policy, setting: Setting) -> None:
 def main() -> None:
     """Plan and measure Qwen2-Audio-7B; about five minutes.  python -m tests.simulation"""
     config = AutoConfig.for_model(**QWEN2_AUDIO_7B)
-    shape = shape_of(build_outline(config), targets=TARGETS)
+    shape = shape_of(build_from_config(config), targets=TARGETS)
     eight = Setting(shards=8, dtype=2, master=4, recompute=True)
     lora = Setting(shards=1, dtype=2, master=4, recompute=True, lora_rank=8, reference="adapters")
     for name, seconds, prompts, setting in (

@@ -24,7 +24,8 @@ from hark.launch.config_file import load_config
 from hark.launch.studies.benchmark import HarkSide, Size, Work, build_model
 from hark.models import split_attention
 from hark.models.loading import load_policy
-from hark.models.lora import Lora, WithoutAdapters
+from hark.models.lora import WithoutAdapters
+from hark.models.policy import Lora
 from tests.ranks import on_ranks
 from tests.runs import build, read_metrics
 

@@ -14,8 +14,8 @@ from hark.grpo.scorer import score
 from hark.launch.common import make_policy, make_reference
 from hark.launch.config_file import load_config
 from hark.models.loading import load_policy
-from hark.models.lora import Lora, WithoutAdapters, adapter_delta, is_adapter
-from hark.models.policy import PolicyError
+from hark.models.lora import WithoutAdapters, adapter_delta, is_adapter, read_lora
+from hark.models.policy import Lora, PolicyError
 from tests.ranks import on_ranks
 from tests.runs import ROUNDING, build, largest_difference, read_metrics, train, train_all, weights
 
@@ -160,13 +160,13 @@ def test_adapters_that_do_not_fit_are_refused_by_name(case, tmp_path):
     with pytest.raises(PolicyError, match=r"lora.targets: no linear layer is called query; there is .*q_proj"):
         load_policy(case.directory, lora=Lora(4, 8.0, ("query",)))
     with pytest.raises(PolicyError, match="no adapters .*expected adapter_config.json"):
-        Lora.read(tmp_path)
+        read_lora(tmp_path)
     policy = load_policy(case.directory, lora=Lora(4, 8.0, ("q_proj",)))
     on_ranks(1, lambda world: export_adapters(policy, tmp_path, world))
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"use_dora": True}))
     with pytest.raises(PolicyError, match="use_dora is True; only plain LoRA"):
-        Lora.read(tmp_path)
+        read_lora(tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     save_file(dict(list(tensors.items())[1:]), tmp_path / "adapter_model.safetensors")

@@ -10,7 +10,7 @@ from transformers import AutoConfig, Qwen2AudioConfig
 from hark.grpo.instruments.memory import Plan, Setting, Work, plan
 from hark.grpo.instruments.shape import Shape, shape_of
 from hark.models.families.qwen2_audio import QWEN2_AUDIO_7B, audio_tokens
-from hark.models.loading import build_outline
+from hark.models.loading import build_from_config
 from tests.conftest import build_causal_lm
 from tests.simulation import TARGETS, simulate
 
@@ -66,7 +66,7 @@ CASES = {
 
 
 def predicted(config, work: Work, setting: Setting) -> Plan:
-    return plan(shape_of(build_outline(config), targets=TARGETS), work, setting)
+    return plan(shape_of(build_from_config(config), targets=TARGETS), work, setting)
 
 
 def assert_near(result: Plan, peaks: dict[str, int]) -> None:
@@ -90,7 +90,7 @@ def test_real_tensors_hold_what_fake_ones_say():
 
 
 def test_the_7b_has_8_4_billion_parameters_in_units_that_add_up():
-    shape = shape_of(build_outline(AutoConfig.for_model(**QWEN2_AUDIO_7B)), targets=TARGETS)
+    shape = shape_of(build_from_config(AutoConfig.for_model(**QWEN2_AUDIO_7B)), targets=TARGETS)
     assert shape.parameters == 8_397_094_912
     # Attention 4 D^2 + 3 D of biases, MLP 3 D I, two norms.
     assert shape.layer == 4 * 4096**2 + 3 * 4096 + 3 * 4096 * 11008 + 2 * 4096
@@ -99,13 +99,13 @@ def test_the_7b_has_8_4_billion_parameters_in_units_that_add_up():
 
 def test_a_text_only_model_is_planned_from_its_config_alone(tmp_path):
     build_causal_lm(tmp_path)
-    shape = shape_of(build_outline(AutoConfig.from_pretrained(tmp_path)))
+    shape = shape_of(build_from_config(AutoConfig.from_pretrained(tmp_path)))
     assert shape.tower is None and shape.tied and shape.kv_heads == 2
     assert plan(shape, Work(2, 1, 60, 0, 4, 16), FOUR).peak > 0
 
 
 def shape_7b() -> Shape:
-    return shape_of(build_outline(AutoConfig.for_model(**QWEN2_AUDIO_7B)), targets=TARGETS)
+    return shape_of(build_from_config(AutoConfig.for_model(**QWEN2_AUDIO_7B)), targets=TARGETS)
 
 
 def test_what_is_offloaded_is_counted_in_host_memory_instead():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -180,14 +181,28 @@ def test_the_frames_of_a_clip_decide_its_placeholders(qwen2_audio_dir):
     for seconds, expected in ((10, 250), (30, 750), (0.03, 1), (1.03, 26)):
         prompt = policy.prepare("What?", waveform(seconds, 0))
         assert (prompt.ids == policy.audio_id).sum() == expected == audio_tokens(prompt.frames)
-    for seconds in (30.1, 0.01):
-        with pytest.raises(DataError, match=r"this tower takes 0.03 s to 30 s"):
-            policy.prepare("What?", np.ones(round(16_000 * seconds), dtype=np.float32))
     with pytest.raises(DataError, match="no audio_path"):
         policy.prepare("What?", None)
 
 
-def test_a_text_policy_refuses_audio_it_would_not_hear(causal_lm_dir):
+def test_the_limits_of_a_clip_that_the_message_gives_are_the_limits_applied(qwen2_audio_dir):
+    policy = load_policy(qwen2_audio_dir)
+
+    def prepare(samples: int):
+        return policy.prepare("What?", np.ones(samples, dtype=np.float32))
+
+    message = r"takes (\d+) to (\d+) samples, 0.0201 s to 30 s at 16000 Hz"
+    for samples in (160, 481_600):
+        with pytest.raises(DataError, match=message) as error:
+            prepare(samples)
+        least, most = map(int, re.search(message, str(error.value)).groups())
+        assert [int((prepare(limit).ids == policy.audio_id).sum()) for limit in (least, most)] == [1, 750]
+        for beyond in (least - 1, most + 1):
+            with pytest.raises(DataError, match=f"a clip of {beyond} samples"):
+                prepare(beyond)
+
+
+def test_a_text_policy_refuses_audio(causal_lm_dir):
     with pytest.raises(DataError, match="reads text only"):
         load_policy(causal_lm_dir).prepare("What?", waveform(1, 0))
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hark.grpo.tree import branches_layout, prompt_layout, tree_mask
-from hark.models.attention import attend_to_row
-from hark.models.split_attention import SplitRow
+from hark.models.attention import sdpa_attention
+from hark.models.split_attention import SplitAttention
 
 MODULE = SimpleNamespace(training=False, num_key_value_groups=2, is_causal=True)
 PROMPT, GROUP, STEPS, SIZE = 7, 3, 5, 16
@@ -30,8 +30,8 @@ def test_the_parts_of_a_row_give_what_its_tree_mask_gives(dtype):
 
     results = []
     for attend, mask in (
-        (attend_to_row, tree_mask(row[PROMPT:], row)),
-        (SplitRow(PROMPT, GROUP), row.real[:, None, None, :PROMPT]),
+        (sdpa_attention, tree_mask(row[PROMPT:], row)),
+        (SplitAttention(PROMPT, GROUP), row.real[:, None, None, :PROMPT]),
     ):
         heard = attend(MODULE, *inputs, addends(mask), scaling=0.3)
         gradients = torch.autograd.grad((heard * wanted).sum(), inputs)
