@@ -132,10 +132,9 @@ def _like_whisper(config) -> dict:
 
 @torch.no_grad()
 def _init_tower(tower: nn.Module) -> None:
-    """Double the convolutions' initial weights and scale Whisper's position embeddings down to a fifth.
+    """Initialise the convolutions at twice Kaiming's scale, and the position embeddings at a fifth of Whisper's.
 
-    The audio features are then large beside the positions. With Whisper's scale of positions, training takes far longer
-    to make use of the audio.
+    The audio features then outweigh the positions. With Whisper's scale, training takes far longer to use the audio.
     """
     for convolution in (tower.conv1, tower.conv2):
         nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu").mul_(2)

@@ -78,7 +78,7 @@ def test_missing_surplus_and_misshapen_tensors_are_named(copy):
     edit_weights(copy, change)
     with pytest.raises(PolicyError) as error:
         load_policy(copy)
-    for part in ("audio_tower.conv1.bias is missing", "(7,), the model wants (64,)", "stranger is not part"):
+    for part in ("audio_tower.conv1.bias is missing", "(7,), the model has (64,)", "stranger is not part"):
         assert part in str(error.value)
 
 
