@@ -96,7 +96,7 @@ def read_config(path: str | Path):
         return AutoConfig.from_pretrained(path)
     except Exception as error:
         raise PolicyError(
-            f"{path}: no config.json could be read, neither in a directory nor on the hub of that name ({error})"
+            f"{path}: no config.json could be read there, nor on the hub by that name ({error})"
         ) from error
 
 
@@ -136,9 +136,7 @@ def _directory(path: str | Path) -> Path:
         try:
             directory = Path(snapshot_download(str(path)))
         except Exception as error:
-            raise PolicyError(
-                f"{path}: no such directory, and no download from the hub by that name ({error})"
-            ) from error
+            raise PolicyError(f"{path}: no such directory, and no model on the hub by that name ({error})") from error
     if not (directory / "config.json").exists():
         raise PolicyError(f"{directory}: config.json is missing; expected a Hugging Face checkpoint directory")
     return directory
@@ -205,7 +203,7 @@ def _load_weights(policy: Policy, directory: Path, dtype: torch.dtype, master_dt
 
 
 class StoredTensors:
-    """The tensors in the files of a checkpoint and of the policy's saved adapters, found by their names in the policy."""
+    """The tensors in the files of a checkpoint and of saved adapters, found by their names in the policy."""
 
     def __init__(self, directory: Path, policy: Policy):
         self._policy = policy
@@ -272,8 +270,8 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 def _convert(tensor: Any, *, target: torch.Tensor, policy: Policy, dtype: torch.dtype) -> torch.Tensor:
     """A copy of a tensor or safetensors slice in the form of `target`.
 
-    A parameter gets `dtype`; of a sharded one only this rank's slice is read. A buffer keeps its stored dtype. It must be
-    a copy, because safetensors returns views of the memory-mapped file, and the file may change or be deleted.
+    A parameter gets `dtype`; of a sharded one only this rank's slice is read. A buffer keeps its stored dtype. A copy is
+    needed because safetensors returns views of the memory-mapped file, which may change or be deleted.
     """
     if not isinstance(target, nn.Parameter):
         return tensor[...].to(policy.device, copy=True)

@@ -51,7 +51,7 @@ def read_lora(path: str | Path) -> Lora:
 
 
 class LoraLinear(nn.Linear):
-    """A linear layer with an adapter. `add_adapters` makes it of an nn.Linear in place, so tensor names do not change."""
+    """A linear layer with an adapter. `add_adapters` makes it of an nn.Linear in place, and tensor names stay."""
 
     lora_A: nn.Parameter  # (rank, in)
     lora_B: nn.Parameter  # (out, rank); 0 in a new adapter, which therefore changes no output
