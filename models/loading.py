@@ -270,8 +270,8 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 def _convert(tensor: Any, *, target: torch.Tensor, policy: Policy, dtype: torch.dtype) -> torch.Tensor:
     """A copy of a tensor or safetensors slice in the form of `target`.
 
-    A parameter gets `dtype`; of a sharded one only this rank's slice is read. A buffer keeps its stored dtype. A copy is
-    needed because safetensors returns views of the memory-mapped file, which may change or be deleted.
+    A parameter gets `dtype`; of a sharded one only this rank's slice is read. A buffer keeps its stored dtype. It is
+    copied because safetensors returns views of the memory-mapped file, which may change or be deleted.
     """
     if not isinstance(target, nn.Parameter):
         return tensor[...].to(policy.device, copy=True)
