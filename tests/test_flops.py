@@ -1,4 +1,4 @@
-"""The formula of the necessary multiply-adds against what torch counts while the real model runs.
+"""The formula of the multiply-adds a step needs, compared with what torch counts while the model runs.
 
 Torch counts every pair of a masked attention, so attention is compared separately, and the pairs that count are
 compared with the tree mask. All other counts must be equal exactly.
@@ -54,7 +54,7 @@ def side(directory):
 
 
 def counted(function, *args, **kwargs):
-    """Multiply-adds of a call outside attention, those of attention, and the result."""
+    """Multiply-adds of a call outside attention, those of its attention, and the result."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         result = function(*args, **kwargs)
     attention = counter.get_flop_counts()["Global"].get(torch.ops.aten.bmm, 0)
@@ -71,7 +71,7 @@ def test_each_pass_costs_what_torch_counts(kind, side, directory, monkeypatch):
     completions = side.prompts, drawn.tokens, drawn.mask
     with torch.no_grad():
         reference, _, _ = counted(score, WithoutAdapters(policy), *completions, group_size=3)
-    kernel, pairs = split_attention.flash, []  # of the branches, which torch does not count
+    kernel, pairs = split_attention.flash, []  # pairs in the branches' attention, which torch does not count
 
     def flash(query, key, value, **options):
         pairs.append(query.shape[0] * query.shape[2] * key.shape[2])

@@ -1,4 +1,4 @@
-"""The product of linear layers is torch's own, in values and in gradients, whatever library computes it."""
+"""`linear` equals torch's linear in values and in gradients, with oneDNN and without."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from hark.models import linear as module
 from hark.models.linear import Linear, linear, use_onednn
 
-# MetricSums of 64 products of size 1 in another order: some 1e-6 of values up to 30.
+# Sums of 64 products of size 1 in another order: some 1e-6 of values up to 30.
 TOLERANCE = dict(atol=1e-5, rtol=1e-5)
 
 

@@ -106,7 +106,7 @@ def test_a_model_with_layers_that_take_no_mask_is_refused_by_name(copy):
 
 
 def build_mixed_windows(directory: Path) -> None:
-    """A small Qwen2 whose first layer sees everything and whose second a window of 8."""
+    """A small Qwen2 whose first layer has full attention and whose second a window of 8."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     build_causal_lm(directory)
@@ -120,8 +120,8 @@ def build_mixed_windows(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("build", [partial(build_causal_lm, sliding_window=8), build_mixed_windows])
-def test_sliding_window_layers_count_positions_not_places_in_the_row(build, tmp_path):
-    """Branches stand far behind their prompt in the row; a window of 8 must reach by position, as in a row alone."""
+def test_sliding_windows_count_positions_not_columns_of_the_row(build, tmp_path):
+    """A branch may be far behind its prompt in the row; a window of 8 counts positions, as in a sequence of its own."""
     build(tmp_path)
     policy = load_policy(tmp_path)
     prompts = [policy.prepare(TEXTS[1], None)]
@@ -243,7 +243,7 @@ def test_an_export_from_two_ranks_is_the_checkpoint_it_was_loaded_from(case, tmp
 
 
 def test_weights_are_not_the_file_they_were_read_from(case, tmp_path):
-    """safetensors maps files into memory; what is written over one later must not reach a policy."""
+    """safetensors maps files into memory; later writes to a file must not change a policy."""
     directory = shutil.copytree(case.directory, tmp_path / "copy")
 
     def run(world: World) -> None:
