@@ -1,4 +1,8 @@
-"""Attention functions of a decoder: over whole rows for scoring, over a KV cache for prefill and decoding."""
+"""Attention functions of a decoder: over whole rows for scoring, over a KV cache for prefill and decoding.
+
+A row is a prompt and the G completions of its group, called branches. A branch attends to the prompt and to itself, not
+to other branches. This is the tree mask, which grpo/tree.py builds.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +82,7 @@ def tree_attention(
     if unsupported:
         raise ValueError(
             f"{type(module).__name__} passes {', '.join(unsupported)} to its attention, which is not supported; "
-            "choose a model without"
+            "choose a model that does not"
         )
     current = _current_pass.get()
     current.called.append(getattr(module, "layer_idx", None))

@@ -105,9 +105,9 @@ class Policy(nn.Module):
     # To be supplied by a family.
 
     def prepare(self, text: str, waveform: np.ndarray | None) -> Prompt:
-        """Make a prompt of a user's text and a waveform (samples,) at `sample_rate`. Runs on the CPU, in threads.
+        """Make a prompt of a user's text and a waveform (samples,) at `sample_rate`.
 
-        Raises DataError for an example that the family cannot take.
+        Runs on the CPU, in several threads. Raises DataError for an example that the family cannot take.
         """
         raise NotImplementedError
 
@@ -145,7 +145,7 @@ class Policy(nn.Module):
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end a completion: all end-of-sequence tokens of the generation config, else the tokenizer's."""
+        """Tokens that end a completion: those of the checkpoint's generation config, or else of its tokenizer."""
         ids = self.model.generation_config.eos_token_id
         ids = self.tokenizer.eos_token_id if ids is None else ids
         return tuple(ids) if isinstance(ids, list) else (ids,)
@@ -210,7 +210,7 @@ class Policy(nn.Module):
         if current.called != list(range(len(self.decoder.layers))):
             raise PolicyError(
                 f"{type(self.model).__name__}: its layers called attention as {current.called}; expected one call per "
-                f"layer, in order, because the KV cache of a rollout holds one entry per layer; choose another model"
+                "layer, in order, because the KV cache of a rollout holds one entry per layer; choose another model"
             )
         return output.last_hidden_state
 
@@ -288,9 +288,12 @@ class Policy(nn.Module):
                 f"{type(self.decoder).__name__} takes no positions: it would number the tokens of a branch from the "
                 "start of the row instead of the prompt's end; choose a model that takes position_ids"
             )
-        # Eager attention adds a boolean mask as numbers and is silently wrong.
+        # transformers chooses sdpa where the decoder calls a registered attention function.
         if config._attn_implementation not in ("sdpa", TREE):
-            raise PolicyError(f"the decoder's attention is {config._attn_implementation!r}; the tree mask needs 'sdpa'")
+            raise PolicyError(
+                f"{type(self.decoder).__name__} attends by {config._attn_implementation!r}; expected 'sdpa', because "
+                "only then its layers call a registered attention function; choose another model"
+            )
 
 
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -133,8 +133,6 @@ def _step(
     full_cache = mock.patch(
         "hark.grpo.branches.GroupCache", lambda *sizes: GroupCache(*sizes[:3], work.max_new_tokens - 1)
     )
-        "hark.grpo.branches.GroupCache", lambda *sizes: GroupCache(*sizes[:3], work.max_new_tokens - 1)
-    )
     never_stopped = mock.patch("hark.grpo.branches.DelayedFlags", lambda flags: lambda: [True] * flags.numel())
     with tracker.phase("rollout"), gathered(policy), torch.no_grad(), full_cache, never_stopped:
         sample(

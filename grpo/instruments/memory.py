@@ -178,9 +178,8 @@ class UnitSizes:
 
     def gathered(self) -> int:
         """Gathered bytes during a pass: the root, one layer (all without resharding), and the next layer's buffer."""
-        return (
-            self.setting.dtype * (self.root + self.layer if self.setting.reshard else self.total) + self.gather_buffer
-        )
+        weights = self.root + self.layer if self.setting.reshard else self.total
+        return self.setting.dtype * weights + self.gather_buffer
 
 
 def _rollout(shape: Shape, work: Work, units: UnitSizes) -> Iterator[dict[str, int]]:
@@ -223,7 +222,8 @@ def _backward(shape: Shape, work: Work, units: UnitSizes) -> Iterator[dict[str, 
     """Candidates for the peak of a forward and backward.
 
     `plan` adds the sharded gradients. "gradients" here are unsharded gradients (d bytes) and their float32 copies. With
-    only one micro-batch, sharded gradients that do not exist yet are subtracted.
+    one micro-batch, the sharded gradients that do not exist yet are subtracted: `missing`, and `missing_outside` when
+    only those outside the decoder layers are missing.
     """
     s, d, tokens = units.setting, units.setting.dtype, work.micro_batch * work.length
     layer, inputs = tokens * shape.saved(d), d * tokens * shape.hidden
@@ -235,29 +235,29 @@ def _backward(shape: Shape, work: Work, units: UnitSizes) -> Iterator[dict[str, 
         decoder += tower.layers * (tower.inputs(*clips) if s.recompute else tower_layer) + tower.convolutions(*clips)
     in_tower = decoder - shape.layers * (inputs if s.recompute else layer) - work.mask(d)
     embedding, accumulates = d * units.embedding_trained, work.prompts > work.micro_batch
-    none_yet = 0 if accumulates else units.sharded(units.trained)
-    none_outside = 0 if accumulates else units.sharded(units.trained - shape.layers * units.layer_trained)
+    missing = 0 if accumulates else units.sharded(units.trained)
+    missing_outside = 0 if accumulates else units.sharded(units.trained - shape.layers * units.layer_trained)
     yield {"gathered": d * units.root + units.first_layer, "activations": in_tower}
     yield {  # the LM head, on one chunk of tokens
         "gathered": units.gathered(),
-        "gradients": (embedding if work.scored > CHUNK else 0) - none_yet,
+        "gradients": (embedding if work.scored > CHUNK else 0) - missing,
         "activations": decoder + tokens * shape.hidden * (FLOAT + 2 * d) + 2 * d * work.scored * shape.hidden,
         "logits": _head(shape, work),
     }
     yield {  # a decoder layer, while gradients of the one after it are reduced
         "gathered": units.gathered(),
-        "gradients": embedding + (d + FLOAT) * units.layer_trained - none_yet,
+        "gradients": embedding + (d + FLOAT) * units.layer_trained - missing,
         "activations": decoder + recomputed + tokens * shape.gradients(d),
     }
     yield {  # the embeddings: gradients by way of the head, of completion tokens and of prompt tokens
         "gathered": d * units.root,
-        "gradients": (2 if shape.tied else 3) * embedding - none_outside,
+        "gradients": (2 if shape.tied else 3) * embedding - missing_outside,
         "activations": in_tower + 2 * inputs,
     }
     if tower:
         yield {  # a layer of the tower
             "gathered": d * (units.root + 2 * units.tower_layer),
-            "gradients": (1 if shape.tied else 2) * embedding + (d + FLOAT) * units.tower_layer - none_outside,
+            "gradients": (1 if shape.tied else 2) * embedding + (d + FLOAT) * units.tower_layer - missing_outside,
             "activations": in_tower + (tower_layer if s.recompute else 0) + tower.gradients(*clips),
         }
     yield {"gradients": _root_reduction(work, units)}
@@ -266,8 +266,8 @@ def _backward(shape: Shape, work: Work, units: UnitSizes) -> Iterator[dict[str, 
 def _root_reduction(work: Work, units: UnitSizes) -> int:
     """Bytes beside the sharded gradients while the root unit's gradients are reduced in float32.
 
-    First the unsharded gradient (d bytes) and its float32 copy; then that copy and this rank's shard of the sum. In the
-    first micro-batch the shard becomes the gradient, which `plan` has counted; later it is added to it.
+    First the unsharded gradient (d bytes) and its float32 copy; then that copy and this rank's shard of the sum. With
+    one micro-batch the shard is the gradient that `plan` counts; with several it is added to that of earlier ones.
     """
     s, root = units.setting, units.root_trained
     counted = 0 if work.prompts > work.micro_batch else units.sharded(root)

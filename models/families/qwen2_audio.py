@@ -124,7 +124,9 @@ class Qwen2AudioPolicy(Policy):
         is_audio = (ids == self.audio_id).unsqueeze(-1).expand_as(embeddings)
         placeholders = int(is_audio[..., 0].sum())
         if placeholders != len(audio):
-            raise PolicyError(f"{placeholders} audio placeholders for {len(audio)} audio embeddings")
+            raise PolicyError(
+                f"{placeholders} audio placeholders for {len(audio)} audio embeddings; expected equal numbers"
+            )
         return embeddings.masked_scatter(is_audio, audio), lengths
 
     def _expand(self, ids: torch.Tensor, embeddings: int) -> torch.Tensor:
@@ -140,7 +142,7 @@ class Qwen2AudioPolicy(Policy):
         self.model.model.audio_tower, self.tower_cache = other.tower, other.tower_cache
 
     def _encode_audio(self, prompts: Sequence[Prompt]) -> torch.Tensor:
-        """The tower's outputs of all clips, concatenated: (audio embeddings, tower width)."""
+        """The tower's outputs of all clips, concatenated: (audio embeddings, tower width); cached if it is frozen."""
         if self.tower_cache is None:
             return self._encode_clips(prompts)
         return torch.cat([self.tower_cache.get(p.audio_digest, partial(self._encode_clips, (p,))) for p in prompts])
@@ -148,7 +150,7 @@ class Qwen2AudioPolicy(Policy):
     def _encode_clips(self, prompts: Sequence[Prompt]) -> torch.Tensor:
         """Run the tower on all clips as one batch: (audio embeddings, tower width).
 
-        The tower's own forward in transformers pads every clip to 3000 frames, 30 s, and masks the padding in its
+        The tower's own forward in transformers takes clips padded to 3000 frames, 30 s, and masks the padding in its
         layers. So the clip's frames and the two behind them that the convolutions read are enough for the same values.
         """
         tower = self.tower
