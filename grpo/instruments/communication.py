@@ -1,19 +1,20 @@
 """The bytes that each rank receives in a step of GRPO, by a formula. With ring algorithms it sends as much.
 
-    bytes     = (n - 1) / n * (d * gathered + 4 * reduced) + 2 (R - 1) / R * 4 * reduced / n
-    gathered  = root * (1 + copy + E M) + layers * (1 + reference + E M * (2 if resharding else 1))
-    reduced   = trained * E M
-    reference = M if resharding else copy; 0 without a reference
+    bytes     = (shards - 1) / shards * (d * gathered + 4 * reduced)
+                + 2 (replicas - 1) / replicas * 4 * reduced / shards
+    gathered  = root * (1 + copy + updates) + layers * (1 + reference + updates * (2 if resharding else 1))
+    reduced   = trained * updates
+    reference = micro-batches if resharding else copy; 0 without a reference
 
-n: ranks that share one copy of the weights. R: replicas. In an all-gather or a reduce-scatter a rank receives
-(n - 1) / n of the full tensor; in an all-reduce over R replicas, 2 (R - 1) / R of its tensor.
+shards: ranks that share one copy of the weights. In an all-gather or a reduce-scatter a rank receives
+(shards - 1) / shards of the full tensor; in an all-reduce, 2 (replicas - 1) / replicas of its tensor.
 
 root, layers: elements of sharded weights in FSDP's root unit and in its layers; for a reference with weights of its
-own, those of the reference. trained: elements with a gradient. FSDP pads a weight to a multiple of n rows, and the
-padding counts. d: bytes per element of the compute dtype; gradients are reduced in float32.
+own, those of the reference. trained: elements with a gradient. FSDP pads a weight to a multiple of `shards` rows,
+and the padding counts. d: bytes per element of the compute dtype; gradients are reduced in float32.
 
-E: inner epochs. M: micro-batches, fewer if groups are skipped. The rollout gathers all weights once. copy: 1 if the
-reference has weights of its own, whose root is gathered once; else 0. With copy 0 the reference pass gathers the
+updates: inner epochs times micro-batches, fewer if groups are skipped. The rollout gathers all weights once. copy: 1 if
+the reference has weights of its own, whose root is gathered once; else 0. With copy 0 the reference pass gathers the
 policy's root, and the policy's first micro-batch uses it without gathering it again.
 """
 
@@ -65,7 +66,7 @@ def step_bytes(
     """Bytes that a rank receives in a step of GRPO, by the formula of this module.
 
     reference: a policy with weights of its own, the policy with its adapters disabled, or None.
-    shards: n. replicas: R. dtype: of the computation. reshard: as in `shard`.
+    dtype: of the computation. reshard: whether layers are gathered again for the backward.
     """
     own, updates = sharded_elements(policy, shards), inner_epochs * micro_batches
     gathered = own.root * (1 + updates) + own.layers * (1 + updates * (2 if reshard else 1))

@@ -1,12 +1,12 @@
 """The multiply-adds that a step needs at least, by a formula, and the fastest rate of multiply-adds measured here.
 
-    forward = sum over prompts of tower(F) + A * projector + P * token + pairs(0, P)
+    forward = sum over prompts of tower(F) + audio * projector + P * token + pairs(0, P)
               + sum over completions of (T - 1) * token + pairs(P, P + T - 1) + T * head
-    tower(F) = sum over convolutions of positions * weights + s * linear layers + s^2 * tower pair
+    tower(F) = sum over convolutions of outputs * weights + s * tower_position + s^2 * tower_pair
     pairs(first, last) = sum over layers of pair * sum over i in first .. last - 1 of min(i + 1, window)
 
-F: real mel frames of the clip. s: positions behind the convolutions, 50 per second. A: audio embeddings. P: prompt
-tokens. T: tokens of one completion. pair: the cost of one query-key pair in one layer.
+F: mel frames of the clip, without padding. s: positions behind the convolutions, 50 per second. audio: audio embeddings
+of the prompt. P: prompt tokens. T: tokens of one completion. The other names are fields of `Cost`.
 
 - Each mel frame, prompt token and completion token counts once. A token attends to the prompt and to its own branch.
 - A completion's last token is sampled but not fed to the decoder, so T - 1 are fed.

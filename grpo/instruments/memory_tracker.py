@@ -55,7 +55,7 @@ class MemoryTracker(TorchDispatchMode):
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Write the peak inside the block to `peaks[name]`."""
+        """Set `peaks[name]` to the peak of `live` inside the block."""
         gc.collect()
         self.peak = self.live
         yield
