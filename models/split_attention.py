@@ -17,8 +17,8 @@ flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 class SplitAttention:
     """Causal attention within the prompt; attention of each of G branches to the prompt, and causally to itself.
 
-    `sdpa_attention` computes the (G T)^2 pairs of all branches with each other and masks most of them. With
-    completions as long as the prompt these are most of the work.
+    `sdpa_attention` computes all (G T)^2 pairs of the branches' tokens and masks most of them. If completions are as
+    long as the prompt, that is most of its work.
     prompt: P, the tokens of the padded prompt.
     """
 
@@ -33,7 +33,7 @@ class SplitAttention:
         if mask.shape[-1] == key.shape[2]:
             return sdpa_attention(module, query, key, value, mask, scaling=scaling, **kwargs)
         size, widest = value.shape[-1], max(value.shape[-1], key.shape[-1])
-        # The kernel requires keys and values of one head size; zeros appended to them do not change the products.
+        # The kernel requires one head size. Appended zeros change no product, and the last line cuts them off again.
         query, key, value = (F.pad(t, (0, widest - t.shape[-1])) for t in (query, key, value))
         shared = query.shape[1] // key.shape[1]  # query heads per key head; these are adjacent
         if shared > 1:
