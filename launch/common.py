@@ -34,8 +34,8 @@ from hark.grpo.runtime.collectives import World, gather_rows, joined_world
 from hark.grpo.runtime.sharding import device_mesh, shard
 from hark.launch.run_directory import check_run_directory
 from hark.models.loading import load_policy
-from hark.models.lora import Lora, WithoutAdapters
-from hark.models.policy import Policy, PolicyError, Prompt
+from hark.models.lora import WithoutAdapters, read_lora
+from hark.models.policy import Lora, Policy, PolicyError, Prompt
 
 # Batches of an evaluation that the sampler gets at once, so that a finished answer makes room for the next question.
 ROUNDS = 4
@@ -129,7 +129,7 @@ def lora_of(config: Config) -> Lora | None:
     """The adapters of the policy: those saved in lora.path, or new ones, or none."""
     lora = config.lora
     if lora.path is not None:
-        return Lora.read(lora.path)
+        return read_lora(lora.path)
     return Lora(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else None
 
 

@@ -20,7 +20,7 @@ from hark.grpo.instruments.shape import Shape, shape_of
 from hark.launch.common import lora_of, run
 from hark.launch.config_file import load_config
 from hark.models.families.qwen2_audio import QWEN2_AUDIO_7B, audio_tokens
-from hark.models.loading import build_outline, read_config
+from hark.models.loading import build_from_config, read_config
 
 GIB = 2**30
 USABLE = 0.95  # of the device; the rest is for the CUDA context, workspaces and fragmentation
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     config = load_config(words)
     planned = Run(config, options.gpus, options.seconds or config.data.max_seconds, options.text, options.sft)
     lora = lora_of(config) or config.lora  # what adapters there would be is needed to advise them
-    shape = shape_of(build_outline(_model_config(config, options.shape)), targets=lora.targets)
+    shape = shape_of(build_from_config(_model_config(config, options.shape)), targets=lora.targets)
     result, limit = predict(shape, planned), USABLE * options.memory * GIB
     print(describe(shape, planned, result, options.memory))
     changes = [] if result.peak <= limit else remedies(shape, planned, limit)

@@ -1,1 +1,1 @@
-"""What a policy is: a decoder that takes groups as rows, its loading, its adapters, its attention."""
+"""Policies: the interface that `grpo` uses, how they are loaded, and one file per model family."""

@@ -95,11 +95,11 @@ def test_what_a_frozen_tower_has_heard_is_heard_once_and_changes_nothing(setting
 
     def count(world: World) -> None:
         trainer = build(world, load_config([*run, f"run.directory={tmp_path}/count"]))
-        tower = trainer.policy._run_tower
+        tower = trainer.policy._encode_clips
         monkeypatch.setattr(
-            trainer.policy, "_run_tower", lambda prompts: heard.append(prompts[0].sound) or tower(prompts)
+            trainer.policy, "_encode_clips", lambda prompts: heard.append(prompts[0].audio_digest) or tower(prompts)
         )
-        monkeypatch.setattr(trainer.reference, "_run_tower", lambda prompts: heard.append("reference"))
+        monkeypatch.setattr(trainer.reference, "_encode_clips", lambda prompts: heard.append("reference"))
         for step in range(8):
             trainer.step(step)
 

@@ -355,4 +355,4 @@ def test_a_kept_step_of_text_alone_can_be_read(case, tmp_path):
     batch = Batch(case.prompts, 1, tokens, mask, mask.float())
     write_step(tmp_path / "step.pt", batch, step=0, rank=0, examples=["q"])
     batch, _ = read_step(tmp_path / "step.pt")
-    assert [prompt.sound for prompt in batch.prompts] == [prompt.sound for prompt in case.prompts]
+    assert [prompt.audio_digest for prompt in batch.prompts] == [prompt.audio_digest for prompt in case.prompts]

@@ -35,7 +35,7 @@ from hark.grpo.types import Rollout
 from hark.launch.studies.baseline import Baseline
 from hark.launch.studies.benchmark import SECONDS, BaselineSide, HarkSide, Size, Work, machine, model_config
 from hark.models.families.qwen2_audio import CONV_REACH, QWEN2_AUDIO_7B, audio_tokens
-from hark.models.loading import build_outline, meta_parameters
+from hark.models.loading import build_from_config, meta_parameters
 from hark.models.policy import Policy, Prompt
 
 TARGETS = dict(decode_over_weights=1.5, matmul_share=0.45)
@@ -299,7 +299,7 @@ def copy_rate(device: torch.device, repeat: int = 5) -> float:
 
 def random_policy(setting: Setting, seed: int) -> Policy:
     """A policy with random weights, whose completions never stop, without tokenizer and processor."""
-    policy = build_outline(setting.config())
+    policy = build_from_config(setting.config())
     policy.audio_id = policy.model.config.audio_token_id
     policy.suppressed_ids = (policy.audio_id,)
     policy.model.generation_config.eos_token_id = policy.audio_id  # which is never drawn
@@ -345,7 +345,7 @@ def random_prompts(policy: Policy, work: Work) -> tuple[Prompt, ...]:
         text = torch.randint(1, policy.audio_id, (TEXT,), generator=generator)
         heard = torch.full((audio_tokens(frames),), policy.audio_id)
         mel = torch.randn(audio.num_mel_bins, min(frames + CONV_REACH, most), generator=generator)
-        prompts.append(Prompt(torch.cat([text[:10], heard, text[10:]]), mel, frames, sound=str(n)))
+        prompts.append(Prompt(torch.cat([text[:10], heard, text[10:]]), mel, frames, audio_digest=str(n)))
     return tuple(prompts)
 
 
