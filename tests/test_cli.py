@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hark.launch import __main__ as cli
-from hark.launch.__main__ import VERBS, launcher, main, module_of, parse
+from hark.launch.__main__ import VERBS, main, module_of, parse
 
 VERBS_ON_RANKS = ["train", "sft", "evaluate", "choose", "export"]
 
@@ -95,15 +95,6 @@ def test_processes_is_for_the_verbs_that_share_their_work(name):
 def test_less_than_one_process_is_refused():
     with pytest.raises(SystemExit, match="--processes must be at least 1, not 0"):
         parse(["train", "--processes", "0", "r1_aqa"])
-
-
-def test_the_launcher_runs_a_verb_on_several_processes(tmp_path):
-    """Both processes refuse the configuration, each with its rank, so the launcher has started the verb's module."""
-    words = launcher("train", 2, ["no_such_name"])
-    result = subprocess.run(
-        words, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert result.returncode != 0 and "no configuration of that name" in result.stderr
 
 
 def test_the_command_itself_imports_no_torch(tmp_path):
