@@ -22,7 +22,7 @@ from hark.grpo.optimizer import build_optimizer, clip_gradients
 from hark.grpo.runtime.sharding import gathered, release
 from hark.grpo.sampler import sample
 from hark.grpo.scorer import score
-from hark.grpo.types import Batch, Rollout
+from hark.grpo.types import PolicyBatch, Rollout
 from hark.launch.studies.baseline import Baseline, grpo_loss
 from hark.models.loading import load_policy
 from hark.models.mini import build_mini
@@ -106,7 +106,7 @@ class HarkSide:
     def score(self, drawn: Rollout, ref_logprobs: torch.Tensor) -> torch.Tensor:
         """Forward and backward; the logprobs (B, T)."""
         weights = token_weights(drawn.mask, kind="sequence-mean", completions=len(drawn.mask), tokens=0)
-        batch = Batch(
+        batch = PolicyBatch(
             self.prompts, self.work.group_size, drawn.tokens, drawn.mask, weights, drawn.logprobs, ref_logprobs,
             self.work.advantages(drawn.mask.device),
         )  # fmt: skip
@@ -120,7 +120,7 @@ class HarkSide:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def _accumulate(self, micro: Batch) -> torch.Tensor:
+    def _accumulate(self, micro: PolicyBatch) -> torch.Tensor:
         size = micro.group_size
         logprobs, _ = score(self.policy, micro.prompts, micro.tokens, micro.mask, group_size=size)
         ours = micro.old_logprobs, micro.ref_logprobs, micro.advantages, micro.weights
