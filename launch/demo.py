@@ -25,8 +25,7 @@ TASKS = ("sound", "music", "speech")
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args(argv)
+    parse(argv)
     started = time.monotonic()
     grpo = load_config([str(GRPO_CONFIG)])
     shutil.rmtree(ROOT, ignore_errors=True)
@@ -45,6 +44,11 @@ def main(argv: list[str]) -> None:
     summary = summarise(grpo, seconds=time.monotonic() - started)
     (ROOT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(table(summary))
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return parser.parse_args(argv)
 
 
 def torchrun(script: str, config: Path, *overrides: str) -> None:
