@@ -10,6 +10,7 @@ import sys
 import venv
 import zipfile
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -63,13 +64,13 @@ def installed(tmp_path_factory) -> Installed:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", directory, source], check=True)
+    pip = [Path(find_spec("pip").origin).parent, "--quiet", "--disable-pip-version-check"]  # any interpreter can run it
+    build = ["wheel", "--no-deps", "--no-build-isolation", "-w", directory, source]
+    subprocess.run([sys.executable, *pip, *build], check=True)
     (wheel,) = directory.glob("*.whl")
     prefix = directory / "environment"
     venv.create(prefix, with_pip=False)
-    python = prefix / "bin" / "python"
-    subprocess.run([*pip, "--python", python, "install", "--no-deps", "--no-index", wheel], check=True)
+    subprocess.run([prefix / "bin" / "python", *pip, "install", "--no-deps", "--no-index", wheel], check=True)
     (site,) = prefix.glob("lib/python*/site-packages")
     (site / "dependencies.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
     (directory / "work").mkdir()
@@ -90,13 +91,13 @@ def test_the_wheel_holds_every_module_and_data_file_of_the_checkout_and_no_other
     assert {"hark/py.typed", "hark/launch/configs/r1_aqa.yaml", "hark/data/mini/recordings/dog.flac"} <= found
 
 
-def test_the_installed_package_lists_its_verbs_and_trains_the_small_model_on_two_processes(installed):
+def test_the_installed_package_lists_its_verbs_and_trains_the_small_model_by_the_launcher(installed):
     assert "train a policy by GRPO" in installed.hark("--help")
     printed = installed.run(installed.prefix / "bin" / "python", "-c", BUILD)
     place = json.loads(printed.splitlines()[-1])
     assert Path(place["file"]).is_relative_to(installed.prefix) and Path(place["prefix"]) == installed.prefix
     installed.hark(
-        "train", "--processes", "2", "mini", "model.path=model", "data.train=data/train.jsonl", "data.validation=null",
+        "train", "--processes", "1", "mini", "model.path=model", "data.train=data/train.jsonl", "data.validation=null",
         "run.directory=run", "optim.steps=1", "optim.warmup_steps=0", "optim.prompts_per_step=2", "evaluation.every=0",
         "rollout.group_size=4", "rollout.max_new_tokens=4",
     )  # fmt: skip
