@@ -46,7 +46,7 @@ def sample(
     if graphs and policy.moving_frequencies:
         raise PolicyError(
             f"rollout.cuda_graphs: {type(policy.model).__name__} has rotary frequencies of the kind "
-            f"{policy.moving_frequencies!r}, which are recomputed when a position exceeds the longest one so far; set it to false"
+            f"{policy.moving_frequencies!r}, which are recomputed for a new longest position; set it to false"
         )
     uniforms = None
     if temperature > 0:

@@ -1,1 +1,1 @@
-"""What a policy is, and one file per model family."""
+"""What a policy is: a decoder that takes groups as rows, its loading, its adapters, its attention."""
