@@ -20,6 +20,8 @@ from hark.grpo.config import Bound, Config, ConfigError
 
 CONFIGS = Path(__file__).parent / "configs"  # the configurations that come with the package, found by their names
 SECTIONS: dict[str, type] = get_type_hints(Config)
+# A field of a section and its comment, which may be on a later line of the same field.
+COMMENT = re.compile(r"^    (\w+): (?:(?!^    \w)[^#])*# (.+)$", re.MULTILINE)
 HINTS: dict[str, Any] = {
     f"{section}.{key}": hint
     for section, kind in SECTIONS.items()
@@ -81,7 +83,7 @@ def usage(text: str | None) -> str:
         lines += [f"CONFIG is a YAML file or one of {', '.join(config_names())}.", ""]
     lines.append("Options, with their defaults:")
     for section, kind in SECTIONS.items():
-        comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(kind), re.MULTILINE))
+        comments = dict(COMMENT.findall(inspect.getsource(kind)))
         lines.append("")
         for f in dataclasses.fields(kind):
             lines.append(_option(f"{section}.{f.name}", f, comments.get(f.name, "")))

@@ -1,10 +1,8 @@
 """The benchmark compares like with like: its baseline is an oracle of the scorer, and it fails where numbers differ."""
 
 import json
-import re
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -157,11 +155,3 @@ def test_sizes_that_cannot_be_measured_are_refused(study, flags, capsys):
     with pytest.raises(SystemExit):
         study.parse(flags)
     assert "must be at least" in capsys.readouterr().err
-
-
-def test_the_studies_import_one_another_in_one_direction_only():
-    """sides.py holds what several studies need and imports no study; no study imports another."""
-    folder = Path(benchmark.__file__).parent
-    for path in folder.glob("*.py"):
-        imported = set(re.findall(r"hark\.launch\.studies\.(\w+)", path.read_text()))
-        assert imported <= ({"baseline"} if path.stem == "sides" else {"baseline", "sides"}), path.name
