@@ -4,10 +4,12 @@ import difflib
 from collections.abc import Mapping
 from typing import TypeVar
 
+from hark import UserError
+
 T = TypeVar("T")
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """A file, a line, a clip or an example cannot be used."""
 
 

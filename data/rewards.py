@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from hark import UserError
 from hark.data.choices import is_correct
 from hark.data.errors import named
 from hark.data.examples import Example
@@ -21,7 +22,7 @@ Reward = Callable[[Example, str, Template], float]
 _INSIDE = r"(?=\s*[^\s<]|\s*<(?!/?(?:think|answer)>))(?:(?!</?(?:think|answer)>).)*"
 
 
-class RewardError(RuntimeError):
+class RewardError(UserError, RuntimeError):
     """A reward function failed or returned something that is not a finite number."""
 
 

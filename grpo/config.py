@@ -1,6 +1,6 @@
 """The options of a run, with their units and defaults: frozen dataclasses, one per section.
 
-`hark.launch.config_file` reads them from YAML. Relative paths are relative to the working directory.
+`hark.launch.common.config_file` reads them from YAML. Relative paths are relative to the working directory.
 """
 
 import dataclasses
@@ -10,8 +10,10 @@ from typing import Annotated, Literal, NamedTuple
 
 import yaml
 
+from hark import UserError
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError, ValueError):
     """A configuration that cannot be used; the message says where, which `section.key`, and what was expected."""
 
 

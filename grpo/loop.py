@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from hark import UserError
 from hark.grpo.config import to_yaml
 from hark.grpo.instruments.flops import best_matmul_rate
 from hark.grpo.instruments.metrics import Metrics, peak_gib, restart_peak, speed
@@ -18,14 +19,14 @@ from hark.grpo.sampler import sample
 from hark.models.policy import Prompt
 
 
-class MemoryProbeError(RuntimeError):
+class MemoryProbeError(UserError, RuntimeError):
     """The longest step does not fit in memory."""
 
 
 def train(learner: Learner) -> None:
     """Do all steps from the first one, or from the newest checkpoint on.
 
-    Refusing to write over another run is the caller's task (`hark.launch.run_directory`).
+    Refusing to write over another run is the caller's task (`hark.launch.common.run_directory`).
     """
     probe(learner)
     config, world, optimizer = learner.config, learner.world, learner.optimizer

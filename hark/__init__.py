@@ -14,7 +14,12 @@ if TYPE_CHECKING:
     from hark.grpo.scorer import score
     from hark.models.loading import load_policy
 
-__all__ = ["group_advantages", "load_policy", "policy_loss", "sample", "score", "token_weights"]
+__all__ = ["UserError", "group_advantages", "load_policy", "policy_loss", "sample", "score", "token_weights"]
+
+
+class UserError(Exception):
+    """An error that the user can correct. A command prints its message as one line, without a traceback."""
+
 
 _MODULES = {
     "group_advantages": "hark.grpo.advantage",

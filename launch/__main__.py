@@ -110,7 +110,7 @@ def overview() -> str:
 
 def help_of(name: str) -> str:
     """The help of a verb whose arguments are a configuration: its module's docstring, and all options."""
-    from hark.launch.config_file import usage
+    from hark.launch.common.config_file import usage
 
     # Read from the source, because to import the module takes seconds, for torch.
     source = Path(find_spec(module_of(name)).origin).read_text(encoding="utf-8")

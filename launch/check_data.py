@@ -17,7 +17,7 @@ from hark.data.benchmarks.report import NAMES
 from hark.data.errors import DataError
 from hark.data.examples import load_examples
 from hark.data.sources.survey import inspect_all, survey
-from hark.launch.common import run
+from hark.launch.common.entry import run
 
 SHOWN = 5  # questions of each fault on the console; the JSON has all
 WIDTH = 27  # characters of a figure's name

@@ -15,14 +15,20 @@ from hark.data.json_files import write_json
 from hark.grpo.config import ConfigError
 from hark.grpo.runtime.checkpoint import CheckpointError, checkpoints, load_weights, step_of
 from hark.grpo.runtime.collectives import exchange_rows, joined_world
-from hark.launch.answering import answer_test
-from hark.launch.common import announce, make_policy, run, training_examples, validation_rows
-from hark.launch.config_file import load_config
+from hark.launch.common.answering import answer_test
+from hark.launch.common.config_file import load_config, usage
+from hark.launch.common.entry import run
+from hark.launch.common.policies import make_policy
+from hark.launch.common.questions import training_examples, validation_rows
+from hark.launch.common.training import announce
 
 WIDTH = 8  # of the column of steps
 
 
 def main(argv: list[str]) -> None:
+    if {"-h", "--help"} & set(argv):
+        print(usage(__doc__))
+        return
     if not argv or "=" in argv[0]:
         raise ConfigError("the first argument must be the run.directory of a run: RUN [section.key=value ...]")
     directory = Path(argv[0])

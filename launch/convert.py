@@ -12,7 +12,7 @@ from pathlib import Path
 from hark.data.errors import DataError
 from hark.data.sources import SOURCES, find_source
 from hark.data.sources.conversion import Conversion, convert, write, write_bad
-from hark.launch.common import run
+from hark.launch.common.entry import run
 
 SHOWN = 5  # missing clips named on the console
 

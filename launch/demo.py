@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from hark.grpo.config import Config
-from hark.launch.config_file import load_config
+from hark.launch.common.config_file import load_config
 
 ROOT = Path("runs/mini")
 LAUNCH = Path(__file__).parent

@@ -5,8 +5,8 @@ torchrun --nproc-per-node GPUS launch/evaluate.py CONFIG [section.key=value ...]
 
 import argparse
 
-from hark.launch.answering import answer_benchmark
-from hark.launch.common import run
+from hark.launch.common.answering import answer_benchmark
+from hark.launch.common.entry import run
 
 
 def main(argv: list[str]) -> None:
@@ -18,7 +18,6 @@ def main(argv: list[str]) -> None:
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line; flags may be anywhere in it."""
     parser = argparse.ArgumentParser(
-        prog="launch/evaluate.py",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         description="Answer the questions of data.test greedily and grade them by the rule of evaluation.benchmark.\n"

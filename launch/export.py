@@ -14,8 +14,9 @@ import torch
 from hark.grpo.config import ConfigError
 from hark.grpo.runtime.checkpoint import CheckpointError, checkpoints, export, export_adapters, load_weights, step_of
 from hark.grpo.runtime.collectives import joined_world
-from hark.launch.common import make_policy, run
-from hark.launch.config_file import load_config
+from hark.launch.common.config_file import load_config
+from hark.launch.common.entry import run
+from hark.launch.common.policies import make_policy
 
 
 def main(argv: list[str]) -> None:

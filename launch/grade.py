@@ -6,11 +6,10 @@ FILE is a JSON array or JSON lines; each row has choices, answer and a predictio
 """
 
 import argparse
-import sys
 
 from hark.data.benchmarks.answer_files import BENCHMARKS
 from hark.data.benchmarks.grading import grade_file
-from hark.data.errors import DataError
+from hark.launch.common.entry import run
 
 
 def main(argv: list[str]) -> None:
@@ -19,9 +18,7 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="launch/grade.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", metavar="FILE")
     parser.add_argument("--benchmark", choices=BENCHMARKS, default="mmau", help="whose rule grades (mmau)")
     parser.add_argument("--json", metavar="OUT", help="write the figures and the grade of each row to this file")
@@ -29,8 +26,4 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    # Not by launch/common.py, whose `run` imports torch.
-    try:
-        main(sys.argv[1:])
-    except DataError as error:
-        sys.exit(f"error: {error}")
+    run(main)

@@ -17,8 +17,9 @@ from hark.data.json_files import write_json
 from hark.grpo.config import Config, ConfigError
 from hark.grpo.instruments.memory import PARTS, Plan, Setting, Work, plan
 from hark.grpo.instruments.shape import Shape, shape_of
-from hark.launch.common import lora_of, run
-from hark.launch.config_file import load_config
+from hark.launch.common.config_file import load_config
+from hark.launch.common.entry import run
+from hark.launch.common.policies import lora_of
 from hark.models.families.qwen2_audio import QWEN2_AUDIO_7B, audio_tokens
 from hark.models.loading import build_from_config, read_config
 

@@ -10,8 +10,9 @@ from hark.data.prompts import target
 from hark.grpo.config import Config
 from hark.grpo.runtime.collectives import World
 from hark.grpo.sft import SupervisedTrainer
-from hark.launch.common import run, train
-from hark.launch.config_file import load_config
+from hark.launch.common.config_file import load_config
+from hark.launch.common.entry import run
+from hark.launch.common.training import train
 from hark.models.policy import Policy
 
 

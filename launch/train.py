@@ -7,8 +7,11 @@ python launch/train.py CONFIG [section.key=value ...]
 from hark.grpo.config import Config, ConfigError
 from hark.grpo.runtime.collectives import World
 from hark.grpo.trainer import Trainer
-from hark.launch.common import make_reference, rewards_of, run, train
-from hark.launch.config_file import load_config
+from hark.launch.common.config_file import load_config
+from hark.launch.common.entry import run
+from hark.launch.common.policies import make_reference
+from hark.launch.common.questions import rewards_of
+from hark.launch.common.training import train
 from hark.models.policy import Policy
 
 

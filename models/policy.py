@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from hark import UserError
 from hark.data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
 from hark.models.attention import (
     TREE,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-class PolicyError(ValueError):
+class PolicyError(UserError, ValueError):
     """A model, checkpoint or prompt that a policy cannot use."""
 
 

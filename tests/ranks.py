@@ -33,4 +33,4 @@ def _rank(rank: int, size: int, port: int, function: Callable[..., None], args: 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with joined_world() as world:
         function(world, *args)
-    os._exit(0)  # as launch/common.py leaves, and for its reason
+    os._exit(0)  # as launch/common/entry.py leaves, and for its reason

@@ -19,8 +19,10 @@ from hark.grpo.config import Config
 from hark.grpo.learner import Learner
 from hark.grpo.runtime.collectives import World
 from hark.grpo.trainer import Trainer
-from hark.launch.common import check_training, make_policy, make_reference, training_examples, training_loader
-from hark.launch.config_file import load_config
+from hark.launch.common.config_file import load_config
+from hark.launch.common.policies import make_policy, make_reference
+from hark.launch.common.questions import training_examples, training_loader
+from hark.launch.common.training import check_training
 
 ROUNDING = 1e-5
 NO_GRADIENT = "k_proj.bias"

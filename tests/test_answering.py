@@ -1,4 +1,4 @@
-"""launch/answering.py: every question of the benchmark has one row, in order, and controls change what they say."""
+"""Answering a test: every question of the benchmark has one row, in order, and controls change what they say."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from hark.data.examples import Example, load_examples
 from hark.grpo.config import ConfigError
 from hark.grpo.runtime.collectives import World, exchange_rows
 from hark.launch import grade
-from hark.launch.answering import answer_benchmark, answers, with_shuffled_audio
-from hark.launch.common import checked_questions, evaluation_share, make_policy, waveform_of
-from hark.launch.config_file import load_config
+from hark.launch.common.answering import answer_benchmark, answers, with_shuffled_audio
+from hark.launch.common.config_file import load_config
+from hark.launch.common.policies import make_policy
+from hark.launch.common.questions import checked_questions, evaluation_share, waveform_of
 from tests.clips import write_questions
 from tests.ranks import on_ranks
 
@@ -80,7 +81,7 @@ def test_a_hidden_answer_is_handed_in_and_left_out_of_the_figures(config, tmp_pa
         examples, bad = load_examples(*args, **kwargs)
         return [replace(example, answer=None) for example in examples], bad
 
-    monkeypatch.setattr("hark.launch.common.load_examples", hidden)
+    monkeypatch.setattr("hark.launch.common.questions.load_examples", hidden)
     answer_benchmark([str(config)], silent=True, audio=True, choices=True)
     assert [row["correct"] for row in result(tmp_path)["rows"]] == [None] * 4 + [False] + [None] * 3
     handed_in = json.loads((tmp_path / "run" / "answers.json").read_text())
@@ -123,7 +124,7 @@ def test_controls_change_what_they_say_and_ask_only_what_could_be_asked(config, 
 
         return evaluation_share(config, world, policy, examples, waveform=heard, on_bad=on_bad)
 
-    monkeypatch.setattr("hark.launch.answering.evaluation_share", remember)
+    monkeypatch.setattr("hark.launch.common.answering.evaluation_share", remember)
     answer_benchmark([str(config)], silent=True, audio=True, choices=True)
     main, silent, audio, choices = asked
     ids = [identity for identity, could in zip(IDS, ASKED, strict=True) if could]

@@ -8,7 +8,7 @@ import torch
 
 from hark.grpo.instruments.communication import step_bytes
 from hark.grpo.runtime.collectives import GIB, CollectiveMeter, World
-from hark.launch.config_file import load_config
+from hark.launch.common.config_file import load_config
 from tests.ranks import on_ranks
 from tests.runs import build, read_metrics, train
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-import hark.launch.config_file as config_module
+import hark.launch.common.config_file as config_module
 from hark.grpo.config import Config, ConfigError, to_yaml
-from hark.launch.config_file import load_config
+from hark.launch.common.config_file import load_config
 
 MINIMAL = "run: {directory: out}\nmodel: {path: mini}\n"
 

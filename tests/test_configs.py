@@ -10,7 +10,7 @@ import pytest
 
 from hark.grpo.config import Config
 from hark.launch import choose, plan, sft, train
-from hark.launch.config_file import load_config
+from hark.launch.common.config_file import load_config
 from tests.clips import write_questions
 from tests.runs import read_metrics
 

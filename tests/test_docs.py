@@ -20,7 +20,7 @@ from torch.distributed.run import get_args_parser
 
 from hark.grpo.config import ConfigError
 from hark.launch.__main__ import VERBS, launcher, module_of, parse
-from hark.launch.config_file import CONFIGS, load_config
+from hark.launch.common.config_file import CONFIGS, load_config
 from hark.launch.studies.scaling import BEGIN, END
 
 ROOT = Path(__file__).parents[1]

@@ -140,8 +140,9 @@ def test_grading_loads_no_framework_and_a_mistake_is_one_line(tmp_path):
     script = grade.__file__
     (tmp_path / "f").write_text(GOOD)
     code = (
-        f"import sys, runpy; sys.argv = ['grade.py', {str(tmp_path / 'f')!r}]\n"
-        f"runpy.run_path({script!r}, run_name='__main__')\n"
+        "import sys\n"
+        "from hark.launch import grade\n"
+        f"grade.main([{str(tmp_path / 'f')!r}])\n"
         "print('loaded', sorted({'torch', 'transformers', 'numpy', 'yaml'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

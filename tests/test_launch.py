@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import soundfile
 
+from hark import UserError
 from hark.launch import evaluate, sft, train
-from hark.launch.common import USER_ERRORS
 from tests.clips import write_questions
 from tests.conftest import build_causal_lm
 
@@ -92,13 +92,13 @@ def test_evaluate_counts_every_question_and_asks_again_for_each_control(config, 
 
 
 def test_evaluate_without_a_test_file_says_so(config):
-    with pytest.raises(USER_ERRORS, match="data.test is missing"):
+    with pytest.raises(UserError, match="data.test is missing"):
         evaluate.main([str(config), "data.test=null"])
 
 
 def test_controls_of_sound_need_a_model_that_hears(config, tmp_path):
     build_causal_lm(tmp_path / "text")
-    with pytest.raises(USER_ERRORS, match="takes text only; --silent and --shuffled-audio"):
+    with pytest.raises(UserError, match="takes text only; --silent and --shuffled-audio"):
         evaluate.main([str(config), f"model.path={tmp_path}/text", "--shuffled-audio"])
 
 
@@ -172,7 +172,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("what", FAULTS)
 def test_bad_input_stops_with_where_what_and_how_to_fix_it(what, config, tmp_path):
-    with pytest.raises(USER_ERRORS, match=FAULTS[what]):
+    with pytest.raises(UserError, match=FAULTS[what]):
         train.main([str(config), *broken(tmp_path, what)])
 
 
@@ -200,5 +200,5 @@ def test_with_skip_bad_it_is_counted_listed_and_left_out(what, config, tmp_path,
     ],
 )
 def test_a_wrong_setting_is_named_with_what_would_be_right(overrides, message, config):
-    with pytest.raises(USER_ERRORS, match=message):
+    with pytest.raises(UserError, match=message):
         train.main([str(config), *overrides])

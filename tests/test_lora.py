@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from hark.grpo.runtime.checkpoint import export_adapters
 from hark.grpo.runtime.collectives import World
 from hark.grpo.scorer import score
-from hark.launch.common import make_policy, make_reference
-from hark.launch.config_file import load_config
+from hark.launch.common.config_file import load_config
+from hark.launch.common.policies import make_policy, make_reference
 from hark.models.loading import load_policy
 from hark.models.lora import WithoutAdapters, adapter_delta, is_adapter, read_lora
 from hark.models.policy import Lora, PolicyError

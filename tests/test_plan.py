@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from hark.grpo.config import ConfigError
 from hark.grpo.instruments.shape import shape_of
 from hark.launch import plan
-from hark.launch.config_file import load_config
+from hark.launch.common.config_file import load_config
 from hark.models.families.qwen2_audio import QWEN2_AUDIO_7B
 from hark.models.loading import build_from_config
 from hark.models.policy import PolicyError

@@ -15,7 +15,7 @@ from hark.grpo.loop import MemoryProbeError, probe
 from hark.grpo.runtime.collectives import World
 from hark.grpo.sft import SupervisedTrainer
 from hark.grpo.trainer import Trainer
-from hark.launch.config_file import load_config
+from hark.launch.common.config_file import load_config
 from hark.models.lora import whole
 from hark.models.policy import Prompt
 from tests.clips import write_questions
@@ -116,7 +116,7 @@ def test_moments_made_beforehand_are_those_of_a_first_step():
 
 
 def test_questions_held_out_of_the_training_data_are_validated_on(settings, tmp_path):
-    from hark.launch.common import training_examples
+    from hark.launch.common.questions import training_examples
 
     config = load_config([*settings, f"run.directory={tmp_path}/run", "data.held_out=3"])
 

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from hark.grpo.config import ConfigError
 from hark.grpo.runtime.collectives import World
 from hark.grpo.runtime.sharding import device_mesh
-from hark.launch.config_file import load_config
+from hark.launch.common.config_file import load_config
 from tests.ranks import on_ranks
 from tests.runs import ROUNDING, build, largest_difference, read_metrics, train, train_all, weights
 

@@ -12,7 +12,7 @@ from hark.grpo import learner, loop
 from hark.grpo import trainer as trainer_module
 from hark.grpo.runtime.collectives import World
 from hark.grpo.types import PolicyBatch
-from hark.launch.config_file import load_config
+from hark.launch.common.config_file import load_config
 from tests.ranks import on_ranks
 from tests.runs import ROUNDING, build, largest_difference, read_metrics
 

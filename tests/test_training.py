@@ -23,8 +23,9 @@ from hark.grpo.sampler import sample
 from hark.grpo.scorer import score
 from hark.grpo.sft import SupervisedTrainer
 from hark.grpo.types import Batch, PolicyBatch
-from hark.launch.common import make_policy, rewards_of, validation_figures
-from hark.launch.config_file import load_config
+from hark.launch.common.config_file import load_config
+from hark.launch.common.policies import make_policy
+from hark.launch.common.questions import rewards_of, validation_figures
 from tests.clips import write_questions
 from tests.conftest import build_causal_lm
 from tests.ranks import on_ranks

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
+from hark import UserError
 from hark.grpo.types import Batch, PolicyBatch
 from hark.models.policy import Prompt
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(UserError, RuntimeError):
     """The loss or the gradient of a step is infinite or not a number."""
 
 

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+from hark import UserError
 from hark.grpo.runtime.collectives import World
 from hark.models.loading import StoredTensors, tied_names
 from hark.models.lora import adapter_delta, adapter_tensors, is_adapter, whole, write_adapters
@@ -31,7 +32,7 @@ SHARD_BYTES = "5GB"  # of one safetensors file of an export
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint that is missing, broken, or of another model."""
 
 

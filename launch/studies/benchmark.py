@@ -31,7 +31,7 @@ import torch
 from hark.grpo.instruments.flops import best_matmul_rate, cost_of, macs
 from hark.grpo.instruments.memory_tracker import MemoryTracker
 from hark.grpo.types import Rollout
-from hark.launch.common import run
+from hark.launch.common.entry import run
 from hark.launch.studies.sides import (
     SECONDS,
     BaselineSide,

@@ -33,7 +33,7 @@ import torch
 from hark.data.json_files import write_json
 from hark.grpo.instruments.flops import best_matmul_rate, cost_of, macs
 from hark.grpo.types import Rollout
-from hark.launch.common import run
+from hark.launch.common.entry import run
 from hark.launch.studies.sides import (
     BASE,
     HarkSide,

@@ -21,7 +21,7 @@ from hark.data.json_files import write_json
 from hark.grpo.instruments.communication import step_bytes
 from hark.grpo.runtime.collectives import GIB, CollectiveMeter, World, joined_world
 from hark.grpo.runtime.sharding import device_mesh, shard
-from hark.launch.common import run
+from hark.launch.common.entry import run
 from hark.launch.studies.sides import BASE, HarkSide, Work, medians, silence
 
 

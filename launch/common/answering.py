@@ -19,17 +19,11 @@ from hark.data.order import shuffle_choices
 from hark.grpo.config import Config, ConfigError
 from hark.grpo.evaluate import evaluate
 from hark.grpo.runtime.collectives import World, exchange_rows, joined_world
-from hark.launch.common import (
-    announce,
-    bad_log,
-    checked_questions,
-    evaluation_settings,
-    evaluation_share,
-    make_policy,
-    waveform_of,
-)
-from hark.launch.config_file import load_config
-from hark.launch.run_directory import changed
+from hark.launch.common.config_file import load_config
+from hark.launch.common.policies import make_policy
+from hark.launch.common.questions import bad_log, checked_questions, evaluation_settings, evaluation_share, waveform_of
+from hark.launch.common.run_directory import changed
+from hark.launch.common.training import announce
 from hark.models.policy import Policy
 
 Question = Example | BadExample

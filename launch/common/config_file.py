@@ -18,7 +18,7 @@ import yaml
 
 from hark.grpo.config import Bound, Config, ConfigError
 
-CONFIGS = Path(__file__).parent / "configs"  # the configurations that come with the package, found by their names
+CONFIGS = Path(__file__).parents[1] / "configs"  # configurations of the package, found by their names
 SECTIONS: dict[str, type] = get_type_hints(Config)
 # A field of a section and its comment, which may be on a later line of the same field.
 COMMENT = re.compile(r"^    (\w+): (?:(?!^    \w)[^#])*# (.+)$", re.MULTILINE)

@@ -1,0 +1,1 @@
+"""What the verbs share: how a command ends, and what a configuration describes, loaded."""

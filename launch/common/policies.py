@@ -1,0 +1,85 @@
+"""The policy and the reference that a configuration describes, loaded and sharded."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from hark.grpo.config import Config
+from hark.grpo.instruments.metrics import peak_gib
+from hark.grpo.runtime.collectives import World, gather_rows
+from hark.grpo.runtime.sharding import device_mesh, shard
+from hark.models.loading import load_policy
+from hark.models.lora import WithoutAdapters, read_lora
+from hark.models.policy import Lora, Policy
+
+
+def make_policy(config: Config, world: World, *, train: bool = True) -> Policy:
+    """The policy of model.path with its adapters, sharded over the world."""
+    lora = lora_of(config) if train or config.lora.path else None  # new adapters are of use only in training
+    mesh = device_mesh(world, config.sharding.replicas)
+    return _load(config, world, config.model.path, mesh, lora=lora, offload=config.sharding.offload, train=train)
+
+
+def make_reference(config: Config, world: World, policy: Policy) -> Policy | WithoutAdapters | None:
+    """The frozen policy of the KL term, or None where beta is 0.
+
+    Where the policy without its adapters is the same, it is that; else a copy, in host memory if so configured.
+    """
+    path = config.model.reference or config.model.path
+    if config.loss.beta == 0:
+        return None
+    if policy.lora is not None and path == config.model.path:
+        return WithoutAdapters(policy)
+    # The policy's mesh, because a second mesh of replicas would create further communicators.
+    offload = config.sharding.offload_reference
+    reference = _load(config, world, path, policy.mesh, lora=None, offload=offload, train=False)
+    if policy.tower_cache is not None and path == config.model.path:
+        reference.share_tower(policy)
+    return reference
+
+
+def lora_of(config: Config) -> Lora | None:
+    """The adapters of the policy: those saved in lora.path, or new ones, or none."""
+    lora = config.lora
+    if lora.path is not None:
+        return read_lora(lora.path)
+    return Lora(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else None
+
+
+def _load(
+    config: Config, world: World, path: str, mesh: DeviceMesh, *, lora: Lora | None, offload: bool, train: bool
+) -> Policy:
+    model, dtype = config.model, getattr(torch, config.model.dtype)
+    before = peak_gib(torch.device("cpu"))
+    policy = load_policy(
+        path,
+        device=world.device,
+        dtype=dtype,
+        master_dtype=getattr(torch, model.master_dtype),
+        train=train,
+        train_tower=model.train_tower,
+        tower_cache=model.tower_cache * 2**20,
+        lora=lora,
+        recompute=model.recompute,
+        attention=model.attention,
+        shard=partial(
+            shard, mesh=mesh, dtype=dtype, reshard=config.sharding.reshard, offload=offload, meter=world.meter
+        ),
+    )
+    _report_loading(policy, path, "policy" if train else "frozen policy", peak_gib(torch.device("cpu")) - before, world)
+    return policy
+
+
+def _report_loading(policy: Policy, path: str, kind: str, grown: float, world: World) -> None:
+    peaks = gather_rows([grown], world)
+    if peaks is not None:
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in policy.parameters()]
+        count, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
+        print(
+            f"{kind} {path}: {count / 1e6:.4g} M parameters, {trained / 1e6:.3g} M to train; the peak of host memory "
+            f"grew by {', '.join(f'{peak:.2f}' for peak in peaks)} GiB while loading on {world.size} ranks",
+            flush=True,
+        )

@@ -1,0 +1,170 @@
+"""The questions that a configuration names, as prompts to train on and to evaluate; and their rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hark.data.audio import load_waveform
+from hark.data.benchmarks.report import accuracies, row_of
+from hark.data.choices import is_correct
+from hark.data.examples import BadExample, Example, load_examples
+from hark.data.loader import BadLog, Loader, check_audio, evaluation_batches
+from hark.data.order import hold_out
+from hark.data.rewards import reward_matrix
+from hark.grpo.config import Config
+from hark.grpo.evaluate import evaluate
+from hark.grpo.runtime.collectives import World
+from hark.models.policy import Policy, Prompt
+
+# Batches of an evaluation that the sampler gets at once, so that a finished answer makes room for the next question.
+ROUNDS = 4
+
+
+def training_examples(config: Config, world: World, policy: Policy) -> tuple[list[Example], list[Example]]:
+    """The examples to train on, and those to validate on: data.validation, or held out of data.train."""
+    examples = checked_examples(config, world, policy, config.data.train)
+    if config.data.validation is not None:
+        return examples, checked_examples(config, world, policy, config.data.validation)
+    return hold_out(examples, config.data.held_out, config.run.seed) if config.data.held_out else (examples, [])
+
+
+def training_loader(config: Config, world: World, policy: Policy, examples: Sequence[Example]) -> Loader:
+    """Prepares the prompts of each step."""
+    return Loader(
+        examples,
+        policy.prepare,
+        seed=config.run.seed,
+        prompts_per_step=config.optim.prompts_per_step,
+        rank=world.rank,
+        world=world.size,
+        template=config.data.template,
+        shuffle_choices=config.data.shuffle_choices,
+        waveform=waveform_of(config, policy),
+        skip_bad=config.data.skip_bad,
+        workers=config.data.workers,
+        silent_share=config.data.silent_share,
+        on_bad=bad_log(config).add,
+    )
+
+
+def validation_figures(config: Config, world: World, policy: Policy, examples: Sequence[Example]) -> dict[str, float]:
+    """Greedy accuracy on the examples, in all and by task; empty on all ranks but 0."""
+    rows = validation_rows(config, world, policy, examples)
+    return {} if rows is None else accuracies(rows, "task")
+
+
+def validation_rows(config: Config, world: World, policy: Policy, examples: Sequence[Example]) -> list[dict] | None:
+    """Greedy answers to the first evaluation.limit examples, judged: one row each on rank 0, None on the others."""
+    batches = evaluation_share(
+        config, world, policy, examples[: config.evaluation.limit],
+        waveform=waveform_of(config, policy), on_bad=bad_log(config).add,
+    )  # fmt: skip
+
+    def to_row(example: Example, completion: str, stopped: bool) -> dict:
+        correct = is_correct(completion, example.choices, example.answer)
+        return row_of(example, prediction=completion, correct=correct, stopped=stopped)
+
+    return evaluate(policy, batches, to_row, world, **evaluation_settings(config))
+
+
+def evaluation_share(
+    config: Config,
+    world: World,
+    policy: Policy,
+    examples: Sequence[Example],
+    *,
+    waveform: Callable[[Example], np.ndarray],
+    on_bad: Callable[[BadExample], object],
+) -> Iterator[Sequence[tuple[Example, Prompt]]]:
+    """This rank's share of the examples, in batches; on_bad gets each one that cannot be used and is left out."""
+    return evaluation_batches(
+        examples[world.rank :: world.size],
+        policy.prepare,
+        template=config.data.template,
+        waveform=waveform,
+        batch=ROUNDS * config.evaluation.batch,
+        workers=config.data.workers,
+        skip_bad=config.data.skip_bad,
+        on_bad=on_bad,
+    )
+
+
+def evaluation_settings(config: Config) -> dict[str, Any]:
+    """The settings of `evaluate`."""
+    rollout = config.rollout
+    return dict(max_new_tokens=rollout.max_new_tokens, batch=config.evaluation.batch, graphs=rollout.cuda_graphs)
+
+
+def checked_examples(config: Config, world: World, policy: Policy, path: str) -> list[Example]:
+    """The examples of a JSONL file whose clips can be opened; the others are listed in the run directory."""
+    examples, bad = read_examples(config, policy, path)
+    examples, unusable = check_clips(config, examples)
+    list_bad(config, world, path, bad + unusable, "bad examples skipped")
+    return examples
+
+
+def checked_questions(config: Config, world: World, policy: Policy) -> tuple[list[Example | BadExample], list[Example]]:
+    """The first evaluation.limit questions of data.test in file order, and those of them that can be asked."""
+    examples, bad = read_examples(config, policy, config.data.test, benchmark=True)
+    questions = sorted([*examples, *bad], key=lambda question: int(question.line.rpartition(":")[2]))
+    questions = questions[: config.evaluation.limit]
+    usable, unusable = check_clips(config, [question for question in questions if isinstance(question, Example)])
+    bad = [question for question in questions if isinstance(question, BadExample)]
+    list_bad(config, world, config.data.test, bad + unusable, "questions cannot be asked and count as wrong")
+    return questions, usable
+
+
+def read_examples(
+    config: Config, policy: Policy, path: str, *, benchmark: bool = False
+) -> tuple[list[Example], list[BadExample]]:
+    """The examples of a JSONL file, and the lines that are skipped by data.skip_bad."""
+    return load_examples(
+        path,
+        audio_root=config.data.audio_root,
+        require_audio=policy.sample_rate is not None,
+        skip_bad=config.data.skip_bad,
+        benchmark=benchmark,
+    )
+
+
+def check_clips(config: Config, examples: Sequence[Example]) -> tuple[list[Example], list[BadExample]]:
+    """The examples whose clips can be opened, and the others."""
+    data = config.data
+    return check_audio(
+        examples, max_seconds=data.max_seconds, long_clips=data.long_clips, skip_bad=data.skip_bad, workers=data.workers
+    )
+
+
+def list_bad(config: Config, world: World, path: str, bad: Sequence[BadExample], what: str) -> None:
+    """Add examples to the list of bad ones, on rank 0, and print how many."""
+    if world.is_main and bad:
+        log = bad_log(config)
+        for example in bad:
+            log.add(example)
+        print(f"{path}: {len(bad)} {what}, listed in {log.path}", flush=True)
+
+
+def bad_log(config: Config) -> BadLog:
+    """The list of skipped examples."""
+    return BadLog(Path(config.run.directory) / "bad.jsonl")
+
+
+def waveform_of(config: Config, policy: Policy) -> Callable[[Example], np.ndarray]:
+    """A function from an example to its waveform at the policy's sample rate."""
+    return lambda example: load_waveform(
+        example.audio_path,
+        sample_rate=policy.sample_rate,
+        max_seconds=config.data.max_seconds,
+        long_clips=config.data.long_clips,
+    )
+
+
+def rewards_of(config: Config) -> Callable[[Sequence[Example], Sequence[str]], torch.Tensor]:
+    """A function from examples and completions to their reward columns (B, K)."""
+    return partial(reward_matrix, names=tuple(config.reward.weights), template=config.data.template)

@@ -1,0 +1,58 @@
+"""A training run, from its configuration to its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from hark.data.prompts import find_template
+from hark.data.rewards import find_reward
+from hark.grpo import loop
+from hark.grpo.config import Config, ConfigError, to_yaml
+from hark.grpo.learner import Learner
+from hark.grpo.runtime.collectives import World, joined_world
+from hark.launch.common.policies import make_policy
+from hark.launch.common.questions import bad_log, training_examples, training_loader, validation_figures
+from hark.launch.common.run_directory import check_run_directory
+
+
+def train(config: Config, make_trainer: Callable[..., Learner]) -> None:
+    """Train what `make_trainer(config, world, policy, data=, validate=)` makes, on the processes of torchrun."""
+    with joined_world(threads=config.run.threads) as world:
+        announce(config, world)
+        check_training(config, world)
+        policy = make_policy(config, world)
+        examples, held_out = training_examples(config, world, policy)
+        validate = partial(validation_figures, config, world, policy, held_out) if held_out else None
+        with training_loader(config, world, policy, examples) as loader:
+            loop.train(make_trainer(config, world, policy, data=loader, validate=validate))
+            if loader.bad:
+                print(f"{len(loader.bad)} more turned out bad, listed in {bad_log(config).path}", flush=True)
+
+
+def announce(config: Config, world: World) -> None:
+    """Print the resolved configuration, after a check of the names of its template and rewards."""
+    find_template(config.data.template)
+    for name in config.reward.weights:
+        find_reward(name)
+    if world.is_main:
+        print(to_yaml(config), end="", flush=True)
+
+
+def check_training(config: Config, world: World) -> None:
+    """Refuse, before anything is loaded, a configuration that cannot be trained or would overwrite another run."""
+    check_run_directory(config)
+    if config.data.train is None:
+        raise ConfigError("data.train is missing; training needs a JSONL file of examples")
+    if config.optim.prompts_per_step % world.size:
+        raise ConfigError(
+            f"optim.prompts_per_step is {config.optim.prompts_per_step}; "
+            f"it must be a multiple of the number of processes, {world.size}"
+        )
+    if config.model.attention == "flex" and world.device.type != "cuda":
+        raise ConfigError(
+            "model.attention=flex needs a GPU: FlexAttention has no backward on the CPU; leave it at sdpa"
+        )
+    evaluates = config.evaluation.every or config.evaluation.before
+    if evaluates and config.data.validation is None and not config.data.held_out:
+        raise ConfigError("evaluation is asked for, but neither data.validation nor data.held_out gives questions")
