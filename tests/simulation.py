@@ -25,7 +25,7 @@ from hark.grpo.instruments.memory_tracker import MemoryTracker
 from hark.grpo.instruments.shape import shape_of
 from hark.grpo.optimizer import build_optimizer
 from hark.grpo.runtime.sharding import gathered, release, shard
-from hark.grpo.sampler import _sample
+from hark.grpo.sampler import sample
 from hark.grpo.scorer import score
 from hark.grpo.tree import Layout, tree_masks
 from hark.models.cache import GroupCache, TowerCache
@@ -130,14 +130,12 @@ def _step(
     with tracker.phase("optimizer"):
         _update(policy, optimizer)
     pretend.placeholders = (work.decoded or work.prompts) * audio_tokens(work.frames)
-    uniforms = torch.zeros(work.prompts * work.group_size, steps, dtype=torch.float64)
-    rows = work.decoded or work.prompts
     whole = mock.patch("hark.grpo.branches.GroupCache", lambda *sizes: GroupCache(*sizes[:3], work.max_new_tokens - 1))
     blind = mock.patch("hark.grpo.branches.DelayedFlags", lambda flags: lambda: [True] * flags.numel())
     with tracker.phase("rollout"), gathered(policy), torch.no_grad(), whole, blind:
-        policy(
-            _sample, prompts, group_size=work.group_size, limit=steps, temperature=1.0, uniforms=uniforms, rows=rows,
-            stop=True, graphs=False,
+        sample(
+            policy, prompts, group_size=work.group_size, max_new_tokens=steps, temperature=1.0,
+            keys=[(n,) for n in range(work.prompts)], batch=work.decoded,
         )  # fmt: skip
 
 
