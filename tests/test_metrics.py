@@ -9,11 +9,11 @@ import types
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import hark.grpo.instruments.metrics as metrics_module
 from hark.grpo.instruments.metrics import Metrics
 from hark.grpo.runtime.collectives import World, reduce_max, reduce_sums
+from tests.ranks import on_ranks
 
 
 @pytest.fixture
@@ -241,26 +241,23 @@ def test_reduce_sums_of_one_process_is_a_copy():
     assert reduce_sums({}, WORLD) == {}
 
 
-def _reduce_on_rank(rank: int, store: str, out: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    world, calls = World(rank, 2, torch.device("cpu")), []
-    all_reduce = dist.all_reduce
+def _reduce_on_rank(world: World, out: str) -> None:
+    calls, all_reduce = [], dist.all_reduce
     dist.all_reduce = lambda tensor, **options: calls.append(tensor.dtype) or all_reduce(tensor, **options)
     # The ranks name their values in different orders; 1 + 2**-40 is lost in float32.
-    mine = [{"reward": 1.0, "count": 2.0**-40}, {"count": 1.0, "reward": 10.0}][rank]
+    mine = [{"reward": 1.0, "count": 2.0**-40}, {"count": 1.0, "reward": 10.0}][world.rank]
     result = {"sums": reduce_sums(mine, world), "float64_calls": [dtype == torch.float64 for dtype in calls]}
-    result["largest"] = reduce_max(7 - 2 * rank, world)
+    result["largest"] = reduce_max(7 - 2 * world.rank, world)
     try:
-        reduce_sums({["loss", "kl"][rank]: 1.0}, world)
+        reduce_sums({["loss", "kl"][world.rank]: 1.0}, world)
     except ValueError as error:
         result["error"] = str(error)
-    with open(f"{out}{rank}", "w") as file:
+    with open(f"{out}{world.rank}", "w") as file:
         json.dump(result, file)
-    dist.destroy_process_group()
 
 
 def test_reduce_sums_over_two_ranks_is_one_exact_call_that_checks_the_names(tmp_path):
-    mp.spawn(_reduce_on_rank, (str(tmp_path / "store"), str(tmp_path / "out")), nprocs=2)
+    on_ranks(2, _reduce_on_rank, str(tmp_path / "out"))
     for rank, name in enumerate(["loss", "kl"]):
         result = json.loads((tmp_path / f"out{rank}").read_text())
         assert result["sums"] == {"count": 1.0 + 2.0**-40, "reward": 11.0}
