@@ -37,9 +37,13 @@ LIMIT = 300  # seconds, far beyond any call's: ranks that wait for each other wo
 def on_ranks(size: int, function: Callable[..., None], *args: Any) -> None:
     """Call `function(world, *args)` on each of `size` ranks; raises what a rank raised, or TimeoutError."""
     if size == 1:
-        with joined_world() as world:
-            function(world, *args)
-        return
+        _in_world(function, *args)
+    else:
+        as_torchrun(size, _in_world, function, *args)
+
+
+def as_torchrun(size: int, function: Callable[..., None], *args: Any) -> None:
+    """Call `function(*args)` in each of `size` processes that find what torchrun tells a process, and no world yet."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -50,7 +54,12 @@ def on_ranks(size: int, function: Callable[..., None], *args: Any) -> None:
         if time.monotonic() >= deadline:
             for process in ranks.processes:
                 process.kill()
-            raise TimeoutError(f"{function.__qualname__} has not ended on {size} ranks after {LIMIT} s")
+            raise TimeoutError(f"{size} ranks have not ended after {LIMIT} s: {function.__name__} {args}")
+
+
+def _in_world(function: Callable[..., None], *args: Any) -> None:
+    with joined_world() as world:
+        function(world, *args)
 
 
 def _rank(rank: int, size: int, port: int, function: Callable[..., None], args: tuple) -> None:
@@ -58,7 +67,6 @@ def _rank(rank: int, size: int, port: int, function: Callable[..., None], args: 
     flops.SIZES = (256,)  # as in conftest.py
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with joined_world() as world:
-        function(world, *args)
+    function(*args)
     sys.stdout.flush()
     os._exit(0)  # as launch/common.py leaves, and for its reason
