@@ -79,14 +79,14 @@ class Loader(Generic[Prompt]):
         self._ahead: dict[int, list[Future[_Slot[Prompt]]]] = {}
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="loader")
 
-    def step(self, step: int) -> list[tuple[Example, Prompt]]:
-        """This rank's examples of a step with their prompts, in order; any step may be asked for."""
+    def step(self, step: int) -> list[tuple[Example, Prompt, tuple[int, ...]]]:
+        """This rank's examples of a step with their prompts and keys, in order; any step may be asked for."""
         futures = self._ahead.pop(step, None) or self._submit(step)
         self.prepare(step + 1)
         slots = [future.result() for future in futures]
         for slot in slots:
             self._record(slot)
-        return [(slot.example, slot.prompt) for slot in slots]
+        return [(slot.example, slot.prompt, self.key(step, slot.example)) for slot in slots]
 
     def prepare(self, step: int) -> None:
         """Begin to prepare a step, instead of any other that is not asked for yet."""

@@ -1,4 +1,4 @@
-"""The completions that grow at the moment, and the step that gives each of them its next token."""
+"""The completions that are being decoded, and the step that gives each of them its next token."""
 
 from __future__ import annotations
 
@@ -19,15 +19,19 @@ from hark.models.policy import Policy, Prompt
 
 @dataclass
 class Branch:
-    """A growing completion: which of the B it is, where it stands in the grid of R rows by G, and its tokens so far."""
+    """A completion that is being decoded.
+
+    completion: its index among the B completions. cell: its index in a grid of R cache rows with G cells each. tokens:
+    how many it has so far.
+    """
 
     completion: int
-    place: int
+    cell: int
     tokens: int = 1
 
 
 class Sizes(NamedTuple):
-    """How much of everything a step is about: branches, rows of the cache, tokens of a prompt and of a branch."""
+    """How much a decode step computes: branches, cache rows, tokens of a prompt and tokens of a branch."""
 
     branches: int
     rows: int
@@ -35,14 +39,31 @@ class Sizes(NamedTuple):
     steps: int
 
 
-class Branches:
-    """Groups of up to R prompts at a time: `begin` prefills prompts, `grow` adds a token to each of their branches.
+class DecodePlan(NamedTuple):
+    """What a decode step feeds, as tensors on the device.
 
-    The device holds what was drawn, of all B completions and of one more that takes what belongs to none, and the keys
-    and values of those alive; the host holds who is alive. What has drawn a stop token is known on the device only,
-    until `remove_finished` asks.
-    uniforms: (B, T) float64 in [0, 1), from which tokens are drawn; None takes the likeliest.
-    graphs: record the step on a GPU, so that no time goes into launching its kernels one by one.
+    For each of the branches, in the order of the cache: its completion, the index of the token that is fed, its cell in
+    the grid, and the length of its prompt. branch_of_cell: for each cell of the grid the branch in it.
+    """
+
+    completion: torch.Tensor
+    step: torch.Tensor
+    cell: torch.Tensor
+    prompt_length: torch.Tensor
+    branch_of_cell: torch.Tensor
+
+
+class Branches:
+    """Decodes groups of up to R prompts at a time.
+
+    `prefill` begins prompts, `decode_step` adds a token to each of their branches, `remove_finished` makes room.
+
+    The tensors of tokens, masks and logprobs have a row for each of the B completions and one more, B: a dummy row that
+    padding writes to. Keys and values are kept for the current branches only. The host knows which branches these are;
+    which of them have drawn a stop token only the device knows, until `remove_finished` reads it.
+
+    uniforms: (B, T) float64 in [0, 1), from which tokens are drawn; None takes the likeliest token.
+    graphs: record the decode step on a GPU, which saves the time to launch its kernels one by one.
     """
 
     def __init__(
@@ -70,61 +91,61 @@ class Branches:
         self.stopped = torch.zeros_like(self.running)
         longest = max(len(prompt.ids) for prompt in prompts)
         self.cache = GroupCache(rows, longest, rows * group_size, limit - 1)
-        self._look = DelayedFlags(self.running)
-        self._recorded = CudaGraphs() if graphs and device.type == "cuda" else None
-        self._alive: list[Branch] = []  # in the order in which they stand in the cache
-        self._prompt_of: list[int | None] = []  # by row of the cache
+        self._read_running = DelayedFlags(self.running)
+        self._graphs = CudaGraphs() if graphs and device.type == "cuda" else None
+        self._branches: list[Branch] = []  # in the order of the cache
+        self._prompt_of_row: list[int | None] = []  # None where the row is free
 
     @property
     def alive(self) -> bool:
-        """Whether any branch still grows."""
-        return any(branch.completion < self.count for branch in self._alive)
+        """Whether any completion is not finished."""
+        return any(branch.completion < self.count for branch in self._branches)
 
     @property
     def free(self) -> int:
-        """How many prompts can be begun now."""
-        return self.rows - sum(n is not None for n in self._prompt_of)
+        """How many prompts can be prefilled now."""
+        return self.rows - sum(n is not None for n in self._prompt_of_row)
 
     def prefill(self, chosen: Sequence[int]) -> None:
-        """PrefillAttention prompts, given by number, and draw the first token of each of their completions."""
-        prompts = [self.prompts[n] for n in chosen]
-        embeddings, lengths = self.policy.embed(prompts)  # (N, P, D), (N,)
+        """Prefill prompts, given by index, and draw the first token of each of their completions."""
+        embeddings, lengths = self.policy.embed([self.prompts[n] for n in chosen])  # (N, P, D), (N,)
         prompt = prompt_layout(lengths, embeddings.shape[1])
         masks = tree_masks(self.policy.windows, prompt, prompt, prompt=embeddings.shape[1])
-        hidden = self.policy.decode(
-            embeddings, masks, prompt.position, PrefillAttention(self.cache, self._assign_rows(chosen))
-        )
+        attention = PrefillAttention(self.cache, self._assign_rows(chosen))
+        hidden = self.policy.decode(embeddings, masks, prompt.position, attention)
         last = hidden[torch.arange(len(chosen), device=hidden.device), lengths - 1]  # (N, D)
         first = torch.tensor(chosen, device=hidden.device)[:, None] * self.group_size
         completion = first + torch.arange(self.group_size, device=hidden.device)  # (N, G)
         self._draw(last, completion, torch.zeros_like(completion))
 
     def decode_step(self) -> None:
-        """Feed every branch the token it drew last, and draw its next one."""
+        """Feed every branch its last token, and draw its next one."""
         sizes = self._sizes()
-        plan = send(self._plan(sizes), self.tokens.device)
-        if self._recorded is None:
+        plan = self._plan(sizes)
+        if self._graphs is None:
             self._step(plan, sizes)
         else:
-            self._recorded(self._step, plan, sizes)
-        for branch in self._alive:
+            self._graphs(self._step, plan, sizes)
+        for branch in self._branches:
             branch.tokens += 1
 
     def remove_finished(self, *, keep_rows: bool) -> None:
-        """Let go of the branches that have ended, and close the gaps they leave.
+        """Remove the branches that have ended.
 
-        keep_rows: leave a prompt's row where it is although prompts before it have ended, because others will follow.
+        keep_rows: leave prompts in their cache rows although rows before them became free, because other prompts will
+        take these.
         """
-        running, capacity, device = self._look(), self.rows * self.group_size, self.tokens.device
-        kept = [running[branch.completion] and branch.tokens < self.limit for branch in self._alive]
-        for branch in (branch for branch, is_kept in zip(self._alive, kept, strict=True) if not is_kept):
-            branch.completion, branch.tokens = self.count, 1  # idle: it is fed, if at all, as what belongs to none
-        # To move keys and values costs a GPU more than to feed idle branches, until a smaller size will do.
-        closes = round_up(sum(kept), capacity, device) < round_up(len(kept), capacity, device)
-        if closes or keep_rows and not all(kept):
-            self._close_branches(kept)
+        running, capacity, device = self._read_running(), self.rows * self.group_size, self.tokens.device
+        kept = [running[branch.completion] and branch.tokens < self.limit for branch in self._branches]
+        for branch, is_kept in zip(self._branches, kept, strict=True):
+            if not is_kept:
+                branch.completion, branch.tokens = self.count, 1  # while it is fed, it writes to the dummy row
+        # On a GPU it costs more to move keys and values than to feed finished branches, until the rounded size shrinks.
+        shrinks = round_up(sum(kept), capacity, device) < round_up(len(kept), capacity, device)
+        if shrinks or keep_rows and not all(kept):
+            self._compact_branches(kept)
             if not keep_rows:
-                self._close_rows()
+                self._compact_rows()
 
     def rollout(self) -> Rollout:
         """All completions, in the order of the prompts."""
@@ -134,42 +155,41 @@ class Branches:
 
     def _sizes(self) -> Sizes:
         device, capacity = self.tokens.device, self.rows * self.group_size
-        lengths = [len(self.prompts[n].ids) for n in self._prompt_of if n is not None]
+        lengths = [len(self.prompts[n].ids) for n in self._prompt_of_row if n is not None]
         return Sizes(
-            branches=round_up(len(self._alive), capacity, device),
-            rows=round_up(len(self._prompt_of), self.rows, device),
+            branches=round_up(len(self._branches), capacity, device),
+            rows=round_up(len(self._prompt_of_row), self.rows, device),
             prompt=round_up(max(lengths), self.cache.prompt, device),
-            steps=round_up(max(branch.tokens for branch in self._alive), self.limit - 1, device, least=32),
+            steps=round_up(max(branch.tokens for branch in self._branches), self.limit - 1, device, least=32),
         )
 
-    def _plan(self, sizes: Sizes) -> list[int]:
-        """For each branch its completion, step, place and prompt's length; then for each place the branch there.
+    def _plan(self, sizes: Sizes) -> DecodePlan:
+        """The plan of the next step; padding up to the sizes feeds token 0 of the dummy row after a prompt of 1."""
+        branches, padding = self._branches, sizes.branches - len(self._branches)
+        prompts = [self._prompt_of_row[branch.cell // self.group_size] for branch in branches]
+        branch_of_cell = [0] * (sizes.rows * self.group_size)
+        for index, branch in enumerate(branches):
+            branch_of_cell[branch.cell] = index
+        columns = (
+            [branch.completion for branch in branches] + [self.count] * padding,
+            [branch.tokens - 1 for branch in branches] + [0] * padding,
+            [branch.cell for branch in branches] + [0] * padding,
+            [len(self.prompts[n].ids) for n in prompts] + [1] * padding,
+            branch_of_cell,
+        )
+        return DecodePlan(*(send(column, self.tokens.device) for column in columns))
 
-        What fills up to the sizes belongs to the completion that is none.
-        """
-        grid, idle = [0] * (sizes.rows * self.group_size), sizes.branches - len(self._alive)
-        columns: list[list[int]] = [[], [], [], []]
-        for slot, branch in enumerate(self._alive):
-            grid[branch.place] = slot
-            length = len(self.prompts[self._prompt_of[branch.place // self.group_size]].ids)
-            for column, value in zip(
-                columns, (branch.completion, branch.tokens - 1, branch.place, length), strict=True
-            ):
-                column.append(value)
-        fill = (self.count, 0, 0, 1)
-        return [value for column, own in zip(columns, fill, strict=True) for value in column + [own] * idle] + grid
-
-    def _step(self, plan: torch.Tensor, sizes: Sizes) -> None:
-        """Feed the branches of a plan their last tokens, and draw the next; done twice, it is done once."""
-        b = sizes.branches
-        completion, step, place, length, grid = plan.split([b, b, b, b, len(plan) - 4 * b])
-        position = (length + step)[:, None]
+    def _step(self, plan: DecodePlan, sizes: Sizes) -> None:
+        """Feed the branches of a plan their last tokens, and draw the next ones. To repeat it changes nothing."""
+        position = (plan.prompt_length + plan.step)[:, None]
         fed = Layout(torch.zeros_like(position), position, torch.ones_like(position, dtype=torch.bool))
-        keys = prompt_layout(length, sizes.prompt) + branches_layout(length, 1, sizes.steps)
-        embedded = self.policy.embed_tokens(self.tokens[completion, step])[:, None]  # (b, 1, D)
-        growth = DecodeAttention(self.cache, step, place, grid, sizes.rows, sizes.prompt, sizes.steps)
-        hidden = self.policy.decode(embedded, tree_masks(self.policy.windows, fed, keys), position, growth)
-        self._draw(hidden[:, 0], completion[:, None], step[:, None] + 1)
+        keys = prompt_layout(plan.prompt_length, sizes.prompt) + branches_layout(plan.prompt_length, 1, sizes.steps)
+        embedded = self.policy.embed_tokens(self.tokens[plan.completion, plan.step])[:, None]  # (b, 1, D)
+        attention = DecodeAttention(
+            self.cache, plan.step, plan.cell, plan.branch_of_cell, sizes.rows, sizes.prompt, sizes.steps
+        )
+        hidden = self.policy.decode(embedded, tree_masks(self.policy.windows, fed, keys), position, attention)
+        self._draw(hidden[:, 0], plan.completion[:, None], plan.step[:, None] + 1)
 
     def _draw(self, hidden: torch.Tensor, completion: torch.Tensor, at: torch.Tensor) -> None:
         """Draw token `at` (n, g) of completions (n, g), g of them from each hidden state (n, D)."""
@@ -186,46 +206,47 @@ class Branches:
         self.running[completion] = running & ~stopped
 
     def _assign_rows(self, chosen: Sequence[int]) -> list[int]:
-        """Give prompts rows of the cache, and their branches places in it."""
-        self._prompt_of += [None] * max(0, len(chosen) - self._prompt_of.count(None))
-        rows = [row for row, n in enumerate(self._prompt_of) if n is None][: len(chosen)]
+        """Give prompts free rows of the cache, and their branches the cells of these rows."""
+        self._prompt_of_row += [None] * max(0, len(chosen) - self._prompt_of_row.count(None))
+        rows = [row for row, n in enumerate(self._prompt_of_row) if n is None][: len(chosen)]
         for row, n in zip(rows, chosen, strict=True):
-            self._prompt_of[row] = n
-            first, place = n * self.group_size, row * self.group_size
-            self._alive += [Branch(first + g, place + g) for g in range(self.group_size)]
+            self._prompt_of_row[row] = n
+            completion, cell = n * self.group_size, row * self.group_size
+            self._branches += [Branch(completion + g, cell + g) for g in range(self.group_size)]
         return rows
 
-    def _close_branches(self, kept: Sequence[bool]) -> None:
-        """Bring the branches that are kept to the front of the cache."""
-        moves = _closing(kept)
-        self.cache.move_branches(*self._sent(moves), max(branch.tokens for branch in self._alive) - 1)
-        self._alive = _closed(self._alive, moves, sum(kept))
-        seated = {branch.place // self.group_size for branch in self._alive}
-        self._prompt_of = [n if row in seated else None for row, n in enumerate(self._prompt_of)]
+    def _compact_branches(self, kept: Sequence[bool]) -> None:
+        """Move the branches that are kept to the front of the cache, and free the rows that have none left."""
+        moves = _compacting_moves(kept)
+        self.cache.move_branches(*self._sent(moves), max(branch.tokens for branch in self._branches) - 1)
+        self._branches = _compacted(self._branches, moves, sum(kept))
+        used = {branch.cell // self.group_size for branch in self._branches}
+        self._prompt_of_row = [n if row in used else None for row, n in enumerate(self._prompt_of_row)]
 
-    def _close_rows(self) -> None:
-        """Bring the prompts that have branches to the front of the cache."""
-        kept = [n is not None for n in self._prompt_of]
-        moves = _closing(kept)
+    def _compact_rows(self) -> None:
+        """Move the prompts that have branches to the first rows of the cache."""
+        kept = [n is not None for n in self._prompt_of_row]
+        moves = _compacting_moves(kept)
         self.cache.move_rows(*self._sent(moves))
-        self._prompt_of = _closed(self._prompt_of, moves, sum(kept))
-        for branch in self._alive:
-            row, g = divmod(branch.place, self.group_size)
-            branch.place = dict(moves).get(row, row) * self.group_size + g
+        self._prompt_of_row = _compacted(self._prompt_of_row, moves, sum(kept))
+        for branch in self._branches:
+            row, g = divmod(branch.cell, self.group_size)
+            branch.cell = dict(moves).get(row, row) * self.group_size + g
 
     def _sent(self, moves: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+        """The sources and the targets of moves, on the device."""
         return [send([move[end] for move in moves], self.tokens.device) for end in range(2)]
 
 
-def _closing(kept: Sequence[bool]) -> list[tuple[int, int]]:
-    """Moves (from, to) that bring what is kept to the front: the last ones into the gaps."""
+def _compacting_moves(kept: Sequence[bool]) -> list[tuple[int, int]]:
+    """Moves (from, to) that bring the items to keep to the front: the last of them into the gaps."""
     count = sum(kept)
     sources = [i for i in range(count, len(kept)) if kept[i]]
     return list(zip(sources, [i for i in range(count) if not kept[i]], strict=True))
 
 
-def _closed(items: list, moves: Sequence[tuple[int, int]], count: int) -> list:
-    """The items that are left after moves."""
+def _compacted(items: list, moves: Sequence[tuple[int, int]], count: int) -> list:
+    """The first `count` items after moves."""
     items = list(items)
     for source, target in moves:
         items[target] = items[source]

@@ -1,4 +1,4 @@
-"""Token weights, the KL estimator, and the losses; the papers' equations stand in the docstrings."""
+"""Token weights, the KL estimator, and the losses; each docstring has its equation."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ MetricSums = dict[str, torch.Tensor]  # metric name -> its weighted sum; weights
 
 
 def token_weights(mask: torch.Tensor, *, kind: str, completions: float, tokens: float) -> torch.Tensor:
-    """What each token counts for, (B, T), so that the loss of a step is a plain weighted sum over all ranks.
+    """Weights (B, T) of the tokens, with which the loss of a step is a plain weighted sum over all ranks.
 
     "sequence-mean": 1 / (completions * |o_i|), the mean over completions of the mean over tokens (GRPO, R1-AQA).
-    "token-mean": 1 / tokens, every token alike, so long completions count for more (DAPO, arXiv 2503.14476).
-    completions, tokens: how many there are in the whole step, over all ranks.
+    "token-mean": 1 / tokens, the mean over all tokens, so that longer completions weigh more (DAPO, arXiv 2503.14476).
+    completions, tokens: their numbers in the whole step, over all ranks.
     """
     if kind == "sequence-mean":
         return mask / (mask.sum(dim=1, keepdim=True).clamp(min=1) * completions)
@@ -41,7 +41,7 @@ def policy_loss(
     clip_high: float,
     beta: float,
 ) -> tuple[torch.Tensor, MetricSums]:
-    """The GRPO objective, negated (arXiv 2402.03300, equation 3), and what to report of it.
+    """The GRPO objective, negated (arXiv 2402.03300, equation 3), and the sums of its metrics.
 
     rho = pi / pi_old
     loss = sum_t w_t * ( -min(rho * A, clip(rho, 1 - clip_low, 1 + clip_high) * A) + beta * k3 )

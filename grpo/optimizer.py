@@ -22,9 +22,9 @@ def build_optimizer(policy: Policy, *, weight_decay: float, betas: tuple[float, 
 
 
 def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Give the optimizer the state that its first step would: a step at rate 0 on gradients of 0, which moves nothing.
+    """Let the optimizer allocate its moments, by a step with gradients of 0 at a learning rate of 0.
 
-    To be undone by `optimizer.state.clear()`.
+    Weights stay as they are. `optimizer.state.clear()` frees the moments.
     """
     for group in optimizer.param_groups:
         group["lr"] = 0.0
@@ -37,7 +37,8 @@ def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
 def learning_rate(step: int, *, peak: float, schedule: str, warmup: int, total: int) -> float:
     """Learning rate of step 0 .. total - 1: a linear rise over `warmup` steps, then the schedule.
 
-    "linear" falls from `peak` towards 0, which it would reach at step `total`; "cosine" likewise; "constant" stays.
+    "linear" falls from `peak` in a straight line that reaches 0 at step `total`, "cosine" in half a cosine;
+    "constant" stays at `peak`.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -52,6 +53,6 @@ def learning_rate(step: int, *, peak: float, schedule: str, warmup: int, total: 
 
 
 def clip_gradients(policy: Policy, max_norm: float) -> float:
-    """Scale the gradient to a global L2 norm of at most `max_norm`; its norm before, over all ranks."""
+    """Scale the gradient to an L2 norm of at most `max_norm`, over all ranks; gives the norm before."""
     norm = clip_grad_norm_([p for p in policy.parameters() if p.grad is not None], max_norm)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

@@ -1,7 +1,7 @@
-"""Prompts -> Rollout: a prompt is prefilled once, then G branches grow behind it, one token each per step.
+"""Prompts -> Rollout: each prompt is prefilled once, then its G completions are decoded, one token each per step.
 
-A branch that has ended leaves at once, and a prompt whose branches have all ended makes room for the next one, so no
-long completion holds up the others.
+A completion that has ended leaves the batch at once. A prompt whose completions have all ended makes room for the next
+prompt, so that a long completion does not hold up the others.
 """
 
 from __future__ import annotations
@@ -33,19 +33,20 @@ def sample(
 ) -> Rollout:
     """Draw `group_size` completions of each prompt from the policy at `temperature`; 0 takes the likeliest token.
 
-    keys: what each prompt's draws are a function of, as integers, (seed, step, example) in training; not needed at
-    temperature 0. The same prompt with the same key gives the same completions, whatever stands beside it.
-    batch: how many prompts are decoded at a time, which is what memory is needed for; None is all.
+    keys: for each prompt the integers that its draws are a function of, (seed, step, example) in training; not needed
+    at temperature 0. The same prompt with the same key gives the same completions, whatever other prompts there are.
+    batch: how many prompts are decoded at a time, for which memory is needed; None is all.
     graphs: record the decode step as CUDA graphs, on a GPU.
-    stop: False lets every completion run into the limit, to see whether that fits in memory.
-    Call it under `gathered(policy)` when the policy is sharded: ranks may stop at different lengths.
+    stop: False lets every completion run to the limit, to find out whether that fits in memory.
+    A sharded policy must be `gathered`, since ranks may stop at different lengths. Raises PolicyError where `graphs`
+    cannot be had.
     """
     if keys is None and temperature > 0:
         raise ValueError("sampling at a temperature above 0 needs one key per prompt")
     if graphs and policy.moving_frequencies:
         raise PolicyError(
             f"rollout.cuda_graphs: {type(policy.model).__name__} has rotary frequencies of the kind "
-            f"{policy.moving_frequencies!r}, which are made anew for the longest position; set it to false"
+            f"{policy.moving_frequencies!r}, which are recomputed when a position exceeds the longest one so far; set it to false"
         )
     uniforms = None
     if temperature > 0:
@@ -61,7 +62,7 @@ def sample(
         stop=stop,
         graphs=graphs,
     )
-    # The longest first: prompts that are decoded together are then of similar length, and memory is highest at once.
+    # The longest first, so that prompts that are decoded together have similar lengths, and memory is highest early.
     waiting = deque(sorted(range(len(prompts)), key=lambda n: -len(prompts[n].ids)))
     while waiting or branches.alive:
         if waiting and branches.free:
@@ -73,6 +74,10 @@ def sample(
 
 
 def _uniforms(key: Sequence[int], group_size: int, steps: int) -> torch.Tensor:
-    """Numbers in [0, 1), (G, steps) float64, a pure function of the key on every platform."""
+    """Numbers in [0, 1), (G, T) float64: a function of the key, the same on every platform.
+
+    One stream, completion by completion. A larger G therefore keeps the first completions. Another T gives other
+    numbers to all completions but the first.
+    """
     bits = np.random.Philox(np.random.SeedSequence(list(key)))
     return torch.from_numpy(np.random.Generator(bits).random((group_size, steps)))

@@ -1,4 +1,4 @@
-"""Policy and completions -> logprobs: one tree-masked row per group, the LM head only where a completion is scored."""
+"""Policy and completions -> logprobs: one tree-masked row per group, the LM head at completion tokens only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hark.models.attention import Attend, BlockAttention, block_mask
 from hark.models.policy import Policy, Prompt, on_policy
 from hark.models.split_attention import SplitRow
 
-CHUNK = 2048  # scored tokens whose vocabulary-wide logits exist at the same time
+CHUNK = 2048  # scored tokens for which logits over the vocabulary exist at the same time
 
 
 @on_policy
@@ -26,23 +26,23 @@ def score(
     group_size: int,
     temperature: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logprobs (B, T) of completions (B, T) under the sampled distribution, and its entropy in nats (B, T).
+    """Logprobs (B, T) of completions (B, T) under the sampled distribution, and its entropy (B, T) in nats.
 
-    Gradients flow through the logprobs into every trained parameter, the audio tower included; not through the entropy.
+    The logprobs have a gradient for every trained parameter, those of the audio tower included; the entropy has none.
     """
     hidden = _predicting_states(policy, prompts, tokens, group_size)[mask]  # (scored, D)
     chosen = tokens[mask]
     chunks = list(zip(hidden.split(CHUNK), chosen.split(CHUNK), strict=True))
     parts = [checkpoint(_chosen, policy, h, c, temperature, use_reentrant=False) for h, c in chunks[:-1]]
-    # The backward begins with the last chunk: to compute it again there would free nothing in between.
+    # The backward starts with the last chunk, so to recompute that one would save no memory.
     parts += [_chosen(policy, h, c, temperature) for h, c in chunks[-1:]]
-    logprobs, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
+    logprobs, entropies = (torch.cat(column) for column in zip(*parts, strict=True))
     empty = torch.zeros(mask.shape, device=mask.device)
-    return empty.masked_scatter(mask, logprobs), empty.masked_scatter(mask, entropy)
+    return empty.masked_scatter(mask, logprobs), empty.masked_scatter(mask, entropies)
 
 
 def tree_blocks(policy: Policy, row: Layout) -> BlockAttention:
-    """The tree mask of whole rows for FlexAttention, made once for each type of layer."""
+    """Attention of whole rows under the tree mask by FlexAttention; one block mask per type of layer."""
     blocks = {
         kind: block_mask(tree_rule(row, window), *row.branch.shape, row.branch.device)
         for kind, window in policy.windows.items()
@@ -53,9 +53,9 @@ def tree_blocks(policy: Policy, row: Layout) -> BlockAttention:
 def _predicting_states(
     policy: Policy, prompts: Sequence[Prompt], tokens: torch.Tensor, group_size: int
 ) -> torch.Tensor:
-    """Hidden states (B, T, D) from which each completion token is predicted: those of the token before it.
+    """Hidden states (B, T, D) that predict the completion tokens, each at the token before.
 
-    A branch's first token is predicted by the prompt's last, and its last token predicts nothing, so T - 1 are fed.
+    The prompt's last token predicts a branch's first. A branch's last token predicts nothing, so T - 1 tokens are fed.
     """
     embeddings, lengths = policy.embed(prompts)  # (N, P, D), (N,)
     count, longest, width = embeddings.shape
@@ -73,7 +73,10 @@ def _predicting_states(
 def _row_attention(
     policy: Policy, row: Layout, prompt: int, group_size: int
 ) -> tuple[dict[str, torch.Tensor] | None, Attend | None]:
-    """The masks under which a row attends to itself, and how: on the CPU layers without a window do it in parts."""
+    """The masks of a row, and the attention function that uses them; None for the default function.
+
+    On the CPU, layers without a window compute the branches' attention apart from the prompt's (`SplitRow`).
+    """
     if policy.attention == "flex":
         return None, tree_blocks(policy, row)
     if policy.device.type != "cpu" or row.real.shape[1] == prompt:
@@ -86,6 +89,6 @@ def _row_attention(
 def _chosen(
     policy: Policy, hidden: torch.Tensor, tokens: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logprobs (scored,) of tokens (scored,), and the entropy there; the logits are computed again in the backward."""
+    """Logprobs (scored,) of tokens (scored,), and the entropy of their distributions."""
     logprobs = log_distribution(policy, hidden, temperature)  # (scored, V)
     return logprobs.gather(-1, tokens[:, None]).squeeze(-1), entropy(logprobs)

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the right answer takes the place of the rollout, and the loss is its likelihood."""
+"""Supervised fine-tuning: given answers take the place of the rollout, and the loss is their likelihood."""
 
 from __future__ import annotations
 
@@ -8,34 +8,45 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from hark.grpo.config import Config
+from hark.grpo.learner import Learner, TrainingData
 from hark.grpo.loss import MetricSums, supervised_loss
-from hark.grpo.runtime.collectives import reduce_sums
-from hark.grpo.trainer import Trainer
+from hark.grpo.runtime.collectives import World, reduce_sums
 from hark.grpo.types import Batch
-from hark.models.policy import Prompt
+from hark.models.policy import Policy, Prompt
 
 
-class SupervisedTrainer(Trainer):
-    """Trains a policy on one given completion per prompt; everything around the step is the Trainer's.
+class SupervisedTrainer(Learner):
+    """Trains a policy on one given completion per prompt.
 
-    target: the completion to learn for an example.
+    target: the text of the completion to learn for an example.
     """
 
     shown = ("loss", "entropy", "grad_norm")
 
-    def __init__(self, *args: Any, target: Callable[[Any], str], **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        policy: Policy,
+        *,
+        data: TrainingData,
+        target: Callable[[Any], str],
+        validate: Callable[[], dict[str, float]] | None = None,
+    ):
+        super().__init__(config, world, policy, data=data, validate=validate)
         self.target = target
 
     def step(self, step: int) -> dict[str, float]:
-        """One update on the answers of a step's examples."""
-        with self.phases("load"):
-            examples, prompts = zip(*self.data.step(step), strict=True)
-        batch, count = self._batch(examples, prompts)
+        examples, prompts, _ = zip(*self.data.step(step), strict=True)
+        self.clock.lap("load")
+        batch, tokens = self._batch(examples, prompts)
         sums = self.update(batch, step, examples)
-        return reduce_sums(sums | {"macs": self._macs(batch).step(rollout=False, reference=False)}, self.world) | {
-            "tokens": count
-        }
+        macs = self.macs(batch).step(rollout=False, reference=False)
+        return reduce_sums(sums | {"macs": macs}, self.world) | {"tokens": tokens}
+
+    def loss(self, micro: Batch, logprobs: torch.Tensor) -> tuple[torch.Tensor, MetricSums]:
+        return supervised_loss(logprobs, micro.weights)
 
     def longest_batch(self, prompts: tuple[Prompt, ...]) -> Batch:
         longest = max(self.data.examples, key=lambda example: len(self.target(example)))
@@ -48,7 +59,4 @@ class SupervisedTrainer(Trainer):
         lengths = torch.tensor([len(answer) for answer in answers], device=self.world.device)
         mask = torch.arange(tokens.shape[1], device=self.world.device) < lengths[:, None]
         count = reduce_sums({"tokens": mask.sum()}, self.world)["tokens"]
-        return Batch(prompts, group_size=1, tokens=tokens, mask=mask, weights=self._weights(mask, count)), count
-
-    def loss(self, micro: Batch, logprobs: torch.Tensor) -> tuple[torch.Tensor, MetricSums]:
-        return supervised_loss(logprobs, micro.weights)
+        return Batch(prompts, group_size=1, tokens=tokens, mask=mask, weights=self.weights(mask, count)), count

@@ -1,10 +1,10 @@
-"""A group is one row: the prompt stands once and the G completions are branches behind it.
+"""A group is one row: the prompt once, followed by its G completions as branches.
 
     row n:   [ prompt n, P tokens | completion 0 | completion 1 | ... | completion G-1 ]
 
-A token attends to the prompt and to its own branch, never to a sibling, and each branch counts its positions on from
-the prompt's end, as if it stood alone behind it. The scorer lays out whole rows; the sampler, which adds a token to
-each branch at a time, lays out each branch with its prompt. They share this one rule.
+A token attends to the prompt and to the earlier tokens of its own branch, never to another branch. The positions of
+each branch continue those of the prompt, as if no other branch were there. The scorer computes whole rows. The sampler
+computes one new token per branch, whose keys are its prompt and its branch. Both use this mask.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import torch
 
-PROMPT = -1  # the branch of prompt tokens; every branch sees them
+PROMPT = -1  # the branch number of prompt tokens, to which every branch attends
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tokens of N rows stand: branch, position and whether each is real, all (N, L)."""
+    """The tokens of N rows: the branch of each, its position, and whether it is real (not padding), all (N, L)."""
 
     branch: torch.Tensor
     position: torch.Tensor
@@ -40,17 +40,17 @@ def prompt_layout(lengths: torch.Tensor, longest: int) -> Layout:
 
 
 def branches_layout(lengths: torch.Tensor, group_size: int, steps: int) -> Layout:
-    """G branches of `steps` tokens, one behind the other, behind prompts of the given lengths (N,)."""
+    """G branches of `steps` tokens each, in order, that follow prompts of the given lengths (N,)."""
     branch, step = torch.arange(group_size, device=lengths.device), torch.arange(steps, device=lengths.device)
     position = lengths[:, None] + step.repeat(group_size)
-    # Padding behind a completion's end needs no mask: only later tokens of its own branch could see it.
+    # Padding at a completion's end needs no mask: only later tokens of the same branch attend to it, which is padding.
     return Layout(
         branch.repeat_interleave(steps).expand_as(position), position, torch.ones_like(position, dtype=torch.bool)
     )
 
 
 def tree_mask(queries: Layout, keys: Layout, window: int | None = None) -> torch.Tensor:
-    """Which query may attend to which key, (N, 1, Lq, Lk) bool; `window` is how many positions back one may look."""
+    """Which query may attend to which key, (N, 1, L, S) bool; `window`: to the last so many positions only."""
     branch, position = queries.branch[:, :, None], queries.position[:, :, None]
     key = keys.branch[:, None, :], keys.position[:, None, :], keys.real[:, None, :]
     return _attends(branch, position, *key, _since(position, window)).unsqueeze(1)
@@ -71,8 +71,8 @@ def tree_masks(
 
 
 def tree_rule(row: Layout, window: int | None = None) -> Callable[..., torch.Tensor]:
-    """The tree mask of rows as FlexAttention asks for it: a function of the places of single queries and keys."""
-    # Contiguous and of four bytes: the function is compiled for their strides, and reads them for each pair.
+    """The tree mask of rows in the form of FlexAttention: a function of the indices of one query and one key."""
+    # Contiguous, because the function is compiled for their strides; int32, because it reads them for each pair.
     branch, position = (tensor.int().contiguous() for tensor in (row.branch, row.position))
     real, since = row.real.contiguous(), _since(position, window)
 
@@ -91,7 +91,7 @@ def _attends(
     key_real: torch.Tensor,
     since: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Whether queries may attend to keys, which look no further back than to position `since`."""
+    """Whether queries may attend to keys, which must not be before position `since`."""
     mask = ((key_branch == branch) | (key_branch == PROMPT)) & key_real & (key_position <= position)
     return mask if since is None else mask & (key_position >= since)
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from hark.data.benchmarks.grading import write_json
-from hark.data.benchmarks.report import Share, figures, share, table
+from hark.data.benchmarks.report import Share, blank_row, figures, row_of, share, table
 from hark.data.benchmarks.rules import BENCHMARKS, judged, write_answers
 from hark.data.examples import BadExample, Example
 from hark.data.order import shuffle_choices
 from hark.grpo.config import Config, ConfigError
-from hark.grpo.evaluate import blank_row, evaluate
+from hark.grpo.evaluate import evaluate
 from hark.grpo.runtime.collectives import World, exchange_rows, joined_world
 from hark.launch.common import (
     announce,
@@ -105,8 +105,11 @@ def answers(
     """
     benchmark = BENCHMARKS[config.evaluation.benchmark]
     batches = evaluation_share(config, world, policy, examples, waveform=waveform, on_bad=on_bad)
-    judge = partial(judged, benchmark=benchmark)
-    rows = evaluate(policy, batches, judge, world, **evaluation_settings(config))
+
+    def to_row(example: Example, completion: str, stopped: bool) -> dict:
+        return row_of(example, prediction=completion, correct=judged(example, completion, benchmark), stopped=stopped)
+
+    rows = evaluate(policy, batches, to_row, world, **evaluation_settings(config))
     if rows is None:
         return None
     asked = {row["id"]: row for row in rows}

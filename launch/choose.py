@@ -13,19 +13,10 @@ from pathlib import Path
 from hark.data.benchmarks.grading import write_json
 from hark.data.benchmarks.report import Share, heading, line, share
 from hark.grpo.config import ConfigError
-from hark.grpo.evaluate import evaluate
 from hark.grpo.runtime.checkpoint import CheckpointError, checkpoints, load_weights, step_of
 from hark.grpo.runtime.collectives import exchange_rows, joined_world
 from hark.launch.answering import answer_test
-from hark.launch.common import (
-    announce,
-    evaluation_settings,
-    judge,
-    make_policy,
-    run,
-    training_examples,
-    validation_batches,
-)
+from hark.launch.common import announce, make_policy, run, training_examples, validation_rows
 from hark.launch.config_file import load_config
 
 WIDTH = 8  # of the column of steps
@@ -50,8 +41,7 @@ def main(argv: list[str]) -> None:
         shares = {}
         for checkpoint in there:
             load_weights(checkpoint, policy)
-            batches = validation_batches(config, world, policy, questions)
-            rows = evaluate(policy, batches, judge, world, **evaluation_settings(config))
+            rows = validation_rows(config, world, policy, questions)
             if rows is not None:
                 shares[step_of(checkpoint)] = share(rows)
         (chosen,) = exchange_rows([best(shares)] if world.is_main else [], world)

@@ -14,6 +14,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from hark.data.audio import load_waveform
+from hark.data.benchmarks.report import accuracies, row_of
 from hark.data.choices import is_correct
 from hark.data.errors import DataError
 from hark.data.examples import BadExample, Example, load_examples
@@ -21,12 +22,16 @@ from hark.data.loader import BadLog, Loader, check_audio, evaluation_batches
 from hark.data.order import hold_out
 from hark.data.prompts import find_template
 from hark.data.rewards import RewardError, find_reward, reward_matrix
+from hark.grpo import loop
 from hark.grpo.config import Config, ConfigError, to_yaml
+from hark.grpo.evaluate import evaluate
 from hark.grpo.instruments.metrics import peak_gib
+from hark.grpo.instruments.trace import NonFiniteError
+from hark.grpo.learner import Learner
+from hark.grpo.loop import MemoryProbeError
 from hark.grpo.runtime.checkpoint import CheckpointError
 from hark.grpo.runtime.collectives import World, gather_rows, joined_world
 from hark.grpo.runtime.sharding import device_mesh, shard
-from hark.grpo.trainer import MemoryProbeError, NonFiniteError, Trainer
 from hark.launch.run_directory import check_run_directory
 from hark.models.loading import load_policy
 from hark.models.lora import Lora, WithoutAdapters
@@ -53,16 +58,16 @@ def run(main: Callable[[list[str]], None]) -> None:
     os._exit(status)
 
 
-def train(config: Config, make_trainer: Callable[..., Trainer]) -> None:
-    """Train as `make_trainer(config, world, policy, data=, validation=, judge=)` does, in the world torchrun made."""
+def train(config: Config, make_trainer: Callable[..., Learner]) -> None:
+    """Train what `make_trainer(config, world, policy, data=, validate=)` makes, on the processes of torchrun."""
     with joined_world(threads=config.run.threads) as world:
         announce(config, world)
         check_training(config, world)
         policy = make_policy(config, world)
         examples, held_out = training_examples(config, world, policy)
-        validation = (lambda: validation_batches(config, world, policy, held_out)) if held_out else None
+        validate = partial(validation_figures, config, world, policy, held_out) if held_out else None
         with training_loader(config, world, policy, examples) as loader:
-            make_trainer(config, world, policy, data=loader, validation=validation, judge=judge).train()
+            loop.train(make_trainer(config, world, policy, data=loader, validate=validate))
             if loader.bad:
                 print(f"{len(loader.bad)} more turned out bad, listed in {bad_log(config).path}", flush=True)
 
@@ -191,13 +196,24 @@ def training_loader(config: Config, world: World, policy: Policy, examples: Sequ
     )
 
 
-def validation_batches(
-    config: Config, world: World, policy: Policy, examples: Sequence[Example]
-) -> Iterator[Sequence[tuple[Example, Prompt]]]:
-    """This rank's share of the first evaluation.limit examples, in batches."""
-    examples = examples[: config.evaluation.limit]
-    load = waveform_of(config, policy)
-    return evaluation_share(config, world, policy, examples, waveform=load, on_bad=bad_log(config).add)
+def validation_figures(config: Config, world: World, policy: Policy, examples: Sequence[Example]) -> dict[str, float]:
+    """Greedy accuracy on the examples, in all and by task; empty on all ranks but 0."""
+    rows = validation_rows(config, world, policy, examples)
+    return {} if rows is None else accuracies(rows, "task")
+
+
+def validation_rows(config: Config, world: World, policy: Policy, examples: Sequence[Example]) -> list[dict] | None:
+    """Greedy answers to the first evaluation.limit examples, judged: one row each on rank 0, None on the others."""
+    batches = evaluation_share(
+        config, world, policy, examples[: config.evaluation.limit],
+        waveform=waveform_of(config, policy), on_bad=bad_log(config).add,
+    )  # fmt: skip
+
+    def to_row(example: Example, completion: str, stopped: bool) -> dict:
+        correct = is_correct(completion, example.choices, example.answer)
+        return row_of(example, prediction=completion, correct=correct, stopped=stopped)
+
+    return evaluate(policy, batches, to_row, world, **evaluation_settings(config))
 
 
 def evaluation_share(
@@ -290,11 +306,6 @@ def waveform_of(config: Config, policy: Policy) -> Callable[[Example], np.ndarra
         max_seconds=config.data.max_seconds,
         long_clips=config.data.long_clips,
     )
-
-
-def judge(example: Example, completion: str) -> bool:
-    """Whether a completion is right: the matcher of the accuracy reward."""
-    return is_correct(completion, example.choices, example.answer)
 
 
 def rewards_of(config: Config) -> Callable[[Sequence[Example], Sequence[str]], torch.Tensor]:

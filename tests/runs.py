@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from hark.grpo import loop
 from hark.grpo.config import Config
+from hark.grpo.learner import Learner
 from hark.grpo.runtime.collectives import World
 from hark.grpo.trainer import Trainer
 from hark.launch.common import check_training, make_policy, make_reference, training_examples, training_loader
@@ -30,7 +32,7 @@ def length_reward(examples, completions) -> torch.Tensor:
     return torch.tensor([[len(text) % 7 / 7, float("a" in text)] for text in completions])
 
 
-def build(world: World, config: Config, kind: type[Trainer] = Trainer, **more) -> Trainer:
+def build(world: World, config: Config, kind: type[Learner] = Trainer, **more) -> Learner:
     policy = make_policy(config, world)
     loader = training_loader(config, world, policy, training_examples(config, world, policy)[0])
     if kind is Trainer:
@@ -41,7 +43,7 @@ def build(world: World, config: Config, kind: type[Trainer] = Trainer, **more) -
 def train(world: World, settings: list[str]) -> None:
     config = load_config(settings)
     check_training(config, world)
-    build(world, config).train()
+    loop.train(build(world, config))
 
 
 def train_all(world: World, runs: list[list[str]]) -> None:

@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from hark.data.benchmarks.report import accuracies, blank_row, row_of
 from hark.data.examples import BadExample
-from hark.grpo.evaluate import accuracies, blank_row, evaluate
+from hark.grpo.evaluate import evaluate
 from hark.grpo.runtime.collectives import World
 from hark.grpo.sampler import sample
 from tests.ranks import on_ranks
@@ -19,7 +20,11 @@ def answers(world: World, case, sizes) -> list[dict]:
     for size in sizes:
         batches.append(pairs[first : first + size])
         first += size
-    return evaluate(case.policy, batches, lambda example, _: example.id == "q1", world, max_new_tokens=LIMIT, batch=2)
+
+    def to_row(example, completion: str, stopped: bool) -> dict:
+        return row_of(example, prediction=completion, correct=example.id == "q1", stopped=stopped)
+
+    return evaluate(case.policy, batches, to_row, world, max_new_tokens=LIMIT, batch=2)
 
 
 @pytest.mark.parametrize("sizes", [(3,), (1, 2), (1, 1, 1)])

@@ -11,6 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from hark.grpo import loop
 from hark.grpo.instruments import flops
 from hark.grpo.instruments.flops import best_matmul_rate, cost_of, macs
 from hark.grpo.instruments.metrics import speed
@@ -144,7 +145,7 @@ def test_a_step_reports_what_it_needed_and_how_fast_it_went(kind, settings, tmp_
         trainer = build(world, config, kind, **more)
         accumulate = trainer.accumulate
         trainer.accumulate = lambda batch: batches.append(batch) or accumulate(batch)
-        trainer.train()
+        loop.train(trainer)
         updates = batches[1:] if supervised else batches[1::2]  # the first is the probe's
         for line, batch in zip(read_metrics(tmp_path / "run"), updates, strict=True):
             lengths, policy = batch.mask.sum(dim=1), trainer.policy
@@ -160,7 +161,7 @@ def test_a_step_reports_what_it_needed_and_how_fast_it_went(kind, settings, tmp_
 
 
 def test_the_share_of_the_limit_is_of_the_rate_of_all_ranks():
-    assert speed({"tokens": 60.0, "macs": 3e9}, 2.0, rate=1e10) == {
+    assert speed({"tokens": 60.0, "macs": 3e9, "seconds/step": 2.0}, rate=1e10) == {
         "speed/tokens_per_second": 30.0, "speed/limit_share": 0.15
     }  # fmt: skip
 

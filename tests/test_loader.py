@@ -53,7 +53,7 @@ def test_a_step_is_its_examples_in_order_with_their_own_text_and_waveform():
     with make() as loader:
         for step in range(8):
             drawn = loader.step(step)
-            assert [position(example) for example, _ in drawn] == indices(step)
+            assert [position(example) for example, _, _ in drawn] == indices(step)
             for example, (text, value) in drawn:
                 assert text.startswith(example.question) and value == position(example)
 
@@ -122,7 +122,7 @@ def test_choices_are_shuffled_by_step_with_the_answer_moving_along():
     with make(shuffle_choices=True) as loader:
         orders = set()
         for step in range(12):
-            for example, (text, _) in loader.step(step):
+            for example, (text, _), _ in loader.step(step):
                 assert example.answer_text == "abcd"[position(example) % 4]
                 assert str(list(example.choices)) in text
                 orders.add(example.choices)
@@ -143,7 +143,7 @@ def test_a_bad_clip_is_replaced_by_the_next_good_one_listed_once_and_counted():
     with make(waveform=reading(bad), skip_bad=True) as loader:
         for step in range(12):
             expected = [replacement.get(index, index) for index in indices(step)]
-            assert [position(example) for example, _ in loader.step(step)] == expected
+            assert [position(example) for example, _, _ in loader.step(step)] == expected
         assert sorted(one.id for one in loader.bad) == ["id10", "id3", "id4"]
         assert loader.bad[0].reason.endswith("is silent") and loader.bad[0].line.startswith("train.jsonl:")
 
@@ -184,7 +184,7 @@ def test_bad_data_found_by_prepare_is_skipped_like_a_bad_clip():
         return waveform[0]
 
     with make(prepare=prepare, skip_bad=True) as loader:
-        prompts = [prompt for step in range(3) for _, prompt in loader.step(step)]
+        prompts = [prompt for step in range(3) for _, prompt, _ in loader.step(step)]
     assert len(prompts) == 12 and 3 not in prompts
 
 
@@ -198,7 +198,7 @@ def test_all_examples_bad_is_an_error_even_with_skip_bad():
 def test_an_example_without_audio_is_prepared_from_its_text_alone():
     data = [Example("id0", None, "Which?", ("a", "b"), 0, line="train.jsonl:1")]
     with make(data, prepare=lambda text, waveform: (text, waveform)) as loader:
-        assert all(waveform is None for _, (_, waveform) in loader.step(0))
+        assert all(waveform is None for _, (_, waveform), _ in loader.step(0))
 
 
 def test_what_can_never_work_is_refused_when_the_loader_is_made():
@@ -270,7 +270,7 @@ def test_the_loader_reports_each_bad_example_once():
 
 def silenced(loader, steps=60):
     """Which (step, example) had its samples set to zero; example 0 is zeros by itself and left out."""
-    drawn = [(step, example, prompt) for step in range(steps) for example, prompt in loader.step(step)]
+    drawn = [(step, example, prompt) for step in range(steps) for example, prompt, _ in loader.step(step)]
     return {(step, position(example)): prompt[1] == 0 for step, example, prompt in drawn if position(example)}
 
 

@@ -9,10 +9,12 @@ import torch
 
 from hark.data.examples import load_examples
 from hark.data.loader import Loader
+from hark.grpo import learner, loop
 from hark.grpo import trainer as trainer_module
+from hark.grpo.loop import MemoryProbeError, probe
 from hark.grpo.runtime.collectives import World
 from hark.grpo.sft import SupervisedTrainer
-from hark.grpo.trainer import MemoryProbeError, Trainer
+from hark.grpo.trainer import Trainer
 from hark.launch.config_file import load_config
 from hark.models.lora import whole
 from hark.models.policy import Prompt
@@ -50,12 +52,13 @@ def test_the_probe_uses_the_longest_prompt_and_changes_nothing(kind, settings, t
         more = {} if kind is Trainer else {"target": lambda example: "<answer>rain</answer>"}
         trainer = build(world, config, kind, **more)
         before = [whole(parameter).clone() for parameter in trainer.policy.parameters()]
-        monkeypatch.setattr(trainer_module, "score", recorded)
-        trainer.probe()
+        for module in (learner, trainer_module):
+            monkeypatch.setattr(module, "score", recorded)
+        probe(trainer)
         after = [whole(parameter) for parameter in trainer.policy.parameters()]
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         assert not trainer.optimizer.state and all(p.grad is None for p in trainer.policy.parameters())
-        lengths = [len(prompt.ids) for step in range(3) for _, prompt in trainer.data.step(step)]
+        lengths = [len(prompt.ids) for step in range(3) for _, prompt, _ in trainer.data.step(step)]
         assert all(length == max(lengths) for length, _ in tried)
         if kind is Trainer:  # two micro-batches each of the reference and of the policy
             assert [tuple(shape) for _, shape in tried] == [(2 * 4, 6)] * 4
@@ -76,8 +79,9 @@ def test_the_probe_scores_all_that_a_step_without_a_reference_could(settings, tm
 
     def run(world: World) -> None:
         trainer = build(world, config)
-        monkeypatch.setattr(trainer_module, "score", recorded)
-        trainer.probe()
+        for module in (learner, trainer_module):
+            monkeypatch.setattr(module, "score", recorded)
+        probe(trainer)
 
     on_ranks(1, run)
     assert tried == [2, 2]
@@ -92,7 +96,7 @@ def test_what_does_not_fit_fails_before_the_first_step_and_names_the_example(set
     def run(world: World) -> None:
         trainer = build(world, config)
         monkeypatch.setattr(trainer_module, "score", too_much)
-        trainer.train()
+        loop.train(trainer)
 
     with pytest.raises(
         MemoryProbeError, match=r"rank 0 with train.jsonl:\d+, a prompt of \d+ tokens.*2.00 GiB.*plan.py"
@@ -104,7 +108,7 @@ def test_what_does_not_fit_fails_before_the_first_step_and_names_the_example(set
 def test_moments_made_beforehand_are_those_of_a_first_step():
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([weight], lr=1.0, weight_decay=0.5)
-    trainer_module.allocate_moments(optimizer)
+    loop.allocate_moments(optimizer)
     assert torch.equal(weight, torch.ones(3)) and weight.grad is None
     assert {name: value.shape for name, value in optimizer.state[weight].items() if value.dim()} == {
         "exp_avg": (3,), "exp_avg_sq": (3,)
@@ -140,9 +144,10 @@ def test_the_probe_draws_to_the_limit_and_tries_an_evaluation(settings, tmp_path
 
     def run(world: World) -> None:
         trainer = build(world, config)
-        trainer.validation = lambda: []
-        monkeypatch.setattr(trainer_module, "sample", recorded)
-        trainer.probe()
+        trainer.validate = dict
+        for module in (loop, trainer_module):
+            monkeypatch.setattr(module, "sample", recorded)
+        probe(trainer)
 
     on_ranks(1, run)
     assert drawn == [(3, (3, 9), True), (4, (16, 9), True)]
@@ -169,8 +174,8 @@ def test_moments_that_do_not_fit_are_said_like_all_else(settings, tmp_path, monk
         raise torch.OutOfMemoryError("no room for moments")
 
     def run(world: World) -> None:
-        monkeypatch.setattr(trainer_module, "allocate_moments", too_much)
-        build(world, config).probe()
+        monkeypatch.setattr(loop, "allocate_moments", too_much)
+        probe(build(world, config))
 
     with pytest.raises(MemoryProbeError, match="no room for moments"):
         on_ranks(1, run)

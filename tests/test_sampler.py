@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hark.grpo.branches import Branches
+from hark.grpo.branches import Branches, DecodePlan
 from hark.grpo.distribution import draw_tokens
 from hark.grpo.runtime.collectives import World
 from hark.grpo.runtime.cuda import CudaGraphs, DelayedFlags, round_up
@@ -96,7 +96,7 @@ def test_a_step_waits_for_nothing_that_the_device_computes(case, monkeypatch):
     def fake(self, plan, sizes):
         step(self, plan, sizes)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            step(self, torch.empty(plan.shape, dtype=plan.dtype), sizes)
+            step(self, DecodePlan(*(torch.empty(field.shape, dtype=field.dtype) for field in plan)), sizes)
         inside.append(sizes)
 
     monkeypatch.setattr(Branches, "_step", fake)
@@ -199,7 +199,7 @@ def test_a_step_recorded_once_and_repeated_draws_the_same(case, monkeypatch):
     cuda, begin = torch.device("cuda"), Branches.prefill
 
     def recorded(self, chosen):
-        self._recorded = self._recorded or CudaGraphs()
+        self._graphs = self._graphs or CudaGraphs()
         begin(self, chosen)
 
     monkeypatch.setattr(Branches, "prefill", recorded)

@@ -8,9 +8,10 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from hark.grpo import learner, loop
 from hark.grpo import trainer as trainer_module
 from hark.grpo.runtime.collectives import World
-from hark.grpo.types import Batch
+from hark.grpo.types import PolicyBatch
 from hark.launch.config_file import load_config
 from tests.ranks import on_ranks
 from tests.runs import ROUNDING, build, largest_difference, read_metrics
@@ -57,11 +58,12 @@ def train(world: World, settings: list[str], *, skips: bool = True) -> list[tupl
     original = trainer_module.score
     trainer = build(world, load_config(settings), rewards=rewards)
     with ExitStack() as stack:
-        stack.enter_context(patch.object(trainer, "probe"))
-        stack.enter_context(patch.object(trainer_module, "score", score))
+        stack.enter_context(patch.object(loop, "probe"))
+        for module in (learner, trainer_module):
+            stack.enter_context(patch.object(module, "score", score))
         if not skips:
-            stack.enter_context(patch.object(Batch, "skips", False))
-        trainer.train()
+            stack.enter_context(patch.object(PolicyBatch, "skips_groups", False))
+        loop.train(trainer)
     return scored
 
 
@@ -112,4 +114,6 @@ def test_a_group_whose_advantages_are_not_numbers_is_scored(settings):
     """So that the error is found."""
     mask = torch.ones(4, 1, dtype=torch.bool)
     advantages = torch.tensor([0.0, 0.0, torch.nan, torch.nan])
-    assert Batch(("a", "b"), 2, mask.long(), mask, mask.float(), advantages=advantages).groups_with_gradient() == [1]
+    weights = mask.float()
+    batch = PolicyBatch(("a", "b"), 2, mask.long(), mask, weights, weights, None, advantages)
+    assert batch.groups_with_gradient() == [1]

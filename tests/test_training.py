@@ -11,19 +11,19 @@ from safetensors.torch import load_file
 
 from hark.data.examples import load_examples
 from hark.data.rewards import RewardError
+from hark.grpo import loop
 from hark.grpo import trainer as trainer_module
 from hark.grpo.advantage import group_advantages
 from hark.grpo.config import ConfigError
-from hark.grpo.instruments.trace import read_step, write_step
+from hark.grpo.instruments.trace import NonFiniteError, read_step, write_step
 from hark.grpo.loss import policy_loss, token_weights
 from hark.grpo.runtime.checkpoint import CheckpointError, load_checkpoint
 from hark.grpo.runtime.collectives import World
 from hark.grpo.sampler import sample
 from hark.grpo.scorer import score
 from hark.grpo.sft import SupervisedTrainer
-from hark.grpo.trainer import NonFiniteError
-from hark.grpo.types import Batch
-from hark.launch.common import judge, make_policy, rewards_of, validation_batches
+from hark.grpo.types import Batch, PolicyBatch
+from hark.launch.common import make_policy, rewards_of, validation_figures
 from hark.launch.config_file import load_config
 from tests.clips import write_questions
 from tests.conftest import build_causal_lm
@@ -95,7 +95,7 @@ def test_bfloat16_computes_in_half_and_keeps_float32_weights(settings, tmp_path)
 
     def run(world: World) -> None:
         trainer = build(world, config)
-        trainer.train()
+        loop.train(trainer)
         trained = [parameter for parameter in trainer.policy.parameters() if parameter.requires_grad]
         assert {parameter.dtype for parameter in trained} == {torch.float32}
 
@@ -124,11 +124,11 @@ def test_the_reference_scores_each_completion_where_it_stands(settings, tmp_path
 
     def run(world: World) -> None:
         trainer = build(world, config)
-        _, prompts = zip(*trainer.data.step(0), strict=True)
+        _, prompts, _ = zip(*trainer.data.step(0), strict=True)
         keys = [(n,) for n in range(6)]
         drawn = sample(trainer.policy, prompts, group_size=4, max_new_tokens=6, temperature=1.0, keys=keys)
         assert sum(drawn.split_by_length(2), []) != list(range(6)), "else no order could be lost"
-        together = trainer._reference_logprobs(drawn)
+        together = trainer.reference_logprobs(drawn)
         for n, prompt in enumerate(prompts):
             rows = slice(4 * n, 4 * n + 4)
             alone, _ = score(trainer.reference, [prompt], drawn.tokens[rows], drawn.mask[rows], group_size=4)
@@ -184,13 +184,14 @@ def test_padding_beside_a_longer_prompt_changes_no_gradient(case):
     keys = [(0, 0, n) for n in range(3)]
     rollout = sample(case.policy, case.prompts, group_size=4, max_new_tokens=9, temperature=1.0, keys=keys)
     rewards = torch.rand(12, generator=torch.Generator().manual_seed(0))
-    batch = Batch(
+    batch = PolicyBatch(
         rollout.prompts,
         4,
         rollout.tokens,
         rollout.mask,
         token_weights(rollout.mask, kind="sequence-mean", completions=12, tokens=1),
         old_logprobs=rollout.logprobs,
+        ref_logprobs=None,
         advantages=group_advantages(rewards, group_size=4),
     )
     gradients = []
@@ -221,10 +222,9 @@ def test_supervised_training_learns_its_answers(settings, tmp_path, questions):
         examples, _ = load_examples(questions)
         trainer = build(
             world, config, SupervisedTrainer, target=lambda example: f"<answer>{example.answer_text}</answer>",
-            judge=judge,
         )  # fmt: skip
-        trainer.validation = lambda: validation_batches(config, world, trainer.policy, examples)
-        trainer.train()
+        trainer.validate = lambda: validation_figures(config, world, trainer.policy, examples)
+        loop.train(trainer)
 
     on_ranks(1, run)
     lines = read_metrics(tmp_path / "sft")
@@ -234,23 +234,21 @@ def test_supervised_training_learns_its_answers(settings, tmp_path, questions):
     assert [line["loss"] for line in lines if "loss" in line][-1] < 0.05
 
 
-def test_draws_are_keyed_by_the_step_and_the_example(settings, tmp_path, monkeypatch):
+def test_completions_are_drawn_with_the_keys_of_the_data(settings, tmp_path, monkeypatch):
     config = load_config([*settings, f"run.directory={tmp_path}/run"])
-    asked = []
+    used = []
+
+    def recorded(policy, prompts, *, keys, **kwargs):
+        used.extend(keys)
+        return sample(policy, prompts, keys=keys, **kwargs)
 
     def run(world: World) -> None:
         trainer = build(world, config)
-        key = trainer.data.key
-
-        def recorded(step: int, example) -> tuple[int, ...]:
-            asked.append((step, example.id))
-            return key(step, example)
-
-        monkeypatch.setattr(trainer.data, "key", recorded)
+        monkeypatch.setattr(trainer_module, "sample", recorded)
         for step in range(2):
             trainer.step(step)
-        expected = [(step, example.id) for step in range(2) for example, _ in trainer.data.step(step)]
-        assert asked == expected
+        assert used == [key for step in range(2) for _, _, key in trainer.data.step(step)]
+        assert len(set(used)) == 8
 
     on_ranks(1, run)
 
@@ -313,7 +311,7 @@ def test_a_number_that_is_not_one_stops_the_run_and_keeps_the_step(settings, tmp
     def run(world: World) -> None:
         broken = dataclasses.replace(config, optim=dataclasses.replace(config.optim, steps=1))
         trainer = build(world, broken, rewards=lambda e, c: length_reward(e, c) * torch.nan)
-        trainer.train()
+        loop.train(trainer)
 
     with pytest.raises(NonFiniteError, match=r"step 1, rank 0: the loss and the gradient .* examples train-"):
         on_ranks(1, run)
@@ -336,12 +334,11 @@ def test_the_first_step_is_prepared_while_the_first_evaluation_runs(settings, tm
 
     def run(world: World) -> None:
         evaluated = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, before=True))
-        trainer = build(world, evaluated, judge=judge)
-        trainer.validation = lambda: order.append("evaluation") or []
+        trainer = build(world, evaluated, validate=lambda: order.append("evaluation") or {})
         prepare, step = trainer.data.prepare, trainer.data.step
         trainer.data.prepare = lambda number: order.append(f"prepare {number}") or prepare(number)
         trainer.data.step = lambda number: order.append(f"step {number}") or step(number)
-        trainer.train()
+        loop.train(trainer)
 
     on_ranks(1, run)
     assert order == ["prepare 0", "evaluation", "step 0", "prepare 1"]
@@ -355,6 +352,7 @@ def test_an_evaluation_without_questions_is_refused_at_the_start(settings, tmp_p
 def test_a_kept_step_of_text_alone_can_be_read(case, tmp_path):
     tokens = torch.zeros(3, 2, dtype=torch.long)
     mask = torch.ones(3, 2, dtype=torch.bool)
-    write_step(tmp_path / "step.pt", Batch(case.prompts, 1, tokens, mask, mask.float()), step=0, rank=0, examples=["q"])
+    batch = Batch(case.prompts, 1, tokens, mask, mask.float())
+    write_step(tmp_path / "step.pt", batch, step=0, rank=0, examples=["q"])
     batch, _ = read_step(tmp_path / "step.pt")
     assert [prompt.sound for prompt in batch.prompts] == [prompt.sound for prompt in case.prompts]

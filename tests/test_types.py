@@ -7,28 +7,30 @@ from itertools import permutations
 import pytest
 import torch
 
-from hark.grpo.types import Batch
+from hark.grpo.types import PolicyBatch
 from hark.models.policy import Prompt
 
 GROUP = 2
 
 
-def batch_of(prompts: list[int], completions: list[int]) -> Batch:
+def batch_of(prompts: list[int], completions: list[int]) -> PolicyBatch:
     """Groups with prompts and longest completions of these lengths; every cell holds the number of its completion."""
     shorter = [length for longest in completions for length in (max(longest - 1, 1), longest)]
     mask = torch.arange(max(completions)) < torch.tensor(shorter)[:, None]  # (B, T)
     number = torch.arange(len(mask))
-    return Batch(
+    return PolicyBatch(
         prompts=tuple(Prompt(torch.full((length,), n)) for n, length in enumerate(prompts)),
         group_size=GROUP,
         tokens=number[:, None] * mask,
         mask=mask,
         weights=number[:, None] * mask / 10,
+        old_logprobs=number[:, None] * mask / -10,
+        ref_logprobs=None,
         advantages=number / 10,
     )
 
 
-def cells(batch: Batch, parts) -> int:
+def cells(batch: PolicyBatch, parts) -> int:
     """Tokens that the decoder is fed, padding included."""
     total = 0
     for groups in parts:
@@ -63,6 +65,7 @@ def test_every_group_is_scored_once_with_what_belongs_to_it(size):
         assert micro.tokens.shape[1] == micro.mask.sum(dim=1).max(), "trimmed"
         rows = [GROUP * group + place for group in groups for place in range(GROUP)]
         assert micro.advantages.tolist() == batch.advantages[rows].tolist()
-        for part, whole in ((micro.tokens, batch.tokens), (micro.mask, batch.mask), (micro.weights, batch.weights)):
+        for name in ("tokens", "mask", "weights", "old_logprobs"):
+            part, whole = getattr(micro, name), getattr(batch, name)
             assert torch.equal(part, whole[rows, : part.shape[1]]) and not whole[rows, part.shape[1] :].any()
-        assert micro.old_logprobs is None and micro.ref_logprobs is None
+        assert micro.ref_logprobs is None

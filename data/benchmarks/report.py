@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hark.data.benchmarks import baselines
 from hark.data.examples import Example
@@ -37,6 +37,18 @@ class Share(NamedTuple):
         return low, high
 
 
+def row_of(question: Any, *, prediction: str, correct: bool | None, stopped: bool | None) -> dict:
+    """One row of an evaluation; a line that could not be read has no more than its id."""
+    columns = {column: getattr(question, column, "") for column in COLUMNS}
+    return {"id": question.id} | columns | {"prediction": prediction, "correct": correct, "stopped": stopped}
+
+
+def blank_row(question: Any) -> dict:
+    """The row of a question that could not be asked: wrong, unless its answer is not known anyway."""
+    hidden = getattr(question, "answer", -1) is None and not question.truth
+    return row_of(question, prediction="", correct=None if hidden else False, stopped=None)
+
+
 def share(rows: Sequence[dict]) -> Share:
     """Right rows of those that can be judged: `correct` is None where the right answer is not known."""
     judged = [row["correct"] for row in rows if row["correct"] is not None]
@@ -50,6 +62,14 @@ def grouped(rows: Sequence[dict], column: str) -> dict[str, Share]:
         if row[column]:
             groups.setdefault(row[column], []).append(row)
     return {value: share(members) for value, members in groups.items() if share(members).total}
+
+
+def accuracies(rows: Sequence[dict], *by: str) -> dict[str, float]:
+    """Share of right answers: "accuracy" over all rows, and "accuracy/COLUMN/VALUE" for each value of the columns."""
+    shares = {"accuracy": share(rows)}
+    for column in by:
+        shares |= {f"accuracy/{column}/{value}": group for value, group in grouped(rows, column).items()}
+    return {name: figure.accuracy for name, figure in shares.items() if figure.accuracy is not None}
 
 
 def baseline_figures(examples: Sequence[Example]) -> dict[str, float]:

@@ -11,8 +11,6 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,39 +93,38 @@ class Metrics:
             self._board.add_scalar(name, value, step)
 
 
-class Phases:
-    """Where the time of a step goes, on this rank: `with phases("rollout"): ...`."""
+class Clock:
+    """Where the time of a step goes, on this rank: `lap("rollout")` ends a phase, which began with the lap before."""
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._seconds: dict[str, float] = {}
-        self._started = time.perf_counter()
+        self.start()
 
     def start(self) -> None:
         """Begin a step."""
-        self._seconds = {}
-        self._started = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+        self._started = self._lapped = time.perf_counter()
 
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Add the time inside to a phase, once the device has finished what was asked of it."""
-        began = time.perf_counter()
-        yield
+    def lap(self, name: str) -> None:
+        """Add the time since the last lap to a phase, after the device has finished its work."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
+        now = time.perf_counter()
+        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._lapped
+        self._lapped = now
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of each phase and of the step so far."""
+        """Seconds of each phase, and of the step until now."""
         phases = {f"seconds/{name}": value for name, value in self._seconds.items()}
         return phases | {"seconds/step": time.perf_counter() - self._started}
 
 
-def speed(metrics: dict[str, float], seconds: float, *, rate: float) -> dict[str, float]:
-    """How fast a step went, given its tokens, its necessary multiply-adds and the best rate of these of all ranks."""
+def speed(values: dict[str, float], *, rate: float) -> dict[str, float]:
+    """How fast a step went, given its `tokens`, `macs` and `seconds/step`; `rate` is multiply-adds per second."""
+    seconds = values["seconds/step"]
     return {
-        "speed/tokens_per_second": metrics["tokens"] / seconds,
-        "speed/limit_share": metrics["macs"] / rate / seconds,
+        "speed/tokens_per_second": values["tokens"] / seconds,
+        "speed/limit_share": values["macs"] / rate / seconds,
     }
 
 

@@ -1,23 +1,46 @@
-"""Steps on disk, to be looked at and scored again."""
+"""A step on disk, for inspection, and the check that writes one when a number is not finite."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map
 
-from hark.grpo.types import Batch
+from hark.grpo.types import Batch, PolicyBatch
 from hark.models.policy import Prompt
 
 
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient of a step is infinite or not a number."""
+
+
+def check_finite(
+    values: dict[str, float], batch: Batch, *, step: int, rank: int, examples: Sequence[Any], directory: Path
+) -> None:
+    """Raise NonFiniteError if a value is not finite, after writing the batch of the step into `directory`."""
+    broken = [name for name, value in values.items() if not math.isfinite(value)]
+    if not broken:
+        return
+    path = directory / f"step-{step + 1:06d}-rank-{rank}.pt"
+    names = [str(example.id) for example in examples]
+    write_step(path, batch, step=step, rank=rank, examples=names)
+    origins = dict.fromkeys(f"{field} of {names[row // batch.group_size]}" for field, row in nonfinite_rows(batch))
+    raise NonFiniteError(
+        f"step {step + 1}, rank {rank}: {' and '.join(broken)} is not finite, examples {', '.join(names)}; in the "
+        f"batch: {', '.join(list(origins)[:5]) or 'all numbers are finite'}; it is kept in {path}, to be read with "
+        "hark.grpo.instruments.trace.read_step; this update was not made"
+    )
+
+
 def write_step(path: Path, batch: Batch, *, step: int, rank: int, examples: Sequence[str]) -> None:
-    """Write one rank's batch of a step with the ids of its examples, on the CPU, in plain types."""
+    """Write one rank's batch of a step, on the CPU and in plain types, with the ids of its examples."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fields = tree_map(lambda value: value.cpu() if torch.is_tensor(value) else value, asdict(batch))
+    fields = tree_map(lambda value: value.cpu() if torch.is_tensor(value) else value, dataclasses.asdict(batch))
     torch.save({"step": step, "rank": rank, "examples": list(examples), "batch": fields}, path)
 
 
@@ -26,11 +49,12 @@ def read_step(path: Path, device: torch.device | str = "cpu") -> tuple[Batch, di
     record = torch.load(path, map_location=device, weights_only=True)
     fields = record.pop("batch")
     prompts = tuple(Prompt(**prompt) for prompt in fields.pop("prompts"))
-    return Batch(prompts=prompts, **fields), record
+    kind = PolicyBatch if "advantages" in fields else Batch
+    return kind(prompts=prompts, **fields), record
 
 
 def nonfinite_rows(batch: Batch) -> Iterator[tuple[str, int]]:
-    """Names of a batch's fields and the rows in which they hold a number that is not one."""
+    """Names of a batch's fields, and the rows in which they hold a number that is not finite."""
     for field in dataclasses.fields(batch):
         value = getattr(batch, field.name)
         if torch.is_tensor(value) and value.is_floating_point():

@@ -161,6 +161,8 @@ def reduce_max(value: int, world: World) -> int:
 
 def gather_rows(rows: list, world: World) -> list | None:
     """All ranks' rows, in rank order, on rank 0; None on the others."""
+    if world.size == 1:
+        return rows
     parts: list | None = [None] * world.size if world.is_main else None
     with world.meter.measure():
         dist.gather_object(rows, parts)
@@ -169,6 +171,8 @@ def gather_rows(rows: list, world: World) -> list | None:
 
 def exchange_rows(rows: list, world: World) -> list:
     """All ranks' rows, in rank order, on every rank."""
+    if world.size == 1:
+        return rows
     parts: list = [None] * world.size
     with world.meter.measure():
         dist.all_gather_object(parts, rows)

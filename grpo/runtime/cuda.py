@@ -1,32 +1,44 @@
-"""How the host and a GPU go on without waiting for each other while completions grow; the CPU needs none of it."""
+"""How the host keeps a GPU busy while completions are decoded: no waiting, few tensor sizes, recorded steps.
+
+On the CPU none of this does anything.
+"""
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
+from typing import TypeVar
 
 import torch
 
-WARM_UP_CALLS = 3  # calls for some sizes before one is recorded
+WARM_UP_CALLS = 3  # calls with some sizes before a call with these sizes is recorded
+
+Inputs = TypeVar("Inputs", bound="tuple[torch.Tensor, ...]")  # a named tuple of tensors
 
 
-def send(values: list[int], device: torch.device) -> torch.Tensor:
-    """Whole numbers as a tensor on the device; a GPU gets them from pinned memory, when it comes to that."""
+def send(values: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Integers as a tensor on the device; to a GPU by way of pinned memory, so that the host does not wait."""
     tensor = torch.tensor(values, dtype=torch.long)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def round_up(count: int, most: int, device: torch.device, least: int = 1) -> int:
-    """A size for `count` things: exact on the CPU; on a GPU a power of two up to `most`, so that few sizes occur."""
+    """A size for `count` items: on a GPU the next power of two, from `least` to `most`; on the CPU `count` itself.
+
+    With few different sizes, few steps have to be recorded.
+    """
     return count if device.type != "cuda" else min(most, max(least, 1 << (count - 1).bit_length()))
 
 
 class DelayedFlags:
-    """What stands in a tensor of booleans; on a GPU what stood there a look ago, so that none waits for the present."""
+    """Reads a tensor of booleans to the host; on a GPU each call gives the values of the call before.
+
+    So the host never waits for the GPU's current work. The first call on a GPU gives True everywhere.
+    """
 
     def __init__(self, flags: torch.Tensor):
         self._flags = flags
-        self._looks: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
+        self._copies: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
 
     def __call__(self) -> list[bool]:
         if self._flags.device.type != "cuda":
@@ -35,40 +47,42 @@ class DelayedFlags:
         copy.copy_(self._flags, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        self._looks.append((copy, event))
-        if len(self._looks) == 1:
+        self._copies.append((copy, event))
+        if len(self._copies) == 1:
             return [True] * len(copy)
-        copy, event = self._looks.popleft()
+        copy, event = self._copies.popleft()
         event.synchronize()
         return copy.tolist()
 
 
 class CudaGraphs:
-    """A function of a tensor and of sizes, recorded as a CUDA graph for each sizes, so that a GPU repeats it by itself.
+    """Calls a function of tensors and sizes, and records it as one CUDA graph for each value of the sizes.
 
-    The function must change nothing when it is called a second time with the same numbers, wait for nothing, and find
-    whatever else it reads where it was. The first calls for some sizes are made as they are, which makes libraries
-    ready, and because a recording costs more than a call; then one is recorded, and from then on it is replayed. Memory
-    for all recordings is shared: nothing that is made in one is read after it. The function is not kept, as it may well
-    hold this.
+    The function must give the same result when it is called twice with the same inputs, must not wait for the GPU, and
+    must find the other tensors that it reads at the same addresses in every call. The first calls with some sizes are
+    plain calls: libraries need them to initialise, and a recording costs more than a call. The next call is recorded
+    and replayed, later ones are replayed. All graphs share one memory pool, so nothing allocated in a graph may be read
+    after it. The function is passed to each call and not kept, because its owner may own this object: the cycle would
+    keep the owner's memory until Python's garbage collection.
     """
 
     def __init__(self) -> None:
         self._calls: Counter[Hashable] = Counter()
-        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, tuple[torch.Tensor, ...]]] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, function: Callable[..., None], tensor: torch.Tensor, sizes: Hashable) -> None:
+    def __call__(self, function: Callable[[Inputs, Hashable], None], inputs: Inputs, sizes: Hashable) -> None:
         self._calls[sizes] += 1
         if self._calls[sizes] <= WARM_UP_CALLS:
-            function(tensor, sizes)
+            function(inputs, sizes)
             return
         if sizes not in self._graphs:
             graph = torch.cuda.CUDAGraph()
-            # What other threads do meanwhile, such as NCCL's watchdog, which asks for events, must not end it.
+            # By default a call of CUDA by any thread, such as NCCL's watchdog, would end the recording.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                function(tensor, sizes)
-            self._graphs[sizes] = graph, tensor
-        graph, place = self._graphs[sizes]
-        place.copy_(tensor)
+                function(inputs, sizes)
+            self._graphs[sizes] = graph, inputs
+        graph, recorded = self._graphs[sizes]
+        for kept, new in zip(recorded, inputs, strict=True):
+            kept.copy_(new)
         graph.replay()

@@ -1,0 +1,140 @@
+"""Batch -> new weights: micro-batches, backward passes, gradient clipping and one step of AdamW.
+
+GRPO (`trainer.py`) and supervised fine-tuning (`sft.py`) are learners. They differ in where their batches come from and
+in the loss.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from hark.grpo.config import Config
+from hark.grpo.instruments.flops import Macs, cost_of, macs
+from hark.grpo.instruments.metrics import Clock
+from hark.grpo.instruments.trace import check_finite
+from hark.grpo.loss import MetricSums, token_weights
+from hark.grpo.optimizer import build_optimizer, clip_gradients, learning_rate
+from hark.grpo.runtime.collectives import World, reduce_max
+from hark.grpo.scorer import score
+from hark.grpo.types import Batch
+from hark.models.policy import Policy, Prompt
+
+Key = tuple[int, ...]  # what the draws of a prompt are a function of
+
+
+class TrainingData(Protocol):
+    """Where prompts come from: a pure function of the step, so that a resumed run needs no state of it."""
+
+    def step(self, step: int) -> Sequence[tuple[Any, Prompt, Key]]:
+        """This rank's examples of a step with their prompts and keys; begins to prepare the next step."""
+
+    def prepare(self, step: int) -> None:
+        """Begin to prepare a step."""
+
+    def longest(self) -> tuple[Any, Prompt]:
+        """The example with the longest prompt."""
+
+    examples: Sequence[Any]  # all of them
+
+
+class Learner:
+    """A policy, its optimizer, and the update that a batch gives.
+
+    validate: answers the validation questions, all ranks together, and gives the figures to log; None without any.
+    """
+
+    shown: tuple[str, ...] = ()  # metrics of the console line
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        policy: Policy,
+        *,
+        data: TrainingData,
+        validate: Callable[[], dict[str, float]] | None = None,
+    ):
+        self.config, self.world, self.policy = config, world, policy
+        self.data, self.validate = data, validate
+        self.directory = Path(config.run.directory)
+        optim = config.optim
+        self.optimizer = build_optimizer(policy, weight_decay=optim.weight_decay, betas=(optim.beta1, optim.beta2))
+        self.clock = Clock(world.device)
+        self._cost = cost_of(policy)
+
+    def step(self, step: int) -> dict[str, float]:
+        """Do one step, counted from 0; metrics as means over all ranks."""
+        raise NotImplementedError
+
+    def loss(self, micro: Batch, logprobs: torch.Tensor) -> tuple[torch.Tensor, MetricSums]:
+        """The loss of a micro-batch, and metrics to be summed over micro-batches and ranks."""
+        raise NotImplementedError
+
+    def longest_batch(self, prompts: tuple[Prompt, ...]) -> Batch:
+        """A batch of these prompts with the longest completions that can occur."""
+        raise NotImplementedError
+
+    def update(self, batch: Batch, step: int, examples: Sequence[Any]) -> dict[str, float]:
+        """One optimizer step on a batch; this rank's share of each metric."""
+        sums = self.accumulate(batch)
+        self.clock.lap("forward_backward")
+        norm = clip_gradients(self.policy, self.config.optim.clip_norm)
+        check_finite(
+            {"the loss": sums["loss"], "the gradient": norm},
+            batch, step=step, rank=self.world.rank, examples=examples, directory=self.directory / "nonfinite",
+        )  # fmt: skip
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.clock.lap("optimizer")
+        return sums | {"grad_norm": norm / self.world.size}  # the sum over ranks is the norm
+
+    def accumulate(self, batch: Batch) -> dict[str, float]:
+        """Add up the gradients of a batch's micro-batches; this rank's share of each metric."""
+        sums: MetricSums = {}
+        for micro in self._micro_batches(batch):
+            logprobs, entropy = score(
+                self.policy, micro.prompts, micro.tokens, micro.mask,
+                group_size=micro.group_size, temperature=self.config.rollout.temperature,
+            )  # fmt: skip
+            loss, metrics = self.loss(micro, logprobs)
+            loss.backward()
+            metrics |= {"entropy": (micro.weights * entropy).sum()}
+            sums = {name: sums.get(name, 0.0) + value for name, value in metrics.items()}
+        return {name: float(value) for name, value in sums.items()}  # only now, because float() waits for a GPU
+
+    def learning_rate(self, step: int) -> float:
+        optim = self.config.optim
+        return learning_rate(step, peak=optim.lr, schedule=optim.schedule, warmup=optim.warmup_steps, total=optim.steps)
+
+    def weights(self, mask: torch.Tensor, tokens: float) -> torch.Tensor:
+        """Token weights (B, T); `tokens` is their number over all ranks."""
+        completions = len(mask) * self.world.size
+        return token_weights(mask, kind=self.config.loss.token_weights, completions=completions, tokens=tokens)
+
+    def macs(self, batch: Batch) -> Macs:
+        """Multiply-adds that the passes over a batch need at least, on this rank."""
+        return macs(
+            self._cost, batch.prompts, batch.mask.sum(dim=1),
+            audio_id=self.policy.audio_id, groups_with_gradient=batch.groups_with_gradient(),
+        )  # fmt: skip
+
+    def _micro_batches(self, batch: Batch) -> Iterator[Batch]:
+        """The groups of a batch that have a gradient, `optim.micro_batch` at a time.
+
+        Every rank must issue the same collectives, so all ranks do as many micro-batches as the one with the most. A
+        rank with fewer repeats its shortest group with weight 0. At least one is done even if no group of any rank has
+        a gradient: AdamW's moments decay under a gradient of 0, but not without a gradient.
+        """
+        parts = batch.split_by_length(self.config.optim.micro_batch, batch.groups_with_gradient())
+        count = max(1, reduce_max(len(parts), self.world)) if batch.skips_groups else len(parts)
+        yield from map(batch.select, parts)
+        for _ in range(count - len(parts)):
+            shortest = batch.select(batch.split_by_length(1)[-1])
+            yield dataclasses.replace(shortest, weights=torch.zeros_like(shortest.weights))

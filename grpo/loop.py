@@ -1,0 +1,109 @@
+"""What stands around the steps of a run: the memory probe, the log, evaluations, checkpoints and the export."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hark.grpo.config import to_yaml
+from hark.grpo.instruments.flops import best_matmul_rate
+from hark.grpo.instruments.metrics import Metrics, peak_gib, restart_peak, speed
+from hark.grpo.learner import Learner
+from hark.grpo.optimizer import allocate_moments
+from hark.grpo.runtime.checkpoint import export, export_adapters, load_checkpoint, save_checkpoint
+from hark.grpo.runtime.collectives import reduce_sums
+from hark.grpo.runtime.sharding import gathered
+from hark.grpo.sampler import sample
+from hark.models.policy import Prompt
+
+
+class MemoryProbeError(RuntimeError):
+    """The longest step does not fit in memory."""
+
+
+def train(learner: Learner) -> None:
+    """Do all steps from the first one, or from the newest checkpoint on.
+
+    Refusing to write over another run is the caller's task (`hark.launch.run_directory`).
+    """
+    probe(learner)
+    config, world, optimizer = learner.config, learner.world, learner.optimizer
+    rate = best_matmul_rate(world.device, getattr(torch, config.model.dtype))
+    rate = reduce_sums({"rate": rate}, world)["rate"]  # of all ranks, measured while all of them compute
+    metrics = Metrics(learner.directory, rank=world.rank, total_steps=config.optim.steps, show=learner.shown)
+    start = load_checkpoint(learner.directory / "checkpoints", learner.policy, optimizer) if config.run.resume else 0
+    if world.is_main:
+        (learner.directory / "config.yaml").write_text(to_yaml(config))
+    metrics.truncate(start + 1 if start else 0)
+    learner.data.prepare(start)
+    if start == 0 and config.evaluation.before:
+        _evaluate(learner, metrics, done=0)
+    for step in range(start, config.optim.steps):
+        learner.clock.start()
+        world.meter.start()
+        restart_peak(world.device)
+        values = learner.step(step)
+        values |= {"lr": optimizer.param_groups[0]["lr"], "memory/peak_gib": peak_gib(world.device)}
+        values |= learner.clock.seconds() | world.meter.measured()
+        done = step + 1
+        metrics.log(done, values | speed(values, rate=rate))
+        if _is_due(done, config.checkpoint.every, config.optim.steps):
+            save_checkpoint(
+                learner.directory / "checkpoints", done, learner.policy, optimizer, world,
+                keep=config.checkpoint.keep, keep_weights=config.checkpoint.weights,
+            )  # fmt: skip
+        if _is_due(done, config.evaluation.every, config.optim.steps):
+            _evaluate(learner, metrics, done)
+    metrics.close()
+    if config.checkpoint.export:
+        export(learner.policy, learner.directory / "model", world)
+        if learner.policy.lora is not None:
+            export_adapters(learner.policy, learner.directory / "adapters", world)
+
+
+def probe(learner: Learner) -> None:
+    """Do the largest step that can occur, the longest prompt with the longest completions, and change nothing.
+
+    What does not fit in memory so fails in the first minute. Raises MemoryProbeError.
+    """
+    config, world = learner.config, learner.world
+    example, prompt = learner.data.longest()
+    prompts = (prompt,) * (config.optim.prompts_per_step // world.size)
+    try:
+        allocate_moments(learner.optimizer)  # AdamW makes them in its first step; later steps must fit beside them
+        if learner.validate is not None:
+            _longest_evaluation(learner, prompt)
+        batch = learner.longest_batch(prompts)
+        learner.accumulate(batch)
+    except torch.OutOfMemoryError as error:
+        raise MemoryProbeError(
+            f"out of memory on rank {world.rank} with {example.line or example.id}, a prompt of {len(prompt.ids)} "
+            f"tokens, the longest of the data ({error}); launch/plan.py with the same arguments says what to change"
+        ) from error
+    learner.optimizer.zero_grad()
+    learner.optimizer.state.clear()
+    if world.is_main:
+        size, tokens = batch.group_size, batch.tokens.shape[1]
+        print(
+            f"the longest step fits: {len(prompts)} prompts of {len(prompt.ids)} tokens on each rank, {size} x "
+            f"{tokens} new tokens; peak {peak_gib(world.device):.2f} GiB on rank 0",
+            flush=True,
+        )
+
+
+def _longest_evaluation(learner: Learner, prompt: Prompt) -> None:
+    rollout, batch = learner.config.rollout, learner.config.evaluation.batch
+    settings: dict[str, Any] = {"max_new_tokens": rollout.max_new_tokens, "graphs": rollout.cuda_graphs}
+    with gathered(learner.policy):
+        sample(learner.policy, (prompt,) * batch, group_size=1, temperature=0, stop=False, **settings)
+
+
+def _evaluate(learner: Learner, metrics: Metrics, done: int) -> None:
+    if learner.validate is not None:
+        metrics.log_event("evaluation", {"step": done} | learner.validate())
+
+
+def _is_due(done: int, every: int, last: int) -> bool:
+    """Whether something is done after so many steps: every `every` steps and after the last; never where that is 0."""
+    return every > 0 and (done % every == 0 or done == last)
