@@ -5,6 +5,7 @@ that count are held against the tree mask. All else is equal to the last one.
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -174,5 +175,11 @@ def test_the_rate_is_that_of_the_fastest_product_and_none_is_waited_for_long(mon
     """2 ms, 16 ms and 64 ms; the next would take eight times as long as the last, half a second."""
     seconds = {512: 2e-3, 1024: 16e-3, 2048: 64e-3}
     monkeypatch.setattr(flops, "SIZES", (512, 1024, 2048, 4096))
-    monkeypatch.setattr(flops, "_seconds", lambda a, b: seconds[len(a)])
-    assert best_matmul_rate(repeat=1) == 2048**3 / 64e-3
+    now = SimpleNamespace(seconds=0.0)
+
+    def product(a: torch.Tensor, b: torch.Tensor) -> None:
+        now.seconds += seconds[len(a)]
+
+    monkeypatch.setattr(flops, "linear", product)
+    monkeypatch.setattr(flops, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
+    assert best_matmul_rate(repeat=1) == pytest.approx(2048**3 / 64e-3)
