@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("data", "grpo", "launch", "models")
 JOBS = 2  # copies in which tests run at the same time
-LIMIT = 240  # seconds for the tests of a mutant; some faults make a loop endless
+LIMIT = 180  # seconds for the tests of a mutant: a fault may make a loop endless
 # Imported once; each run of tests is a fork. Of the tree only the first, by which torchaudio can be imported: forks
 # import it all anew, from their copies.
 PRELOAD = (
@@ -155,12 +155,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
             "test_sampler test_parity",
         ),
         ("cells not moved", "dict(moves).get(row, row)", "row", "test_sampler"),
-        (
-            "finished branches write to the last completion",
-            "branch.completion, branch.tokens = self.count, 1",
-            "branch.completion, branch.tokens = self.count - 1, 1",
-            "test_sampler",
-        ),
+        ("newest key not moved", "in self._branches) - 1)", "in self._branches) - 2)", "test_sampler"),
         ("no end at the limit", "and branch.tokens < self.limit", "", "test_sampler"),
     ),
     "grpo/types.py": (
@@ -181,6 +176,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
             "norm.full_tensor()",
             "norm.to_local()",
             "test_training.py::test_the_update_is_the_same_for_any_micro_batch_and_on_one_or_two_ranks",
+            "clip_grad_norm_ of torch 2.11 to 2.13 adds up its norm over the ranks, to compare it with the bound",
         ),
     ),
     "grpo/learner.py": (
@@ -480,7 +476,8 @@ def _test(mutant: Mutant, copy: Path) -> int:
         raise RuntimeError(f"hark is {hark.grpo.loss.__file__}, not the copy")
     words = [word if ".py" in word else f"{word}.py" for word in mutant.tests.split()]
     files = list(dict.fromkeys(f"tests/{word}" for word in words))
-    return int(pytest.main([*files, "-x", "-q", "-rfE", "--tb=line", "--show-capture=no", "-p", "no:cacheprovider"]))
+    how = ["-x"] if mutant.old else ["-n", str(JOBS), "--dist", "worksteal"]
+    return int(pytest.main([*files, *how, "-q", "-rfE", "--tb=line", "--show-capture=no", "-p", "no:cacheprovider"]))
 
 
 if __name__ == "__main__":
