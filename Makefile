@@ -1,7 +1,7 @@
 # Each target makes its own virtual environment in .venv; nothing has to be installed first.
 PYTHON ?= python3
 BIN := .venv/bin
-# A SoundFont player; TimGM6mb.sf2, 128 sampled instruments, which is all that is used of its package; espeak-ng.
+# A SoundFont player; a package that contains TimGM6mb.sf2, a SoundFont of 128 instruments; espeak-ng.
 SOUNDS := tinysoundfont==0.3.7 pretty_midi==0.2.11.post0 espeakng-loader==0.2.4
 
 .PHONY: demo test test-gpu mutants lint clean
@@ -16,7 +16,7 @@ test: .venv/sounds .venv/test
 mutants: .venv/test
 	$(BIN)/python -m tests.mutants
 
-# What only a GPU can show; without one it says so and fails.
+# Checks that need a GPU; without one it fails with a message.
 test-gpu: .venv/test
 	$(BIN)/python -m tests.gpu
 
@@ -30,8 +30,8 @@ build/types/hark:
 	mkdir -p $@
 	ln -s $(CURDIR)/hark/__init__.py $(addprefix $(CURDIR)/,data grpo launch models) $@
 
-# On Linux without an NVIDIA driver, the CPU build of torch where the installer finds one: the default build brings
-# gigabytes of CUDA libraries that could not be used. Whatever is installed then satisfies setup.cfg.
+# On Linux without an NVIDIA driver, install the CPU build of torch if pip finds one: the default build brings gigabytes
+# of CUDA libraries that could not be used. pip then keeps this torch, because it satisfies setup.cfg.
 .venv/installed: setup.cfg
 	$(PYTHON) -m venv .venv
 	if [ "$$(uname)" = Linux ] && [ ! -e /proc/driver/nvidia/version ] && [ ! -e /dev/dxg ]; then \
@@ -42,8 +42,8 @@ build/types/hark:
 	$(BIN)/pip install -q -e .
 	touch $@
 
-# Real sounds for the demo's dataset. Not as extras of setup.cfg, because they must come without their own dependencies:
-# those serve live output, for which PyAudio wants a C library, and MIDI files.
+# Real sounds for the demo's data set. They are not extras of setup.cfg, because they are installed without their own
+# dependencies. Those play live sound, for which PyAudio needs a C library, and read MIDI files.
 .venv/sounds: .venv/installed
 	for package in $(SOUNDS); do \
 		$(BIN)/pip install -q --no-deps $$package || echo "no $$package for this machine: built without it"; \

@@ -1,4 +1,4 @@
-"""From an audio file to a mono waveform at the model's rate; whatever cannot be used is an error, never silence."""
+"""Decodes audio files to mono waveforms at the model's sample rate. A clip that cannot be used is an error."""
 
 import functools
 import math
@@ -15,28 +15,28 @@ import torch
 from hark.data.errors import AudioError, MissingClipError, SilentClipError, SkippedClipError
 from hark.data.torchaudio_compat import torchaudio
 
-SILENCE_PEAK = 1e-4  # full scale is 1; -80 dB, three steps of 16-bit audio
-CROP_MARGIN = 0.05  # seconds decoded beyond a crop, so that the resampling filter sees what follows the cut
-MAX_KERNEL = 2**24  # values of a resampling filter (64 MiB); rates with no small common ratio need gigabytes
-UNKNOWN_FRAMES = 2**62  # and above: libsndfile does not know the length
+SILENCE_PEAK = 1e-4  # of full scale: -80 dB, three steps of 16-bit audio
+CROP_MARGIN = 0.05  # seconds decoded beyond a crop, since the resampling filter also reads samples after the cut
+MAX_KERNEL = 2**24  # values of a resampling filter (64 MiB); rates without a small ratio would need gigabytes
+UNKNOWN_FRAMES = 2**62  # libsndfile reports this many frames or more where it does not know the length
 LONG_CLIPS = ("error", "crop", "skip")
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself, true or not."""
+    """The header of a file; what it says may be wrong."""
 
     sample_rate: int
     channels: int
-    seconds: float | None  # None where the length stands nowhere
+    seconds: float | None  # None where the header has no length
 
 
 def load_waveform(path: str | Path, *, sample_rate: int, max_seconds: float, long_clips: str = "error") -> np.ndarray:
-    """Decode a clip (wav, flac, ogg, mp3) to float32 (samples,) at `sample_rate`, the mean of all its channels.
+    """Decode a clip (wav, flac, ogg, mp3) to float32 (samples,) at `sample_rate`: the mean of all its channels.
 
-    A clip longer than `max_seconds` raises AudioError ("error"), is cut to exactly the first `max_seconds` of its
-    resampled waveform ("crop"), or raises SkippedClipError for the caller to count ("skip"). Missing, unreadable,
-    empty, silent and non-finite audio raise AudioError. No more is decoded than the answer needs.
+    long_clips: what to do with a clip longer than `max_seconds`: raise AudioError ("error"), return exactly the first
+    `max_seconds` of its resampled waveform ("crop"), or raise SkippedClipError ("skip"). Missing, unreadable, empty,
+    silent and non-finite audio raises AudioError. Of a long clip only the first `max_seconds` are decoded.
     """
     _check_long_clips(long_clips)
     with _opened(path) as file:
@@ -53,23 +53,23 @@ def load_waveform(path: str | Path, *, sample_rate: int, max_seconds: float, lon
     peak = float(np.abs(waveform).max())
     if peak < SILENCE_PEAK:
         raise SilentClipError(
-            f"{path}: is silent (peak {peak:.1e}, mean of {samples.shape[1]} channels); expected a peak of at least "
-            f"{SILENCE_PEAK:.0e}; remove the example or replace the file"
+            f"{path}: is silent (peak {_apart(peak, SILENCE_PEAK, '.1e')}, mean of {samples.shape[1]} channels); "
+            f"expected a peak of at least {SILENCE_PEAK:.0e}; remove the example or replace the file"
         )
     return waveform
 
 
 def probe(path: str | Path, *, max_seconds: float, long_clips: str = "error") -> float:
-    """Check by the header that a clip opens, is not empty and is not too long; raises as `load_waveform` does.
+    """The length of a clip in seconds, at most `max_seconds` if it will be cropped; by its header, where that suffices.
 
-    Gives its length in seconds by the header; of a clip that will be cropped, `max_seconds`.
+    Raises as `load_waveform` does where the clip cannot be opened, is empty or is too long.
     """
     _check_long_clips(long_clips)
     with _opened(path) as file:
         limit, frames = _frames(max_seconds, file.samplerate), file.frames
         if frames == 0:
             raise _no_samples(path)
-        # The length in a compressed file's header may be an estimate; a clip is refused only for what is in it.
+        # The length in a compressed file's header may be an estimate: count samples before the clip is refused.
         if frames > limit:
             frames = limit if long_clips == "crop" else len(_decode(file, max_seconds + CROP_MARGIN))
         if frames > limit:
@@ -78,7 +78,7 @@ def probe(path: str | Path, *, max_seconds: float, long_clips: str = "error") ->
 
 
 def read_header(path: str | Path) -> Header:
-    """What a file says of itself; raises AudioError where it cannot be opened."""
+    """The header of a file; AudioError if it cannot be opened."""
     with _opened(path) as file:
         seconds = file.frames / file.samplerate if file.frames < UNKNOWN_FRAMES else None
         return Header(file.samplerate, file.channels, seconds)
@@ -86,7 +86,7 @@ def read_header(path: str | Path) -> Header:
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[soundfile.SoundFile]:
-    """The file, open; whatever the decoder raises, here or while it is read, as an AudioError."""
+    """The opened file; turns every error of the decoder, also while the file is read, into an AudioError."""
     if not os.path.exists(path):
         raise MissingClipError(f"{path}: no such file; expected a clip there; check audio_path and audio_root")
     if not os.path.isfile(path) or not os.access(path, os.R_OK):
@@ -96,7 +96,7 @@ def _opened(path: str | Path) -> Iterator[soundfile.SoundFile]:
     try:
         with soundfile.SoundFile(path) as file:
             yield file
-    # TypeError is what soundfile raises for headerless formats, which it knows by their name.
+    # soundfile raises TypeError for headerless formats, which it recognises by the suffix.
     except (soundfile.SoundFileError, TypeError) as error:
         raise AudioError(
             f"{path}: cannot be decoded ({error}); expected wav, flac, ogg or mp3; "
@@ -107,7 +107,7 @@ def _opened(path: str | Path) -> Iterator[soundfile.SoundFile]:
 def _decode(file: soundfile.SoundFile, seconds: float) -> np.ndarray:
     """At most the first `seconds` of the file: float32 (samples, channels).
 
-    Reads into a given array because soundfile would otherwise believe the header's length, which may be wrong.
+    Reads into an allocated array: soundfile would otherwise allocate the header's length, which may be wrong.
     """
     return file.read(out=np.empty((_frames(seconds, file.samplerate), file.channels), dtype=np.float32))
 
@@ -122,13 +122,21 @@ def _no_samples(path: str | Path) -> AudioError:
 
 def _too_long(path: str | Path, file: soundfile.SoundFile, max_seconds: float, long_clips: str) -> AudioError:
     seconds = file.frames / file.samplerate
-    # A header may say less than there is, or libsndfile's largest integer for a length it does not know.
+    # The header may be wrong: less than was decoded, or libsndfile's largest integer for a length it does not know.
     known = max_seconds < seconds and file.frames < UNKNOWN_FRAMES
+    length = f"{_apart(seconds, max_seconds, '.2f')} s long" if known else "too long"
     kind = SkippedClipError if long_clips == "skip" else AudioError
     return kind(
-        f"{path}: is {f'{seconds:.2f} s long' if known else 'too long'}; expected at most {max_seconds:g} s; "
+        f"{path}: is {length}; expected at most {max_seconds:.15g} s; "
         "raise max_seconds if the model can take it, or set long_clips to crop or skip"
     )
+
+
+def _apart(value: float, limit: float, style: str) -> str:
+    """A value in a format such as ".2f", with more digits where it would round to the limit or beyond it."""
+    texts = (f"{value:.{digits}{style[-1]}}" for digits in range(int(style[1:-1]), 18))
+    same_side = (text for text in texts if float(text) != limit and (float(text) > limit) == (value > limit))
+    return next(same_side, repr(value))
 
 
 def _check_long_clips(long_clips: str) -> None:
@@ -151,5 +159,5 @@ def _resample(path: str | Path, waveform: np.ndarray, rate: int, sample_rate: in
 
 @functools.lru_cache(maxsize=8)
 def _resampler(rate: int, sample_rate: int) -> torch.nn.Module:
-    # torchaudio.functional.resample with its filter kept: building it takes longer than using it.
+    # Caches the filter of torchaudio.functional.resample, since building it takes longer than using it.
     return torchaudio.transforms.Resample(rate, sample_rate)

@@ -1,4 +1,4 @@
-"""The one matcher of a completion with the choices, shared by reward and evaluation."""
+"""Compares a completion with the choices; used by the accuracy reward and by evaluation."""
 
 from collections.abc import Sequence
 
@@ -6,10 +6,10 @@ QUOTES = ('""', "''", "``", "“”", "‘’", "«»")
 
 
 def extract_answer(completion: str) -> str | None:
-    """The text inside the only `<answer>...</answer>`; without any tag, the whole completion.
+    """The text inside the only `<answer>...</answer>`; the whole completion if it has no such tag.
 
-    None where the tags are doubled, unclosed or out of order: which answer is meant cannot be known, and a policy that
-    tags every choice must not be paid for it.
+    None where a tag is repeated, unclosed or out of order: the answer is ambiguous then, and a policy that puts every
+    choice into a tag must not be rewarded.
     """
     opened, closed = completion.count("<answer>"), completion.count("</answer>")
     if opened == closed == 0:
@@ -20,7 +20,7 @@ def extract_answer(completion: str) -> str | None:
 
 
 def normalise(text: str) -> str:
-    """Case, runs of whitespace, surrounding quotes and trailing dots do not distinguish two answers."""
+    """The text in lower case, without surrounding quotes and trailing dots, and with single spaces."""
     text = " ".join(text.casefold().split())
     while True:
         bare = text.rstrip(".").strip()
@@ -32,7 +32,7 @@ def normalise(text: str) -> str:
 
 
 def is_correct(completion: str, choices: Sequence[str], answer: int) -> bool:
-    """Whether the completion's answer equals the right choice and no other, both normalised; never by containment."""
+    """Whether the completion's answer equals the right choice and no other, all normalised; substrings do not count."""
     extracted = extract_answer(completion)
     if extracted is None:
         return False

@@ -1,4 +1,4 @@
-"""What can be wrong with the data; every message says where, what, what was expected and how to fix it."""
+"""The errors of the data. Every message says where, what, what was expected and how to fix it."""
 
 import difflib
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 class DataError(ValueError):
-    """A line, a clip or an example cannot be used as it is."""
+    """A file, a line, a clip or an example cannot be used."""
 
 
 class AudioError(DataError):
@@ -16,19 +16,19 @@ class AudioError(DataError):
 
 
 class MissingClipError(AudioError):
-    """There is no file where a clip should be."""
+    """The file of a clip does not exist."""
 
 
 class SilentClipError(AudioError):
-    """A clip holds nothing that could be heard."""
+    """The peak of a clip is below the threshold of silence."""
 
 
 class SkippedClipError(AudioError):
-    """A clip is too long and the settings ask to leave such clips out: callers count it and go on."""
+    """A clip is too long and the settings skip such clips: callers count it and go on."""
 
 
 def named(table: Mapping[str, T], name: str, *, kind: str) -> T:
-    """`table[name]`; an unknown name is a DataError that offers the nearest and lists all."""
+    """`table[name]`; an unknown name is a DataError that suggests the nearest name and lists all."""
     if name not in table:
         near = difflib.get_close_matches(name, table, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

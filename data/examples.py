@@ -1,11 +1,13 @@
-"""Multiple-choice questions about audio clips, read from JSON lines in the R1-AQA format."""
+"""Multiple-choice questions about audio clips, read from files in the R1-AQA format."""
 
 import json
+import reprlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hark.data.choices import normalise
 from hark.data.errors import DataError
+from hark.data.json_files import as_text, read_rows
 
 KEYS = ("id", "audio_path", "question_text", "multi_choice", "answer")
 
@@ -14,7 +16,7 @@ KEYS = ("id", "audio_path", "question_text", "multi_choice", "answer")
 class Example:
     """One question with its clip, its choices and the index of the right one.
 
-    Only a benchmark's questions may have no answer, where its authors keep it to themselves.
+    `answer` is None only in a benchmark, where the right answer is not published or is none of the choices (`truth`).
     """
 
     id: str
@@ -25,12 +27,11 @@ class Example:
     dataset: str = ""
     task: str = ""
     category: str = ""
-    line: str = ""  # where it was read, "train.jsonl:17"
+    line: str = ""  # where it was read: "train.jsonl:17"
     sub_category: str = ""
     difficulty: str = ""
-    truth: str = ""  # a benchmark's answer that is none of its choices; `answer` is None then
-    # Length of the clip, once its header was read: a measurement, which makes it no other question.
-    seconds: float | None = field(default=None, compare=False)
+    truth: str = ""  # a benchmark's answer given as text; `answer` is None then
+    seconds: float | None = field(default=None, compare=False)  # length of the clip, once its header was read
 
     @property
     def answer_text(self) -> str:
@@ -49,11 +50,11 @@ class BadExample:
     reason: str
 
     def record(self) -> dict[str, str]:
-        """As it is listed for the user: file ("train.jsonl:17"), id and reason."""
+        """The three fields by the names that reports use: file ("train.jsonl:17"), id and reason."""
         return {"file": self.line, "id": self.id, "reason": self.reason}
 
     def json_line(self) -> str:
-        """The line of a bad.jsonl, with its newline."""
+        """The record as a line of bad.jsonl, with its newline."""
         return json.dumps(self.record(), ensure_ascii=False) + "\n"
 
 
@@ -65,63 +66,43 @@ def load_examples(
     skip_bad: bool = False,
     benchmark: bool = False,
 ) -> tuple[list[Example], list[BadExample]]:
-    """Read a JSON-lines file; every line needs the keys in KEYS, others than these and the optional ones are ignored.
+    """Read a file of questions: (good examples, bad ones). Each row needs KEYS; unknown keys are ignored.
 
-    `audio_path` is taken relative to `audio_root`, or to the file's own directory; it may be absent or null only
-    without `require_audio`. The first bad line raises DataError; with `skip_bad`, bad lines are returned beside the
-    examples instead. A file without one good example is always an error.
+    `audio_path` is relative to `audio_root`, or else to the directory of the file; without `require_audio` it may be
+    absent or null. The first bad row raises DataError; with `skip_bad`, bad rows are returned instead. A file without a
+    good example always raises DataError.
 
-    A `benchmark`'s questions are taken as they are: two choices may be the same to the matcher, and `answer` may be
-    null or absent, or a text that is none of the choices.
+    benchmark: accept what is an error in training data: two choices that are equal when normalised, and an `answer`
+    that is null, absent, or a text.
     """
     path = Path(path)
     root = path.parent if audio_root is None else Path(audio_root)
     examples, bad, seen = [], [], {}
-    for number, raw in enumerate(_lines(path), start=1):
-        if not raw.strip():
-            continue
-        line, record = f"{path.name}:{number}", {}
+    for line, row in read_rows(path):
+        record = row if isinstance(row, dict) else {}
         try:
-            record = decode_line(raw)
+            if isinstance(row, DataError):
+                raise row
             example = parse_example(record, root=root, line=line, require_audio=require_audio, benchmark=benchmark)
             if example.id in seen:
                 raise DataError(f'"id" {example.id!r} was used at {seen[example.id]}; each example needs its own id')
         except DataError as error:
             if not skip_bad:
                 raise DataError(f"{line}: {error}") from None
-            bad.append(BadExample(line, str(record.get("id", "")), str(error)))
+            bad.append(BadExample(line, as_text(record.get("id")) or "", str(error)))
         else:
             seen[example.id] = line
             examples.append(example)
     if not examples:
         first = f"all {len(bad)} are bad, first {bad[0].line}: {bad[0].reason}" if bad else "the file is empty"
-        raise DataError(f"{path.name}: no examples: {first}; expected one JSON object per line with {', '.join(KEYS)}")
+        raise DataError(f"{path.name}: no examples: {first}; expected JSON objects with {', '.join(KEYS)}")
     return examples, bad
-
-
-def _lines(path: Path) -> list[bytes]:
-    try:
-        return path.read_bytes().split(b"\n")
-    except OSError as error:
-        reason = error.strerror or error
-        raise DataError(f"{path}: cannot be read ({reason}); expected a file of JSON lines") from error
-
-
-def decode_line(raw: bytes) -> dict:
-    """The JSON object of one line; DataError if it is none."""
-    try:
-        record = json.loads(raw.decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"not valid JSON ({error}); each line is one JSON object in UTF-8") from None
-    if not isinstance(record, dict):
-        raise DataError(f"is a JSON {type(record).__name__}; each line is one JSON object with {', '.join(KEYS)}")
-    return record
 
 
 def parse_example(
     record: dict, *, root: Path, line: str, require_audio: bool = True, benchmark: bool = False
 ) -> Example:
-    """One record as an example, its clip beneath `root`; DataError, without the line, if it is not usable."""
+    """The example of a record, its clip relative to `root`; DataError, without the line, if it cannot be used."""
     optional = {"audio_path": not require_audio, "answer": benchmark}
     needed = [key for key in KEYS if not optional.get(key)]
     for key in needed:
@@ -129,7 +110,7 @@ def parse_example(
             raise DataError(f'"{key}" is missing; each line needs {", ".join(needed)}')
     identity = record["id"]
     if isinstance(identity, bool) or not isinstance(identity, (str, int)):
-        raise DataError(f'"id" is {identity!r}; expected text or an integer')
+        raise DataError(f'"id" is {reprlib.repr(identity)}; expected text or an integer')
     choices = _choices(record["multi_choice"], distinct=not benchmark)
     audio_path = _text(record, "audio_path")
     if not audio_path and (require_audio or "audio_path" in record and record["audio_path"] is not None):
@@ -157,24 +138,24 @@ def parse_example(
 def _text(record: dict, key: str) -> str:
     value = record.get(key)
     if value is not None and not isinstance(value, str):
-        raise DataError(f'"{key}" is {value!r}; expected text')
+        raise DataError(f'"{key}" is {reprlib.repr(value)}; expected text')
     return value or ""
 
 
 def _label(record: dict, key: str) -> str:
-    """A text, or the texts of a list joined by commas: some benchmarks put a question into several categories."""
+    """A text, or the texts of a list joined by commas, since some benchmarks give a question several categories."""
     value = record.get(key)
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
         return ", ".join(value)
     if value is not None and not isinstance(value, str):
-        raise DataError(f'"{key}" is {value!r}; expected text or a list of texts')
+        raise DataError(f'"{key}" is {reprlib.repr(value)}; expected text or a list of texts')
     return value or ""
 
 
 def _choices(value: object, *, distinct: bool) -> tuple[str, ...]:
-    """The choices; `distinct` as the matcher sees them: two that it cannot tell apart could never be answered."""
+    """The choices. `distinct`: they must differ when normalised, since equal ones could never be answered right."""
     if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value):
-        raise DataError(f'"multi_choice" is {value!r}; expected a list of texts')
+        raise DataError(f'"multi_choice" is {reprlib.repr(value)}; expected a list of texts')
     if len(value) < 2:
         raise DataError(f'"multi_choice" has {len(value)} choices; expected at least 2')
     if distinct:
@@ -198,7 +179,9 @@ def _check_distinct(choices: list[str]) -> None:
 
 def _answer(value: object, choices: tuple[str, ...]) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise DataError(f'"answer" is {value!r}; expected the index of the right choice, 0 to {len(choices) - 1}')
+        raise DataError(
+            f'"answer" is {reprlib.repr(value)}; expected the index of the right choice, 0 to {len(choices) - 1}'
+        )
     if not 0 <= value < len(choices):
         raise DataError(f'"answer" is {value}, out of range; expected 0 to {len(choices) - 1} for these choices')
     return value

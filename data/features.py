@@ -1,4 +1,4 @@
-"""Log-mel spectrograms as Whisper's family of audio towers expects them, of the real samples only."""
+"""Log-mel spectrograms for Whisper's audio towers, computed without the padding to 30 s."""
 
 import functools
 import math
@@ -6,10 +6,10 @@ import math
 import numpy as np
 import torch
 
-PADDED_SAMPLES = 480_000  # WhisperFeatureExtractor pads with zeros to 30 s at 16 kHz
+PADDED_SAMPLES = 480_000  # 30 s at 16 kHz, to which WhisperFeatureExtractor pads with zeros
 MAX_FREQUENCY = 8000.0  # Hz, upper edge of the last mel band
-FLOOR = 1e-10  # power below which Whisper does not look
-DYNAMIC_RANGE = 8.0  # decades below the loudest value that are kept
+FLOOR = 1e-10  # smaller powers are set to this one
+DYNAMIC_RANGE = 8.0  # decades; values further below the maximum are raised to this distance
 
 
 def log_mel(
@@ -23,22 +23,22 @@ def log_mel(
 ) -> torch.Tensor:
     """Log-mel of a waveform (samples,): (n_mels, frames), float32, frames = ceil(samples / hop).
 
-    Equal to the first frames that transformers' WhisperFeatureExtractor gives for the clip padded with zeros to
-    `padded_samples`, to the rounding of float32, at the cost of the real samples only. Later frames of that output
-    are constant wherever they see no sample, so nothing is lost. ValueError if empty, not one channel, or too long.
+    Equal, up to float32 rounding, to the first frames of transformers' WhisperFeatureExtractor for the clip padded with
+    zeros to `padded_samples`, but the zeros are not computed. The later frames of that output are constant, except for
+    those whose window still reaches a sample. ValueError if empty, not one channel, or too long.
     """
     waveform = torch.as_tensor(waveform, dtype=torch.float32)
     if waveform.dim() != 1 or not 0 < len(waveform) <= padded_samples:
         shape = tuple(waveform.shape)
         raise ValueError(f"waveform of shape {shape}; expected one channel of 1 to {padded_samples} samples")
-    # One window of zeros is all that any frame with a real sample in it can see of the padding. Where the padding is
-    # shorter than that, the frames at the end reflect, as they do there.
+    # A frame that contains a real sample reaches at most one window into the padding. With less padding than that, stft
+    # reflects the signal at its end, as it does in the full computation.
     zeros = min(n_fft, padded_samples - len(waveform))
     padded = torch.nn.functional.pad(waveform, (0, zeros))
     spectrum = torch.stft(padded, n_fft, hop, window=_window(n_fft), return_complex=True)
-    power = spectrum[:, : padded_samples // hop].abs() ** 2  # (n_fft // 2 + 1, frames seen)
+    power = spectrum[:, : padded_samples // hop].abs() ** 2  # (n_fft // 2 + 1, frames with a sample)
     log = (_mel_filters(n_mels, n_fft, sample_rate) @ power).clamp(min=FLOOR).log10()
-    # The maximum is over every frame that sees a sample, also those after the last one returned.
+    # The maximum is over all frames that contain a sample, also those after the last one that is returned.
     log = torch.maximum(log, log.max() - DYNAMIC_RANGE)
     frames = -(-len(waveform) // hop)
     return ((log[:, :frames] + 4.0) / 4.0).contiguous()  # (n_mels, frames)
@@ -53,8 +53,8 @@ def _window(n_fft: int) -> torch.Tensor:
 def _mel_filters(n_mels: int, n_fft: int, sample_rate: int) -> torch.Tensor:
     """Triangles of equal area on Slaney's mel scale: linear below 1 kHz, logarithmic above.
 
-    In float64, for parity: torchaudio's melscale_fbanks computes the same in float32, where the narrow bands of 128
-    mels, which a bin may graze with a weight near 0, lose three digits (2e-5 in the log-mel).
+    Computed in float64 as in transformers. torchaudio's melscale_fbanks uses float32: with 128 mels some weights are
+    close to 0 and lose three digits there (2e-5 in the log-mel).
     """
     edges = _mel_to_hz(np.linspace(0.0, _hz_to_mel(MAX_FREQUENCY), n_mels + 2))
     bins = np.linspace(0.0, sample_rate / 2, n_fft // 2 + 1)

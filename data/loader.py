@@ -1,14 +1,14 @@
-"""Prompts of a step, prepared in threads while the step before runs.
+"""Prepares the prompts of a step in threads while the step before it runs.
 
-Threads, not processes: decoding, resampling, log-mel and tokenising all run in C without the interpreter's lock,
-nothing is pickled, and an exception arrives as it was raised.
+Threads and not processes: decoding, resampling, log-mel and tokenising run in C code that releases the interpreter's
+lock. Nothing is pickled, and an exception arrives as it was raised.
 """
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -17,30 +17,33 @@ import numpy as np
 from hark.data.audio import probe
 from hark.data.errors import AudioError, DataError, SkippedClipError
 from hark.data.examples import BadExample, Example
-from hark.data.order import rank_slice, shuffle_choices, step_indices
+from hark.data.order import completion_key, digest, occurrences, rank_slice, shuffle_choices, step_indices
+from hark.data.parallel import in_threads
 from hark.data.prompts import find_template, render
 
 Prompt = TypeVar("Prompt")
+Key = tuple[int, ...]
 
-CANDIDATES = 4  # clips and texts that are tried for the longest prompt
+CANDIDATES = 4  # longest clips, and longest texts, that are prepared to find the longest prompt
 
 
 @dataclasses.dataclass(frozen=True)
 class _Slot(Generic[Prompt]):
-    """One prompt of a step, and the examples that had to be passed over to get it, by position."""
+    """One prompt of a step, with the bad examples that were skipped to get it, by their index."""
 
     example: Example
     prompt: Prompt
+    key: Key
     bad: dict[int, BadExample]
 
 
 class Loader(Generic[Prompt]):
     """Prepares this rank's prompts of any step; the next step is prepared ahead.
 
-    What a step holds is a pure function of the examples, their files, the seed and the step, so a run that is resumed,
-    or that runs on another number of ranks, sees the same prompts. An example whose data is bad raises DataError
-    naming its line; with `skip_bad`, or when the settings skip long clips, the next good example in file order takes
-    its place and `bad` gains it once.
+    The prompts of a step are a pure function of the examples, their files, the seed and the step: a resumed run, or a
+    run on another number of ranks, gets the same prompts. A bad example raises DataError with its line. With
+    `skip_bad`, or where the settings skip long clips, the next good example in file order replaces it, and `bad` lists
+    it once.
     """
 
     def __init__(
@@ -60,10 +63,10 @@ class Loader(Generic[Prompt]):
         silent_share: float = 0.0,
         on_bad: Callable[[BadExample], None] = lambda bad: None,
     ) -> None:
-        """`prepare(text, waveform)` makes a prompt, with None for an example without audio; it may raise DataError.
+        """`prepare(text, waveform)` makes a prompt and may raise DataError; waveform is None without audio.
 
-        silent_share: how many prompts, of 1, have their samples set to zero: what is then learnt is what to do when
-        nothing is heard. on_bad: called with each example that is passed over, once.
+        silent_share: share of the prompts, 0 to 1, whose waveform is set to zero; which ones is a pure function of
+        (seed, step, example). on_bad: called once with each example that is skipped.
         """
         if not examples:
             raise DataError("no examples; expected at least one")
@@ -74,41 +77,40 @@ class Loader(Generic[Prompt]):
         self._seed, self._prompts_per_step, self._rank, self._world = seed, prompts_per_step, rank, world
         self._template, self._shuffle_choices, self._skip_bad = template, shuffle_choices, skip_bad
         self._silent_share, self._on_bad = silent_share, on_bad
-        self._positions(0)  # refuses here what cannot be split over the ranks
-        self._bad_positions: set[int] = set()
+        self._draws(0)  # raises now if the prompts cannot be split over the ranks
+        self._bad_indices: set[int] = set()
         self._ahead: dict[int, list[Future[_Slot[Prompt]]]] = {}
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="loader")
 
-    def step(self, step: int) -> list[tuple[Example, Prompt, tuple[int, ...]]]:
-        """This rank's examples of a step with their prompts and keys, in order; any step may be asked for."""
+    def step(self, step: int) -> list[tuple[Example, Prompt, Key]]:
+        """This rank's (example, prompt, key) of a step, in order; steps may be asked for in any order.
+
+        key: seeds the completions of this prompt (`order.completion_key`); it differs for all prompts of a step.
+        """
         futures = self._ahead.pop(step, None) or self._submit(step)
         self.prepare(step + 1)
         slots = [future.result() for future in futures]
         for slot in slots:
             self._record(slot)
-        return [(slot.example, slot.prompt, self.key(step, slot.example)) for slot in slots]
+        return [(slot.example, slot.prompt, slot.key) for slot in slots]
 
     def prepare(self, step: int) -> None:
-        """Begin to prepare a step, instead of any other that is not asked for yet."""
+        """Start to prepare a step, and cancel every other step that was started."""
         self._cancel()
         self._ahead = {step: self._submit(step)}
 
-    def key(self, step: int, example: Example) -> tuple[int, ...]:
-        """What the draws for an example in a step are a function of: (seed, step, example) as integers."""
-        return self._seed, step, _digest(example.id)
-
     def longest(self) -> tuple[Example, Prompt]:
-        """The example with the longest prompt, among those with the longest clips and the longest texts."""
-        places = range(len(self.examples))
-        by_sound = sorted(places, key=lambda place: -(self.examples[place].seconds or 0.0))[:CANDIDATES]
-        by_text = sorted(places, key=lambda place: -len(render(self.examples[place], self._template)))[:CANDIDATES]
-        # One that cannot be used gives way to the next, as it would in a step.
-        slots = self._threads.map(lambda place: self._slot(place, 0), by_sound + by_text)
+        """The example with the longest prompt, among those with the longest clips and those with the longest texts."""
+        indices = range(len(self.examples))
+        by_sound = sorted(indices, key=lambda index: -(self.examples[index].seconds or 0.0))[:CANDIDATES]
+        by_text = sorted(indices, key=lambda index: -len(render(self.examples[index], self._template)))[:CANDIDATES]
+        # A bad candidate is replaced as it would be in a step.
+        slots = self._threads.map(lambda index: self._slot(index, 0, step=0), by_sound + by_text)
         slot = max(slots, key=lambda slot: len(slot.prompt.ids))
         return slot.example, slot.prompt
 
     def close(self) -> None:
-        """Stop preparing; to be called at the end of a run, also by leaving a `with` block."""
+        """Stop preparing. Call it at the end of a run, or use the loader in a `with` block."""
         self._cancel()
         self._threads.shutdown(cancel_futures=True)
 
@@ -118,12 +120,13 @@ class Loader(Generic[Prompt]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _positions(self, step: int) -> list[int]:
+    def _draws(self, step: int) -> list[tuple[int, int]]:
+        """This rank's (index of the drawn example, its occurrence in the whole step) of a step."""
         indices = step_indices(len(self.examples), seed=self._seed, step=step, prompts_per_step=self._prompts_per_step)
-        return rank_slice(indices, self._rank, self._world)
+        return rank_slice(list(zip(indices, occurrences(indices), strict=True)), self._rank, self._world)
 
     def _submit(self, step: int) -> list[Future[_Slot[Prompt]]]:
-        return [self._threads.submit(self._slot, position, step) for position in self._positions(step)]
+        return [self._threads.submit(self._slot, *draw, step=step) for draw in self._draws(step)]
 
     def _cancel(self) -> None:
         for futures in self._ahead.values():
@@ -132,27 +135,27 @@ class Loader(Generic[Prompt]):
         self._ahead = {}
 
     def _record(self, slot: _Slot[Prompt]) -> None:
-        """Only `step` calls this, so that no thread writes what another reads."""
-        for position, bad in slot.bad.items():
-            if position not in self._bad_positions:
-                self._bad_positions.add(position)
+        """Add a slot's bad examples to the list. Called by `step` only, so that the threads never write to it."""
+        for index, bad in slot.bad.items():
+            if index not in self._bad_indices:
+                self._bad_indices.add(index)
                 self.bad.append(bad)
                 self._on_bad(bad)
 
-    def _slot(self, start: int, step: int) -> _Slot[Prompt]:
-        """The prompt of the first good example at or after `start`, past the end to the beginning."""
+    def _slot(self, drawn: int, occurrence: int, *, step: int) -> _Slot[Prompt]:
+        """The prompt of the first good example at or after the index `drawn`; the search wraps round at the end."""
         count, bad = len(self.examples), {}
         for offset in range(count):
-            position = (start + offset) % count
-            if position in self._bad_positions:
+            index = (drawn + offset) % count
+            if index in self._bad_indices:
                 continue
-            example = self.examples[position]
+            example = self.examples[index]
+            replaced = None if index == drawn else self.examples[drawn].id
+            key = completion_key(self._seed, step, example.id, occurrence=occurrence, replaced=replaced)
             try:
-                return _Slot(*self._make(example, step), bad)
+                return _Slot(*self._make(example, step), key, bad)
             except DataError as error:
-                if not (self._skip_bad or isinstance(error, SkippedClipError)):
-                    raise type(error)(f"{example.line}: {error}") from error
-                bad[position] = BadExample(example.line, example.id, str(error))
+                bad[index] = _skipped(example, error, self._skip_bad)
         first = next(iter([*bad.values(), *self.bad]))
         raise DataError(f"all {count} examples are bad, one of them {first.line}: {first.reason}")
 
@@ -160,14 +163,16 @@ class Loader(Generic[Prompt]):
         if self._shuffle_choices:
             example = shuffle_choices(example, seed=self._seed, step=step)
         waveform = None if example.audio_path is None else self._waveform(example)
-        if waveform is not None and _digest(f"{self._seed}/{step}/{example.id}") < self._silent_share * 2**64:
+        if waveform is not None and digest(f"{self._seed}/{step}/{example.id}") < self._silent_share * 2**64:
             waveform = np.zeros_like(waveform)
         return example, self._prepare(render(example, self._template), waveform)
 
 
-def _digest(text: str) -> int:
-    """A stable hash of 64 bits."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+def _skipped(example: Example, error: DataError, skip_bad: bool) -> BadExample:
+    """The record of an example that is left out; raises the error, with its line, where the settings do not skip it."""
+    if not (skip_bad or isinstance(error, SkippedClipError)):
+        raise type(error)(f"{example.line}: {error}") from error
+    return BadExample(example.line, example.id, str(error))
 
 
 def evaluation_batches(
@@ -181,10 +186,10 @@ def evaluation_batches(
     skip_bad: bool = False,
     on_bad: Callable[[BadExample], None] = lambda bad: None,
 ) -> Iterator[list[tuple[Example, Prompt]]]:
-    """Examples in order with their prompts, `batch` at a time; the next batch is prepared ahead.
+    """(example, prompt) pairs in file order, `batch` at a time; the next batch is prepared ahead.
 
-    Raises DataError naming the line of an example that cannot be used; with `skip_bad`, or when the settings skip long
-    clips, it is left out and given to `on_bad` instead.
+    A bad example raises DataError with its line. With `skip_bad`, or where the settings skip long clips, it is left out
+    and passed to `on_bad`; its batch is smaller then.
     """
 
     def make(example: Example) -> tuple[Example, Prompt] | BadExample:
@@ -192,31 +197,24 @@ def evaluation_batches(
             sound = None if example.audio_path is None else waveform(example)
             return example, prepare(render(example, template), sound)
         except DataError as error:
-            if not (skip_bad or isinstance(error, SkippedClipError)):
-                raise type(error)(f"{example.line}: {error}") from error
-            return BadExample(example.line, example.id, str(error))
+            return _skipped(example, error, skip_bad)
 
-    with ThreadPoolExecutor(workers, thread_name_prefix="evaluation") as threads:
-        ahead: list[Future[tuple[Example, Prompt] | BadExample]] = []
-        for first in range(0, len(examples) + batch, batch):
-            ready, ahead = ahead, [threads.submit(make, example) for example in examples[first : first + batch]]
-            results = [future.result() for future in ready]
-            for bad in (result for result in results if isinstance(result, BadExample)):
-                on_bad(bad)
-            good = [result for result in results if not isinstance(result, BadExample)]
-            if good:
-                yield good
+    results = in_threads(make, examples, workers=workers, ahead=batch)
+    while made := list(islice(results, batch)):
+        for bad in (result for result in made if isinstance(result, BadExample)):
+            on_bad(bad)
+        good = [result for result in made if not isinstance(result, BadExample)]
+        if good:
+            yield good
 
 
 def check_audio(
     examples: Sequence[Example], *, max_seconds: float, long_clips: str, skip_bad: bool, workers: int
 ) -> tuple[list[Example], list[BadExample]]:
-    """Probe every clip's header before a run starts; gives the examples that passed and those that did not.
+    """Read every clip's header before a run starts: (good examples with `seconds` filled in, bad examples).
 
-    The former know the `seconds` of their clips then.
-
-    Without `skip_bad`, raises AudioError with the number of bad clips and the first of them; clips that the settings
-    skip for their length are left out either way. No good example at all is always an error.
+    Without `skip_bad`, a bad clip raises AudioError with the number of bad clips and the first five. Clips that the
+    settings skip for their length are left out either way. If no example is good, that is always an AudioError.
     """
 
     def checked(example: Example) -> Example | AudioError:
@@ -228,8 +226,7 @@ def check_audio(
             return error
         return dataclasses.replace(example, seconds=seconds)
 
-    with ThreadPoolExecutor(workers) as threads:
-        results = list(threads.map(checked, examples))
+    results = list(in_threads(checked, examples, workers=workers))
     good = [result for result in results if isinstance(result, Example)]
     bad = [pair for pair in zip(examples, results, strict=True) if isinstance(pair[1], AudioError)]
     fatal = [pair for pair in bad if not (skip_bad or isinstance(pair[1], SkippedClipError))]
@@ -240,10 +237,10 @@ def check_audio(
 
 
 class BadLog:
-    """Skipped examples as JSON lines with the keys file ("train.jsonl:17"), id and reason, each written at once.
+    """Writes skipped examples to a JSON-lines file: file ("train.jsonl:17"), id and reason. Each is written at once.
 
-    A file that is there is continued, so neither a crash nor a resumed run loses or repeats a line. Ranks do not see
-    what the others add while they run: two that meet the same bad example each write it.
+    An existing file is appended to, so neither a crash nor a resumed run loses or repeats a line. A rank does not see
+    what other ranks add during the run: if two ranks skip the same example, it is listed twice.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -252,7 +249,7 @@ class BadLog:
         self._seen = {(record["file"], record["id"]) for record in map(json.loads, lines)}
 
     def add(self, bad: BadExample) -> None:
-        """Write one example, unless it stands there already."""
+        """Write one example, unless it is listed already."""
         if (bad.line, bad.id) in self._seen:
             return
         self._seen.add((bad.line, bad.id))

@@ -1,4 +1,4 @@
-"""Named prompt templates: how a question is put, what SFT trains on, and which tags a completion must have.
+"""Named prompt templates: the text of a prompt, the target of SFT, and the tags that a completion must have.
 
 Add your own: `TEMPLATES["short"] = Template("{question} One of {choices}.")`.
 """
@@ -14,10 +14,10 @@ ASK = "{question} Please choose the answer from the following options: {choices}
 
 @dataclass(frozen=True)
 class Template:
-    """`prompt` may name {question} and {choices}, a Python list literal; `target` may name {answer}.
+    """The formats of str.format: `prompt` with {question} and {choices} (a Python list), `target` with {answer}.
 
-    `tags` are the elements a well-formed completion consists of, in order; the format reward reads them.
-    A brace that stands for itself is written twice, as in str.format.
+    `tags` are the elements that a well-formed completion consists of, in order; the format reward reads them. A literal
+    brace is written twice.
     """
 
     prompt: str
@@ -50,12 +50,12 @@ TEMPLATES: dict[str, Template] = {
 
 
 def find_template(name: str) -> Template:
-    """The template of that name; an unknown name is a DataError that offers the nearest."""
+    """The template of that name; an unknown name is a DataError that suggests the nearest."""
     return named(TEMPLATES, name, kind="template")
 
 
 def render(example: Example, template: str) -> str:
-    """The text of the user's turn, without the clip."""
+    """The text of the user's turn. The audio is added by `prepare`."""
     return find_template(template).prompt.format(question=example.question, choices=list(example.choices))
 
 

@@ -1,4 +1,4 @@
-"""Reward functions by name, and the table of rewards of one step.
+"""Reward functions by name, and the matrix of rewards of one step.
 
 A reward is any `(example, completion, template) -> float`. Add your own in one line:
 `REWARDS["brief"] = lambda example, completion, template: float(len(completion) < 200)`.
@@ -17,7 +17,7 @@ from hark.data.prompts import Template, find_template
 
 Reward = Callable[[Example, str, Template], float]
 
-# The inside of one element: not blank, and no tag of the format in it.
+# The content of one element: not blank, and without any tag of the format.
 _INSIDE = r"(?=\s*[^\s<]|\s*<(?!/?(?:think|answer)>))(?:(?!</?(?:think|answer)>).)*"
 
 
@@ -31,9 +31,9 @@ def accuracy(example: Example, completion: str, template: Template) -> float:
 
 
 def format(example: Example, completion: str, template: Template) -> float:
-    """1 if the completion is the template's tags, each once, in order, not blank, and nothing else; else 0.
+    """1 if the completion consists of the template's elements, each once, in order and not blank; else 0.
 
-    For a template without tags: 1 if the completion is text without any tag.
+    For a template without tags: 1 if the completion is not blank and has no tag.
     """
     elements = [rf"<{tag}>{_INSIDE}</{tag}>" for tag in template.tags] or [_INSIDE]
     return float(re.fullmatch(r"\s*" + r"\s*".join(elements) + r"\s*", completion, re.DOTALL) is not None)
@@ -47,8 +47,8 @@ def reward_matrix(
 ) -> torch.Tensor:
     """Rewards (B, K), float32: one row per completion, one column per name.
 
-    `examples` holds the example of each completion (a group repeats its own). A reward that throws or is not a finite
-    number raises RewardError naming it, the example and the completion; nothing is swallowed.
+    examples: the example of each completion, repeated for each completion of its group. A reward function that raises,
+    or returns a value that is not finite, raises RewardError with its name, the example and the completion.
     """
     if len(examples) != len(completions):
         raise ValueError(f"{len(examples)} examples for {len(completions)} completions; expected one for each")
@@ -62,7 +62,7 @@ def reward_matrix(
 
 
 def find_reward(name: str) -> Reward:
-    """The reward of that name; an unknown name is a DataError that offers the nearest."""
+    """The reward of that name; an unknown name is a DataError that suggests the nearest."""
     return named(REWARDS, name, kind="reward")
 
 

@@ -1,9 +1,9 @@
 """Import torchaudio on any build of torch; everything that needs torchaudio or transformers imports this first.
 
-torchaudio 2.11 ships one compiled extension, built for one CUDA version. Beside a CPU build of torch, or another CUDA
-build, loading it raises, and `import torchaudio` with it; transformers imports torchaudio when it is installed, so its
-processors break too. Nothing used here (resampling, mel filterbanks) lives in the extension: where it does not load,
-torchaudio is imported again with a stand-in for the module that loads it.
+torchaudio 2.11 has one compiled extension, built for one CUDA version. With a CPU build of torch, or with another CUDA
+build, the extension does not load and `import torchaudio` raises. The processors of transformers break as well, because
+transformers imports torchaudio if it is installed. What is used here (resampling, mel filterbanks) does not need the
+extension: if it does not load, torchaudio is imported again with a stub in place of the module that loads it.
 """
 
 import sys

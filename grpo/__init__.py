@@ -1,1 +1,4 @@
-"""The algorithm. Read in this order: types, tree, sampler, scorer, advantage, loss, trainer."""
+"""The algorithm.
+
+Reading order: types, tree, distribution, sampler, branches, scorer, advantage, loss, learner, trainer.
+"""

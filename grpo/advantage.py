@@ -28,9 +28,7 @@ def group_advantages(rewards: torch.Tensor, *, group_size: int, scale: str = "st
     all equal gets exactly 0.
     """
     if group_size < 2:
-        raise ValueError(
-            f"group_size is {group_size}; an advantage is relative to the group's other completions and needs at least 2"
-        )
+        raise ValueError(f"group_size is {group_size}; an advantage compares completions and needs at least 2")
     if scale not in ("std", "none"):
         raise ValueError(f"scale is {scale!r}; expected 'std' or 'none'")
     groups = rewards.unflatten(0, (-1, group_size))  # (N, G)

@@ -12,11 +12,11 @@ import yaml
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the place, the `section.key` and what was expected."""
+    """A configuration that cannot be used; the message says where, which `section.key`, and what was expected."""
 
 
 class Bound(NamedTuple):
-    """The range of a number, as the words of its error and as limits; `above` and `below` are exclusive."""
+    """The range of a number: its limits, and `words` for the error message; `above` and `below` are exclusive."""
 
     words: str
     at_least: float = -math.inf
@@ -49,22 +49,22 @@ class RunConfig:
 class ModelConfig:
     path: str  # Hugging Face directory of the policy to train
     reference: str | None = None  # Hugging Face directory of the reference policy; null is model.path
-    train_tower: bool = True  # False freezes the audio tower, as adapters do anyway; it then stands whole on each rank
-    tower_cache: CountOrZero = 1024  # MiB per rank for what a frozen tower has heard
+    train_tower: bool = True  # False freezes the audio tower, as adapters do; each rank then holds all of it
+    tower_cache: CountOrZero = 1024  # MiB per rank to cache a frozen tower's outputs, clip by clip
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation, and of weights that are not trained
     master_dtype: Literal["float32", "bfloat16"] = "float32"  # of trained weights and the optimizer's state
-    attention: Literal["sdpa", "flex"] = "sdpa"  # of scored rows; flex skips what the tree mask hides, on GPUs only
+    attention: Literal["sdpa", "flex"] = "sdpa"  # in scoring; flex skips blocks that the tree mask hides, on GPUs only
     recompute: bool = False  # recompute each layer's activations in backward: less memory, about a third more time
 
 
 @dataclass(frozen=True)
 class LoraConfig:
     rank: CountOrZero = 0  # of the adapters; 0 trains the weights themselves
-    alpha: Positive = 32.0  # what the adapters add is scaled by alpha / rank
+    alpha: Positive = 32.0  # the adapters' output is scaled by alpha / rank
     targets: list[str] = field(  # names of the decoder's linear layers that get an adapter
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
-    path: str | None = None  # directory of adapters in PEFT's format to begin with; null begins at zero
+    path: str | None = None  # directory of saved adapters in PEFT's format to start from; null starts new ones
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,12 @@ class ShardingConfig:
 class DataConfig:
     train: str | None = None  # JSONL file of examples; training needs it
     validation: str | None = None  # JSONL file of examples to evaluate during training and to select checkpoints by
-    held_out: CountOrZero = 0  # without a validation file: examples of `train` set aside for it, by whole clips
+    held_out: CountOrZero = 0  # without a validation file: how many examples of `train` to validate on, whole clips
     test: str | None = None  # JSONL file of the benchmark; only launch/evaluate.py and launch/choose.py read it
     audio_root: str | None = None  # directory that relative audio paths start from; null is the JSONL file's own
     template: str = "answer"  # name of the prompt template
     shuffle_choices: bool = True  # a new order of the choices for each (seed, step, example)
-    silent_share: Share = 0.0  # share of training prompts whose sound is replaced by zeros (modality dropout)
+    silent_share: Share = 0.0  # share of training prompts whose waveform is replaced by zeros (modality dropout)
     skip_bad: bool = False  # count and skip examples that cannot be read, instead of stopping
     long_clips: Literal["error", "crop", "skip"] = "error"  # what to do with a clip over max_seconds
     max_seconds: Positive = 30.0  # longest clip, in seconds
@@ -96,8 +96,12 @@ class RolloutConfig:
     group_size: Count = 8  # completions per prompt
     max_new_tokens: Count = 256  # longest completion, in tokens
     temperature: Positive = 1.0  # divides the logits, in sampling and in scoring
-    batch: Count | None = None  # prompts decoded at a time on one rank; one that has ended makes room; null is all
-    cuda_graphs: bool = False  # on a GPU, record decode steps in each rollout and replay them: for long completions
+    batch: Count | None = (
+        None  # prompts decoded at a time on one rank; the next takes a finished one's place; null: all
+    )
+    cuda_graphs: bool = (
+        False  # on a GPU, record decode steps in each rollout and replay them; pays for long completions
+    )
 
 
 @dataclass(frozen=True)
@@ -107,10 +111,10 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    advantage: Literal["std", "none"] = "std"  # what the centred rewards of a group are divided by
+    advantage: Literal["std", "none"] = "std"  # divide centred rewards by the group's standard deviation, or not
     clip_low: ClipLow = 0.2  # the ratio is clipped below 1 - clip_low
     clip_high: Positive = 0.2  # the ratio is clipped above 1 + clip_high
-    beta: PositiveOrZero = 0.04  # weight of the KL to the reference; 0 needs no reference
+    beta: PositiveOrZero = 0.04  # weight of the KL to the reference; with 0 no reference is loaded
     token_weights: Literal["sequence-mean", "token-mean"] = "sequence-mean"  # equal weight per completion, or per token
     inner_epochs: Count = 1  # passes over each step's rollout (mu in the paper), one update each
 
@@ -135,14 +139,14 @@ class EvaluationConfig:
     batch: Count = 16  # prompts at a time on one rank
     limit: Count | None = None  # examples to evaluate; null is all
     before: bool = False  # also evaluate before the first step
-    benchmark: Literal["strict", "mmau", "mmar", "mmsu"] = "strict"  # whose rule judges the test, and its answer file
+    benchmark: Literal["strict", "mmau", "mmar", "mmsu"] = "strict"  # whose rule grades the test, and its answer file
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     every: CountOrZero = 100  # steps between checkpoints, the last step included; 0 is never
     keep: Count = 2  # newest checkpoints that a run can resume from
-    weights: bool = False  # keep the weights of all older ones, for launch/choose.py to choose among
+    weights: bool = False  # keep the weights of older checkpoints too, for launch/choose.py
     export: bool = True  # write a Hugging Face directory at the end
 
 

@@ -43,10 +43,10 @@ def sample(
     """
     if keys is None and temperature > 0:
         raise ValueError("sampling at a temperature above 0 needs one key per prompt")
-    if graphs and policy.moving_frequencies:
+    if graphs and policy.dynamic_rope_type:
         raise PolicyError(
             f"rollout.cuda_graphs: {type(policy.model).__name__} has rotary frequencies of the kind "
-            f"{policy.moving_frequencies!r}, which are recomputed when a position exceeds the longest one so far; set it to false"
+            f"{policy.dynamic_rope_type!r}, which are recomputed for a new longest position; set it to false"
         )
     uniforms = None
     if temperature > 0:

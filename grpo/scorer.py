@@ -9,9 +9,9 @@ from torch.utils.checkpoint import checkpoint
 
 from hark.grpo.distribution import entropy, log_distribution
 from hark.grpo.tree import Layout, branches_layout, prompt_layout, tree_mask, tree_masks, tree_rule
-from hark.models.attention import Attend, BlockAttention, block_mask
+from hark.models.attention import AttentionFunction, BlockAttention, block_mask
 from hark.models.policy import Policy, Prompt, on_policy
-from hark.models.split_attention import SplitRow
+from hark.models.split_attention import SplitAttention
 
 CHUNK = 2048  # scored tokens for which logits over the vocabulary exist at the same time
 
@@ -62,8 +62,8 @@ def _predicting_states(
     steps = tokens.shape[1] - 1
     fed = policy.embed_tokens(tokens[:, :-1]).reshape(count, group_size * steps, width)
     row = prompt_layout(lengths, longest) + branches_layout(lengths, group_size, steps)
-    masks, attend = _row_attention(policy, row, longest, group_size)
-    hidden = policy.decode(torch.cat([embeddings, fed], dim=1), masks, row.position, attend)
+    masks, attention = _row_attention(policy, row, longest, group_size)
+    hidden = policy.decode(torch.cat([embeddings, fed], dim=1), masks, row.position, attention)
     first = hidden[torch.arange(count, device=lengths.device), lengths - 1]
     first = first[:, None, None].expand(-1, group_size, -1, -1)  # (N, G, 1, D)
     rest = hidden[:, longest:].unflatten(1, (group_size, steps)) if steps else first[:, :, :0]
@@ -72,10 +72,10 @@ def _predicting_states(
 
 def _row_attention(
     policy: Policy, row: Layout, prompt: int, group_size: int
-) -> tuple[dict[str, torch.Tensor] | None, Attend | None]:
+) -> tuple[dict[str, torch.Tensor] | None, AttentionFunction | None]:
     """The masks of a row, and the attention function that uses them; None for the default function.
 
-    On the CPU, layers without a window compute the branches' attention apart from the prompt's (`SplitRow`).
+    On the CPU, layers without a window compute the branches' attention apart from the prompt's (`SplitAttention`).
     """
     if policy.attention == "flex":
         return None, tree_blocks(policy, row)
@@ -83,7 +83,7 @@ def _row_attention(
         return tree_masks(policy.windows, row, row, prompt=prompt), None
     real = row.real[:, None, None, :prompt]
     masks = {kind: real if window is None else tree_mask(row, row, window) for kind, window in policy.windows.items()}
-    return masks, SplitRow(prompt, group_size)
+    return masks, SplitAttention(prompt, group_size)
 
 
 def _chosen(

@@ -1,0 +1,121 @@
+"""The command `hark`: one verb for each program in launch/.
+
+hark VERB ...                   runs `python -m hark.launch.VERB ...`
+hark VERB --processes N ...     runs it on N processes of this machine, as torchrun would
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import os
+import runpy
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Verb(NamedTuple):
+    """A program: its module in hark.launch, one line on what it does, and whether several processes can share it."""
+
+    module: str
+    does: str
+    on_ranks: bool = False
+
+
+VERBS = {
+    "train": Verb("train", "train a policy by GRPO", on_ranks=True),
+    "sft": Verb("sft", "fine-tune a policy on the right answers", on_ranks=True),
+    "evaluate": Verb("evaluate", "answer a benchmark greedily, and report", on_ranks=True),
+    "grade": Verb("grade", "grade a file of answers by a benchmark's rule, without a model"),
+    "choose": Verb("choose", "choose a run's checkpoint on its validation questions", on_ranks=True),
+    "export": Verb("export", "write a checkpoint as a Hugging Face directory, or its adapters", on_ranks=True),
+    "plan": Verb("plan", "predict the peak memory of a training run"),
+    "convert": Verb("convert", "convert a published data set to JSON lines"),
+    "check-data": Verb("check_data", "report what a file of questions and its clips hold, and every fault"),
+    "build-mini": Verb("build_mini", "write the demo's data set and its small model"),
+    "demo": Verb("demo", "run the whole demo: data, warm start, GRPO, evaluation"),
+    "benchmark": Verb("studies.benchmark", "compare a step with the R1-AQA procedure, on the CPU"),
+    "benchmark-gpu": Verb("studies.benchmark_gpu", "compare a step with the R1-AQA procedure and the limits of a GPU"),
+    "scaling": Verb("studies.scaling", "measure how the cost of a step grows"),
+}
+# Their command line is a configuration or a run, read by load_config; argparse prints the help of all others.
+WITHOUT_PARSER = ("train", "sft", "choose")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the verb that the command line names."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(overview())
+        return
+    name, processes, rest = parse(argv)
+    if name in WITHOUT_PARSER and {"-h", "--help"} & set(rest):
+        print(help_of(name))
+    elif processes is not None:
+        environment = {"OMP_NUM_THREADS": "1"} | os.environ  # torchrun sets 1 too, with a long warning
+        words = launcher(name, processes, rest)
+        sys.stdout.flush()
+        os.execve(words[0], words, environment)
+    else:
+        sys.argv = [f"hark {name}", *rest]
+        runpy.run_module(module_of(name), run_name="__main__")  # errors become one line as when it is run by itself
+
+
+def parse(argv: list[str]) -> tuple[str, int | None, list[str]]:
+    """The verb, the number of processes if one is given, and the arguments of the verb. A mistake ends the program."""
+    name, *rest = argv
+    if name not in VERBS:
+        nearest = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.0)[0]
+        sys.exit(f"error: unknown verb {name}; the nearest is {nearest}; `hark --help` lists all of them")
+    parser = argparse.ArgumentParser(prog=f"hark {name}", add_help=False, allow_abbrev=False)
+    parser.add_argument("--processes", type=int, metavar="N")
+    options, rest = parser.parse_known_args(rest)
+    if options.processes is not None:
+        if not VERBS[name].on_ranks:
+            able = ", ".join(name for name, verb in VERBS.items() if verb.on_ranks)
+            sys.exit(f"error: --processes: {name} runs in one process; those that share their work are {able}")
+        if options.processes < 1:
+            sys.exit(f"error: --processes must be at least 1, not {options.processes}")
+    return name, options.processes, rest
+
+
+def module_of(name: str) -> str:
+    return f"hark.launch.{VERBS[name].module}"
+
+
+def launcher(name: str, processes: int, rest: list[str]) -> list[str]:
+    """The command that runs a verb on several processes of this machine."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [sys.executable, *torchrun, "-m", module_of(name), *rest]
+
+
+def overview() -> str:
+    """The verbs with one line each."""
+    width = max(map(len, VERBS))
+    able = ", ".join(name for name, verb in VERBS.items() if verb.on_ranks)
+    return "\n".join(
+        [
+            "usage: hark VERB ...",
+            "",
+            *(f"  {name:{width}}  {verb.does}" for name, verb in VERBS.items()),
+            "",
+            "`hark VERB --help` describes the arguments of a verb.",
+            f"`hark VERB --processes N ...` starts N processes on this machine, one per GPU ({able}).",
+        ]
+    )
+
+
+def help_of(name: str) -> str:
+    """The help of a verb whose arguments are a configuration: its module's docstring, and all options."""
+    from hark.launch.config_file import usage
+
+    # Read from the source, because to import the module takes seconds, for torch.
+    source = Path(find_spec(module_of(name)).origin).read_text(encoding="utf-8")
+    return usage(ast.get_docstring(ast.parse(source)))
+
+
+if __name__ == "__main__":
+    main()

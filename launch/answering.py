@@ -1,4 +1,4 @@
-"""The questions of data.test, asked once as they are and once more for each control; and what is written of it."""
+"""Asks the questions of data.test, once as they are and once for each control, and writes the results."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from hark.data.benchmarks.grading import write_json
+from hark.data.benchmarks.answer_files import BENCHMARKS, judged, official_share, write_answers
 from hark.data.benchmarks.report import Share, blank_row, figures, row_of, share, table
-from hark.data.benchmarks.rules import BENCHMARKS, judged, write_answers
 from hark.data.examples import BadExample, Example
+from hark.data.json_files import write_json
 from hark.data.order import shuffle_choices
 from hark.grpo.config import Config, ConfigError
 from hark.grpo.evaluate import evaluate
@@ -67,14 +67,14 @@ def answer_test(
     audio: bool = False,
     choices: bool = False,
 ) -> None:
-    """Ask a policy that is there, called `name` in the report."""
+    """Let a loaded policy answer the test; `name` is what the report calls it."""
     if (silent or audio) and policy.sample_rate is None:
         raise ConfigError(f"{name} takes text only; --silent and --shuffled-audio need sound")
     questions, usable = checked_questions(config, world, policy)
     ask = partial(answers, config, world, policy, questions)
     load, log, bad = waveform_of(config, policy), bad_log(config), []
     rows = ask(usable, load, on_bad=lambda example: (log.add(example), bad.append(example.id)))
-    # A control that met a bad clip would differ from the main pass by more than what it controls for.
+    # Controls leave out clips that could not be decoded, so that they differ from the main pass in one respect only.
     bad = exchange_rows(bad, world)
     usable = [example for example in usable if example.id not in bad]
     controls: dict[str, list[dict] | None] = {}
@@ -99,9 +99,9 @@ def answers(
     *,
     on_bad: Callable[[BadExample], object] = lambda bad: None,
 ) -> list[dict] | None:
-    """Ask the examples, whose ids are those of questions: on rank 0 one row per question, in their order.
+    """Answer the examples, whose ids are those of questions: on rank 0 one row per question, in their order.
 
-    A question that is not among the examples, or whose clip turns out bad, has an empty prediction, which is wrong.
+    A question that is not among the examples, or whose clip cannot be used, has an empty prediction, which is wrong.
     """
     benchmark = BENCHMARKS[config.evaluation.benchmark]
     batches = evaluation_share(config, world, policy, examples, waveform=waveform, on_bad=on_bad)
@@ -113,14 +113,14 @@ def answers(
     if rows is None:
         return None
     asked = {row["id"]: row for row in rows}
-    # A line that could not be read may carry the id of a question that was.
+    # A line that cannot be read (BadExample) may have the id of a question that was answered.
     return [isinstance(q, Example) and asked.get(q.id) or blank_row(q) for q in questions]
 
 
 def with_shuffled_audio(examples: Sequence[Example], *, seed: int) -> list[Example]:
-    """Each example with the clip of another: a permutation of the clips, a pure function of the seed and the ids.
+    """Each example with the clip of another: a permutation of the clips, a function of the seed and the ids.
 
-    No example keeps its own clip, as long as none is shared by more than half of them; beyond that as few as can be.
+    No example keeps its clip unless more than half of them share one; then as few as possible keep it.
     """
 
     def key(example: Example) -> bytes:
@@ -129,10 +129,10 @@ def with_shuffled_audio(examples: Sequence[Example], *, seed: int) -> list[Examp
     clips: dict[Path | None, list[Example]] = {}
     for example in sorted(examples, key=key):
         clips.setdefault(example.audio_path, []).append(example)
-    # Examples of one clip stand together; a turn by the largest number of them leads out of each clip's own stretch.
+    # Examples of one clip are neighbours in `row`. A shift by the size of the largest such group leaves each group.
     row = [example for members in clips.values() for example in members]
-    turn = max(map(len, clips.values()), default=0)
-    givers = {example.id: row[(place + turn) % len(row)] for place, example in enumerate(row)}
+    shift = max(map(len, clips.values()), default=0)
+    givers = {example.id: row[(index + shift) % len(row)] for index, example in enumerate(row)}
     return [dataclasses.replace(example, audio_path=givers[example.id].audio_path) for example in examples]
 
 
@@ -142,11 +142,13 @@ def report(
     """Print the table; write all figures, the configuration and the rows, and the benchmark's answer file."""
     directory, name = Path(config.run.directory), config.evaluation.benchmark
     examples = [question for question in questions if isinstance(question, Example)]
-    others: dict[str, Share] = {} if name == "strict" else {"strict": strict_share(questions, rows)}
+    pairs = [(q, row["prediction"]) for q, row in zip(questions, rows, strict=True) if isinstance(q, Example)]
+    others: dict[str, Share] = {}
+    if name != "strict":
+        others = {"official": official_share(pairs, BENCHMARKS[name]), "strict": strict_share(questions, rows)}
     others |= {control: share(again) for control, again in controls.items()}
     result = {"benchmark": name} | figures(rows, examples, others)
     write_json(directory / "evaluation.json", result | {"config": dataclasses.asdict(config), "rows": rows})
-    pairs = [(q, row["prediction"]) for q, row in zip(questions, rows, strict=True) if isinstance(q, Example)]
     path = write_answers(directory / "answers", pairs, BENCHMARKS[name])
     print(f"{asked} on {len(rows)} questions of {config.data.test}, by the rule of {name}:")
     hidden, blank = (sum(row[key] is None for row in rows) for key in ("correct", "stopped"))

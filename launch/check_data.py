@@ -1,8 +1,8 @@
-"""Report what a file of questions holds, after decoding every clip; fails if anything in it cannot be used.
+"""Decode every clip of a file of questions and report what the file holds; fails if any question cannot be used.
 
     python launch/check_data.py FILE [--audio-root DIRECTORY] [--max-seconds 30] [--benchmark] [--json OUT]
 
---benchmark takes the questions as they are: choices may coincide to the matcher, and answers may be unknown.
+--benchmark accepts what is an error in training data: choices that are equal when normalised, and unknown answers.
 """
 
 import argparse
@@ -12,18 +12,20 @@ from pathlib import Path
 
 import torch
 
+from hark.data.benchmarks.baselines import BASELINES
+from hark.data.benchmarks.report import NAMES
 from hark.data.errors import DataError
 from hark.data.examples import load_examples
 from hark.data.sources.survey import inspect_all, survey
 from hark.launch.common import run
 
-SHOWN = 5  # of each fault, on the console; the JSON has all
-WIDTH = 16
+SHOWN = 5  # questions of each fault on the console; the JSON has all
+WIDTH = 27  # characters of a figure's name
 
 
 def main(argv: list[str]) -> None:
     arguments = parse(argv)
-    torch.set_num_threads(1)  # the clips are what is worked on in parallel
+    torch.set_num_threads(1)  # the clips are already decoded in parallel
     examples, bad = load_examples(
         arguments.file, audio_root=arguments.audio_root, skip_bad=True, benchmark=arguments.benchmark
     )
@@ -35,17 +37,19 @@ def main(argv: list[str]) -> None:
     unusable = sum(map(len, figures["faults"].values()))
     if unusable:
         raise DataError(f"{arguments.file}: {unusable} of {len(examples) + len(bad)} questions cannot be used")
-    print("all of them can be used")
+    print("all questions can be used")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, metavar="FILE")
-    parser.add_argument("--audio-root", type=Path, metavar="DIRECTORY", help="of relative audio paths; FILE's own")
-    parser.add_argument("--max-seconds", type=float, default=30.0, help="longest clip that can be used")
-    parser.add_argument("--benchmark", action="store_true", help="take the questions as they are")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures, and all faults, to this file")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that decode")
+    parser.add_argument(
+        "--audio-root", type=Path, metavar="DIRECTORY", help="directory of relative audio paths (FILE's directory)"
+    )
+    parser.add_argument("--max-seconds", type=float, default=30.0, help="longest clip that can be used (30)")
+    parser.add_argument("--benchmark", action="store_true", help="accept equal choices and unknown answers")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures and all faults to this file")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that decode (all cores)")
     arguments = parser.parse_args(argv)
     if arguments.workers < 1 or arguments.max_seconds <= 0:
         parser.error("--workers must be at least 1, and --max-seconds positive")
@@ -68,12 +72,12 @@ def show(figures: dict, file: Path) -> None:
     line("sample rates", listed(figures["sample_rates"], " Hz"))
     line("channels", listed(figures["channels"]))
     line("choices", listed(figures["choices"]))
-    line("answer's place", listed(figures["answers"]))
+    line("position of the answer", listed(figures["answers"]))
     if figures["unanswered"]:
         line("no answer", str(figures["unanswered"]))
-    for name in ("always_first", "longest_choice", "chance"):
-        if figures[name] is not None:
-            line(name.replace("_", " "), f"{100 * figures[name]:.1f} %")
+    for name in BASELINES:
+        if name in figures:
+            line(NAMES[name], f"{100 * figures[name]:.1f} %")
     for name, faults in figures["faults"].items():
         line(name, str(len(faults)))
         for fault in faults[:SHOWN]:
@@ -87,7 +91,7 @@ def line(name: str, text: str) -> None:
 
 
 def listed(counts: dict[str, int], unit: str = "") -> str:
-    """The counts on one line, "16000 Hz: 12, 44100 Hz: 3"."""
+    """The counts on one line: "16000 Hz: 12, 44100 Hz: 3"."""
     return ", ".join(f"{name or 'none'}{unit if name else ''}: {count}" for name, count in counts.items())
 
 

@@ -10,8 +10,8 @@ table over its checkpoints and writes RUN/choice.json, and the test's files in R
 from dataclasses import replace
 from pathlib import Path
 
-from hark.data.benchmarks.grading import write_json
 from hark.data.benchmarks.report import Share, heading, line, share
+from hark.data.json_files import write_json
 from hark.grpo.config import ConfigError
 from hark.grpo.runtime.checkpoint import CheckpointError, checkpoints, load_weights, step_of
 from hark.grpo.runtime.collectives import exchange_rows, joined_world

@@ -1,4 +1,4 @@
-"""The parts of a run, made from its configuration; what the files beside this one put together."""
+"""What the verbs share: how a command ends, and what a configuration describes, loaded: policies, data, evaluations."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ from hark.grpo.runtime.collectives import World, gather_rows, joined_world
 from hark.grpo.runtime.sharding import device_mesh, shard
 from hark.launch.run_directory import check_run_directory
 from hark.models.loading import load_policy
-from hark.models.lora import Lora, WithoutAdapters
-from hark.models.policy import Policy, PolicyError, Prompt
+from hark.models.lora import WithoutAdapters, read_lora
+from hark.models.policy import Lora, Policy, PolicyError, Prompt
 
-# Batches of an evaluation that are handed to the sampler together, so that one answer makes room for the next.
+# Batches of an evaluation that the sampler gets at once, so that a finished answer makes room for the next question.
 ROUNDS = 4
 USER_ERRORS = (ConfigError, DataError, PolicyError, CheckpointError, RewardError, MemoryProbeError, NonFiniteError)
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Call `main` with the command line and leave; a mistake of the user's is one line, not a traceback."""
+    """Call `main` with the command line, then end the process; an error of the user is one line, not a traceback."""
     status = 0
     try:
         main(sys.argv[1:])
@@ -51,8 +51,8 @@ def run(main: Callable[[list[str]], None]) -> None:
         rank = os.environ.get("RANK")
         print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr)
         status = 1
-    # Not by sys.exit: FSDP keeps the process group alive into the interpreter's end, where a thread of gloo's that
-    # still wants the interpreter aborts the process (seen in 3 of 25 starts), and NCCL may wait for ranks that failed.
+    # Not by sys.exit: FSDP holds references to the process group until the interpreter is finalised. A gloo thread may
+    # then abort the process (seen in 3 of 25 starts), and NCCL may wait for ranks that have failed.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -73,7 +73,7 @@ def train(config: Config, make_trainer: Callable[..., Learner]) -> None:
 
 
 def announce(config: Config, world: World) -> None:
-    """Print the resolved configuration, and refuse what the names in it do not allow."""
+    """Print the resolved configuration, after a check of the names of its template and rewards."""
     find_template(config.data.template)
     for name in config.reward.weights:
         find_reward(name)
@@ -82,7 +82,7 @@ def announce(config: Config, world: World) -> None:
 
 
 def check_training(config: Config, world: World) -> None:
-    """Refuse, before anything is loaded, what cannot be trained or would write over another run."""
+    """Refuse, before anything is loaded, a configuration that cannot be trained or would overwrite another run."""
     check_run_directory(config)
     if config.data.train is None:
         raise ConfigError("data.train is missing; training needs a JSONL file of examples")
@@ -102,7 +102,7 @@ def check_training(config: Config, world: World) -> None:
 
 def make_policy(config: Config, world: World, *, train: bool = True) -> Policy:
     """The policy of model.path with its adapters, sharded over the world."""
-    lora = lora_of(config) if train or config.lora.path else None  # new adapters are there to be trained
+    lora = lora_of(config) if train or config.lora.path else None  # new adapters are of use only in training
     mesh = device_mesh(world, config.sharding.replicas)
     return _load(config, world, config.model.path, mesh, lora=lora, offload=config.sharding.offload, train=train)
 
@@ -110,14 +110,14 @@ def make_policy(config: Config, world: World, *, train: bool = True) -> Policy:
 def make_reference(config: Config, world: World, policy: Policy) -> Policy | WithoutAdapters | None:
     """The frozen policy of the KL term, or None where beta is 0.
 
-    It is the policy with its adapters off where that is the same; else a copy, in host memory if so configured.
+    Where the policy without its adapters is the same, it is that; else a copy, in host memory if so configured.
     """
     path = config.model.reference or config.model.path
     if config.loss.beta == 0:
         return None
     if policy.lora is not None and path == config.model.path:
         return WithoutAdapters(policy)
-    # The policy's mesh, because a mesh of replicas brings communicators of its own.
+    # The policy's mesh, because a second mesh of replicas would create further communicators.
     offload = config.sharding.offload_reference
     reference = _load(config, world, path, policy.mesh, lora=None, offload=offload, train=False)
     if policy.tower_cache is not None and path == config.model.path:
@@ -126,10 +126,10 @@ def make_reference(config: Config, world: World, policy: Policy) -> Policy | Wit
 
 
 def lora_of(config: Config) -> Lora | None:
-    """What adapters the policy has: those saved in lora.path, or new ones, or none."""
+    """The adapters of the policy: those saved in lora.path, or new ones, or none."""
     lora = config.lora
     if lora.path is not None:
-        return Lora.read(lora.path)
+        return read_lora(lora.path)
     return Lora(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else None
 
 
@@ -170,7 +170,7 @@ def _report_loading(policy: Policy, path: str, kind: str, grown: float, world: W
 
 
 def training_examples(config: Config, world: World, policy: Policy) -> tuple[list[Example], list[Example]]:
-    """The examples to train on and those to validate on, which are of data.validation or held out of data.train."""
+    """The examples to train on, and those to validate on: data.validation, or held out of data.train."""
     examples = checked_examples(config, world, policy, config.data.train)
     if config.data.validation is not None:
         return examples, checked_examples(config, world, policy, config.data.validation)
@@ -178,7 +178,7 @@ def training_examples(config: Config, world: World, policy: Policy) -> tuple[lis
 
 
 def training_loader(config: Config, world: World, policy: Policy, examples: Sequence[Example]) -> Loader:
-    """Prompts of any step of the examples."""
+    """Prepares the prompts of each step."""
     return Loader(
         examples,
         policy.prepare,
@@ -225,7 +225,7 @@ def evaluation_share(
     waveform: Callable[[Example], np.ndarray],
     on_bad: Callable[[BadExample], object],
 ) -> Iterator[Sequence[tuple[Example, Prompt]]]:
-    """This rank's share of the examples, in batches; on_bad is given each that turns out bad and is left out."""
+    """This rank's share of the examples, in batches; on_bad gets each one that cannot be used and is left out."""
     return evaluation_batches(
         examples[world.rank :: world.size],
         policy.prepare,
@@ -239,13 +239,13 @@ def evaluation_share(
 
 
 def evaluation_settings(config: Config) -> dict[str, Any]:
-    """How `evaluate` lets a policy answer."""
+    """The settings of `evaluate`."""
     rollout = config.rollout
     return dict(max_new_tokens=rollout.max_new_tokens, batch=config.evaluation.batch, graphs=rollout.cuda_graphs)
 
 
 def checked_examples(config: Config, world: World, policy: Policy, path: str) -> list[Example]:
-    """The examples of a JSONL file whose clips can be opened; the others are listed in the run's directory."""
+    """The examples of a JSONL file whose clips can be opened; the others are listed in the run directory."""
     examples, bad = read_examples(config, policy, path)
     examples, unusable = check_clips(config, examples)
     list_bad(config, world, path, bad + unusable, "bad examples skipped")
@@ -253,7 +253,7 @@ def checked_examples(config: Config, world: World, policy: Policy, path: str) ->
 
 
 def checked_questions(config: Config, world: World, policy: Policy) -> tuple[list[Example | BadExample], list[Example]]:
-    """The first evaluation.limit questions of data.test in the order of the file, and those that can be asked."""
+    """The first evaluation.limit questions of data.test in file order, and those of them that can be asked."""
     examples, bad = read_examples(config, policy, config.data.test, benchmark=True)
     questions = sorted([*examples, *bad], key=lambda question: int(question.line.rpartition(":")[2]))
     questions = questions[: config.evaluation.limit]
@@ -266,7 +266,7 @@ def checked_questions(config: Config, world: World, policy: Policy) -> tuple[lis
 def read_examples(
     config: Config, policy: Policy, path: str, *, benchmark: bool = False
 ) -> tuple[list[Example], list[BadExample]]:
-    """The examples of a JSONL file, and the lines that data.skip_bad leaves out."""
+    """The examples of a JSONL file, and the lines that are skipped by data.skip_bad."""
     return load_examples(
         path,
         audio_root=config.data.audio_root,
@@ -285,7 +285,7 @@ def check_clips(config: Config, examples: Sequence[Example]) -> tuple[list[Examp
 
 
 def list_bad(config: Config, world: World, path: str, bad: Sequence[BadExample], what: str) -> None:
-    """Add examples to the list of bad ones, once for all ranks, and say so."""
+    """Add examples to the list of bad ones, on rank 0, and print how many."""
     if world.is_main and bad:
         log = bad_log(config)
         for example in bad:
@@ -294,12 +294,12 @@ def list_bad(config: Config, world: World, path: str, bad: Sequence[BadExample],
 
 
 def bad_log(config: Config) -> BadLog:
-    """Where examples that are skipped are listed."""
+    """The list of skipped examples."""
     return BadLog(Path(config.run.directory) / "bad.jsonl")
 
 
 def waveform_of(config: Config, policy: Policy) -> Callable[[Example], np.ndarray]:
-    """How an example becomes samples at the policy's rate."""
+    """A function from an example to its waveform at the policy's sample rate."""
     return lambda example: load_waveform(
         example.audio_path,
         sample_rate=policy.sample_rate,
@@ -309,5 +309,5 @@ def waveform_of(config: Config, policy: Policy) -> Callable[[Example], np.ndarra
 
 
 def rewards_of(config: Config) -> Callable[[Sequence[Example], Sequence[str]], torch.Tensor]:
-    """The reward columns of a step."""
+    """A function from examples and completions to their reward columns (B, K)."""
     return partial(reward_matrix, names=tuple(config.reward.weights), template=config.data.template)

@@ -1,12 +1,16 @@
-"""A configuration file and `section.key=value` overrides, read into a Config.
+"""Read a configuration file and `section.key=value` overrides into a Config.
 
-A mistake in a configuration is a `ConfigError` that says where it stands and what was expected; nothing is ignored.
+A mistake in a configuration is a `ConfigError` that names its file and line and says what was expected; nothing is
+ignored.
 """
 
 import dataclasses
 import difflib
+import inspect
 import math
 import os
+import re
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -14,7 +18,10 @@ import yaml
 
 from hark.grpo.config import Bound, Config, ConfigError
 
+CONFIGS = Path(__file__).parent / "configs"  # the configurations that come with the package, found by their names
 SECTIONS: dict[str, type] = get_type_hints(Config)
+# A field of a section and its comment, which may be on a later line of the same field.
+COMMENT = re.compile(r"^    (\w+): (?:(?!^    \w)[^#])*# (.+)$", re.MULTILINE)
 HINTS: dict[str, Any] = {
     f"{section}.{key}": hint
     for section, kind in SECTIONS.items()
@@ -30,14 +37,67 @@ class Entry(NamedTuple):
 
 
 def load_config(argv: list[str]) -> Config:
-    """Read `CONFIG.yaml [section.key=value ...]`; later overrides win. Raises ConfigError."""
+    """Read `CONFIG [section.key=value ...]`; later overrides win. Raises ConfigError.
+
+    CONFIG is a YAML file, or the name of a configuration that comes with the package. `--help` prints the docstring of
+    the program with all options and ends it.
+    """
+    if {"-h", "--help"} & set(argv):
+        print(usage(sys.modules["__main__"].__doc__))
+        raise SystemExit(0)
     if not argv or "=" in argv[0] and not Path(argv[0]).is_file():
-        raise ConfigError("the first argument must be the configuration: CONFIG.yaml [section.key=value ...]")
-    entries = _read_file(argv[0])
+        raise ConfigError("the first argument must be the configuration: CONFIG [section.key=value ...]")
+    path = find_config(argv[0])
+    entries = _read_file(path)
     for override in argv[1:]:
         name, entry = _read_override(override)
         entries[name] = entry
-    return _build(entries, source=argv[0])
+    return _build(entries, source=path)
+
+
+def find_config(word: str) -> str:
+    """The path of a configuration: the word itself, or the package's file of that name.
+
+    A word is a name if there is no such file and it has neither a directory nor a suffix. Raises ConfigError for a name
+    that the package does not have.
+    """
+    if Path(word).is_file() or os.path.dirname(word) or Path(word).suffix:
+        return word
+    if word not in config_names():
+        raise ConfigError(
+            f"{word}: no such file (working directory {os.getcwd()}), and no configuration of that name; "
+            f"there are {', '.join(config_names())}"
+        )
+    return str(CONFIGS / f"{word}.yaml")
+
+
+def config_names() -> list[str]:
+    """The names of the configurations that come with the package."""
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def usage(text: str | None) -> str:
+    """The help of a program whose arguments are a configuration: its docstring, the configurations and all options."""
+    lines = [inspect.cleandoc(text or "CONFIG [section.key=value ...]"), ""]
+    if "CONFIG" in lines[0]:
+        lines += [f"CONFIG is a YAML file or one of {', '.join(config_names())}.", ""]
+    lines.append("Options, with their defaults:")
+    for section, kind in SECTIONS.items():
+        comments = dict(COMMENT.findall(inspect.getsource(kind)))
+        lines.append("")
+        for f in dataclasses.fields(kind):
+            lines.append(_option(f"{section}.{f.name}", f, comments.get(f.name, "")))
+    return "\n".join(lines)
+
+
+def _option(name: str, f: dataclasses.Field, comment: str) -> str:
+    """One line of the help: `section.key=default  comment`."""
+    if _is_required(f):
+        default = "REQUIRED"
+    else:
+        value = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+        default = yaml.safe_dump(value, default_flow_style=True, width=math.inf).split("\n")[0]
+    return f"  {name + '=' + default:40}  {comment}".rstrip()
 
 
 def _build(entries: dict[str, Entry], *, source: str) -> Config:
@@ -116,7 +176,7 @@ def _pairs(node: yaml.Node | None, path: str, name: str) -> list[tuple[yaml.Node
         if not isinstance(key, yaml.ScalarNode):
             raise ConfigError(f"{where}: a key of {name} must be a plain name")
         if key.value in seen:
-            raise ConfigError(f"{where}: {key.value} stands twice in {name}")
+            raise ConfigError(f"{where}: {key.value} is given twice in {name}")
         seen.add(key.value)
     return node.value
 
@@ -131,7 +191,7 @@ def _construct(loader: yaml.SafeLoader, node: yaml.Node, path: str, name: str) -
 
 
 def _read_override(text: str) -> tuple[str, Entry]:
-    """Split `section.key=value`; the value is YAML, except that a string field takes it as it stands."""
+    """Split `section.key=value`; the value is YAML, except that a string field takes the text unchanged."""
     name, equals, written = text.partition("=")
     where = f"override {text}"
     if not equals:
@@ -170,7 +230,7 @@ def _nearest(name: str, candidates: list[str]) -> str:
 
 
 # Conversion ---------------------------------------------------------------------------------------------------------
-# Each raises ConfigError with only what was expected; _build adds where, which key and what stood there.
+# Each raises ConfigError with only what was expected; _build adds the place, the key and the value that was found.
 
 
 def _convert(value: Any, hint: Any) -> Any:

@@ -1,9 +1,9 @@
-"""Write the questions of a published data set in the R1-AQA format.
+"""Convert a published data set to the R1-AQA format.
 
     python launch/convert.py SOURCE INPUT OUTPUT.jsonl [--audio DIRECTORY] [--drop-view] [--strict] [--force]
 
-SOURCE is one of avqa, avqa_processed, audiomcq, audio_flamingo, mmau, mmar, mmsu; data/sources says what each expects.
-What cannot be converted is counted and listed in OUTPUT.bad.jsonl with its place and reason.
+SOURCE is avqa, avqa_processed, audiomcq, audio_flamingo, mmau, mmar or mmsu; data/sources/SOURCE.py describes INPUT.
+Rows that cannot be converted are counted, and listed in OUTPUT.bad.jsonl with their place and reason.
 """
 
 import argparse
@@ -21,7 +21,9 @@ def main(argv: list[str]) -> None:
     arguments = parse(argv)
     source, output = find_source(arguments.source), arguments.output
     if arguments.drop_view and source.is_visual is None:
-        raise DataError(f"--drop-view: {arguments.source} does not say which questions are about the view; avqa does")
+        raise DataError(
+            f"--drop-view: {arguments.source} does not say which questions are about the view; only avqa does"
+        )
     if output.exists() and not arguments.force:
         raise DataError(f"{output}: exists already; name another file, or overwrite it with --force")
     if output.exists() and output.samefile(arguments.input):
@@ -44,9 +46,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("source", metavar="SOURCE", help=", ".join(SOURCES))
     parser.add_argument("input", type=Path, metavar="INPUT", help="JSON or JSON lines")
     parser.add_argument("output", type=Path, metavar="OUTPUT.jsonl")
-    parser.add_argument("--audio", type=Path, metavar="DIRECTORY", help="of the clips; INPUT's own without it")
-    parser.add_argument("--drop-view", action="store_true", help="leave out questions that have to be seen (avqa)")
-    parser.add_argument("--strict", action="store_true", help="a row that cannot be converted is an error")
+    parser.add_argument("--audio", type=Path, metavar="DIRECTORY", help="directory of the clips (INPUT's directory)")
+    parser.add_argument("--drop-view", action="store_true", help="leave out questions about the picture (avqa)")
+    parser.add_argument("--strict", action="store_true", help="fail if a row cannot be converted")
     parser.add_argument("--force", action="store_true", help="overwrite OUTPUT")
     return parser.parse_args(argv)
 
@@ -62,12 +64,12 @@ def report(result: Conversion, listed: Path) -> None:
         first = ", ".join(list(result.missing)[:SHOWN])
         print(f"{len(result.missing):8} clips are missing, first {first}")
     if result.renamed:
-        print(f"{result.renamed:8} ids were used before and now end in a number, as in id#2")
+        print(f"{result.renamed:8} repeated ids got a number, as in id#2")
     unanswered = sum(record["answer"] is None for record in result.records)
     if unanswered:
         print(f"{unanswered:8} of the questions have no answer")
     if result.bad:
-        print(f"what was left out is listed in {listed}")
+        print(f"rows that were left out are listed in {listed}")
 
 
 if __name__ == "__main__":

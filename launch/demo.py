@@ -1,11 +1,12 @@
-"""The whole of `make demo`: build data and model, warm start, GRPO, supervised baseline, evaluate, and compare.
+"""Run the whole demo: build data and model, warm start, GRPO, supervised baseline, evaluation, and a table.
 
     python launch/demo.py
 
-Every step is a command, printed before it runs, that can be run again by hand. Everything lands in runs/mini, which
-is made anew; runs/mini/summary.json holds the figures.
+It runs other programs of launch/ and prints each command first, so that you can run it again by hand. It deletes
+runs/mini and writes all results there; runs/mini/summary.json holds the figures.
 """
 
+import argparse
 import json
 import os
 import shutil
@@ -23,7 +24,8 @@ GRPO_CONFIG, SFT_CONFIG = LAUNCH / "configs" / "mini.yaml", LAUNCH / "configs" /
 TASKS = ("sound", "music", "speech")
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
+    parse(argv)
     started = time.monotonic()
     grpo = load_config([str(GRPO_CONFIG)])
     shutil.rmtree(ROOT, ignore_errors=True)
@@ -44,6 +46,11 @@ def main() -> None:
     print(table(summary))
 
 
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return parser.parse_args(argv)
+
+
 def torchrun(script: str, config: Path, *overrides: str) -> None:
     """Run a launch script on two processes."""
     show(
@@ -53,24 +60,24 @@ def torchrun(script: str, config: Path, *overrides: str) -> None:
 
 
 def show(*command: str | Path) -> None:
-    """Print a command and run it; its failure is ours."""
+    """Print a command and run it; if it fails, exit with its status."""
     words = [os.path.relpath(word) if isinstance(word, Path) else str(word) for word in command]
     print("\n$", " ".join(["python", *words[1:]]), flush=True)
-    # One thread per process; torchrun would choose the same and say so at length.
+    # One thread per process. torchrun would set the same, with a long warning.
     result = subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
     if result.returncode:
         sys.exit(result.returncode)
 
 
 def as_long_as(grpo: Config) -> tuple[str, ...]:
-    """Overrides that give supervised fine-tuning as many examples as GRPO had, and the same learning-rate schedule."""
+    """Overrides that give supervised fine-tuning GRPO's number of examples and its learning-rate schedule."""
     sft = load_config([str(SFT_CONFIG)])
     steps = grpo.optim.steps * grpo.optim.prompts_per_step // sft.optim.prompts_per_step
     return f"optim.steps={steps}", f"optim.schedule={grpo.optim.schedule}", "evaluation.every=0"
 
 
 def summarise(grpo: Config, *, seconds: float) -> dict:
-    """The figures of the run, from what its commands wrote."""
+    """The figures of the demo, read from the files that its commands wrote."""
     before, after, sft = (json.loads((ROOT / name / "evaluation.json").read_text()) for name in ("warm", "grpo", "sft"))
     lines = [json.loads(line) for line in (ROOT / "grpo" / "metrics.jsonl").read_text().splitlines()]
     return {
@@ -91,7 +98,7 @@ def summarise(grpo: Config, *, seconds: float) -> dict:
 
 
 def table(summary: dict) -> str:
-    """What a reader wants to know of it, in a few lines."""
+    """The main figures, as the table that the demo prints."""
     columns = ("", *[f"/{task}" for task in TASKS])
     rows = [("warm start", "accuracy_before"), ("after GRPO", "accuracy_after"), ("after SFT instead", "sft_accuracy")]
     lines = [f"\n{'test accuracy, %':<20}{'all':>8}" + "".join(f"{task:>8}" for task in TASKS)]
@@ -108,4 +115,4 @@ def table(summary: dict) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

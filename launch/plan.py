@@ -1,9 +1,9 @@
-"""Predict the peak memory of a training run by part and phase, and say what to change when it does not fit.
+"""Predict the peak memory of a training run by part and phase, and which changes make it fit.
 
     python launch/plan.py CONFIG [section.key=value ...] [--gpus 8] [--memory 80] [--seconds 10] [--text 60]
                           [--sft] [--shape qwen2-audio-7b] [--json OUT]
 
-Nothing is loaded but the model's config.json: no GPU and no weights are needed. See grpo/instruments/memory.py for what is counted.
+Only the model's config.json is read: it needs no GPU and no weights. grpo/instruments/memory.py says what is counted.
 """
 
 import argparse
@@ -13,25 +13,25 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from hark.data.benchmarks.grading import write_json
+from hark.data.json_files import write_json
 from hark.grpo.config import Config, ConfigError
 from hark.grpo.instruments.memory import PARTS, Plan, Setting, Work, plan
 from hark.grpo.instruments.shape import Shape, shape_of
 from hark.launch.common import lora_of, run
 from hark.launch.config_file import load_config
 from hark.models.families.qwen2_audio import QWEN2_AUDIO_7B, audio_tokens
-from hark.models.loading import build_outline, read_config
+from hark.models.loading import build_from_config, read_config
 
 GIB = 2**30
-USABLE = 0.95  # of the device; the rest is for the CUDA context, workspaces and fragmentation
-MACHINE = 8  # GPUs in one machine, which share its host memory
+USABLE = 0.95  # share of the device memory; the CUDA context, workspaces and fragmentation take the rest
+MACHINE = 8  # GPUs that share the host memory of one machine
 BYTES = {"float32": 4, "bfloat16": 2}
 SHAPES = {"qwen2-audio-7b": QWEN2_AUDIO_7B}
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What is planned: a configuration on some GPUs."""
+    """A configuration on a number of GPUs, with clips of `seconds` and prompts of `text` tokens beside the audio."""
 
     config: Config
     gpus: int
@@ -41,11 +41,11 @@ class Run:
 
 
 def main(argv: list[str]) -> None:
-    options, words = _parser().parse_known_args(argv)
+    options, words = parse(argv)
     config = load_config(words)
     planned = Run(config, options.gpus, options.seconds or config.data.max_seconds, options.text, options.sft)
-    lora = lora_of(config) or config.lora  # what adapters there would be is needed to advise them
-    shape = shape_of(build_outline(_model_config(config, options.shape)), targets=lora.targets)
+    lora = lora_of(config) or config.lora  # also without adapters, their size is needed to advise them
+    shape = shape_of(build_from_config(_model_config(config, options.shape)), targets=lora.targets)
     result, limit = predict(shape, planned), USABLE * options.memory * GIB
     print(describe(shape, planned, result, options.memory))
     changes = [] if result.peak <= limit else remedies(shape, planned, limit)
@@ -56,16 +56,19 @@ def main(argv: list[str]) -> None:
         write_json(Path(options.json), record | {"changes": changes})
 
 
-def _parser() -> argparse.ArgumentParser:
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The flags, and the configuration with its overrides."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, default=int(os.environ.get("WORLD_SIZE", 8)))
-    parser.add_argument("--memory", type=float, default=80.0, help="GiB of one GPU")
+    parser.add_argument("--memory", type=float, default=80.0, help="memory of one GPU, GiB")
     parser.add_argument("--seconds", type=float, help="length of the clips; default data.max_seconds")
-    parser.add_argument("--text", type=int, default=60, help="tokens of a prompt beside its audio")
-    parser.add_argument("--sft", action="store_true", help="plan launch/sft.py: no rollout, no reference, no group")
-    parser.add_argument("--shape", choices=sorted(SHAPES), help="a known model, instead of model.path's config.json")
-    parser.add_argument("--json", help="also write the bytes to this file")
-    return parser
+    parser.add_argument("--text", type=int, default=60, help="tokens of a prompt, without its audio")
+    parser.add_argument("--sft", action="store_true", help="plan launch/sft.py instead of launch/train.py")
+    parser.add_argument(
+        "--shape", choices=sorted(SHAPES), help="a known model, instead of the config.json of model.path"
+    )
+    parser.add_argument("--json", metavar="OUT", help="write the figures, in bytes, to this file")
+    return parser.parse_known_args(argv)
 
 
 def _model_config(config: Config, shape: str | None):
@@ -77,7 +80,7 @@ def _model_config(config: Config, shape: str | None):
 
 
 def predict(shape: Shape, planned: Run) -> Plan:
-    """The plan of a run. Raises ConfigError for a number of GPUs that the configuration cannot be spread over."""
+    """The plan of a run. Raises ConfigError if the configuration cannot be divided over the number of GPUs."""
     config, gpus = planned.config, planned.gpus
     if gpus < 1 or config.optim.prompts_per_step % gpus:
         raise ConfigError(
@@ -140,18 +143,21 @@ def describe(shape: Shape, planned: Run, result: Plan, memory: float) -> str:
 
 # What to change -------------------------------------------------------------------------------------------------------
 
-Change = tuple[str, str, object]  # section, key, value; the section of the number of GPUs is ""
-SHOWN, TOGETHER = 6, 4  # changes to print, and how many may have to be made together
+Change = tuple[str, str, object]  # section, key, value; the number of GPUs has section ""
+SHOWN, TOGETHER = 6, 4  # sets of changes to print, and the largest size of a set
 
 
 def remedies(shape: Shape, planned: Run, limit: float) -> list[dict]:
-    """Changes that make the run fit and its peak with them, cheapest first, none with a part that is not needed."""
+    """Sets of changes that make the run fit, each with the new peak, cheapest first.
+
+    A set is left out if a smaller one within it is enough.
+    """
     candidates = list(enumerate(_candidates(planned)))
     enough: list[dict[int, Change]] = []
     for count in range(1, TOGETHER + 1):
         for chosen in map(dict, itertools.combinations(candidates, count)):
-            needless = any(fewer.keys() <= chosen.keys() for fewer in enough)
-            changed = None if needless else _changed(planned, chosen.values())
+            redundant = any(fewer.keys() <= chosen.keys() for fewer in enough)
+            changed = None if redundant else _changed(planned, chosen.values())
             if changed and predict(shape, changed).peak <= limit:
                 enough.append(chosen)
     enough.sort(key=lambda chosen: (max(chosen), sum(chosen)))
@@ -162,7 +168,7 @@ def remedies(shape: Shape, planned: Run, limit: float) -> list[dict]:
 
 
 def _candidates(planned: Run) -> Iterator[Change]:
-    """Changes from the least cost to the greatest: those of time only, then those of the algorithm, then more GPUs."""
+    """All possible changes, cheapest first: those that cost time, then those to the algorithm, then more GPUs."""
     config, gpus = planned.config, planned.gpus
     for section, key, value in (
         ("sharding", "reshard", True),
@@ -179,7 +185,7 @@ def _candidates(planned: Run) -> Iterator[Change]:
         if now != value and not (section == "lora" and lora_of(config)):
             yield section, key, value
         if (section, key) == ("sharding", "reshard"):
-            yield from _fewer_at_once(config, config.optim.prompts_per_step // gpus)
+            yield from _smaller_batches(config, config.optim.prompts_per_step // gpus)
         if (section, key) == ("sharding", "offload"):
             yield "rollout", "max_new_tokens", max(config.rollout.max_new_tokens // 2, 1)
             if config.optim.prompts_per_step > gpus:
@@ -187,7 +193,7 @@ def _candidates(planned: Run) -> Iterator[Change]:
     yield "", "gpus", 2 * gpus
 
 
-def _fewer_at_once(config: Config, prompts: int) -> Iterator[Change]:
+def _smaller_batches(config: Config, prompts: int) -> Iterator[Change]:
     if config.optim.micro_batch > 1:
         yield "optim", "micro_batch", 1
     if (config.rollout.batch or prompts) > 1:
@@ -197,7 +203,7 @@ def _fewer_at_once(config: Config, prompts: int) -> Iterator[Change]:
 
 
 def _changed(planned: Run, chosen: Iterable[Change]) -> Run | None:
-    """The run with these changes, or None if they do not go together."""
+    """The run with these changes, or None if they exclude one another."""
     config, gpus = planned.config, planned.gpus
     for section, key, value in chosen:
         if section:
@@ -205,9 +211,9 @@ def _changed(planned: Run, chosen: Iterable[Change]) -> Run | None:
             config = dataclasses.replace(config, **{section: part})
         else:
             gpus = value
-    odd_dtypes = config.model.master_dtype == "bfloat16" and config.model.dtype != "bfloat16"
-    fits_together = not odd_dtypes and config.optim.prompts_per_step % gpus == 0
-    return dataclasses.replace(planned, config=config, gpus=gpus) if fits_together else None
+    dtypes_conflict = config.model.master_dtype == "bfloat16" and config.model.dtype != "bfloat16"
+    compatible = not dtypes_conflict and config.optim.prompts_per_step % gpus == 0
+    return dataclasses.replace(planned, config=config, gpus=gpus) if compatible else None
 
 
 def _words(change: Change) -> str:
@@ -217,8 +223,10 @@ def _words(change: Change) -> str:
 
 def advice(changes: list[dict], limit: float) -> str:
     if not changes:
-        return f"no change known here brings it under {limit / GIB:.1f} GiB; choose a smaller model or more GPUs"
-    lines = [f"each of these lines brings it under {limit / GIB:.1f} GiB, the cheapest first:"]
+        return (
+            f"no set of changes tried here brings it under {limit / GIB:.1f} GiB; choose a smaller model or more GPUs"
+        )
+    lines = [f"each of these lines brings it under {limit / GIB:.1f} GiB, cheapest first:"]
     return "\n".join(lines + [f"  {' '.join(c['change']):72} -> {c['peak'] / GIB:6.2f} GiB" for c in changes])
 
 

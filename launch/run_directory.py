@@ -1,4 +1,4 @@
-"""What a run directory may hold when a run starts: nothing of another run."""
+"""Checks that a run directory holds no other run."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import yaml
 
 from hark.grpo.config import Config, ConfigError
 
-# What may not change when a run is resumed: the model, what of it is trained, and the order of the data. The rest, such
-# as rates and rewards, is whose resumes it to answer for.
+# Options that must not change when a run is resumed: those of the model, of what is trained, and of the order of the
+# data. Others, such as rates and rewards, may be changed by whoever resumes it.
 FIXED = (
     ("run", "seed"),
     ("model", "path"),
@@ -29,7 +29,7 @@ FIXED = (
 
 
 def check_run_directory(config: Config) -> None:
-    """Refuse to write over an earlier run, or to resume one that was another."""
+    """Refuse to overwrite an earlier run, or to resume a run that was started with other settings."""
     directory = Path(config.run.directory)
     if config.run.resume:
         _refuse_another_run(config, directory)
@@ -50,9 +50,9 @@ def _refuse_another_run(config: Config, directory: Path) -> None:
 
 
 def changed(before: dict, config: Config, keys: Sequence[tuple[str, str]]) -> Iterator[tuple[str, object, object]]:
-    """Which of the (section, key) pairs a saved configuration has otherwise: their names, its values and the new ones.
+    """Of the (section, key) pairs those whose values differ: names, values in the saved configuration, new values.
 
-    What the saved one does not have, because it was written before the option was there, counts as the same.
+    An option that the saved configuration lacks, because it is older than the option, counts as equal.
     """
     now = dataclasses.asdict(config)
     for section, key in keys:

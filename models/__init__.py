@@ -1,1 +1,1 @@
-"""What a policy is, and one file per model family."""
+"""Policies: the interface that `grpo` uses, how they are loaded, and one file per model family."""

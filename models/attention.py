@@ -1,4 +1,8 @@
-"""Attention of a decoder over groups: over whole rows when they are scored, over a cache when they grow."""
+"""Attention functions of a decoder: over whole rows for scoring, over a KV cache for prefill and decoding.
+
+A row is a prompt and the G completions of its group, called branches. A branch attends to the prompt and to itself, not
+to other branches. This is the tree mask, which grpo/tree.py builds.
+"""
 
 from __future__ import annotations
 
@@ -15,44 +19,51 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from hark.data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
 from hark.models.cache import GroupCache
 
-TREE = "tree"  # as an attention implementation in a decoder's config
+TREE = "tree"  # the name under which `tree_attention` is registered with transformers
 
-ADDITIONS = ("softcap", "s_aux", "position_bias")  # to scores, by some families; none of what is here knows them
+UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # arguments by which some families change the attention scores
 
-Attend = Callable[..., torch.Tensor]  # (module, query, key, value, mask, **kwargs) -> (N, L, heads, head size)
+# (module, query, key, value, mask, **kwargs) -> (N, L, heads, head size)
+AttentionFunction = Callable[..., torch.Tensor]
 
 
 @dataclass
-class Pass:
-    """A pass through a decoder: how its layers attend, and which have done so."""
+class DecoderPass:
+    """One forward pass of a decoder: the attention function of its layers, and the layers that have called it."""
 
-    attend: Attend
-    attended: list[int | None] = field(default_factory=list)
+    attention: AttentionFunction
+    called: list[int | None] = field(default_factory=list)
 
     @contextmanager
-    def run(self) -> Iterator[None]:
-        """Let the layers that run inside attend so. Not by an argument: some families do not hand all of them on."""
-        before = _pass.set(self)
+    def active(self) -> Iterator[None]:
+        """Make this the current pass inside the block.
+
+        A context variable and not a keyword argument, because some families do not pass unknown arguments to layers.
+        """
+        token = _current_pass.set(self)
         try:
             yield
         finally:
-            _pass.reset(before)
+            _current_pass.reset(token)
 
 
-_pass: ContextVar[Pass | None] = ContextVar("pass", default=None)  # None outside of a decoder
+_current_pass: ContextVar[DecoderPass | None] = ContextVar("current_pass", default=None)
 
 
-def in_this_pass(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, attending as now whenever it is called: also from a backward, which computes a layer again."""
-    current = _pass.get()
+def bind_current_pass(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a function so that it always runs in the pass that is current now.
+
+    Gradient checkpointing calls a layer again in the backward, after the pass has ended.
+    """
+    current = _current_pass.get()
     if current is None:
         return function
 
-    def within(*args: Any, **kwargs: Any) -> Any:
-        with current.run():
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with current.active():
             return function(*args, **kwargs)
 
-    return within
+    return run
 
 
 def tree_attention(
@@ -63,22 +74,30 @@ def tree_attention(
     attention_mask: torch.Tensor,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls in each layer: the attention that `Policy.decode` was given."""
-    unknown = [name for name in ADDITIONS if kwargs.get(name) is not None]
-    if unknown:
-        raise ValueError(f"{type(module).__name__} adds {', '.join(unknown)} to its scores, which is not done here")
-    current = _pass.get()
-    current.attended.append(getattr(module, "layer_idx", None))
-    return current.attend(module, query, key, value, attention_mask, **kwargs), None
+    """The function that transformers calls in each layer: calls the attention that `Policy.decode` was given.
+
+    Raises ValueError for a layer that changes its scores by an argument in UNSUPPORTED.
+    """
+    unsupported = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
+    if unsupported:
+        raise ValueError(
+            f"{type(module).__name__} passes {', '.join(unsupported)} to its attention, which is not supported; "
+            "choose a model that does not"
+        )
+    current = _current_pass.get()
+    current.called.append(getattr(module, "layer_idx", None))
+    return current.attention(module, query, key, value, attention_mask, **kwargs), None
 
 
-def attend_to_row(
+def sdpa_attention(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, **kwargs
 ) -> torch.Tensor:
-    """Attend under a mask (N, 1, Lm, S) that stands for the last Lm of L queries; those before attend causally.
+    """Attention by torch's scaled_dot_product_attention, with a mask for the last queries of a row only.
 
-    A prompt at the head of a row sees itself and nothing of the branches, so it needs no mask, and causal kernels skip
-    half of its pairs and all pairs with the branches. query: (N, heads, L, head size); gives (N, L, heads, head size).
+    mask: additive, (N, 1, Lm, S), for the last Lm of L queries. The first L - Lm queries attend causally to one
+    another. They are the prompt, which comes first in a row and never attends to the branches behind it. The causal
+    kernel skips half of the prompt's pairs with itself, and its pairs with the branches are not computed.
+    query: (N, heads, L, head size); returns (N, L, heads, head size).
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -86,8 +105,8 @@ def attend_to_row(
     kwargs.pop("is_causal", None)
     outputs = []
     if causal:
-        own = (tensor[:, :, :causal] for tensor in (query, key, value))
-        outputs.append(sdpa_attention_forward(module, *own, None, is_causal=True, **kwargs)[0])
+        prompt = (tensor[:, :, :causal] for tensor in (query, key, value))
+        outputs.append(sdpa_attention_forward(module, *prompt, None, is_causal=True, **kwargs)[0])
     if causal < query.shape[2]:
         outputs.append(sdpa_attention_forward(module, query[:, :, causal:], key, value, mask, **kwargs)[0])
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
@@ -95,30 +114,30 @@ def attend_to_row(
 
 @dataclass(frozen=True)
 class BlockAttention:
-    """Attention of whole rows to themselves by FlexAttention, which leaves out the blocks that a mask leaves empty.
+    """Self-attention of whole rows by FlexAttention, which skips blocks of pairs that are entirely masked.
 
-    On a GPU one compiled kernel, without a mask of all pairs in memory; elsewhere the uncompiled reference, which has
-    no backward and is for tests. It has been run on no GPU yet.
-    masks: of each layer.
+    On a GPU it is one compiled kernel and needs no mask of all pairs in memory. On the CPU it is torch's uncompiled
+    reference, which has no backward and is for tests. It has not been run on a GPU yet.
+    masks: one for each layer.
     """
 
     masks: tuple[BlockMask, ...]
 
     def __call__(self, module: torch.nn.Module, query, key, value, mask, *, scaling, **kwargs) -> torch.Tensor:
-        """query: (N, heads, L, head size); gives (N, L, heads, head size)."""
-        usual = query.shape[-1] ** -0.5
-        if scaling != usual:  # not as an argument: with dynamic shapes a number would become a variable of the kernel
-            query = query * (scaling / usual)
-        attend = _compiled_flex_attention() if query.is_cuda else flex_attention
+        """query: (N, heads, L, head size); returns (N, L, heads, head size)."""
+        default = query.shape[-1] ** -0.5
+        if scaling != default:  # the kernel's `scale` would become a dynamic input when compiled for dynamic shapes
+            query = query * (scaling / default)
+        attention = _compiled_flex_attention() if query.is_cuda else flex_attention
         grouped = query.shape[1] != key.shape[1]
         blocks = self.masks[module.layer_idx]
-        return attend(query, key, value, block_mask=blocks, enable_gqa=grouped).transpose(1, 2).contiguous()
+        return attention(query, key, value, block_mask=blocks, enable_gqa=grouped).transpose(1, 2).contiguous()
 
 
 def block_mask(rule: Callable[..., torch.Tensor], rows: int, length: int, device: torch.device) -> BlockMask:
-    """Which blocks of 128 x 128 pairs a rule leaves empty, in part or full, for N rows of L tokens.
+    """Which blocks of 128 x 128 pairs are masked entirely, partly or not at all, for N rows of L tokens.
 
-    All pairs are held as booleans for a moment.
+    rule: FlexAttention's `mask_mod`. While the blocks are built, a boolean (N, 1, L, L) exists.
     """
     return create_block_mask(rule, rows, None, length, length, device=device)
 
@@ -127,10 +146,10 @@ def block_mask(rule: Callable[..., torch.Tensor], rows: int, length: int, device
 def _compiled_flex_attention() -> Callable[..., torch.Tensor]:
     """FlexAttention compiled once for rows of any length and number.
 
-    Compiled for each length, it would be compiled at almost every micro-batch, as prompts and completions have all
-    lengths. A few compilations remain: for one row and for several, with and without gradients, with and without a
-    window. Beyond the limit of their number torch would go on uncompiled, holding the scores of all pairs; `fullgraph`
-    makes that an error.
+    Lengths change at almost every micro-batch, so with static shapes each would be compiled anew. A few compilations
+    remain: for one row and for several, with and without gradients, with and without a window. When torch exceeds its
+    recompilation limit it falls back to uncompiled code, which holds the scores of all pairs; `fullgraph` makes that
+    an error.
     """
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)
@@ -138,75 +157,79 @@ def _compiled_flex_attention() -> Callable[..., torch.Tensor]:
 
 @dataclass(frozen=True)
 class PrefillAttention:
-    """Attention of prompts to themselves, which leaves their keys and values in rows of a cache."""
+    """Causal self-attention of N prompts that also stores their keys and values in rows of a cache."""
 
     cache: GroupCache
     rows: Sequence[int]
 
     def __call__(self, module: torch.nn.Module, query, key, value, mask, **kwargs) -> torch.Tensor:
         self.cache.fill(module.layer_idx, self.rows, key, value)
-        return attend_to_row(module, query, key, value, mask, **kwargs)
+        return sdpa_attention(module, query, key, value, mask, **kwargs)
 
 
 @dataclass(frozen=True)
 class DecodeAttention:
-    """Attention of one new token of each of B branches to its prompt and to the branch itself, by way of a cache.
+    """Attention of one new token per branch, for B branches, to its prompt and to its own branch, both in a cache.
 
-    A prompt's keys are read once for all of its branches, and a branch reads no sibling's; so a step costs what its own
-    branches cost, however many there have been.
+    The branches of one prompt share a batched product, so the prompt's keys are read once for all of them. The cost of
+    a step depends on the branches that are in it, not on how many have finished before.
 
-    step: (B,) where in its branch each token stands. place: (B,) where a branch stands in a grid of R rows of G places,
-    row * G + place. branch: (R * G,) which branch stands there; any, where none does.
-    rows, prompt, steps: how many rows, tokens of a prompt and tokens of a branch are in use.
+    step: (B,) index of each new token in its branch.
+    cell: (B,) position of each branch in a grid of R rows (prompts) by G branches, row * G + branch of the group.
+    grid: (R * G,) the inverse: which of the B branches is in each cell; any valid index in an empty cell.
+    rows, prompt, steps: how many rows, prompt tokens and branch tokens of the cache are in use.
     """
 
     cache: GroupCache
     step: torch.Tensor
-    place: torch.Tensor
-    branch: torch.Tensor
+    cell: torch.Tensor
+    grid: torch.Tensor
     rows: int
     prompt: int
     steps: int
 
     def __call__(self, module: torch.nn.Module, query, key, value, mask, *, scaling, **kwargs) -> torch.Tensor:
-        """query: (B, heads, 1, head size); mask: (B, 1, 1, P + T), of addends; gives (B, 1, heads, head size)."""
+        """query: (B, heads, 1, head size); mask: additive, (B, 1, 1, P + T); returns (B, 1, heads, head size)."""
         count, heads = query.shape[0], key.shape[1]
         branches = torch.arange(count, device=query.device)
         own = []
-        for kept, new in zip(self.cache.branches(module.layer_idx), (key, value), strict=True):
-            kept[branches, :, self.step] = new[:, :, 0]
-            own.append(kept[:count, :, : self.steps])
+        for cached, new in zip(self.cache.branches(module.layer_idx), (key, value), strict=True):
+            cached[branches, :, self.step] = new[:, :, 0]
+            own.append(cached[:count, :, : self.steps])
         prompt_keys, prompt_values = (t[: self.rows, :, : self.prompt] for t in self.cache.prompts(module.layer_idx))
-        query = query.reshape(count, heads, -1, query.shape[-1])  # query heads that share a key's are neighbours
-        to_prompt = self._from_rows(_products(self._to_rows(query), prompt_keys))
-        products = torch.cat([to_prompt, _products(query, own[0])], dim=-1)  # (B, heads, shared, P + T)
-        weights = torch.add(mask, products, alpha=scaling).softmax(dim=-1).to(query.dtype)
-        heard = self._from_rows(self._to_rows(weights[..., : self.prompt]) @ prompt_values)
-        return (heard + weights[..., self.prompt :] @ own[1]).reshape(count, 1, -1, value.shape[-1])
+        query = query.reshape(count, heads, -1, query.shape[-1])  # query heads of one key head are adjacent
+        prompt_scores = self._from_rows(_scores(self._to_rows(query), prompt_keys))
+        scores = torch.cat([prompt_scores, _scores(query, own[0])], dim=-1)  # (B, key heads, shared, P + T)
+        weights = torch.add(mask, scores, alpha=scaling).softmax(dim=-1).to(query.dtype)
+        from_prompt = self._from_rows(self._to_rows(weights[..., : self.prompt]) @ prompt_values)
+        return (from_prompt + weights[..., self.prompt :] @ own[1]).reshape(count, 1, -1, value.shape[-1])
 
     def _to_rows(self, tensor: torch.Tensor) -> torch.Tensor:
-        """(B, heads, shared, X) of branches to (R, heads, G * shared, X) of rows."""
-        grid = tensor[self.branch].unflatten(0, (self.rows, -1))
-        return grid.transpose(1, 2).flatten(2, 3)
+        """Regroup (B, key heads, shared, X), one per branch, as (R, key heads, G * shared, X), one per prompt."""
+        cells = tensor[self.grid].unflatten(0, (self.rows, -1))
+        return cells.transpose(1, 2).flatten(2, 3)
 
     def _from_rows(self, tensor: torch.Tensor) -> torch.Tensor:
-        """(R, heads, G * shared, X) of rows to (B, heads, shared, X) of branches."""
-        grid = tensor.unflatten(2, (len(self.branch) // self.rows, -1))
-        return grid.transpose(1, 2).flatten(0, 1)[self.place]
+        """The inverse of `_to_rows`: (R, key heads, G * shared, X) to (B, key heads, shared, X)."""
+        cells = tensor.unflatten(2, (len(self.grid) // self.rows, -1))
+        return cells.transpose(1, 2).flatten(0, 1)[self.cell]
 
 
-def _products(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Queries (..., Lq, size) times keys (..., Lk, size), in float32: in half, scores would lose their last digits."""
+def _scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Products (..., Lq, Lk) of queries (..., Lq, size) and keys (..., Lk, size), always in float32.
+
+    Rounded to half precision, scores would lose digits that the softmax needs.
+    """
     if queries.dtype == torch.float32:
         return queries @ keys.mT
     if queries.is_cuda:
-        products = torch.bmm(queries.flatten(0, 1), keys.flatten(0, 1).mT, out_dtype=torch.float32)
-        return products.unflatten(0, queries.shape[:2])
+        scores = torch.bmm(queries.flatten(0, 1), keys.flatten(0, 1).mT, out_dtype=torch.float32)
+        return scores.unflatten(0, queries.shape[:2])
     return queries.float() @ keys.float().mT
 
 
 def use_tree_attention(config) -> None:
-    """Let the decoder of a transformers config, and nothing else, attend by `tree_attention`."""
+    """Make `tree_attention` the attention implementation of a decoder's transformers config; no other module's."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(TREE, tree_attention)

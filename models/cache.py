@@ -1,4 +1,4 @@
-"""What is computed once and kept: the keys and values of groups, and what a frozen tower has heard."""
+"""Two caches: the keys and values of a rollout, and the outputs of a frozen audio tower."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -7,11 +7,12 @@ import torch
 
 
 class GroupCache:
-    """Keys and values of a rollout, layer by layer: a prompt's stand once for its group, a branch has its own.
+    """The KV cache of a rollout: a prompt's keys and values are stored once for all branches of its group.
 
-    prompts: (R, heads, P, head size) and branches: (B, heads, T, head size), for keys and for values. Memory is taken
-    when a layer is first prefilled, and is 0 where nothing was kept: what is masked counts 0 times what stands there.
-    A completion's last token is drawn and never fed, so T is one less than its length.
+    Each layer has keys and values of prompts, (R, heads, P, head size), and of branches, (B, heads, T, head size).
+    They are allocated when the layer is first prefilled, and start at 0: a masked entry has attention weight 0, and 0
+    times an uninitialised NaN would be NaN. T is one less than `max_new_tokens`, because a completion's last token is
+    never fed to the decoder.
     """
 
     def __init__(self, rows: int, prompt: int, branches: int, steps: int):
@@ -20,32 +21,32 @@ class GroupCache:
         self._layers: dict[int, list[torch.Tensor]] = {}
 
     def fill(self, layer: int, rows: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Keep the keys and values (N, heads, L, head size) of prompts in these rows."""
+        """Store the keys and values (N, heads, L, head size) of N prompts in the given N rows."""
         if layer not in self._layers:
             self._layers[layer] = [
                 new.new_zeros((count, new.shape[1], length, new.shape[-1]))
                 for count, length in self._sizes
                 for new in (keys, values)
             ]
-        for place, new in zip(self.prompts(layer), (keys, values), strict=True):
+        for cached, new in zip(self.prompts(layer), (keys, values), strict=True):
             for n, row in enumerate(rows):
-                place[row, :, : new.shape[2]] = new[n]
+                cached[row, :, : new.shape[2]] = new[n]
 
     def prompts(self, layer: int) -> list[torch.Tensor]:
-        """The keys and the values of the prompts."""
+        """The keys and the values of the prompts, (R, heads, P, head size) each."""
         return self._layers[layer][:2]
 
     def branches(self, layer: int) -> list[torch.Tensor]:
-        """The keys and the values of the branches."""
+        """The keys and the values of the branches, (B, heads, T, head size) each."""
         return self._layers[layer][2:]
 
     def move_rows(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
-        """Copy the prompts of some rows over those of others."""
+        """Copy the prompts in rows `sources` to rows `targets`."""
         for layer in self._layers:
             _move(self.prompts(layer), sources, targets)
 
     def move_branches(self, sources: torch.Tensor, targets: torch.Tensor, steps: int) -> None:
-        """Copy some branches over others, as far as their first `steps` tokens."""
+        """Copy the first `steps` tokens of branches `sources` to branches `targets`."""
         for layer in self._layers:
             _move([tensor[:, :, :steps] for tensor in self.branches(layer)], sources, targets)
 
@@ -56,23 +57,23 @@ def _move(tensors: Sequence[torch.Tensor], sources: torch.Tensor, targets: torch
 
 
 class TowerCache:
-    """What a frozen audio tower made of the clips it heard last, up to `capacity` bytes; the oldest go first.
+    """Outputs of a frozen audio tower, up to `capacity` bytes; the least recently used are dropped first.
 
-    Each clip is heard alone, so that what it gives does not depend on what else was heard, or whether it was kept.
+    Each clip is encoded alone, so an output depends neither on the other clips of a batch nor on whether it was cached.
     """
 
     def __init__(self, capacity: int):
         self.capacity = capacity
-        self._heard: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._outputs: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._bytes = 0
 
-    def get(self, sound: str, hear: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """The tower's output for a clip, from memory or by `hear`."""
-        output = self._heard.pop(sound, None)
+    def get(self, digest: str, encode: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The tower's output for the clip with this digest; `encode` computes it where it is not cached."""
+        output = self._outputs.pop(digest, None)
         if output is None:
-            output = hear().detach()
+            output = encode().detach()
             self._bytes += output.nbytes
-        self._heard[sound] = output
+        self._outputs[digest] = output
         while self._bytes > self.capacity:
-            self._bytes -= self._heard.popitem(last=False)[1].nbytes
+            self._bytes -= self._outputs.popitem(last=False)[1].nbytes
         return output

@@ -1,4 +1,4 @@
-"""Linear layers in float32 on the CPU, by oneDNN: on some processors twice as fast as the library that torch takes."""
+"""Linear layers in float32 on the CPU by oneDNN, on some processors twice as fast as torch's own BLAS."""
 
 from __future__ import annotations
 
@@ -8,26 +8,29 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-# An operator that torch's own compiler uses for linear layers; builds without oneDNN do not have it.
+# The operator that torch.compile uses for linear layers. Builds of torch without oneDNN do not have it.
 AVAILABLE = platform.machine() in ("x86_64", "AMD64") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 class Linear(nn.Linear):
-    """A linear layer whose product is `linear`; made from an nn.Linear in place."""
+    """An nn.Linear that computes by `linear`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self.bias)
 
 
-def use_fast_products(module: nn.Module) -> None:
-    """Let all linear layers of a module compute by `linear`."""
+def use_onednn(module: nn.Module) -> None:
+    """Make every plain nn.Linear of a module compute by `linear`, in place: its class changes, its tensors stay."""
     for layer in module.modules():
         if type(layer) is nn.Linear:
             layer.__class__ = Linear
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x (..., in) times weight (out, in) transposed, plus bias (out,): (..., out)."""
+    """x (..., in) times weight (out, in) transposed, plus bias (out,): (..., out).
+
+    By oneDNN for float32 on the CPU where it is available, otherwise by torch.
+    """
     fast = AVAILABLE and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel()
     if not fast:
         return F.linear(x, weight, bias)
@@ -39,7 +42,7 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = 
 
 
 class _Linear(torch.autograd.Function):
-    """The operator has no backward of its own; its products are two more of the same kind."""
+    """Adds a backward, which the operator lacks: the gradients of x and of weight are products by the same operator."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):

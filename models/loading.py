@@ -1,4 +1,4 @@
-"""From a Hugging Face directory to a policy: each rank reads its own slice of every tensor, and nothing else."""
+"""Loading a policy from a Hugging Face checkpoint; of a sharded tensor each rank reads only its own slice."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from hark.models.cache import TowerCache
 from hark.models.families.causal_lm import CausalLMPolicy
 from hark.models.families.qwen2_audio import Qwen2AudioPolicy
-from hark.models.linear import use_fast_products
-from hark.models.lora import WEIGHTS_FILE, Lora, add_adapters, initial_weight, is_adapter, peft_name
-from hark.models.policy import Policy, PolicyError
+from hark.models.linear import use_onednn
+from hark.models.lora import WEIGHTS_FILE, add_adapters, initial_weight, is_adapter, peft_name
+from hark.models.policy import Lora, Policy, PolicyError
 
-# config.model_type -> family; a text-only causal LM needs no entry.
+# config.model_type -> policy class; text-only causal language models need no entry.
 FAMILIES: dict[str, type[Policy]] = {"qwen2_audio": Qwen2AudioPolicy}
 
 
@@ -43,16 +43,17 @@ def load_policy(
 ) -> Policy:
     """Load a policy from a local directory or a hub name.
 
-    The module is built without memory, handed to `shard`, which may wrap it in FSDP, and then filled: weights that
-    are trained are stored in `master_dtype`, all others in `dtype`, that of the computation, which loses nothing
-    there. train: False freezes everything. lora: freezes everything and trains adapters. tower_cache: bytes for what a
-    frozen tower has heard. attention: of rows that are scored, "flex" on a GPU only.
-    Raises PolicyError for a directory that is no checkpoint, an unknown family, or tensors that do not fit.
+    The model is built on the meta device, passed to `shard`, and then given its weights.
+    dtype: of the computation, and of weights that are not trained. master_dtype: of weights that are trained.
+    train: False freezes everything. lora: freezes everything but new or saved adapters.
+    tower_cache: bytes for the outputs of a frozen tower. recompute: turns on gradient checkpointing.
+    attention: of the scorer, "sdpa" or, on a GPU only, "flex". shard: wraps the policy in FSDP.
+    Raises PolicyError for a directory that is no checkpoint, an unknown family, or tensors that do not fit the model.
     """
     directory = _directory(path)
     policy = build_policy(directory)
     policy.device, policy.name, policy.attention = torch.device(device), str(path), attention
-    use_fast_products(policy.model)
+    use_onednn(policy.model)
     if not train_tower:
         policy.freeze_tower()
     if lora is not None:
@@ -65,12 +66,12 @@ def load_policy(
         policy.recompute_activations()
     if shard is not None:
         shard(policy)
-    _fill(policy, directory, dtype, master_dtype)
+    _load_weights(policy, directory, dtype, master_dtype)
     return policy
 
 
 def build_policy(directory: Path) -> Policy:
-    """The policy of a checkpoint directory with its parameters on the meta device, where they take no memory."""
+    """The policy of a checkpoint directory, with its parameters on the meta device."""
     from transformers import AutoConfig, GenerationConfig
 
     config = AutoConfig.from_pretrained(directory)
@@ -85,9 +86,9 @@ def build_policy(directory: Path) -> Policy:
 
 
 def read_config(path: str | Path):
-    """The transformers config of a local directory or a hub name; of the whole checkpoint only config.json is read.
+    """The transformers config of a local directory or a hub name; reads config.json only.
 
-    Raises PolicyError where there is none.
+    Raises PolicyError if there is none.
     """
     from transformers import AutoConfig
 
@@ -99,25 +100,25 @@ def read_config(path: str | Path):
         ) from error
 
 
-def build_outline(config) -> Policy:
-    """A policy of a transformers config alone, its parameters on the meta device: sizes without files or tokenizer."""
+def build_from_config(config) -> Policy:
+    """The policy of a transformers config, without tokenizer and with parameters on the meta device: for its sizes."""
     family = family_of(config, where="the configuration")
-    outline = family.__new__(family)
+    policy = family.__new__(family)
     with meta_parameters():
-        Policy.__init__(outline, family.build(config), None)
-    return outline
+        Policy.__init__(policy, family.build(config), None)
+    return policy
 
 
 def family_of(config, *, where: str) -> type[Policy]:
-    """The policy class of a transformers config. Raises PolicyError for a model type that has none."""
+    """The policy class for a transformers config. Raises PolicyError if there is none for its model type."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if config.model_type in FAMILIES:
         return FAMILIES[config.model_type]
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise PolicyError(
-            f"{where}: no policy for model type {config.model_type!r}; there is {', '.join(sorted(FAMILIES))} "
-            "and most causal language models of text; see 'Make it yours' in README.md"
+            f"{where}: no policy for model type {config.model_type!r}; supported are {', '.join(sorted(FAMILIES))} "
+            "and most text-only causal language models; see 'Make it yours' in README.md"
         )
     return CausalLMPolicy
 
@@ -135,7 +136,7 @@ def _directory(path: str | Path) -> Path:
         try:
             directory = Path(snapshot_download(str(path)))
         except Exception as error:
-            raise PolicyError(f"{path}: no such directory, and the hub gave none by that name ({error})") from error
+            raise PolicyError(f"{path}: no such directory, and no model on the hub by that name ({error})") from error
     if not (directory / "config.json").exists():
         raise PolicyError(f"{directory}: config.json is missing; expected a Hugging Face checkpoint directory")
     return directory
@@ -143,7 +144,7 @@ def _directory(path: str | Path) -> Path:
 
 @contextmanager
 def meta_parameters() -> Iterator[None]:
-    """Put parameters made inside on the meta device; buffers (rotary frequencies) are computed for real."""
+    """Put parameters that are made inside on the meta device. Buffers, such as rotary frequencies, stay real."""
     register = nn.Module.register_parameter
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -158,33 +159,36 @@ def meta_parameters() -> Iterator[None]:
         nn.Module.register_parameter = register
 
 
-def _fill(policy: Policy, directory: Path, dtype: torch.dtype, master_dtype: torch.dtype) -> None:
-    """Read every tensor of the module tree; say which are missing, left over or of another shape."""
+def _load_weights(policy: Policy, directory: Path, dtype: torch.dtype, master_dtype: torch.dtype) -> None:
+    """Read every parameter and buffer of the model from the files of a checkpoint.
+
+    Raises PolicyError that names tensors that are missing, of another shape, or not part of the model.
+    """
     stored = StoredTensors(directory, policy)
-    left, problems = stored.names(), []
+    unused, problems = stored.names(), []
     state: dict[str, torch.Tensor] = {}
     tied = tied_names(policy.model)
     for name, target in policy.model.state_dict(keep_vars=True).items():
         if tied[name] != name:
             continue
-        place = partial(_place, target=target, policy=policy, dtype=master_dtype if target.requires_grad else dtype)
+        convert = partial(_convert, target=target, policy=policy, dtype=master_dtype if target.requires_grad else dtype)
         if is_adapter(name) and policy.lora.path is None:
-            state[name] = place(initial_weight(name, target.shape))
+            state[name] = convert(initial_weight(name, target.shape))
             continue
         with stored.opened(name) as tensor:
-            left.discard(stored.find(name))
+            unused.discard(stored.find(name))
             shape = None if tensor is None else tuple(tensor.get_shape())
             if tensor is None:
                 problems.append(f"{policy.hub_name(name)} is missing")
             elif shape != tuple(target.shape):
-                problems.append(f"{stored.find(name)} is {shape}, the model wants {tuple(target.shape)}")
+                problems.append(f"{stored.find(name)} is {shape}, the model has {tuple(target.shape)}")
             else:
-                state[name] = place(tensor)
+                state[name] = convert(tensor)
     for name, first in tied.items():
-        left.discard(stored.find(name))
+        unused.discard(stored.find(name))
         if first in state:
             state[name] = state[first]
-    problems += [f"{name} is not part of the model" for name in sorted(left)]
+    problems += [f"{name} is not part of the model" for name in sorted(unused)]
     if problems:
         more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
         where = (
@@ -199,7 +203,7 @@ def _fill(policy: Policy, directory: Path, dtype: torch.dtype, master_dtype: tor
 
 
 class StoredTensors:
-    """The tensors of a checkpoint directory, and of the policy's saved adapters, by their names in the policy."""
+    """The tensors in the files of a checkpoint and of saved adapters, found by their names in the policy."""
 
     def __init__(self, directory: Path, policy: Policy):
         self._policy = policy
@@ -208,17 +212,17 @@ class StoredTensors:
             self._files |= _tensors_of(policy.lora.path / WEIGHTS_FILE)
 
     def names(self) -> set[str]:
-        """All names, as they stand in the files."""
+        """All names in the files."""
         return set(self._files)
 
     def find(self, name: str) -> str | None:
-        """The name in the files of what `policy.model` calls `name`."""
+        """The name in the files of a tensor called `name` in `policy.model`; None if it is not there."""
         candidates = (peft_name(name),) if is_adapter(name) else (self._policy.hub_name(name), name)
         return next((candidate for candidate in candidates if candidate in self._files), None)
 
     @contextmanager
     def opened(self, name: str) -> Iterator[Any]:
-        """A tensor of which a slice can be read without the rest; None if it is not there."""
+        """A tensor as a safetensors slice, which reads only the part that is indexed; None if it is not there."""
         stored = self.find(name)
         if stored is None:
             yield None
@@ -237,7 +241,7 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
             raise PolicyError(f"{index}: cannot be read ({error}); expected a weight_map; copy it again") from error
     single = directory / "model.safetensors"
     if not single.exists():
-        raise PolicyError(f"{directory}: neither model.safetensors nor {index.name} is there")
+        raise PolicyError(f"{directory}: holds neither model.safetensors nor {index.name}; expected one of them")
     return _tensors_of(single)
 
 
@@ -248,28 +252,26 @@ def _tensors_of(path: Path) -> dict[str, Path]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """A safetensors file; whatever is wrong with it, here or while it is read, as a PolicyError."""
+    """An open safetensors file. Raises PolicyError for a file that cannot be opened or read."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
     except (OSError, SafetensorError) as error:
-        raise PolicyError(
-            f"{path}: is missing or broken ({error}); expected a safetensors file; copy it again"
-        ) from error
+        raise PolicyError(f"{path}: missing or broken ({error}); expected a safetensors file; copy it again") from error
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
-    """Each name of the state dict -> the first name of the same tensor."""
+    """For each name in the state dict, the first name of the same tensor; the two differ for tied weights."""
     first: dict[int, str] = {}
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     return {name: first.setdefault(id(tensors[name]), name) for name in model.state_dict()}
 
 
-def _place(tensor: Any, *, target: torch.Tensor, policy: Policy, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor, or one still in its file, like `target`: a parameter of `dtype`, this rank's slice of it if sharded.
+def _convert(tensor: Any, *, target: torch.Tensor, policy: Policy, dtype: torch.dtype) -> torch.Tensor:
+    """A copy of a tensor or safetensors slice in the form of `target`.
 
-    Buffers keep the dtype they were stored in. Always a copy: what safetensors gives is the file itself, mapped into
-    memory, which would change or vanish with the file.
+    A parameter gets `dtype`; of a sharded one only this rank's slice is read. A buffer keeps its stored dtype. It is
+    copied because safetensors returns views of the memory-mapped file, which may change or be deleted.
     """
     if not isinstance(target, nn.Parameter):
         return tensor[...].to(policy.device, copy=True)

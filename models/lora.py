@@ -1,6 +1,6 @@
-"""Low-rank adapters: a frozen linear layer W x + b gains (alpha / rank) B A x, and only A and B are trained.
+"""Low-rank adapters: a frozen linear layer computes W x + b + (alpha / rank) B A x, and only A and B are trained.
 
-Hu et al. 2021, arXiv 2106.09685. Saved in the files of PEFT, so that others can load them, and merged for export.
+Hu et al. 2021, arXiv 2106.09685. They are saved in the file format of PEFT.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,59 +21,53 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from hark.models.linear import linear
-from hark.models.policy import Policy, PolicyError
+from hark.models.policy import Lora, Policy, PolicyError
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 
 
-@dataclass(frozen=True)
-class Lora:
-    """What adapters are like: `targets` names the decoder's linear layers that get one; `path` holds trained ones."""
+def read_lora(path: str | Path) -> Lora:
+    """The settings of adapters saved in a directory.
 
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]
-    path: Path | None = None
-
-    @classmethod
-    def read(cls, path: str | Path) -> Lora:
-        """The settings of saved adapters; PolicyError where there are none, or of a kind that is not this one."""
-        path = Path(path)
-        try:
-            saved = json.loads((path / CONFIG_FILE).read_text())
-            with safe_open(path / WEIGHTS_FILE, framework="pt") as file:
-                # The tensors' names, because target_modules may be a list or a regular expression.
-                layers = {
-                    name.removesuffix(".lora_A.weight") for name in file.keys() if name.endswith(".lora_A.weight")
-                }
-            targets = tuple(sorted({layer.rpartition(".")[2] for layer in layers}))
-            lora = cls(int(saved["r"]), float(saved["lora_alpha"]), targets, path)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise PolicyError(
-                f"{path}: no adapters ({error}); expected {CONFIG_FILE} with r and lora_alpha, and {WEIGHTS_FILE}"
-            ) from error
-        for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"):
-            if saved.get(key):
-                raise PolicyError(f"{path / CONFIG_FILE}: {key} is {saved[key]!r}; only plain LoRA can be loaded")
-        return lora
+    Raises PolicyError if the directory holds no adapters, or adapters other than plain LoRA.
+    """
+    path = Path(path)
+    try:
+        saved = json.loads((path / CONFIG_FILE).read_text())
+        with safe_open(path / WEIGHTS_FILE, framework="pt") as file:
+            # From the tensors' names, because target_modules may be a list or a regular expression.
+            layers = {name.removesuffix(".lora_A.weight") for name in file.keys() if name.endswith(".lora_A.weight")}
+        targets = tuple(sorted({layer.rpartition(".")[2] for layer in layers}))
+        lora = Lora(int(saved["r"]), float(saved["lora_alpha"]), targets, path)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise PolicyError(
+            f"{path}: no adapters ({error}); expected {CONFIG_FILE} with r and lora_alpha, and {WEIGHTS_FILE}"
+        ) from error
+    for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"):
+        if saved.get(key):
+            raise PolicyError(f"{path / CONFIG_FILE}: {key} is {saved[key]!r}; only plain LoRA can be loaded")
+    return lora
 
 
 class LoraLinear(nn.Linear):
-    """A linear layer with an adapter; made from an nn.Linear in place, so that the names of its own tensors stay."""
+    """A linear layer with an adapter. `add_adapters` makes it of an nn.Linear in place, and tensor names stay."""
 
     lora_A: nn.Parameter  # (rank, in)
-    lora_B: nn.Parameter  # (out, rank); zero at the start, so that the policy begins as it was
-    scale: float
-    adapted: bool
+    lora_B: nn.Parameter  # (out, rank); 0 in a new adapter, which therefore changes no output
+    scale: float  # alpha / rank
+    enabled: bool
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = linear(x, self.weight, self.bias)
-        return y + self.scale * linear(linear(x, self.lora_A), self.lora_B) if self.adapted else y
+        return y + self.scale * linear(linear(x, self.lora_A), self.lora_B) if self.enabled else y
 
 
 def add_adapters(policy: Policy, lora: Lora) -> None:
-    """Freeze the policy and give each target of its decoder an adapter, on the meta device, to be filled by loading."""
+    """Freeze the policy and add an adapter to each target layer of its decoder.
+
+    The adapters are on the meta device; `load_policy` gives them values. Raises PolicyError for an unknown target.
+    """
     policy.requires_grad_(False)
     found = set()
     for name, module in list(policy.decoder.named_modules()):
@@ -83,36 +76,36 @@ def add_adapters(policy: Policy, lora: Lora) -> None:
             continue
         found.add(target)
         module.__class__ = LoraLinear
-        module.scale, module.adapted = lora.alpha / lora.rank, True
+        module.scale, module.enabled = lora.alpha / lora.rank, True
         module.lora_A = nn.Parameter(torch.empty(lora.rank, module.in_features, device="meta"))
         module.lora_B = nn.Parameter(torch.empty(module.out_features, lora.rank, device="meta"))
     if missing := sorted(set(lora.targets) - found):
-        linear = {name.rpartition(".")[2] for name, m in policy.decoder.named_modules() if isinstance(m, nn.Linear)}
-        raise PolicyError(f"lora.targets: no linear layer is called {', '.join(missing)}; there is {sorted(linear)}")
+        names = {name.rpartition(".")[2] for name, m in policy.decoder.named_modules() if isinstance(m, nn.Linear)}
+        raise PolicyError(f"lora.targets: no linear layer is called {', '.join(missing)}; there is {sorted(names)}")
     policy.lora = lora
 
 
 def initial_weight(name: str, shape: Sequence[int]) -> torch.Tensor:
-    """What an adapter begins with: B at zero, A uniform as in PEFT; a function of the name, alike on every rank."""
+    """The initial value of an adapter tensor: B is 0; A is uniform as in PEFT, seeded by its name on every rank."""
     if name.endswith("lora_B"):
         return torch.zeros(*shape)
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
-    bound = math.sqrt(1 / shape[1])  # Kaiming's with a = sqrt(5): sqrt(6 / ((1 + 5) * in))
+    bound = math.sqrt(1 / shape[1])  # kaiming_uniform_ with a = sqrt(5): sqrt(6 / ((1 + 5) * in))
     return torch.empty(*shape).uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a name of the state dict is an adapter's."""
+    """Whether a name in the state dict is that of an adapter tensor."""
     return name.endswith((".lora_A", ".lora_B"))
 
 
 def peft_name(name: str) -> str:
-    """PEFT's name of the adapter tensor that `policy.model` calls `name`."""
+    """The name in PEFT's files of an adapter tensor called `name` in `policy.model`."""
     return f"{PEFT_PREFIX}{name}.weight"
 
 
 class WithoutAdapters:
-    """A policy as it is without its adapters: the reference of the KL term, at no memory of its own."""
+    """A policy with its adapters disabled. It serves as the reference of the KL term and needs no extra weights."""
 
     def __init__(self, policy: Policy):
         self.policy = policy
@@ -124,21 +117,21 @@ class WithoutAdapters:
 
 @contextmanager
 def adapters_off(policy: Policy) -> Iterator[None]:
-    """Inside, the policy computes as if it had no adapters. For forward passes without gradients only."""
+    """Disable the policy's adapters inside the block, which must not record gradients."""
     layers = [module for module in policy.modules() if isinstance(module, LoraLinear)]
     for layer in layers:
-        layer.adapted = False
+        layer.enabled = False
     try:
         yield
     finally:
         for layer in layers:
-            layer.adapted = True
+            layer.enabled = True
 
 
 def adapter_delta(policy: Policy, name: str) -> torch.Tensor | None:
-    """What the adapter adds to the weight that `policy.model` calls `name`, float32; None if it has no adapter.
+    """The adapter's addition (out, in) to the weight called `name` in `policy.model`; None if it has no adapter.
 
-    Every rank must take part.
+    (alpha / rank) B A in float32. A collective: every rank must call it.
     """
     layer, _, tensor = name.rpartition(".")
     module = policy.model.get_submodule(layer)
@@ -148,13 +141,13 @@ def adapter_delta(policy: Policy, name: str) -> torch.Tensor | None:
 
 
 def adapter_tensors(policy: Policy) -> dict[str, torch.Tensor]:
-    """The adapters' tensors in float32 under PEFT's names. Every rank must take part."""
+    """All adapter tensors by their names in PEFT, float32 on the CPU. A collective: every rank must call it."""
     adapters = {name: tensor for name, tensor in policy.model.state_dict().items() if is_adapter(name)}
     return {peft_name(name): whole(tensor).float().cpu().contiguous() for name, tensor in adapters.items()}
 
 
 def write_adapters(policy: Policy, tensors: dict[str, torch.Tensor], directory: Path) -> None:
-    """Write `adapter_tensors(policy)` into a directory as PEFT does."""
+    """Write `adapter_tensors(policy)` and their settings to a directory in PEFT's format."""
     save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
     settings = {
         "peft_type": "LORA",
@@ -170,12 +163,12 @@ def write_adapters(policy: Policy, tensors: dict[str, torch.Tensor], directory: 
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor, sharded or not, as it is without sharding; every rank must take part."""
+    """The full tensor of a sharded one, detached; others as they are. A collective: every rank must call it."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _target_pattern(policy: Policy) -> str:
-    """A regular expression for the adapted layers: their short names would match the audio tower's, too."""
+    """A regular expression for the adapted layers; last names alone would also match layers of the audio tower."""
     (prefix,) = (name for name, module in policy.model.named_modules() if module is policy.decoder)
     return rf"{re.escape(prefix)}\..*\.({'|'.join(policy.lora.targets)})"

@@ -1,6 +1,6 @@
 """A small Qwen2-Audio with its tokenizer and processor, built from code: the model of `make demo`.
 
-What is written is an ordinary Hugging Face checkpoint directory; it is loaded as Qwen2-Audio-7B-Instruct would be.
+The result is a Hugging Face checkpoint directory, loaded like that of Qwen2-Audio-7B-Instruct.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hark.data.torchaudio_compat import torchaudio  # noqa: F401  (must precede 
 
 AUDIO, AUDIO_BOS, AUDIO_EOS = "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
-# One token each, so that an answer is a handful of tokens; ordinary text otherwise, seen by rewards.
+# One token each, to keep answers short. They are not special tokens, so they stay in the text that rewards see.
 TAGS = ("<answer>", "</answer>", "<think>", "</think>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -39,10 +39,10 @@ def build_mini(
     tower_hidden: int = 128,
     tower_layers: int = 2,
 ) -> None:
-    """Write a Qwen2-Audio of a few million parameters with random weights, as a function of `seed`.
+    """Write a Qwen2-Audio checkpoint of a few million random parameters; equal seeds give equal weights.
 
-    texts: what the tokenizer's merges are learnt from; it is byte-level, so any other text can be written too.
-    tower_from: a Whisper checkpoint directory whose encoder becomes the audio tower, sizes included.
+    texts: the tokenizer's training data. It is a byte-level tokenizer, so it can encode any other text too.
+    tower_from: a Whisper checkpoint directory; its encoder, with its sizes, becomes the audio tower.
     """
     from transformers import (
         GenerationConfig,
@@ -57,7 +57,7 @@ def build_mini(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2AudioForConditionalGeneration(_config(tokenizer, audio_config, hidden, layers))
-        _start_tower(model.model.audio_tower)
+        _init_tower(model.model.audio_tower)
     if encoder is not None:
         model.model.audio_tower.load_state_dict(encoder.state_dict())
     stop = tokenizer.convert_tokens_to_ids(END)
@@ -68,7 +68,7 @@ def build_mini(
 
 
 def _build_tokenizer(texts: Iterable[str], vocabulary: int):
-    """Byte-level BPE: 256 bytes, the special tokens, and merges learnt from `texts`."""
+    """Byte-level BPE: 256 bytes, the special tokens, and merges learned from `texts`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -131,8 +131,11 @@ def _like_whisper(config) -> dict:
 
 
 @torch.no_grad()
-def _start_tower(tower: nn.Module) -> None:
-    """Let the sound outweigh the positions at the start; with Whisper's own scale it takes far longer to be heard."""
+def _init_tower(tower: nn.Module) -> None:
+    """Initialise the convolutions at twice Kaiming's scale, and the position embeddings at a fifth of Whisper's.
+
+    The audio features then outweigh the positions. With Whisper's scale, training takes far longer to use the audio.
+    """
     for convolution in (tower.conv1, tower.conv2):
         nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu").mul_(2)
     tower.embed_positions.weight.copy_(0.2 * _sinusoids(*tower.embed_positions.weight.shape))
@@ -145,7 +148,7 @@ def _whisper_encoder(directory: Path) -> nn.Module:
 
 
 def _sinusoids(length: int, channels: int) -> torch.Tensor:
-    """Whisper's fixed positions (length, channels): sines, then cosines, of wavelengths 2 pi to 20000 pi."""
+    """Whisper's position embeddings (length, channels): sines, then cosines, of wavelengths 2 pi to 20000 pi."""
     rates = torch.exp(-math.log(10_000) / (channels // 2 - 1) * torch.arange(channels // 2))
     angles = torch.arange(length)[:, None] * rates
     return torch.cat([angles.sin(), angles.cos()], dim=1)

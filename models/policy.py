@@ -1,4 +1,4 @@
-"""What the algorithm needs of a model: the one interface between `grpo` and a model family."""
+"""The interface between the algorithm in `grpo` and a model family: `Policy`, and `Prompt`, its input."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hark.data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
-from hark.models.attention import TREE, Attend, Pass, attend_to_row, in_this_pass, use_tree_attention
+from hark.models.attention import (
+    TREE,
+    AttentionFunction,
+    DecoderPass,
+    bind_current_pass,
+    sdpa_attention,
+    use_tree_attention,
+)
 from hark.models.cache import TowerCache
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-    from hark.models.lora import Lora
-
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -33,25 +37,41 @@ class PolicyError(ValueError):
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt, ready for the policy.
+    """One prompt as the policy takes it, made by `Policy.prepare`.
 
-    ids: (P,) int64 token ids, the audio placeholder already repeated once per audio embedding.
-    log_mel: (M, F) float32 log-mel, or None for a prompt without audio.
-    frames: how many of the F come from the clip; those behind it are what its convolutions still reach.
-    sound: a digest of the log-mel, by which a frozen tower knows what it has heard before.
+    ids: (P,) int64 token ids, with one audio placeholder for each audio embedding.
+    log_mel: (M, F) float32 log-mel spectrogram, or None for a prompt without audio.
+    frames: mel frames of the clip itself, 100 per second; the F - frames behind them are padding that the tower's
+        convolutions reach.
+    audio_digest: a hash of `log_mel`, the key of the clip in a `TowerCache`; empty without audio.
     """
 
     ids: torch.Tensor
     log_mel: torch.Tensor | None = None
     frames: int = 0
-    sound: str = ""
+    audio_digest: str = ""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Settings of low-rank adapters; `models/lora.py` adds them to a policy.
+
+    rank, alpha: as in the paper, the adapter's output is scaled by alpha / rank.
+    targets: last parts of the names of the decoder's linear layers that get an adapter.
+    path: a directory of saved adapters to start from; None starts from new ones.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    path: Path | None = None
 
 
 def on_policy(function: Function) -> Function:
-    """Let a function of a policy, `function(policy, ...)`, run inside the policy's forward.
+    """Decorate `function(policy, ...)` so that it runs inside the policy's `forward`.
 
-    There FSDP has gathered the weights of the root; outside, to use a weight or call a sub-module fails or computes with
-    stale weights. A function so decorated must not be called by another one.
+    FSDP gathers the root's weights in the hooks of `forward`. Code that uses a weight or calls a sub-module outside of
+    it fails or computes with stale weights. A decorated function must not call another one.
     """
 
     @wraps(function)
@@ -62,40 +82,45 @@ def on_policy(function: Function) -> Function:
 
 
 class Policy(nn.Module):
-    """A causal decoder, whatever embeds its prompts, and their tokenizer.
+    """A causal decoder with its tokenizer, and an audio tower where the family has one.
 
-    A model family subclasses this: it says where the decoder stands and supplies `prepare` and `embed`. The policy is
-    the only FSDP root, and FSDP gathers weights in the hooks of `forward`; so everything that touches a weight is a
-    function of the policy decorated by `on_policy`, never a call of a sub-module from outside.
+    A model family subclasses this and supplies `decoder`, `prepare` and `embed`. The policy is the only FSDP root. Code
+    outside of it that uses a weight must be a function decorated by `on_policy`.
     """
 
-    # (prefix in the hub's tensor names, prefix in the module tree); names without an entry are the same in both.
+    # (prefix of tensor names in the checkpoint, prefix in `self.model`); other names are the same in both.
     hub_prefixes: tuple[tuple[str, str], ...] = ()
 
     def __init__(self, model: nn.Module, tokenizer: Any):
         super().__init__()
-        self.model = model.eval()  # dropout and layer-drop off: the sampler and the scorer are one function
+        self.model = model.eval()  # no dropout or layer-drop: sampler and scorer must agree
         self.tokenizer = tokenizer
-        self._refuse_unmaskable_layers()
+        self._check_decoder()
         use_tree_attention(self.decoder.config)
 
     def forward(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run `function(policy, *args, **kwargs)` with every weight it needs gathered."""
+        """Return `function(policy, *args, **kwargs)`; FSDP's hooks around this call gather the weights."""
         return function(self, *args, **kwargs)
 
-    # What a family supplies.
+    # To be supplied by a family.
 
     def prepare(self, text: str, waveform: np.ndarray | None) -> Prompt:
-        """Turn a user's text and a waveform (samples,) at `sample_rate` into a prompt; runs on the CPU, in threads."""
+        """Make a prompt of a user's text and a waveform (samples,) at `sample_rate`.
+
+        Runs on the CPU, in several threads. Raises DataError for an example that the family cannot take.
+        """
         raise NotImplementedError
 
     def embed(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embed prompts, audio spliced in: embeddings (N, P, D), padded on the right, and lengths (N,)."""
+        """Embeddings (N, P, D) of prompts, audio embeddings in place of placeholders, and lengths (N,) in tokens.
+
+        Shorter prompts are padded on the right.
+        """
         raise NotImplementedError
 
     @property
     def decoder(self) -> nn.Module:
-        """The bare decoder: takes `inputs_embeds`, gives hidden states."""
+        """The decoder without its LM head: takes `inputs_embeds`, returns hidden states."""
         raise NotImplementedError
 
     @property
@@ -103,36 +128,36 @@ class Policy(nn.Module):
         """The audio tower, or None."""
         return None
 
-    directory: Path  # the checkpoint it was built from
-    name: str  # what it was asked for by: a directory or a hub name
-    device = torch.device("cpu")  # where it computes; its weights may be kept in host memory
-    sample_rate: int | None = None  # Hz of the waveforms `prepare` takes; None for a text-only policy
-    mesh: DeviceMesh | None = None  # the ranks it is sharded over
-    reshards = False  # whether sharding frees each layer's gathered weights after its forward
-    offloads = False  # whether sharding keeps the weights in host memory
-    attention = "sdpa"  # of rows that are scored; or "flex", for GPUs
-    lora: Lora | None = None  # what its adapters are like, if it has any
-    tower_cache: TowerCache | None = None  # what a frozen tower has heard; None while the tower is trained
-    audio_id: int | None = None  # the placeholder that audio embeddings take the place of
-    suppressed_ids: tuple[int, ...] = ()  # never sampled and outside the scored distribution: placeholders
+    directory: Path  # of the checkpoint
+    name: str  # the directory or hub name that was given to `load_policy`
+    device = torch.device("cpu")  # of the computation; sharded weights may be kept in host memory
+    sample_rate: int | None = None  # Hz of the waveforms that `prepare` takes; None for a text-only policy
+    mesh: DeviceMesh | None = None  # the ranks that it is sharded over
+    reshards = False  # whether FSDP frees each layer's gathered weights after its forward
+    offloads = False  # whether FSDP keeps the sharded weights in host memory
+    attention = "sdpa"  # how the scorer attends: "sdpa", or "flex" on a GPU
+    lora: Lora | None = None  # settings of its adapters; None without adapters
+    tower_cache: TowerCache | None = None  # outputs of a frozen tower; None if the tower is trained
+    audio_id: int | None = None  # the placeholder token, one for each audio embedding
+    suppressed_ids: tuple[int, ...] = ()  # tokens of probability 0 in sampling and scoring: placeholders
 
-    # What every family shares.
+    # Shared by all families.
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end a completion: all that the checkpoint's generation config names."""
+        """Tokens that end a completion: those of the checkpoint's generation config, or else of its tokenizer."""
         ids = self.model.generation_config.eos_token_id
         ids = self.tokenizer.eos_token_id if ids is None else ids
         return tuple(ids) if isinstance(ids, list) else (ids,)
 
     @property
     def pad_id(self) -> int:
-        """The id that fills a completion after its end; masked everywhere."""
+        """The token that pads completions; always masked."""
         return self.stop_ids[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
 
     @property
     def windows(self) -> dict[str, int | None]:
-        """How many positions back each type of layer looks; None is all the way."""
+        """The sliding window of each type of layer, in positions, the query's own included; None is full attention."""
         config = self.decoder.config
         window = getattr(config, "sliding_window", None)
         default = "full_attention" if window is None else "sliding_attention"
@@ -140,19 +165,19 @@ class Policy(nn.Module):
         return {kind: window if kind == "sliding_attention" else None for kind in types}
 
     @property
-    def moving_frequencies(self) -> str | None:
-        """The kind of rotary frequencies that depend on the longest position of a call, or None; most do not."""
+    def dynamic_rope_type(self) -> str | None:
+        """The type of rotary embedding if its frequencies depend on the longest position of a call; else None."""
         kinds = getattr(getattr(self.decoder, "rotary_emb", None), "rope_type", None) or ()
-        kinds = (kinds,) if isinstance(kinds, str) else kinds.values()  # some decoders have one for each type of layer
+        kinds = (kinds,) if isinstance(kinds, str) else kinds.values()  # a dict where layer types differ
         return next((kind for kind in kinds if "dynamic" in kind or kind == "longrope"), None)
 
     @property
     def layer_types(self) -> tuple[str, ...]:
-        """The type of each decoder layer, one of `windows`."""
+        """The type of each decoder layer: a key of `windows`."""
         return tuple(getattr(self.decoder.config, "layer_types", None) or [*self.windows] * len(self.decoder.layers))
 
     def embed_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Embeddings (..., D) of token ids (...)."""
+        """Embeddings (..., D) of token ids (...), int64."""
         return self.decoder.get_input_embeddings()(tokens)
 
     def decode(
@@ -160,39 +185,40 @@ class Policy(nn.Module):
         embeddings: torch.Tensor,
         masks: dict[str, torch.Tensor] | None,
         positions: torch.Tensor,
-        attend: Attend | None = None,
+        attention: AttentionFunction | None = None,
     ) -> torch.Tensor:
-        """Run the decoder on embeddings (N, L, D) at positions (N, L): hidden states (N, L, D).
+        """Hidden states (N, L, D) of the decoder for embeddings (N, L, D) at positions (N, L).
 
-        masks: for each type of layer in `windows`, (N, 1, Lm, S) bool, True where a query may attend to a key. A mask
-        of Lm < L is for the last Lm queries, and those before are causal. None where `attend` has masks of its own.
-        attend: the attention of each layer where it is not `models.attention.attend_to_row`, such as `DecodeAttention` there; it
-        may have the masks otherwise.
+        masks: for each type of layer in `windows`, (N, 1, Lm, S) bool, True where a query may attend to a key; None if
+        `attention` needs no masks. With `sdpa_attention` a mask of Lm < L is for the last Lm queries, and the queries
+        before them attend causally.
+        attention: what each layer calls, with the mask of its type in additive form; None is `sdpa_attention`.
+        Raises PolicyError for a decoder whose layers do not call attention exactly once each, in order.
         """
         masks = dict.fromkeys(self.windows) if masks is None else masks
-        layers = Pass(attend or attend_to_row)
-        # As addends, once: from booleans sdpa would make them anew in each layer, and keep each for the backward.
-        addends = {kind: None if mask is None else _addend(mask, embeddings.dtype) for kind, mask in masks.items()}
+        current = DecoderPass(attention or sdpa_attention)
+        # Converted here, once: sdpa would convert a boolean mask in each layer and save each copy for the backward.
+        additive = {kind: None if mask is None else _additive(mask, embeddings.dtype) for kind, mask in masks.items()}
         typed = getattr(self.decoder.config, "layer_types", None)
-        with layers.run():
+        with current.active():
             output = self.decoder(
                 inputs_embeds=embeddings,
-                attention_mask=addends if typed else next(iter(addends.values())),
+                attention_mask=additive if typed else next(iter(additive.values())),
                 position_ids=positions,
                 use_cache=False,
             )
-        if layers.attended != list(range(len(self.decoder.layers))):
+        if current.called != list(range(len(self.decoder.layers))):
             raise PolicyError(
-                f"{type(self.model).__name__}: its layers called attention as {layers.attended}, not once in "
-                "each of them in order, by which the keys and values of a rollout are kept; choose another model"
+                f"{type(self.model).__name__}: its layers called attention as {current.called}; expected one call per "
+                "layer, in order, because the KV cache of a rollout holds one entry per layer; choose another model"
             )
         return output.last_hidden_state
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Vocabulary logits (..., V) of hidden states (..., D), scaled as the family scales them."""
+        """Logits (..., V) of hidden states (..., D), scaled and capped as the family's config says."""
         config = self.decoder.config
         logits = self.model.get_output_embeddings()(hidden)
-        # Cohere multiplies, Granite divides, Gemma caps; most do nothing, and then no pass over the vocabulary is made.
+        # Cohere multiplies, Granite divides, Gemma caps. The multiplication is skipped where the factor is 1.
         scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
         if scale != 1.0:
             logits = logits * scale
@@ -201,79 +227,83 @@ class Policy(nn.Module):
 
     @property
     def tower_is_frozen(self) -> bool:
-        """Whether there is a tower, and none of it is trained."""
+        """Whether there is an audio tower and none of its parameters is trained."""
         return self.tower is not None and not any(p.requires_grad for p in self.tower.parameters())
 
     def layers(self) -> Iterable[nn.Module]:
-        """The modules to shard and to recompute one by one: the decoder's layers, then the tower's."""
+        """The decoder's layers, then the tower's: each is one FSDP unit and one checkpointed segment."""
         yield from self.decoder.layers
         if self.tower is not None:
             yield from self.tower.layers
 
     def share_tower(self, other: Policy) -> None:
-        """Hear with another policy's frozen tower, and with its memory of what was heard; both of one checkpoint."""
+        """Replace the audio tower and its cache by another policy's; both must come from the same checkpoint."""
         raise NotImplementedError
 
     def recompute_activations(self) -> None:
-        """Keep only each layer's input for the backward pass and run the layer again there."""
+        """Turn on gradient checkpointing: save only each layer's input and run the layer again in the backward."""
         for layer in self.layers():
             layer.forward = partial(_recomputed, layer.forward)
 
     def freeze_tower(self) -> None:
-        """Train everything but the audio tower."""
+        """Exclude the audio tower from training."""
         if self.tower is not None:
             self.tower.requires_grad_(False)
 
     def completion_ids(self, text: str) -> torch.Tensor:
-        """Ids (T,) of a completion that says `text` and then ends as the chat template ends a turn."""
+        """Ids (T,) of `text` as a completion, with the stop token that the chat template puts at the end of a turn."""
         template = self.tokenizer.chat_template or ""
         ends = [stop for stop in self.stop_ids if self.tokenizer.convert_ids_to_tokens(stop) in template]
         return torch.tensor([*self.tokenizer(text, add_special_tokens=False)["input_ids"], (ends or self.stop_ids)[0]])
 
     def completion_texts(self, tokens: torch.Tensor, mask: torch.Tensor) -> list[str]:
-        """Text of each completion of (B, T) tokens, without its stop token.
+        """Texts of B completions, given as tokens (B, T) and mask (B, T), without the stop token.
 
-        Other special tokens stay visible: a completion that has them is not well formed, and rewards must see it.
+        Other special tokens are kept: a completion that holds one is malformed, and a reward must be able to see that.
         """
         rows = [row[keep].tolist() for row, keep in zip(tokens.cpu(), mask.cpu(), strict=True)]
         rows = [row[:-1] if row and row[-1] in self.stop_ids else row for row in rows]
         return self.tokenizer.batch_decode(rows, skip_special_tokens=False)
 
     def hub_name(self, name: str) -> str:
-        """The hub's name of the tensor that `self.model` calls `name`."""
+        """The name in the checkpoint of a tensor called `name` in `self.model`."""
         for hub, own in self.hub_prefixes:
             if name.startswith(own):
                 return hub + name[len(own) :]
         return name
 
-    def _refuse_unmaskable_layers(self) -> None:
+    def _check_decoder(self) -> None:
+        """Raise PolicyError for a decoder that cannot take a tree mask or positions."""
         config = self.decoder.config
         types = set(getattr(config, "layer_types", None) or ())
         unknown = types - {"full_attention", "sliding_attention"}
         if unknown or not hasattr(self.decoder, "layers"):
             what = f"layers of type {', '.join(sorted(unknown))}" if unknown else "no list of attention layers"
             raise PolicyError(
-                f"{type(self.model).__name__} has {what}: a group is one row under a tree mask, which only attention "
-                "layers (full or sliding) can take; choose a model with attention in every layer"
+                f"{type(self.model).__name__} has {what}: the completions of a group share a row under a tree mask, "
+                "which only attention layers (full or sliding) support; choose a model with attention in every layer"
             )
         if "position_ids" not in inspect.signature(self.decoder.forward).parameters:
             raise PolicyError(
-                f"{type(self.decoder).__name__} takes no positions, and would count those of a branch from the row's "
-                "beginning; choose a model that does"
+                f"{type(self.decoder).__name__} takes no positions: it would number the tokens of a branch from the "
+                "start of the row instead of the prompt's end; choose a model that takes position_ids"
             )
-        # Eager attention adds a boolean mask as numbers and is silently wrong.
+        # transformers chooses sdpa where the decoder calls a registered attention function.
         if config._attn_implementation not in ("sdpa", TREE):
-            raise PolicyError(f"the decoder's attention is {config._attn_implementation!r}; the tree mask needs 'sdpa'")
+            raise PolicyError(
+                f"{type(self.decoder).__name__} attends by {config._attn_implementation!r}; expected 'sdpa', because "
+                "only then its layers call a registered attention function; choose another model"
+            )
 
 
-def _addend(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 
 
 def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    return checkpoint(in_this_pass(forward), *args, use_reentrant=False, **kwargs)
+    return checkpoint(bind_current_pass(forward), *args, use_reentrant=False, **kwargs)
 
 
 def pad_ids(prompts: Sequence[Prompt], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Attention of a row to itself in parts, on the CPU: siblings, which see nothing of each other, cost nothing there."""
+"""Self-attention of a row for the CPU that computes no pairs between branches of a group."""
 
 from __future__ import annotations
 
@@ -7,58 +7,64 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from hark.models.attention import attend_to_row
+from hark.models.attention import sdpa_attention
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 @dataclass(frozen=True)
-class SplitRow:
-    """The prompt attends to itself causally, each of G branches to the P tokens of the prompt and causally to itself.
+class SplitAttention:
+    """Causal attention within the prompt; attention of each of G branches to the prompt, and causally to itself.
 
-    Under one mask over the row, as `attend_to_row` has it, the (G T)^2 pairs between branches are computed and thrown
-    away: with completions as long as the prompt, most of the work.
+    `sdpa_attention` computes all (G T)^2 pairs of the branches' tokens and masks most of them. If completions are as
+    long as the prompt, that is most of its work.
+    prompt: P, the tokens of the padded prompt.
     """
 
     prompt: int
     group_size: int
 
     def __call__(self, module: torch.nn.Module, query, key, value, mask, *, scaling, **kwargs) -> torch.Tensor:
-        """query: (N, heads, L, head size); mask: (N, 1, 1, P) of addends, or one of the whole row for it all."""
+        """query: (N, heads, L, head size); returns (N, L, heads, head size).
+
+        mask: additive, (N, 1, 1, P), over the prompts' padding; or (N, 1, L, L), which is left to `sdpa_attention`.
+        """
         if mask.shape[-1] == key.shape[2]:
-            return attend_to_row(module, query, key, value, mask, scaling=scaling, **kwargs)
+            return sdpa_attention(module, query, key, value, mask, scaling=scaling, **kwargs)
         size, widest = value.shape[-1], max(value.shape[-1], key.shape[-1])
-        # The kernel wants one head size; zeros add nothing to a product.
+        # The kernel requires one head size. Appended zeros change no product, and the last line cuts them off again.
         query, key, value = (F.pad(t, (0, widest - t.shape[-1])) for t in (query, key, value))
-        shared = query.shape[1] // key.shape[1]  # query heads to a key head, which are neighbours
+        shared = query.shape[1] // key.shape[1]  # query heads per key head; these are adjacent
         if shared > 1:
             key, value = (t.repeat_interleave(shared, dim=1) for t in (key, value))
-        own = F.scaled_dot_product_attention(
+        in_prompt = F.scaled_dot_product_attention(
             *(t[:, :, : self.prompt] for t in (query, key, value)), is_causal=True, scale=scaling
         )
         sections = [t.tensor_split((self.prompt,), dim=2) for t in (query, key, value)]
         (_, query), (keys, branch_keys), (values, branch_values) = sections
-        heard = _BranchAttention.apply(query, keys, values, branch_keys, branch_values, mask, self.group_size, scaling)
-        return torch.cat([own, heard], dim=2)[..., :size].transpose(1, 2).contiguous()
+        parts = query, keys, values, branch_keys, branch_values
+        in_branches = _BranchAttention.apply(*parts, mask, self.group_size, scaling)
+        return torch.cat([in_prompt, in_branches], dim=2)[..., :size].transpose(1, 2).contiguous()
 
 
 class _BranchAttention(torch.autograd.Function):
-    """Attention to two sets of keys, each by itself, put together by the sums of their exponentials.
+    """Attention of branches to two sets of keys, the prompt's and their own, by one kernel call for each set.
 
-    out = sum_i exp(s_i - s) out_i, where s_i is the log of the sum over part i, and s = log sum_i exp(s_i). Given out
-    and s of the whole, the backward of a part is that of any block of flash attention: its probabilities are
-    exp(scores - s). So two calls of the kernel do, and no probabilities are kept (ring attention, arXiv 2310.01889).
+    out = sum_i exp(s_i - s) out_i, with out_i the output over set i, s_i the logsumexp of its scores, and
+    s = log sum_i exp(s_i). The backward kernel computes probabilities as exp(scores - s) from the s that it is given;
+    with the combined out and s it returns the gradients of each set. No probabilities are saved. Ring attention
+    combines blocks in the same way (arXiv 2310.01889).
     """
 
     @staticmethod
     def forward(ctx, query, keys, values, branch_keys, branch_values, mask, group_size, scaling):
-        parts = query, branch_keys, branch_values
-        far, far_sum = flash(query, keys, values, attn_mask=mask, scale=scaling)
-        near, near_sum = flash(*(_apart(t, group_size) for t in parts), is_causal=True, scale=scaling)
-        near, near_sum = _together(near, group_size), _together(near_sum, group_size)
-        total = torch.logaddexp(far_sum, near_sum)  # (N, heads, G T)
-        out = far * (far_sum - total).exp()[..., None] + near * (near_sum - total).exp()[..., None]
+        own = query, branch_keys, branch_values
+        prompt_out, prompt_sum = flash(query, keys, values, attn_mask=mask, scale=scaling)
+        own_out, own_sum = flash(*(_to_branches(t, group_size) for t in own), is_causal=True, scale=scaling)
+        own_out, own_sum = _to_rows(own_out, group_size), _to_rows(own_sum, group_size)
+        total = torch.logaddexp(prompt_sum, own_sum)  # (N, heads, G T)
+        out = prompt_out * (prompt_sum - total).exp()[..., None] + own_out * (own_sum - total).exp()[..., None]
         out = out.to(query.dtype)
         ctx.save_for_backward(query, keys, values, branch_keys, branch_values, mask, out, total)
         ctx.group_size, ctx.scaling = group_size, scaling
@@ -67,18 +73,20 @@ class _BranchAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         query, keys, values, branch_keys, branch_values, mask, out, total = ctx.saved_tensors
-        far = flash_backward(gradient, query, keys, values, out, total, 0.0, False, attn_mask=mask, scale=ctx.scaling)
-        parts = gradient, query, branch_keys, branch_values, out, total
-        near = flash_backward(*(_apart(t, ctx.group_size) for t in parts), 0.0, True, scale=ctx.scaling)
-        near = [_together(t, ctx.group_size) for t in near]
-        return far[0] + near[0], far[1], far[2], near[1], near[2], None, None, None
+        of_query, of_keys, of_values = flash_backward(
+            gradient, query, keys, values, out, total, 0.0, False, attn_mask=mask, scale=ctx.scaling
+        )
+        own = gradient, query, branch_keys, branch_values, out, total
+        own = flash_backward(*(_to_branches(t, ctx.group_size) for t in own), 0.0, True, scale=ctx.scaling)
+        of_own_query, of_branch_keys, of_branch_values = (_to_rows(t, ctx.group_size) for t in own)
+        return of_query + of_own_query, of_keys, of_values, of_branch_keys, of_branch_values, None, None, None
 
 
-def _apart(tensor: torch.Tensor, group_size: int) -> torch.Tensor:
-    """(N, heads, G T, ...) of rows to (N G, heads, T, ...) of branches."""
+def _to_branches(tensor: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Reshape (N, heads, G T, ...) to (N G, heads, T, ...)."""
     return tensor.unflatten(2, (group_size, -1)).transpose(1, 2).flatten(0, 1).contiguous()
 
 
-def _together(tensor: torch.Tensor, group_size: int) -> torch.Tensor:
-    """(N G, heads, T, ...) of branches to (N, heads, G T, ...) of rows."""
+def _to_rows(tensor: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Reshape (N G, heads, T, ...) to (N, heads, G T, ...)."""
     return tensor.unflatten(0, (-1, group_size)).transpose(1, 2).flatten(2, 3)

@@ -1,4 +1,4 @@
-"""Small random policies of both families, saved by transformers itself, and the Hugging Face oracle for them."""
+"""Small random policies of both families, saved by transformers, and the same models in Hugging Face to compare."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-# The tests are about numbers on the CPU, also on a machine with a GPU.
+# The tests run on the CPU even if the machine has a GPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from hark.data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
@@ -22,7 +22,7 @@ from hark.models.policy import Policy, Prompt
 from tests.clips import waveform, write_questions
 
 torch.set_num_threads(1)
-flops.SIZES = (256,)  # what a training run measures at its start need not be exact here
+flops.SIZES = (256,)  # the rate that a training run measures at its start need not be exact here
 
 TEXTS = (
     "Which comes second? Please choose the answer from the following options: ['a bell', 'rain'].",
@@ -34,7 +34,7 @@ SECONDS = (1.03, 0.4, 0.77)  # odd and even numbers of mel frames
 
 @dataclass(frozen=True)
 class Case:
-    """A policy, prompts for it, and an independent way to the same numbers."""
+    """A policy, prompts for it, and the same model and inputs in Hugging Face."""
 
     name: str
     directory: Path
@@ -49,7 +49,7 @@ class Case:
         return kind.from_pretrained(self.directory, dtype=torch.float32).eval()
 
     def hf_inputs(self, n: int) -> dict[str, torch.Tensor]:
-        """What Hugging Face's own processor makes of prompt n: 30 s of mel frames for audio."""
+        """Prompt n as Hugging Face's own processor gives it: audio padded to 30 s of mel frames."""
         if self.name != "qwen2_audio":
             return {"input_ids": self.prompts[n].ids[None], "attention_mask": torch.ones(1, len(self.prompts[n].ids))}
         processor = self.policy.processor
@@ -75,7 +75,7 @@ def build_causal_lm(directory: Path, **overrides) -> None:
 
 
 def _stop_often(directory: Path) -> None:
-    """Let a fifth of all ids end a completion, as a random model would otherwise never stop."""
+    """Make a fifth of all ids stop tokens; otherwise a random model would hardly ever stop."""
     path = directory / "generation_config.json"
     settings = json.loads(path.read_text())
     path.write_text(json.dumps(settings | {"eos_token_id": [settings["eos_token_id"], *range(100, 160)]}))
@@ -101,8 +101,8 @@ def causal_lm_dir(tmp_path_factory) -> Path:
 def case(request) -> Case:
     directory = request.getfixturevalue(f"{request.param}_dir")
     policy = load_policy(directory)
-    hears = request.param == "qwen2_audio"
-    waveforms = tuple(waveform(s, n) if hears else None for n, s in enumerate(SECONDS))
+    has_audio = request.param == "qwen2_audio"
+    waveforms = tuple(waveform(s, n) if has_audio else None for n, s in enumerate(SECONDS))
     prompts = tuple(policy.prepare(text, w) for text, w in zip(TEXTS, waveforms, strict=True))
     return Case(request.param, directory, policy, prompts, waveforms)
 

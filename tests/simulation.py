@@ -1,7 +1,7 @@
-"""One step of the engine without its numbers: fake tensors, a fake process group, and exact accounting of storages.
+"""One step of the engine on fake tensors and a fake process group, to measure the memory that it needs.
 
-The sampler, the scorer, FSDP2, autograd and AdamW run as they are; only the values are missing. So a model of any size
-is measured in seconds on any machine, on one of as many ranks as wanted.
+The sampler, the scorer, FSDP2, autograd and AdamW are the real ones, but tensors have no values. So a model of any size
+and one of any number of ranks are measured in seconds on any machine.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from hark.grpo.scorer import score
 from hark.grpo.tree import Layout, tree_masks
 from hark.models.cache import GroupCache, TowerCache
 from hark.models.families.qwen2_audio import CONV_REACH, QWEN2_AUDIO_7B, Qwen2AudioPolicy, audio_tokens
-from hark.models.loading import build_outline, meta_parameters
-from hark.models.lora import Lora, add_adapters
-from hark.models.policy import Policy, Prompt
+from hark.models.loading import build_from_config, meta_parameters
+from hark.models.lora import add_adapters
+from hark.models.policy import Lora, Policy, Prompt
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
-class Pretend(TorchFunctionMode):
-    """What depends on values goes as in a step of full length: masks are true everywhere, nothing has stopped."""
+class FixedValues(TorchFunctionMode):
+    """Replaces the operations that need values: masks are True everywhere, and no completion has stopped."""
 
-    placeholders = 0  # of all clips that are embedded at a time
+    placeholders = 0  # what `int(tensor)` returns: audio placeholders of the prompts that are embedded together
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is torch.Tensor.__getitem__ and getattr(args[1], "dtype", None) == torch.bool:
@@ -53,8 +53,8 @@ class Pretend(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-class Mute(Qwen2AudioPolicy):
-    """A Qwen2-Audio of a configuration alone, without tokenizer and processor."""
+class ConfigOnlyPolicy(Qwen2AudioPolicy):
+    """A Qwen2-Audio made of its config, without tokenizer and processor."""
 
     pad_id, stop_ids = 0, (1, 2)
 
@@ -68,10 +68,10 @@ class Mute(Qwen2AudioPolicy):
 def simulate(
     config, work: Work, setting: Setting, *, targets: tuple[str, ...] = (), decoding_steps: int | None = None, fake=True
 ) -> dict[str, int]:
-    """Peak bytes of each phase of a step, AdamW's moments being there from a step before.
+    """Peak bytes of each phase of a step. AdamW's moments exist already, as after an earlier step.
 
-    targets: the decoder's linear layers that get an adapter. decoding_steps cuts the rollout short, beside the whole
-    KV cache. With fake=False the same is done with real tensors, on one rank.
+    targets: the decoder's linear layers that get an adapter. decoding_steps: tokens to decode, fewer than
+    `max_new_tokens` to save time; the KV cache has its full size. fake: False uses real tensors, on one rank.
     """
     kind, store = ("fake", FakeStore()) if fake else ("gloo", dist.HashStore())
     dist.init_process_group(kind, rank=0, world_size=setting.shards, store=store)
@@ -85,13 +85,13 @@ def simulate(
         }
         reference = reference[setting.reference]()
         mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
-        pretend = Pretend()
-        with mode, pretend if fake else nullcontext(), MemoryTracker() as tracker:
+        fixed = FixedValues()
+        with mode, fixed if fake else nullcontext(), MemoryTracker() as tracker:
             for module in {policy, reference} - {None}:
                 _fill(module, setting)
                 tracker.add([*module.parameters(), *module.buffers()])
-            heard = audio_tokens(work.frames)
-            ids = torch.cat([torch.zeros(work.prompt - heard).long(), torch.full((heard,), config.audio_token_id)])
+            audio = audio_tokens(work.frames)
+            ids = torch.cat([torch.zeros(work.prompt - audio).long(), torch.full((audio,), config.audio_token_id)])
             mel = torch.zeros(
                 config.audio_config.num_mel_bins,
                 min(work.frames + CONV_REACH, 2 * config.audio_config.max_source_positions),
@@ -101,17 +101,17 @@ def simulate(
             for parameter in policy.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
             _update(policy, optimizer)
-            _step(policy, reference, optimizer, prompts, work, tracker, pretend, decoding_steps or work.max_new_tokens)
+            _step(policy, reference, optimizer, prompts, work, tracker, fixed, decoding_steps or work.max_new_tokens)
             return tracker.peaks
     finally:
         dist.destroy_process_group()
 
 
 def _step(
-    policy, reference, optimizer, prompts, work: Work, tracker: MemoryTracker, pretend: Pretend, steps: int
+    policy, reference, optimizer, prompts, work: Work, tracker: MemoryTracker, fixed: FixedValues, steps: int
 ) -> None:
-    """The hops of Trainer.step that hold memory; the rollout comes last, to find what the step before it left."""
-    pretend.placeholders = work.micro_batch * audio_tokens(work.frames)
+    """The hops of Trainer.step that hold memory. The rollout comes last, so that it finds what a step leaves behind."""
+    fixed.placeholders = work.micro_batch * audio_tokens(work.frames)
     rows = work.micro_batch * work.group_size
     tokens = torch.zeros(rows, work.max_new_tokens, dtype=torch.long)
     mask = torch.ones(rows, work.max_new_tokens, dtype=torch.bool)
@@ -129,13 +129,15 @@ def _step(
             logprobs.sum().backward()
     with tracker.phase("optimizer"):
         _update(policy, optimizer)
-    pretend.placeholders = (work.decoded or work.prompts) * audio_tokens(work.frames)
-    whole = mock.patch("hark.grpo.branches.GroupCache", lambda *sizes: GroupCache(*sizes[:3], work.max_new_tokens - 1))
-    blind = mock.patch("hark.grpo.branches.DelayedFlags", lambda flags: lambda: [True] * flags.numel())
-    with tracker.phase("rollout"), gathered(policy), torch.no_grad(), whole, blind:
+    fixed.placeholders = (work.decoded or work.prompts) * audio_tokens(work.frames)
+    full_cache = mock.patch(
+        "hark.grpo.branches.GroupCache", lambda *sizes: GroupCache(*sizes[:3], work.max_new_tokens - 1)
+    )
+    never_stopped = mock.patch("hark.grpo.branches.DelayedFlags", lambda flags: lambda: [True] * flags.numel())
+    with tracker.phase("rollout"), gathered(policy), torch.no_grad(), full_cache, never_stopped:
         sample(
             policy, prompts, group_size=work.group_size, max_new_tokens=steps, temperature=1.0,
-            keys=[(n,) for n in range(work.prompts)], batch=work.decoded,
+            keys=[(n,) for n in range(work.prompts)], batch=work.decoded or None,
         )  # fmt: skip
 
 
@@ -150,7 +152,7 @@ def _update(policy: Policy, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _policy(config, setting: Setting, mesh, targets: tuple[str, ...]) -> Policy:
-    policy = Mute(config)
+    policy = ConfigOnlyPolicy(config)
     if setting.lora_rank:
         add_adapters(policy, Lora(setting.lora_rank, 16.0, targets))
     elif not setting.train_tower:
@@ -164,7 +166,7 @@ def _policy(config, setting: Setting, mesh, targets: tuple[str, ...]) -> Policy:
 
 
 def _reference(config, setting: Setting, mesh, policy: Policy) -> Policy:
-    reference = Mute(config).requires_grad_(False)
+    reference = ConfigOnlyPolicy(config).requires_grad_(False)
     reference.tower_cache = policy.tower_cache
     shard(reference, mesh, dtype=DTYPES[setting.dtype], reshard=setting.reshard)
     if policy.tower_cache is not None:
@@ -173,7 +175,7 @@ def _reference(config, setting: Setting, mesh, policy: Policy) -> Policy:
 
 
 def _fill(policy: Policy, setting: Setting) -> None:
-    """Give parameters storage: trained ones in the master dtype, others in the dtype of the computation."""
+    """Allocate parameters: trained ones in the master dtype, others in the compute dtype."""
 
     def stored(p: nn.Parameter) -> nn.Parameter:
         dtype = DTYPES[setting.master if p.requires_grad else setting.dtype]
@@ -190,9 +192,9 @@ def _fill(policy: Policy, setting: Setting) -> None:
 
 
 def main() -> None:
-    """Plan and measure Qwen2-Audio-7B; about five minutes.  python -m tests.simulation"""
+    """Print planned and measured memory of Qwen2-Audio-7B; about five minutes.  python -m tests.simulation"""
     config = AutoConfig.for_model(**QWEN2_AUDIO_7B)
-    shape = shape_of(build_outline(config), targets=TARGETS)
+    shape = shape_of(build_from_config(config), targets=TARGETS)
     eight = Setting(shards=8, dtype=2, master=4, recompute=True)
     lora = Setting(shards=1, dtype=2, master=4, recompute=True, lora_rank=8, reference="adapters")
     for name, seconds, prompts, setting in (

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import soundfile
 
-from hark.data.benchmarks.rules import BENCHMARKS, judged, mmau
+from hark.data.benchmarks.answer_files import BENCHMARKS, judged
+from hark.data.benchmarks.rules import mmau
 from hark.data.examples import Example, load_examples
 from hark.grpo.config import ConfigError
 from hark.grpo.runtime.collectives import World, exchange_rows
-from hark.launch import evaluate
+from hark.launch import grade
 from hark.launch.answering import answer_benchmark, answers, with_shuffled_audio
 from hark.launch.common import checked_questions, evaluation_share, make_policy, waveform_of
 from hark.launch.config_file import load_config
@@ -83,7 +84,7 @@ def test_a_hidden_answer_is_handed_in_and_left_out_of_the_figures(config, tmp_pa
     answer_benchmark([str(config)], silent=True, audio=True, choices=True)
     assert [row["correct"] for row in result(tmp_path)["rows"]] == [None] * 4 + [False] + [None] * 3
     handed_in = json.loads((tmp_path / "run" / "answers.json").read_text())
-    assert [row["answer"] for row in handed_in] == [None] * 7
+    assert [row["answer"] for row in handed_in] == [""] * 7
     assert "7 of 8 questions have no known answer" in capsys.readouterr().out
 
 
@@ -163,14 +164,16 @@ def test_whose_clip_a_question_gets_follows_from_the_seed_and_the_ids_alone():
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_an_answer_file_scored_by_its_own_rule_gives_the_same_figures(name, config, tmp_path):
+def test_an_answer_file_graded_by_its_own_rule_gives_the_same_figures(name, config, tmp_path):
     ask([str(config), f"evaluation.benchmark={name}", "evaluation.limit=4"])
     (path,) = (tmp_path / "run").glob("answers.json*")
-    evaluate.main(["--score", str(path), "--benchmark", name, "--json", str(tmp_path / "score.json")])
-    scored = json.loads((tmp_path / "score.json").read_text())
-    assert [(row["id"], row["correct"]) for row in scored["rows"]] == [
+    grade.main([str(path), "--benchmark", name, "--json", str(tmp_path / "grades.json")])
+    graded = json.loads((tmp_path / "grades.json").read_text())
+    assert [(row["id"], row["correct"]) for row in graded["rows"]] == [
         (row["id"], row["correct"]) for row in result(tmp_path)["rows"]
     ]
+    official = {key: value for key, value in result(tmp_path).items() if key.startswith("official_")}
+    assert official == {key: value for key, value in graded.items() if key.startswith("official_")}
 
 
 def test_a_benchmark_with_hidden_answers_and_equal_choices_is_answered_as_it_is(config, tmp_path, capsys):

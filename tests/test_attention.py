@@ -1,4 +1,4 @@
-"""FlexAttention under the tree mask gives what sdpa gives; on the CPU by its uncompiled reference."""
+"""FlexAttention under the tree mask equals sdpa; on the CPU it is torch's uncompiled reference."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def assert_flex_scores_alike(policy, prompts):
 
 
 def test_flexattention_scores_as_sdpa_does(case):
-    """Three prompts of unlike lengths; the text model has two query heads for each key head."""
+    """Three prompts of different lengths; the text model has two query heads per key head."""
     assert_flex_scores_alike(case.policy, case.prompts)
 
 
@@ -99,7 +99,7 @@ def gradients(case: Case, **settings) -> dict[str, torch.Tensor]:
 
 
 def test_gradients_pass_through_flexattention_recomputed_and_sharded_or_not(case, monkeypatch):
-    """By the backward of its reference, which torch refuses on the CPU for other reasons than its numbers."""
+    """The uncompiled reference can compute a backward on the CPU, but torch refuses it; the patches allow it."""
     expected = gradients(case)
     monkeypatch.setattr(flex, "_validate_device", lambda *tensors: None)
     monkeypatch.setattr(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
@@ -118,7 +118,7 @@ def test_gradients_pass_through_flexattention_recomputed_and_sharded_or_not(case
 
 @torch.no_grad()
 def test_rows_of_any_length_and_number_share_one_compilation():
-    """The first rows are two of three blocks: sizes that happen to be equal at first would be taken to be the same."""
+    """The first batch has 2 rows of 3 blocks, because torch assumes that sizes which are equal at first always are."""
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(flex.flex_attention, dynamic=True, fullgraph=True, backend=counter)
     for lengths, steps in (([300, 9], 20), ([310, 20, 7, 400, 30], 31), ([900, 901, 902], 100), ([257] * 6, 5)):

@@ -87,6 +87,22 @@ def test_a_long_clip_is_an_error_that_names_its_length_and_the_limit(tmp_path):
             check(path, max_seconds=2.0, long_clips="skip")
 
 
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [(1.0, "is 1.0001 s long; expected at most 1 s"), (1.00001, "is 1.0001 s long; expected at most 1.00001 s")],
+)
+def test_the_printed_length_of_a_long_clip_is_over_the_printed_limit(limit, message, tmp_path):
+    path = save(tmp_path / "a.wav", tone(1.0 + 1 / RATE, RATE))
+    with pytest.raises(AudioError, match=message):
+        load(path, max_seconds=limit)
+
+
+def test_the_printed_peak_of_a_silent_clip_is_below_the_printed_limit(tmp_path):
+    path = save(tmp_path / "a.wav", np.full(RATE, 9.99e-5, dtype=np.float32), subtype="FLOAT")
+    with pytest.raises(SilentClipError, match=r"peak 9.99e-05, .*at least 1e-04"):
+        load(path)
+
+
 def test_a_clip_of_exactly_the_limit_is_not_long(tmp_path):
     path = save(tmp_path / "a.wav", tone(2.0, 44_100), 44_100)
     assert len(load(path, max_seconds=2.0)) == 2 * RATE

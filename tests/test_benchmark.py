@@ -15,7 +15,8 @@ from hark.grpo.scorer import score
 from hark.grpo.tree import branches_layout
 from hark.launch.studies import benchmark, benchmark_gpu
 from hark.launch.studies.baseline import Baseline, grpo_loss
-from hark.launch.studies.benchmark import Size, Work, main
+from hark.launch.studies.benchmark import main
+from hark.launch.studies.sides import Size, Work
 from tests.conftest import TEXTS
 
 TINY = Size(vocabulary=320, hidden=64, inner=96, layers=2, tower_hidden=64, tower_layers=1)
@@ -71,7 +72,7 @@ def test_a_run_whose_numbers_differ_fails(monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "PARITY", 0.0)
     with pytest.raises(SystemExit, match="1"):
         main(QUICK, TINY)
-    assert "no speed-up counts" in capsys.readouterr().err
+    assert "the speed-ups are not valid" in capsys.readouterr().err
 
 
 def gpu_study(dtype, **changes):
@@ -93,7 +94,7 @@ def test_the_study_for_gpus_compares_like_with_like_in_any_dtype(dtype):
         assert result["memory_gib"]["hark"] < result["memory_gib"]["baseline"]
         assert all(result[name] > 0 for name in ("matmul_share", "limit_share", "weights_gib"))
         report = "\n".join(benchmark_gpu.lines(result))
-        assert "as the dtype rounds" in report and "x reading the weights (target 1.5)" in report
+        assert "within the rounding of the dtype" in report and "x reading the weights (target 1.5)" in report
     json.dumps(results)
 
 
@@ -132,9 +133,25 @@ def test_a_baseline_that_does_not_fit_is_left_out(monkeypatch, capsys):
     assert "faster" not in "\n".join(benchmark_gpu.lines(result))
 
 
-def test_the_study_for_gpus_needs_one(capsys):
-    with pytest.raises(ConfigError, match="no CUDA device"):
-        main(["--device", "cuda"])
+def test_the_study_for_gpus_needs_one():
+    with pytest.raises(ConfigError, match="no CUDA device was found"):
+        benchmark_gpu.main([])
+
+
+def test_each_study_has_its_own_flags(capsys):
+    """Flags for a GPU are unknown to the study on the CPU, and the defaults of the GPU's are those of the 7B."""
     with pytest.raises(SystemExit):
-        main(["--dtype", "bfloat16"])
-    assert "--dtype needs --device cuda" in capsys.readouterr().err
+        benchmark.parse(["--dtype", "bfloat16"])
+    assert "unrecognized arguments: --dtype bfloat16" in capsys.readouterr().err
+    chosen = benchmark_gpu.parse(["--attention", "flex"])
+    assert (chosen.model, chosen.dtype, chosen.attention) == ("qwen2-audio-7b", "bfloat16", "flex")
+    assert (chosen.shape, chosen.prompts, chosen.micro_batch) == (["A", "B"], [8, 32], 4)
+    assert benchmark.parse([]).prompts == [1, 4] and benchmark.parse([]).micro_batch == 1
+
+
+@pytest.mark.parametrize("study", [benchmark, benchmark_gpu])
+@pytest.mark.parametrize("flags", [["--group", "1"], ["--prompts", "0"], ["--repeat", "0"]])
+def test_sizes_that_cannot_be_measured_are_refused(study, flags, capsys):
+    with pytest.raises(SystemExit):
+        study.parse(flags)
+    assert "must be at least" in capsys.readouterr().err

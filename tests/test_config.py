@@ -1,4 +1,4 @@
-"""grpo.config: what is written is what runs, and every mistake is an error that says where it stands."""
+"""Configuration files: every value arrives unchanged, and every mistake is an error with its place."""
 
 import dataclasses
 import re
@@ -203,9 +203,9 @@ def test_an_empty_section_keeps_its_defaults(load):
         ("- run\n", "c.yaml:1: the file must be a mapping"),
         ("run: 3\n", "c.yaml:1: run must be a mapping"),
         ("run: {directory: a\n", "c.yaml: not YAML"),
-        ("run:\n  seed: 1\n  seed: 2\n", "c.yaml:3: seed stands twice in run"),
-        ("run: {}\nmodel: {}\nrun: {}\n", "c.yaml:3: run stands twice in the file"),
-        ("reward: {weights: {a: 1, a: 2}}\n", "c.yaml:1: a stands twice in reward.weights"),
+        ("run:\n  seed: 1\n  seed: 2\n", "c.yaml:3: seed is given twice in run"),
+        ("run: {}\nmodel: {}\nrun: {}\n", "c.yaml:3: run is given twice in the file"),
+        ("reward: {weights: {a: 1, a: 2}}\n", "c.yaml:1: a is given twice in reward.weights"),
         ("? [run]\n: {}\n", "c.yaml:1: a key of the file must be a plain name"),
         ("run: {directory: !python/object x}\n", "c.yaml:1: run.directory is not YAML"),
     ],
@@ -221,9 +221,47 @@ def test_a_missing_file_is_named_with_the_working_directory(tmp_path, monkeypatc
     assert str(tmp_path) in str(error.value)
 
 
+def test_a_bare_name_is_a_configuration_of_the_package_from_any_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load_config(["r1_aqa", "optim.steps=7"])
+    assert config == load_config([str(config_module.CONFIGS / "r1_aqa.yaml"), "optim.steps=7"])
+    assert config.run.directory == "runs/r1_aqa" and config.optim.steps == 7
+
+
+def test_a_file_of_the_same_name_wins_over_the_package(load):
+    Path("r1_aqa").write_text(MINIMAL)
+    assert load_config(["r1_aqa"]).run.directory == "out"
+
+
+def test_an_unknown_name_lists_those_there_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="no configuration of that name; there are mini, .*r1_aqa") as error:
+        load_config(["r1"])
+    assert all(path.stem in str(error.value) for path in config_module.CONFIGS.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("word", ["./mini", "configs/mini", "mini.yaml", "mini.yml"])
+def test_a_word_with_a_directory_or_a_suffix_is_a_path_only(word, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=rf"^{re.escape(word)}: no such file"):
+        load_config([word])
+
+
+def test_help_names_every_option_with_its_default_and_meaning(capsys):
+    with pytest.raises(SystemExit) as end:
+        load_config(["mini", "--help"])
+    assert end.value.code == 0
+    lines = {line.split("=")[0].strip(): line for line in capsys.readouterr().out.splitlines() if "=" in line}
+    for name in config_module.HINTS:
+        assert re.search(r"=\S.*  \S", lines[name]), f"{name} has no default or no meaning"
+    assert "rollout.group_size=8 " in lines["rollout.group_size"]
+    assert "completions per prompt" in lines["rollout.group_size"]
+    assert "model.path=REQUIRED" in lines["model.path"] and "data.train=null" in lines["data.train"]
+
+
 @pytest.mark.parametrize("argv", [[], ["optim.lr=1"]])
 def test_a_command_line_without_a_file_says_how_it_is_written(argv):
-    with pytest.raises(ConfigError, match=r"CONFIG\.yaml \[section\.key=value"):
+    with pytest.raises(ConfigError, match=r"CONFIG \[section\.key=value"):
         load_config(argv)
 
 

@@ -1,4 +1,4 @@
-"""Every configuration that is shipped runs as its first lines say, with only paths and sizes changed."""
+"""Every configuration of the package runs as its first lines say, with only paths and sizes changed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_it_opens_with_the_command_the_hardware_the_time_and_the_published_figur
     text, config = read(name)
     head = text[: text.index("run:\n")]
     assert f"launch/configs/{name}.yaml" in head and f"launch/choose.py {config.run.directory}\n" in head
-    assert all(f"# {word}:" in head for word in ("Hardware", "Time", "To be held against"))
+    assert all(f"# {word}:" in head for word in ("Hardware", "Time", "Compare with"))
     assert re.search(r"\d\d\.\d % on MMAU test-mini", head)
 
 

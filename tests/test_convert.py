@@ -113,11 +113,14 @@ def test_what_cannot_be_converted_is_listed_and_the_rest_written(tmp_path, capsy
         assert f"1 left out: {kind}" in said
 
 
-def test_half_a_character_is_a_fault_of_its_row_alone(tmp_path):
+def test_half_of_a_surrogate_pair_is_a_fault_of_its_row_alone(tmp_path):
     clip(tmp_path, "AudioCaps/7.wav")
     records, bad = run(tmp_path, "audiomcq", {**AUDIOMCQ, "question": "Why \ud83d?"}, AUDIOMCQ, {"id": "\ud83d"})
     assert len(records) == 1
-    assert "holds half a character" in bad[0]["reason"] and [line["file"][-3:] for line in bad] == ["[0]", "[2]"]
+    assert "holds half of a surrogate pair" in bad[0]["reason"] and [line["file"][-3:] for line in bad] == [
+        "[0]",
+        "[2]",
+    ]
 
 
 def test_strict_makes_any_such_row_an_error_and_writes_nothing_but_the_list(tmp_path):
@@ -156,7 +159,7 @@ def test_ids_that_name_clips_are_told_apart_and_a_benchmarks_never_changed(tmp_p
     clip(tmp_path, "Yabc.flac")
     records, bad = run(tmp_path, "audio_flamingo", FLAMINGO, FLAMINGO, {**FLAMINGO, "id": "other"}, FLAMINGO)
     assert [record["id"] for record in records] == ["Yabc", "Yabc#2", "other", "Yabc#3"] and bad == []
-    assert "2 ids were used before" in capsys.readouterr().out
+    assert "2 repeated ids got a number" in capsys.readouterr().out
     clip(tmp_path, "3fe64f3d.wav")
     records, bad = run(tmp_path, "mmau", MMAU, MMAU, options=["--force"])
     assert [record["id"] for record in records] == ["3fe64f3d"]

@@ -4,8 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hark.data.benchmarks.report import accuracies, blank_row, row_of
-from hark.data.examples import BadExample
+from hark.data.benchmarks.report import row_of
 from hark.grpo.evaluate import evaluate
 from hark.grpo.runtime.collectives import World
 from hark.grpo.sampler import sample
@@ -37,36 +36,3 @@ def test_every_question_is_answered_greedily_whatever_the_batches(sizes, case):
         assert [(row["id"], row["correct"]) for row in rows] == [("q0", False), ("q1", True), ("q2", False)]
 
     on_ranks(1, run)
-
-
-def test_accuracies_worked_by_hand():
-    rows = [
-        {"task": "sound", "category": "speech", "correct": True},
-        {"task": "sound", "category": "", "correct": False},
-        {"task": "speech", "category": "speech", "correct": False},
-        {"task": "speech", "category": "speech", "correct": False},
-    ]
-    assert accuracies(rows, "task", "category") == {
-        "accuracy": 0.25,
-        "accuracy/task/sound": 0.5,
-        "accuracy/task/speech": 0.0,
-        "accuracy/category/speech": pytest.approx(1 / 3),
-    }
-
-
-def test_a_question_that_could_not_be_asked_is_wrong_unless_its_answer_is_hidden():
-    asked = SimpleNamespace(id="q", task="sound", category="c", sub_category="s", difficulty="hard", answer=0)
-    asked.truth = ""
-    row = {"id": "q", "task": "sound", "category": "c", "sub_category": "s", "difficulty": "hard"}
-    assert blank_row(asked) == row | {"prediction": "", "correct": False, "stopped": None}
-    asked.answer = None
-    assert blank_row(asked)["correct"] is None
-    asked.truth = "none of the choices"
-    assert blank_row(asked)["correct"] is False
-    assert blank_row(BadExample("test.jsonl:3", "q", "no JSON"))["correct"] is False
-
-
-def test_a_row_whose_answer_is_hidden_is_in_no_accuracy():
-    rows = [{"task": "sound", "correct": None}, {"task": "music", "correct": True}]
-    assert accuracies(rows, "task") == {"accuracy": 1.0, "accuracy/task/music": 1.0}
-    assert accuracies(rows[:1], "task") == {}

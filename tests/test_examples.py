@@ -74,6 +74,23 @@ def test_a_line_that_is_no_json_object_is_an_error(tmp_path, line):
         load_examples(write(tmp_path, GOOD, line))
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[" * 100_000,
+        '{"id": ' + "9" * 5000 + "}",
+        json.dumps({**GOOD, "id": 7}).replace("[", "[" * 950, 1).replace("]", "]" * 950, 1),
+        json.dumps({**GOOD, "id": 7}).replace(": 7", ": " + "[" * 950 + "]" * 950, 1),
+    ],
+)
+def test_what_is_nested_deeply_or_too_long_is_an_error_of_one_short_line(tmp_path, line):
+    with pytest.raises(DataError, match="train.jsonl:2: ") as error:
+        load_examples(write(tmp_path, GOOD, line))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+    examples, bad = load_examples(write(tmp_path, GOOD, line), skip_bad=True)
+    assert len(examples) == len(bad) == 1
+
+
 def test_bytes_that_are_not_utf8_are_an_error_of_their_line(tmp_path):
     path = write(tmp_path, GOOD)
     path.write_bytes(path.read_bytes() + b'{"id": "\xff"}\n')

@@ -1,4 +1,4 @@
-"""Families whose layers call attention in ways of their own: equal to Hugging Face, or refused by name."""
+"""Families whose layers call attention in unusual ways: equal to Hugging Face, or refused by name."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ SIZES = dict(
     num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.1, pad_token_id=0, bos_token_id=1,
     eos_token_id=2,
 )  # fmt: skip
-# Values of half the size of keys, which are in two parts.
+# Multi-head latent attention: values have half the head size of keys, and keys consist of two parts.
 LATENT = dict(
     num_key_value_heads=4, q_lora_rank=24, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=12,
     n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, first_k_dense_replace=1, n_group=1,
@@ -24,8 +24,8 @@ LATENT = dict(
 )  # fmt: skip
 FAMILIES = {
     "deepseek_v2": LATENT,
-    "nemotron": {},  # its layers do not hand on arguments that they do not know
-    "jetmoe": {},  # looks at what attention gives without copying it
+    "nemotron": {},  # its layers do not pass on keyword arguments that they do not know
+    "jetmoe": {},  # takes a view of the attention output, which must be contiguous
     "phi": {},
     "gemma3_text": dict(head_dim=16, sliding_window=8),
     "cohere2": dict(sliding_window=8),

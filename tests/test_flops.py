@@ -1,7 +1,7 @@
-"""The formula of the necessary multiply-adds against what torch counts while the real model runs.
+"""The formula of the multiply-adds a step needs, compared with what torch counts while the model runs.
 
-Torch counts every pair of a masked attention, so the products of attention are compared for themselves, and the pairs
-that count are held against the tree mask. All else is equal to the last one.
+Torch counts every pair of a masked attention, so attention is compared separately, and the pairs that count are
+compared with the tree mask. All other counts must be equal exactly.
 """
 
 from dataclasses import replace
@@ -26,7 +26,8 @@ from hark.launch.config_file import load_config
 from hark.launch.studies.benchmark import HarkSide, Size, Work, build_model
 from hark.models import split_attention
 from hark.models.loading import load_policy
-from hark.models.lora import Lora, WithoutAdapters
+from hark.models.lora import WithoutAdapters
+from hark.models.policy import Lora
 from tests.ranks import on_ranks
 from tests.runs import build, read_metrics
 
@@ -55,7 +56,7 @@ def side(directory):
 
 
 def counted(function, *args, **kwargs):
-    """Multiply-adds of a call outside attention, those of attention, and the result."""
+    """Multiply-adds of a call outside attention, those of its attention, and the result."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         result = function(*args, **kwargs)
     attention = counter.get_flop_counts()["Global"].get(torch.ops.aten.bmm, 0)
@@ -72,7 +73,7 @@ def test_each_pass_costs_what_torch_counts(kind, side, directory, monkeypatch):
     completions = side.prompts, drawn.tokens, drawn.mask
     with torch.no_grad():
         reference, _, _ = counted(score, WithoutAdapters(policy), *completions, group_size=3)
-    kernel, pairs = split_attention.flash, []  # of the branches, which torch does not count
+    kernel, pairs = split_attention.flash, []  # pairs in the branches' attention, which torch does not count
 
     def flash(query, key, value, **options):
         pairs.append(query.shape[0] * query.shape[2] * key.shape[2])
@@ -84,16 +85,16 @@ def test_each_pass_costs_what_torch_counts(kind, side, directory, monkeypatch):
 
     cost = replace(whole, pair=0, tower_pair=0)
     passes = macs(cost, side.prompts, drawn.mask.sum(dim=1), audio_id=policy.audio_id)
-    # The convolutions' places behind the clips: two of the first and one of the second, for each of two prompts.
+    # Output positions of the convolutions behind the clips: two of the first, one of the second, for two prompts each.
     first, second = (2 * conv.weight.numel() for conv in (policy.tower.conv1, policy.tower.conv2))
     behind, again = 2 * first + second, 0 if whole.frozen_tower else 1
-    assert rollout == passes.heard + passes.rollout + behind
-    assert reference == passes.reference + again * behind, "a frozen tower is not heard again"
+    assert rollout == passes.tower + passes.rollout + behind
+    assert reference == passes.reference + again * behind, "a frozen tower does not run again"
     assert forward == passes.forward + again * behind
     assert backward == passes.backward + again * 2 * (first + second)
 
-    prompt, steps, places = len(side.prompts[0].ids), 4, 400 // 2
-    assert attention == 2 * (len(whole.windows) * whole.pair * prompt**2 + again * whole.tower_pair * places**2)
+    prompt, steps, positions = len(side.prompts[0].ids), 4, 400 // 2
+    assert attention == 2 * (len(whole.windows) * whole.pair * prompt**2 + again * whole.tower_pair * positions**2)
     assert sum(pairs) == 2 * len(whole.windows) * 3 * steps * (prompt + steps), "siblings are not attended to"
 
 
@@ -117,13 +118,13 @@ def test_a_whole_step_is_five_forwards_less_the_gradient_of_the_mel_frames_and_t
     assert passes.step(reference=False, rollout=False) == 3 * passes.forward - first_convolution
 
 
-def test_a_frozen_tower_is_heard_once_whoever_needs_it(side, directory):
+def test_a_frozen_tower_counts_once_however_many_passes_use_it(side, directory):
     cost = cost_of(load_policy(directory, train_tower=False))
     passes = macs(cost, side.prompts, torch.full((6,), 5), audio_id=side.policy.audio_id)
-    assert passes.heard == 2 * cost.tower(400) > 0
-    unheard = macs(replace(cost, convolutions=()), side.prompts, torch.full((6,), 5), audio_id=side.policy.audio_id)
+    assert passes.tower == 2 * cost.tower(400) > 0
+    rest = macs(replace(cost, convolutions=()), side.prompts, torch.full((6,), 5), audio_id=side.policy.audio_id)
     for parts in (dict(), dict(updates=2), dict(rollout=False, reference=False)):
-        assert passes.step(**parts) == unheard.step(**parts) + passes.heard
+        assert passes.step(**parts) == rest.step(**parts) + passes.tower
 
 
 def test_a_group_without_a_gradient_needs_the_rollout_and_the_reference_alone(side):

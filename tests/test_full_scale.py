@@ -1,4 +1,4 @@
-"""The way of a real checkpoint through the commands: loaded in shards, trained, saved, resumed, exported.
+"""A checkpoint of realistic form through the commands: loaded in shards, trained, saved, resumed, exported.
 
 A Qwen2-Audio with the real names, saved by transformers itself in several safetensors files.
 """
@@ -27,7 +27,7 @@ ROUNDING = 1e-5
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """Of 18 M parameters, 74 MB: enough for a rank's share to stand out of what a process needs anyway."""
+    """18 M parameters, 74 MB: large enough to tell a rank's share from the memory that any process needs."""
     from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
     small, directory = (tmp_path_factory.mktemp(name) for name in ("small", "qwen2-audio"))
@@ -72,15 +72,15 @@ def test_from_a_sharded_checkpoint_to_an_export_over_one_two_and_four_ranks(chec
 
 @torch.no_grad()
 def same_logits(exported: Path, original: Path) -> None:
-    """transformers and the policy agree on the exported model, which is not the original any more."""
+    """transformers and the policy give equal logits for the exported model, which differs from the original."""
     from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
     policy, processor = load_policy(exported), AutoProcessor.from_pretrained(exported)
-    sound = waveform(0.7, 3)
+    audio = waveform(0.7, 3)
     content = [{"type": "audio", "audio_url": ""}, {"type": "text", "text": TEXTS[0]}]
     chat = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    inputs = processor(text=[chat], audio=[sound], sampling_rate=16_000, return_tensors="pt")
-    prompt = policy.prepare(TEXTS[0], sound)
+    inputs = processor(text=[chat], audio=[audio], sampling_rate=16_000, return_tensors="pt")
+    prompt = policy.prepare(TEXTS[0], audio)
     embeddings, lengths = policy.embed([prompt])
     positions = torch.arange(int(lengths[0]))[None]
     causal = torch.ones(len(positions[0]), len(positions[0]), dtype=torch.bool).tril()[None, None]

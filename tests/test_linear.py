@@ -1,4 +1,4 @@
-"""The product of linear layers is torch's own, in values and in gradients, whatever library computes it."""
+"""`linear` equals torch's linear in values and in gradients, with oneDNN and without."""
 
 import pytest
 import torch
@@ -6,9 +6,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from hark.models import linear as module
-from hark.models.linear import Linear, linear, use_fast_products
+from hark.models.linear import Linear, linear, use_onednn
 
-# MetricSums of 64 products of size 1 in another order: some 1e-6 of values up to 30.
+# Sums of 64 products of size 1 in another order: some 1e-6 of values up to 30.
 TOLERANCE = dict(atol=1e-5, rtol=1e-5)
 
 
@@ -47,6 +47,6 @@ def test_half_precision_and_machines_without_the_operator_use_torchs_own(monkeyp
 def test_every_plain_linear_layer_of_a_module_is_changed_in_place():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.ModuleList([nn.Linear(4, 2)]))
     names = list(model.state_dict())
-    use_fast_products(model)
+    use_onednn(model)
     assert [type(layer) for layer in model.modules() if isinstance(layer, nn.Linear)] == [Linear, Linear]
     assert list(model.state_dict()) == names

@@ -54,7 +54,7 @@ def test_a_step_is_its_examples_in_order_with_their_own_text_and_waveform():
         for step in range(8):
             drawn = loader.step(step)
             assert [position(example) for example, _, _ in drawn] == indices(step)
-            for example, (text, value) in drawn:
+            for example, (text, value), _ in drawn:
                 assert text.startswith(example.question) and value == position(example)
 
 
@@ -286,12 +286,46 @@ def test_silent_share_removes_the_sound_of_that_share_as_a_function_of_seed_step
         assert any(first[drawn] != second[drawn] for drawn in first.keys() & second.keys())
 
 
-def test_keys_differ_by_seed_step_and_example_and_are_the_same_everywhere():
-    one, two = examples(2)
-    with make() as loader, make(seed=1) as other:
-        keys = [loader.key(0, one), loader.key(1, one), loader.key(0, two), other.key(0, one)]
-        assert len(set(keys)) == 4
-        assert keys[0] == (0, 0, 12363731365491689381), "a published hash, not this process's"
+def keys_of(count, steps=6, world=1, **changes):
+    """The keys of each step over all ranks, in order."""
+    parts = [make(examples(count), rank=rank, world=world, **changes) for rank in range(world)]
+    keys = [[key for part in parts for _, _, key in part.step(step)] for step in range(steps)]
+    for part in parts:
+        part.close()
+    return keys
+
+
+def test_the_first_occurrence_of_an_example_in_a_step_has_the_key_of_seed_step_and_id():
+    assert keys_of(1, 2, prompts_per_step=1) == [[(0, 0, 12363731365491689381)], [(0, 1, 12363731365491689381)]]
+    (key,) = keys_of(1, 1, prompts_per_step=1, seed=1)[0]
+    assert key == (1, 0, 12363731365491689381), "a published hash, not this process's"
+
+
+def random_numbers(key):
+    """The first numbers that the sampler would draw with a key."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(list(key)))).random(4).tobytes()
+
+
+@pytest.mark.parametrize("bad", [set(), {0}, {1, 2}, {0, 1, 3}])
+@pytest.mark.parametrize(("count", "size"), [(5, 4), (4, 8), (7, 12), (5, 24)])
+def test_no_two_prompts_of_a_step_draw_the_same_numbers(count, size, bad):
+    for keys in keys_of(count, prompts_per_step=size, waveform=reading(bad), skip_bad=True):
+        assert len(keys) == size == len(set(keys)) == len({random_numbers(key) for key in keys})
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_keys_do_not_depend_on_the_number_of_ranks(world):
+    settings = dict(prompts_per_step=12, waveform=reading({1, 2}), skip_bad=True)
+    assert keys_of(7, world=world, **settings) == keys_of(7, **settings)
+
+
+def test_a_replacement_has_a_key_of_its_own_and_leaves_the_others_keys_as_they_were():
+    clean = keys_of(5, 4, prompts_per_step=5)
+    spoilt = keys_of(5, 4, prompts_per_step=5, waveform=reading({3}), skip_bad=True)
+    for step, (before, after) in enumerate(zip(clean, spoilt, strict=True)):
+        (changed,) = [index for index in range(5) if before[index] != after[index]]
+        assert indices(step, 5, 5)[changed] == 3 and len(after[changed]) == 5
+        assert after[changed][2:] == (before[indices(step, 5, 5).index(4)][2], 0, before[changed][2])
 
 
 def batches(count=7, **changes):

@@ -1,4 +1,4 @@
-"""Low-rank adapters: they begin as nothing, train alone, and end in files that others read."""
+"""Low-rank adapters: new ones change nothing, only they are trained, and PEFT reads the saved files."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from hark.grpo.scorer import score
 from hark.launch.common import make_policy, make_reference
 from hark.launch.config_file import load_config
 from hark.models.loading import load_policy
-from hark.models.lora import Lora, WithoutAdapters, adapter_delta, is_adapter
-from hark.models.policy import PolicyError
+from hark.models.lora import WithoutAdapters, adapter_delta, is_adapter, read_lora
+from hark.models.policy import Lora, PolicyError
 from tests.ranks import on_ranks
 from tests.runs import ROUNDING, build, largest_difference, read_metrics, train, train_all, weights
 
@@ -28,8 +28,8 @@ def logprobs(policy, case) -> torch.Tensor:
     return score(policy, case.prompts, tokens, torch.ones(3, 5, dtype=torch.bool), group_size=1)[0]
 
 
-def stir(policy) -> None:
-    """Give the adapters values as training would."""
+def randomize_adapters(policy) -> None:
+    """Give the adapters nonzero values, as training would."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
@@ -43,12 +43,12 @@ def adapted(case):
 
 
 def test_new_adapters_change_nothing_and_only_they_are_trained(case, adapted):
-    # Not bit for bit: a frozen tower hears each clip alone, a trained one all of them beside each other.
+    # Not bit for bit: a frozen tower encodes each clip alone, a trained one all clips in a batch.
     assert (logprobs(adapted, case) - logprobs(case.policy, case)).abs().max() < ROUNDING
     trained = {name for name, parameter in adapted.model.named_parameters() if parameter.requires_grad}
     assert trained and all(is_adapter(name) for name in trained)
     layers = len(adapted.decoder.layers)
-    assert len(trained) == 2 * len(TARGETS) * layers, "the decoder's, none of a tower's layers of the same names"
+    assert len(trained) == 2 * len(TARGETS) * layers, "the decoder's only; the tower has layers of the same names"
     logprobs(adapted, case).sum().backward()
     gradients = {name: parameter.grad for name, parameter in adapted.model.named_parameters()}
     assert all((gradients[name] is not None) == (name in trained) for name in gradients)
@@ -57,7 +57,7 @@ def test_new_adapters_change_nothing_and_only_they_are_trained(case, adapted):
 
 def test_an_adapter_adds_its_product_to_the_weight(case, adapted):
     """By hand: the policy with adapters against the plain one with W + alpha / rank * B A."""
-    stir(adapted)
+    randomize_adapters(adapted)
     for name, parameter in case.policy.model.named_parameters():
         if name.rpartition(".")[0].rpartition(".")[2] in TARGETS and "audio_tower" not in name and "bias" not in name:
             layer = adapted.model.get_submodule(name.removesuffix(".weight"))
@@ -69,7 +69,7 @@ def test_an_adapter_adds_its_product_to_the_weight(case, adapted):
 
 
 def test_with_adapters_off_the_policy_is_its_own_reference(case, adapted):
-    stir(adapted)
+    randomize_adapters(adapted)
     with torch.no_grad():
         off = logprobs(WithoutAdapters(adapted), case)
         assert (off - logprobs(case.policy, case)).abs().max() < ROUNDING
@@ -79,7 +79,7 @@ def test_with_adapters_off_the_policy_is_its_own_reference(case, adapted):
 def test_recomputation_and_adapters_give_the_same_gradients(case, adapted):
     again = load_policy(case.directory, lora=Lora(4, 8.0, TARGETS), recompute=True)
     for policy in (adapted, again):
-        stir(policy)
+        randomize_adapters(policy)
         logprobs(policy, case).sum().backward()
     for one, two in zip(adapted.parameters(), again.parameters(), strict=True):
         assert one.grad is None or torch.equal(one.grad, two.grad)
@@ -140,7 +140,7 @@ def test_saved_adapters_are_loaded_and_continued_from(settings, tmp_path, qwen2_
 def test_peft_loads_the_adapters_and_computes_the_same(case, adapted, tmp_path):
     import peft
 
-    stir(adapted)
+    randomize_adapters(adapted)
     on_ranks(1, lambda world: export_adapters(adapted, tmp_path / "adapters", world))
     model = peft.PeftModel.from_pretrained(case.load_hf(), tmp_path / "adapters")
     for n, prompt in enumerate(case.prompts):
@@ -160,13 +160,13 @@ def test_adapters_that_do_not_fit_are_refused_by_name(case, tmp_path):
     with pytest.raises(PolicyError, match=r"lora.targets: no linear layer is called query; there is .*q_proj"):
         load_policy(case.directory, lora=Lora(4, 8.0, ("query",)))
     with pytest.raises(PolicyError, match="no adapters .*expected adapter_config.json"):
-        Lora.read(tmp_path)
+        read_lora(tmp_path)
     policy = load_policy(case.directory, lora=Lora(4, 8.0, ("q_proj",)))
     on_ranks(1, lambda world: export_adapters(policy, tmp_path, world))
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"use_dora": True}))
     with pytest.raises(PolicyError, match="use_dora is True; only plain LoRA"):
-        Lora.read(tmp_path)
+        read_lora(tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     save_file(dict(list(tensors.items())[1:]), tmp_path / "adapter_model.safetensors")

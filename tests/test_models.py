@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -77,7 +78,7 @@ def test_missing_surplus_and_misshapen_tensors_are_named(copy):
     edit_weights(copy, change)
     with pytest.raises(PolicyError) as error:
         load_policy(copy)
-    for part in ("audio_tower.conv1.bias is missing", "(7,), the model wants (64,)", "stranger is not part"):
+    for part in ("audio_tower.conv1.bias is missing", "(7,), the model has (64,)", "stranger is not part"):
         assert part in str(error.value)
 
 
@@ -105,7 +106,7 @@ def test_a_model_with_layers_that_take_no_mask_is_refused_by_name(copy):
 
 
 def build_mixed_windows(directory: Path) -> None:
-    """A small Qwen2 whose first layer sees everything and whose second a window of 8."""
+    """A small Qwen2 whose first layer has full attention and whose second a window of 8."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     build_causal_lm(directory)
@@ -119,8 +120,8 @@ def build_mixed_windows(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("build", [partial(build_causal_lm, sliding_window=8), build_mixed_windows])
-def test_sliding_window_layers_count_positions_not_places_in_the_row(build, tmp_path):
-    """Branches stand far behind their prompt in the row; a window of 8 must reach by position, as in a row alone."""
+def test_sliding_windows_count_positions_not_columns_of_the_row(build, tmp_path):
+    """A branch may be far behind its prompt in the row; a window of 8 counts positions, as in a sequence of its own."""
     build(tmp_path)
     policy = load_policy(tmp_path)
     prompts = [policy.prepare(TEXTS[1], None)]
@@ -180,14 +181,28 @@ def test_the_frames_of_a_clip_decide_its_placeholders(qwen2_audio_dir):
     for seconds, expected in ((10, 250), (30, 750), (0.03, 1), (1.03, 26)):
         prompt = policy.prepare("What?", waveform(seconds, 0))
         assert (prompt.ids == policy.audio_id).sum() == expected == audio_tokens(prompt.frames)
-    for seconds in (30.1, 0.01):
-        with pytest.raises(DataError, match=r"this tower takes 0.03 s to 30 s"):
-            policy.prepare("What?", np.ones(round(16_000 * seconds), dtype=np.float32))
     with pytest.raises(DataError, match="no audio_path"):
         policy.prepare("What?", None)
 
 
-def test_a_text_policy_refuses_audio_it_would_not_hear(causal_lm_dir):
+def test_the_limits_of_a_clip_that_the_message_gives_are_the_limits_applied(qwen2_audio_dir):
+    policy = load_policy(qwen2_audio_dir)
+
+    def prepare(samples: int):
+        return policy.prepare("What?", np.ones(samples, dtype=np.float32))
+
+    message = r"takes (\d+) to (\d+) samples, 0.0201 s to 30 s at 16000 Hz"
+    for samples in (160, 481_600):
+        with pytest.raises(DataError, match=message) as error:
+            prepare(samples)
+        least, most = map(int, re.search(message, str(error.value)).groups())
+        assert [int((prepare(limit).ids == policy.audio_id).sum()) for limit in (least, most)] == [1, 750]
+        for beyond in (least - 1, most + 1):
+            with pytest.raises(DataError, match=f"a clip of {beyond} samples"):
+                prepare(beyond)
+
+
+def test_a_text_policy_refuses_audio(causal_lm_dir):
     with pytest.raises(DataError, match="reads text only"):
         load_policy(causal_lm_dir).prepare("What?", waveform(1, 0))
 
@@ -228,7 +243,7 @@ def test_an_export_from_two_ranks_is_the_checkpoint_it_was_loaded_from(case, tmp
 
 
 def test_weights_are_not_the_file_they_were_read_from(case, tmp_path):
-    """safetensors maps files into memory; what is written over one later must not reach a policy."""
+    """safetensors maps files into memory; later writes to a file must not change a policy."""
     directory = shutil.copytree(case.directory, tmp_path / "copy")
 
     def run(world: World) -> None:

@@ -14,7 +14,7 @@ from hark.grpo.instruments.shape import shape_of
 from hark.launch import plan
 from hark.launch.config_file import load_config
 from hark.models.families.qwen2_audio import QWEN2_AUDIO_7B
-from hark.models.loading import build_outline
+from hark.models.loading import build_from_config
 from hark.models.policy import PolicyError
 
 
@@ -47,7 +47,7 @@ def test_each_change_that_is_offered_makes_it_fit_when_it_is_made(config, capsys
     printed = planned(capsys, *arguments, "--json", tmp_path / "plan.json")
     record = json.loads((tmp_path / "plan.json").read_text())
     assert "does not fit" in printed and not record["fits"] and len(record["changes"]) > 2
-    shape = shape_of(build_outline(AutoConfig.for_model(**QWEN2_AUDIO_7B)), targets=("q_proj",))
+    shape = shape_of(build_from_config(AutoConfig.for_model(**QWEN2_AUDIO_7B)), targets=("q_proj",))
     for change in record["changes"]:
         words = " ".join(change["change"])
         gpus = int(next(iter(re.findall(r"--gpus (\d+)", words)), 8))

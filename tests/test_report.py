@@ -4,8 +4,9 @@ import math
 
 import pytest
 
-from hark.data.benchmarks.report import Share, baseline_figures, figures, grouped, share, table
-from hark.data.examples import Example
+from hark.data.benchmarks.baselines import baseline_figures
+from hark.data.benchmarks.report import Share, accuracies, blank_row, figures, grouped, row_of, share, table
+from hark.data.examples import BadExample, Example
 
 
 def row(correct, task="sound", category="", sub_category="", difficulty=""):
@@ -46,19 +47,65 @@ def test_the_figures_hold_each_share_with_its_interval():
     assert (result["accuracy"], result["right"], result["total"]) == (pytest.approx(2 / 3), 2, 3)
     assert result["silent_accuracy"] == pytest.approx(1 / 3)
     assert result["silent_accuracy_interval"] == Share(1, 3).interval
+    assert (result["silent_right"], result["silent_total"]) == (1, 3)
     assert result["accuracy/task/sound"] == 0.5 and result["groups"]["difficulty"]["hard"]["total"] == 1
 
 
 def test_the_table_is_aligned_and_shows_differences_of_controls_only():
-    lines = table(ROWS, EXAMPLES, {"strict": Share(1, 3), "silent": Share(1, 3)}).splitlines()
+    lines = table(ROWS, EXAMPLES, {"official": Share(2, 2), "strict": Share(1, 3), "silent": Share(1, 3)}).splitlines()
     assert [name.strip() for name in lines if name and not name[26:].strip()] == [
         "task", "category", "sub-category", "difficulty", "baselines",
     ]  # fmt: skip
     figure = {line[:24].strip(): line.split() for line in lines if "/" in line and "right" not in line}
     assert figure["all"][-5:] == ["2/3", "66.7", "20.8", "-", "93.9"]
     assert figure["by the strict rule"][-5:] == ["1/3", "33.3", "6.1", "-", "79.2"]
+    assert figure["by the official script"][-5:] == ["2/2", "100.0", "34.2", "-", "100.0"]
     assert figure["sound removed"][-1] == "-33.3"
     ends = {
         line.index("/") - len(line.split("/")[0].split()[-1]) for line in lines if "/" in line and "right" not in line
     }
     assert len(ends) == 1, "counts of equal width end in one column"
+
+
+def test_accuracies_worked_by_hand():
+    rows = [
+        {"task": "sound", "category": "speech", "correct": True},
+        {"task": "sound", "category": "", "correct": False},
+        {"task": "speech", "category": "speech", "correct": False},
+        {"task": "speech", "category": "speech", "correct": False},
+    ]
+    assert accuracies(rows, "task", "category") == {
+        "accuracy": 0.25,
+        "accuracy/task/sound": 0.5,
+        "accuracy/task/speech": 0.0,
+        "accuracy/category/speech": pytest.approx(1 / 3),
+    }
+
+
+def test_a_row_whose_answer_is_hidden_is_in_no_accuracy():
+    rows = [{"task": "sound", "correct": None}, {"task": "music", "correct": True}]
+    assert accuracies(rows, "task") == {"accuracy": 1.0, "accuracy/task/music": 1.0}
+    assert accuracies(rows[:1], "task") == {}
+
+
+def question(**changes) -> Example:
+    values = {"task": "sound", "category": "c", "sub_category": "s", "difficulty": "hard", "answer": 0, **changes}
+    return Example("q", None, "?", ("a", "b"), **values)
+
+
+def test_a_question_that_could_not_be_asked_is_wrong_unless_its_answer_is_hidden():
+    row = {"id": "q", "task": "sound", "category": "c", "sub_category": "s", "difficulty": "hard"}
+    assert blank_row(question()) == row | {"prediction": "", "correct": False, "stopped": None}
+    assert blank_row(question(answer=None))["correct"] is None
+    assert blank_row(question(answer=None, truth="none of the choices"))["correct"] is False
+    assert blank_row(BadExample("test.jsonl:3", "q", "no JSON"))["correct"] is False
+
+
+def test_a_row_has_the_labels_of_its_question_and_a_bad_line_has_none():
+    outcome = {"prediction": "a", "correct": True, "stopped": False}
+    labels = {"task": "sound", "category": "c", "sub_category": "s", "difficulty": "hard"}
+    assert row_of(question(), **outcome) == {"id": "q"} | labels | outcome
+    assert (
+        row_of(BadExample("test.jsonl:3", "q", "no JSON"), **outcome)
+        == {"id": "q"} | dict.fromkeys(labels, "") | outcome
+    )

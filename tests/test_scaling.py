@@ -64,6 +64,12 @@ def test_tables_stand_in_the_page_once_however_often_they_are_written(directory,
     assert with_tables(page, scaling.tables(result)) == page
 
 
+def test_the_tables_of_the_page_are_those_of_its_figures():
+    docs = Path(__file__).parents[1] / "docs"
+    page, figures = (docs / "scaling.md").read_text(), json.loads((docs / "scaling.json").read_text())
+    assert with_tables(page, scaling.tables(figures)) == page
+
+
 def test_the_plot_has_a_panel_for_each_curve(result, tmp_path):
     pytest.importorskip("matplotlib")
     plot(result, tmp_path / "curves.svg")

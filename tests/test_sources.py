@@ -5,9 +5,10 @@ import json
 import pytest
 
 from hark.data.errors import DataError
+from hark.data.json_files import read_rows
 from hark.data.sources import SOURCES, find_source
 from hark.data.sources.answers import find_answer, split_options, unlabelled
-from hark.data.sources.rows import Question, SourceError, read_rows
+from hark.data.sources.rows import Question, SourceError
 
 AVQA = {
     "id": 183, "video_name": "-HG3Omg_89c_000030", "video_id": 341, "question_text": "What happened in the video?",
@@ -252,9 +253,9 @@ def test_arrays_and_lines_are_read_alike_with_and_without_a_byte_order_mark(tmp_
 def test_a_bad_row_does_not_hide_the_others_and_a_bad_file_is_an_error(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"id": 1}\n{"id": \n"text"\n{"id": "\xff"}\n{"id": 2}\n')
     rows = list(read_rows(tmp_path / "a.jsonl"))
-    assert [isinstance(row, SourceError) for _, row in rows] == [False, True, True, True, False]
+    assert [isinstance(row, DataError) for _, row in rows] == [False, True, True, True, False]
     (tmp_path / "a.json").write_text('[{"id": 1}, 5]')
-    assert isinstance(dict(read_rows(tmp_path / "a.json"))["a.json[1]"], SourceError)
+    assert isinstance(dict(read_rows(tmp_path / "a.json"))["a.json[1]"], DataError)
     for name, message in (("cut.json", "not valid JSON"), ("none.json", "cannot be read")):
         (tmp_path / "cut.json").write_text('[{"id": 1}, ')
         with pytest.raises(DataError, match=message):

@@ -1,4 +1,4 @@
-"""Attention in parts is the masked attention of the whole row, in values and in gradients."""
+"""`SplitAttention` equals masked attention of the whole row, in values and in gradients."""
 
 from types import SimpleNamespace
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hark.grpo.tree import branches_layout, prompt_layout, tree_mask
-from hark.models.attention import attend_to_row
-from hark.models.split_attention import SplitRow
+from hark.models.attention import sdpa_attention
+from hark.models.split_attention import SplitAttention
 
 MODULE = SimpleNamespace(training=False, num_key_value_groups=2, is_causal=True)
 PROMPT, GROUP, STEPS, SIZE = 7, 3, 5, 16
@@ -23,19 +23,19 @@ def test_the_parts_of_a_row_give_what_its_tree_mask_gives(dtype):
     shapes = [(2, heads, width, SIZE) for heads in (4, 2, 2)]  # two query heads share a key head
     inputs = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
     wanted = torch.randn(2, width, 4, SIZE, generator=generator).to(dtype)
-    wanted = wanted * row.real[:, :, None, None]  # what padding hears is never read
+    wanted = wanted * row.real[:, :, None, None]  # outputs at padding are never used
 
     def addends(mask: torch.Tensor) -> torch.Tensor:
         return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, -torch.inf)
 
     results = []
     for attend, mask in (
-        (attend_to_row, tree_mask(row[PROMPT:], row)),
-        (SplitRow(PROMPT, GROUP), row.real[:, None, None, :PROMPT]),
+        (sdpa_attention, tree_mask(row[PROMPT:], row)),
+        (SplitAttention(PROMPT, GROUP), row.real[:, None, None, :PROMPT]),
     ):
-        heard = attend(MODULE, *inputs, addends(mask), scaling=0.3)
-        gradients = torch.autograd.grad((heard * wanted).sum(), inputs)
-        results.append([heard * row.real[:, :, None, None], *gradients])
+        output = attend(MODULE, *inputs, addends(mask), scaling=0.3)
+        gradients = torch.autograd.grad((output * wanted).sum(), inputs)
+        results.append([output * row.real[:, :, None, None], *gradients])
     tolerance = 1e-5 if dtype == torch.float32 else 5e-2
     for expected, got in zip(*results, strict=True):
         assert expected.abs().max() > 0.5

@@ -357,7 +357,7 @@ def test_a_kept_step_of_text_alone_can_be_read(case, tmp_path):
     batch = Batch(case.prompts, 1, tokens, mask, mask.float())
     write_step(tmp_path / "step.pt", batch, step=0, rank=0, examples=["q"])
     batch, _ = read_step(tmp_path / "step.pt")
-    assert [prompt.sound for prompt in batch.prompts] == [prompt.sound for prompt in case.prompts]
+    assert [prompt.audio_digest for prompt in batch.prompts] == [prompt.audio_digest for prompt in case.prompts]
 
 
 def test_each_completion_is_rewarded_with_the_example_it_answers(settings, tmp_path):
@@ -377,8 +377,8 @@ def test_each_completion_is_rewarded_with_the_example_it_answers(settings, tmp_p
         texts = trainer.policy.completion_texts(batches[0].tokens, batches[0].mask)
         owners = [example.id for example, *_ in trainer.data.step(0) for _ in range(4)]
         assert len(set(owners)) == 4 and judged == list(zip(owners, texts, strict=True))
-        sounds = [prompt.sound for _, prompt, *_ in trainer.data.step(0)]
-        assert [prompt.sound for prompt in batches[0].prompts] == sounds
+        sounds = [prompt.audio_digest for _, prompt, *_ in trainer.data.step(0)]
+        assert [prompt.audio_digest for prompt in batches[0].prompts] == sounds
 
     on_ranks(1, run)
 

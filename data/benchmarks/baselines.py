@@ -1,4 +1,6 @@
-"""What can be had without listening: the accuracies that any result has to be read against."""
+"""Rules that answer without the audio; their accuracies are what any result has to be compared with."""
+
+from collections.abc import Callable, Sequence
 
 from hark.data.errors import DataError
 from hark.data.examples import Example
@@ -10,13 +12,13 @@ def always_first(example: Example) -> bool:
 
 
 def longest_choice(example: Example) -> bool:
-    """Whether the longest choice is right, the first of several that are equally long."""
+    """Whether the longest choice is right; of several equally long ones, the first."""
     lengths = [len(choice) for choice in example.choices]
     return _answer(example) == lengths.index(max(lengths))
 
 
 def chance(example: Example) -> float:
-    """The probability that a choice drawn at random is right."""
+    """The probability that a random choice is right."""
     return 1 / len(example.choices)
 
 
@@ -24,3 +26,16 @@ def _answer(example: Example) -> int:
     if example.answer is None:
         raise DataError(f"{example.line or example.id}: has no answer; baselines need questions whose answer is known")
     return example.answer
+
+
+BASELINES: dict[str, Callable[[Example], float]] = {
+    "always_first_accuracy": always_first,
+    "longest_choice_accuracy": longest_choice,
+    "chance": chance,
+}
+
+
+def baseline_figures(examples: Sequence[Example]) -> dict[str, float]:
+    """Accuracies of rules that do not use the audio, over the examples whose answer is known; {} without any."""
+    known = [example for example in examples if example.answer is not None]
+    return {name: sum(map(rule, known)) / len(known) for name, rule in BASELINES.items()} if known else {}

@@ -1,153 +1,128 @@
-"""Score predictions that stand in a file, whoever made them; plain Python, no model and no framework is loaded."""
+"""Grades the predictions in a file, whatever made them. Plain Python, no model and no framework is imported."""
 
-import json
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hark.data.benchmarks.report import figures, share, table
-from hark.data.benchmarks.rules import LETTERS, Rule, find_benchmark, place
+from hark.data.benchmarks.answer_files import Benchmark, find_benchmark
+from hark.data.benchmarks.report import Share, figures, row_of, share, table
+from hark.data.benchmarks.rules import LETTERS, Value, index_of
 from hark.data.errors import DataError
 from hark.data.examples import Example
+from hark.data.json_files import as_text, read_rows, write_json
 
-PREDICTIONS = ("model_prediction", "model_output", "answer_prediction", "prediction", "response")  # the first is taken
+PREDICTIONS = ("model_prediction", "model_output", "answer_prediction", "prediction", "response")  # the first counts
+SHOWN = 5  # rows named on the console; the JSON has all
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """One row of an answer file; `answer` is None where the benchmark keeps it to itself."""
+class AnswerRow:
+    """One row of an answer file; values are as they are in the file, null is None."""
 
-    where: str  # "answers.json, row 3", or "answers.jsonl:3"
-    id: Any
-    choices: tuple[str, ...]
-    answer: str | None
-    prediction: str | None  # None where the row has none, which is wrong
+    where: str  # "answers.json[3]" or "answers.jsonl:3"
+    id: str | int
+    choices: tuple[Value, ...]  # for choice_a to choice_d always four, "" for a missing one
+    answer: Value  # None or "" where the benchmark does not publish it
+    prediction: Value  # None where the row has none
+    official_prediction: Value  # the value that the official script reads, None where it finds none
     task: str
     category: str
     sub_category: str
     difficulty: str
 
 
-def score_file(path: str, *, benchmark: str, out: str | None) -> None:
-    """Judge every row of a file by a benchmark's rule, print the table, and write the figures to `out`."""
+def grade_file(path: str, *, benchmark: str, out: str | None) -> None:
+    """Grade every row of a file by a benchmark's rule, print the table, and write all figures and rows to `out`."""
     found = find_benchmark(benchmark)
-    predictions = read_predictions(path, keys=(found.key, *found.also))
-    rows = score(predictions, found.rule)
-    examples = [example for prediction in predictions if (example := as_example(prediction)) is not None]
-    missing = sum(prediction.prediction is None for prediction in predictions)
+    answers = read_answers(path, found)
+    rows = grade(answers, found)
+    examples = [example for answer in answers if (example := as_example(answer)) is not None]
+    others = {} if found.left_out is None else {"official": Share.of([row["official"] for row in rows])}
+    missing = sum(answer.prediction is None for answer in answers)
     print(f"{path}: {len(rows)} rows by the rule of {benchmark}")
     if missing:
-        print(f"{missing} rows have no prediction and count as wrong; it is looked for in {', '.join(PREDICTIONS)}")
-    hidden = len(rows) - share(rows).total
-    if hidden:
-        print(f"{hidden} rows have no right answer and are left out of the figures")
-    print(table(rows, examples, {}) if hidden < len(rows) else "no row has a right answer: nothing can be scored")
+        keys = ", ".join(dict.fromkeys((*found.keys, *PREDICTIONS)))
+        print(f"{missing} rows have no prediction and count as wrong; the keys that are read are {keys}")
+    _name(answers, rows, lambda answer, row: row["correct"] is None, "have no right answer and are left out")
+    _name(answers, rows, lambda answer, row: _outside(answer), "have an answer that is none of their choices")
+    if others:
+        _name(answers, rows, lambda answer, row: row["official"] is None, f"are left out by the script of {benchmark}")
+    print(table(rows, examples, others) if share(rows).total else "no row has a right answer: nothing can be graded")
     if out is not None:
-        result = {"file": path, "benchmark": benchmark} | figures(rows, examples, {})
+        result = {"file": path, "benchmark": benchmark} | figures(rows, examples, others)
         write_json(out, result | {"missing_predictions": missing, "rows": rows})
 
 
-def score(predictions: Sequence[Prediction], rule: Rule) -> list[dict]:
-    """One row per prediction, in order; `correct` is None where the right answer is not known."""
-    return [
-        {
-            "id": prediction.id,
-            "correct": _judged(prediction, rule),
-            "prediction": prediction.prediction or "",
-            "task": prediction.task,
-            "category": prediction.category,
-            "sub_category": prediction.sub_category,
-            "difficulty": prediction.difficulty,
-        }
-        for prediction in predictions
-    ]
+def _name(answers: list[AnswerRow], rows: list[dict], chosen: Callable[[AnswerRow, dict], bool], what: str) -> None:
+    """Print how many rows are chosen, and the first of them."""
+    places = [answer.where for answer, row in zip(answers, rows, strict=True) if chosen(answer, row)]
+    if places:
+        print(f"{len(places)} rows {what}: {', '.join(places[:SHOWN])}{', ...' if len(places) > SHOWN else ''}")
 
 
-def _judged(prediction: Prediction, rule: Rule) -> bool | None:
-    if prediction.answer is None:
+def grade(answers: Sequence[AnswerRow], benchmark: Benchmark) -> list[dict]:
+    """One row per answer, in order: `correct` (None where the right answer is not known), and `official`, which is
+    what the official script counts (None where it leaves the row out).
+    """
+    rows = []
+    for answer in answers:
+        prediction = as_text(answer.prediction) or ""
+        correct = None if _hidden(answer) else benchmark.rule(prediction, answer.choices, answer.answer)
+        row = row_of(answer, prediction=prediction, correct=correct, stopped=None)
+        rows.append(row | {"official": benchmark.official(answer.official_prediction, answer.choices, answer.answer)})
+    return rows
+
+
+def as_example(answer: AnswerRow) -> Example | None:
+    """The question for the baselines; None where its right answer is not known or none of the choices."""
+    if _hidden(answer) or _outside(answer):
         return None
-    try:
-        return rule(prediction.prediction or "", prediction.choices, prediction.answer)
-    except DataError as error:
-        raise DataError(f"{prediction.where}: {error}") from None
+    given = [choice for choice in answer.choices if choice not in (None, "")]
+    return Example(str(answer.id), None, "", tuple(as_text(choice) for choice in given), index_of(answer.answer, given))
 
 
-def as_example(prediction: Prediction) -> Example | None:
-    """The question for the baselines, or None where its answer is not known or none of the choices."""
-    try:
-        answer = None if prediction.answer is None else place(prediction.answer, prediction.choices)
-    except DataError:
-        return None
-    return Example(str(prediction.id), None, "", prediction.choices, answer)
+def _hidden(answer: AnswerRow) -> bool:
+    return answer.answer in (None, "")
 
 
-def write_json(path: str | Path, value: dict) -> None:
-    """Write a JSON file, with its directory; DataError if that cannot be done."""
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
+def _outside(answer: AnswerRow) -> bool:
+    return not _hidden(answer) and index_of(answer.answer, answer.choices) is None
 
 
 # Reading ------------------------------------------------------------------------------------------------------------
 
 
-def read_predictions(path: str | Path, *, keys: Sequence[str] = ()) -> list[Prediction]:
-    """The rows of a JSON list or of JSON lines; DataError that says where, what and how to fix it.
-
-    keys: of the prediction, those to look for before all others.
-    """
-    records = _records(Path(path))
+def read_answers(path: str | Path, benchmark: Benchmark) -> list[AnswerRow]:
+    """The rows of a JSON array or of JSON lines; DataError with place, fault and remedy."""
+    records = []
+    for where, record in read_rows(path):
+        if isinstance(record, DataError):
+            raise DataError(f"{where}: {record}")
+        records.append((where, record))
     if not records:
-        raise DataError(f"{path}: holds no rows; expected a JSON list of objects, or one JSON object per line")
-    predictions = []
+        raise DataError(f"{path}: holds no rows; expected a JSON array of objects, or one JSON object per line")
+    official = next((key for key in benchmark.keys if any(key in record for _, record in records)), benchmark.key)
+    answers = []
     for number, (where, record) in enumerate(records, start=1):
         try:
-            predictions.append(_prediction(record, where, number, keys))
+            answers.append(_answer_row(record, where, number, benchmark, official))
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
-    return predictions
+    return answers
 
 
-def _records(path: Path) -> list[tuple[str, Any]]:
-    """Every row with where it stands; a file that begins with [ is one list, any other is lines."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror or error}); expected a file of predictions"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 text ({error}); expected a JSON list, or JSON lines") from None
-    if text.lstrip().startswith("["):
-        return [(f"{path.name}, row {n}", row) for n, row in enumerate(_json(text, str(path)), start=1)]
-    lines = [(f"{path.name}:{n}", line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    return [(where, _json(line, where)) for where, line in lines]
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{where}: not valid JSON ({error}); expected a JSON list of objects, or one JSON object per line"
-        ) from None
-
-
-def _prediction(record: Any, where: str, number: int, keys: Sequence[str]) -> Prediction:
-    if not isinstance(record, dict):
-        raise DataError(
-            f"is a JSON {type(record).__name__}; each row is an object with choices, answer and a prediction"
-        )
+def _answer_row(record: dict, where: str, number: int, benchmark: Benchmark, official: str) -> AnswerRow:
     identity = record.get("id")
-    return Prediction(
+    key = next((key for key in (*benchmark.keys, *PREDICTIONS) if key in record), benchmark.key)
+    return AnswerRow(
         where=where,
         id=identity if isinstance(identity, (str, int)) else number,
         choices=_choices(record),
         answer=_answer(record),
-        prediction=next((_text(record[key]) for key in (*keys, *PREDICTIONS) if key in record), None),
+        prediction=_value(record, key, None),
+        official_prediction=_value(record, official, benchmark.default),
         task=_label(record, "task", "modality", "task_name"),
         category=_label(record, "category"),
         sub_category=_label(record, "sub-category", "sub_category", "subcategory"),
@@ -155,39 +130,39 @@ def _prediction(record: Any, where: str, number: int, keys: Sequence[str]) -> Pr
     )
 
 
-def _choices(record: dict) -> tuple[str, ...]:
-    """The `choices`, or MMSU's choice_a to choice_d."""
-    lettered = [record.get(f"choice_{letter.lower()}") for letter in LETTERS]
-    value = record.get("choices", [choice for choice in lettered if choice is not None] or None)
+def _choices(record: dict) -> tuple[Value, ...]:
+    """The list `choices`, or MMSU's choice_a to choice_d, where a missing or null choice keeps its letter."""
+    lettered = [f"choice_{letter.lower()}" for letter in LETTERS]
+    if "choices" not in record and any(key in record for key in lettered):
+        return tuple(_value(record, key, "") for key in lettered)
+    value = record.get("choices")
     if value is None:
-        raise DataError(
-            '"choices" is missing; the rule needs the texts of all choices: add the benchmark\'s own fields'
-        )
-    if not isinstance(value, list) or not value or not all(map(_is_text, value)):
-        raise DataError(f'"choices" is {value!r}; expected a list of texts')
-    return tuple(map(str, value))
+        raise DataError('"choices" is missing; the rule needs the texts of all choices: copy them from the benchmark')
+    if not isinstance(value, list) or not value or any(as_text(choice) is None for choice in value):
+        raise DataError(f'"choices" is {reprlib.repr(value)}; expected a list of texts')
+    return tuple(value)
 
 
-def _answer(record: dict) -> str | None:
-    """The `answer`, or MMSU's answer_gt; null or empty where the benchmark keeps it to itself."""
+def _answer(record: dict) -> Value:
+    """The `answer`, or MMSU's answer_gt."""
     key = "answer" if "answer" in record else "answer_gt"
     if key not in record:
         raise DataError('"answer" is missing; expected the text of the right choice, or null where it is not known')
-    if record[key] is not None and not _is_text(record[key]):
-        raise DataError(f'"{key}" is {record[key]!r}; expected the text of the right choice, or null')
-    return None if record[key] in (None, "") else str(record[key])
+    return _value(record, key, None)
 
 
-def _is_text(value: Any) -> bool:
-    """A text, or a number: MMSU has choices such as 3."""
-    return isinstance(value, (str, int, float)) and not isinstance(value, bool)
-
-
-def _text(value: Any) -> str:
-    return "" if value is None else str(value)
+def _value(record: dict, key: str, default: Value) -> Value:
+    """The text, number or null at a key; `default` where the row does not have it."""
+    value = record.get(key, default)
+    if value is not None and as_text(value) is None:
+        raise DataError(f'"{key}" is a JSON {type(value).__name__}; expected text, a number or null')
+    return value
 
 
 def _label(record: dict, *keys: str) -> str:
-    """The first of the keys that the row has; a list of labels is one label, joined by commas."""
-    value = next((record[key] for key in keys if record.get(key) is not None), "")
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    """The text at the first of the keys that the row has, "" without any; the texts of a list are joined by commas."""
+    key = next((key for key in keys if record.get(key) is not None), None)
+    parts: list[Any] = [] if key is None else record[key] if isinstance(record[key], list) else [record[key]]
+    if any(as_text(part) is None for part in parts):
+        raise DataError(f'"{key}" is {reprlib.repr(record[key])}; expected text or a list of texts')
+    return ", ".join(map(str, parts))

@@ -1,23 +1,29 @@
-"""Figures of an evaluation: shares with their intervals, by group, beside baselines and controls; plain Python."""
+"""The rows and figures of an evaluation: shares with intervals, by group, with baselines and controls. Plain Python."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from hark.data.benchmarks import baselines
+from hark.data.benchmarks.baselines import baseline_figures
 from hark.data.examples import Example
 
-COLUMNS = ("task", "category", "sub_category", "difficulty")  # of a row, each a section of the table
-Z = 1.959964  # 97.5 % of a normal distribution lie below
+COLUMNS = ("task", "category", "sub_category", "difficulty")  # columns of a row that the table has a section for
+Z = 1.959964  # the 97.5 % quantile of the normal distribution
 
 
 class Share(NamedTuple):
-    """How many of how many are right."""
+    """The number of right answers, and of all answers that are counted."""
 
     right: int
     total: int
+
+    @classmethod
+    def of(cls, results: Iterable[bool | None]) -> Share:
+        """The share of True among the results that are not None."""
+        counted = [result for result in results if result is not None]
+        return cls(sum(counted), len(counted))
 
     @property
     def accuracy(self) -> float | None:
@@ -25,38 +31,41 @@ class Share(NamedTuple):
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Wilson's 95 % interval: unlike p ± 2 s it stays within 0 and 1, and holds for few and for extreme shares."""
+        """Wilson's 95 % interval. Unlike p ± 2 s it stays within 0 and 1 and is valid for small totals."""
         if not self.total:
             return None
         n, p = self.total, self.right / self.total
         middle = p + Z**2 / (2 * n)
         half = Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
-        # At 0 and at n right, one end is 0 or 1 itself, which rounding would miss.
+        # With 0 or n right, one end is exactly 0 or 1; the formula would give it with a rounding error.
         low = 0.0 if self.right == 0 else (middle - half) / (1 + Z**2 / n)
         high = 1.0 if self.right == n else (middle + half) / (1 + Z**2 / n)
         return low, high
 
 
 def row_of(question: Any, *, prediction: str, correct: bool | None, stopped: bool | None) -> dict:
-    """One row of an evaluation; a line that could not be read has no more than its id."""
+    """The row of a question in a report: its id and COLUMNS ("" where it has none), and what became of it.
+
+    correct: None where the right answer is not known. stopped: whether the completion ended with a stop token; None
+    where that is not known.
+    """
     columns = {column: getattr(question, column, "") for column in COLUMNS}
     return {"id": question.id} | columns | {"prediction": prediction, "correct": correct, "stopped": stopped}
 
 
 def blank_row(question: Any) -> dict:
-    """The row of a question that could not be asked: wrong, unless its answer is not known anyway."""
+    """The row of a question that could not be asked: wrong, or None where its right answer is not known."""
     hidden = getattr(question, "answer", -1) is None and not question.truth
     return row_of(question, prediction="", correct=None if hidden else False, stopped=None)
 
 
 def share(rows: Sequence[dict]) -> Share:
-    """Right rows of those that can be judged: `correct` is None where the right answer is not known."""
-    judged = [row["correct"] for row in rows if row["correct"] is not None]
-    return Share(sum(judged), len(judged))
+    """The share of right rows; rows whose `correct` is None are not counted."""
+    return Share.of(row["correct"] for row in rows)
 
 
 def grouped(rows: Sequence[dict], column: str) -> dict[str, Share]:
-    """The share of each value of a column, in the order of their first rows; rows without a value are in no group."""
+    """The share of each value of a column, in order of first occurrence; rows with an empty value are in no group."""
     groups: dict[str, list[dict]] = {}
     for row in rows:
         if row[column]:
@@ -65,37 +74,28 @@ def grouped(rows: Sequence[dict], column: str) -> dict[str, Share]:
 
 
 def accuracies(rows: Sequence[dict], *by: str) -> dict[str, float]:
-    """Share of right answers: "accuracy" over all rows, and "accuracy/COLUMN/VALUE" for each value of the columns."""
+    """The accuracy over all rows, and for each value of the columns in `by` as "accuracy/COLUMN/VALUE".
+
+    Rows whose `correct` is None are not counted; an accuracy over no row is left out.
+    """
     shares = {"accuracy": share(rows)}
     for column in by:
         shares |= {f"accuracy/{column}/{value}": group for value, group in grouped(rows, column).items()}
-    return {name: figure.accuracy for name, figure in shares.items() if figure.accuracy is not None}
-
-
-def baseline_figures(examples: Sequence[Example]) -> dict[str, float]:
-    """Accuracies without listening, over the examples whose answer is known; they are exact, not estimates."""
-    known = [example for example in examples if example.answer is not None]
-    rules: dict[str, Callable[[Example], float]] = {
-        "always_first_accuracy": baselines.always_first,
-        "longest_choice_accuracy": baselines.longest_choice,
-        "chance": baselines.chance,
-    }
-    return {name: sum(map(rule, known)) / len(known) for name, rule in rules.items()} if known else {}
+    return {name: figure.accuracy for name, figure in shares.items() if figure.total}
 
 
 def figures(rows: Sequence[dict], examples: Sequence[Example], others: Mapping[str, Share]) -> dict:
-    """Everything but the rows, as it is written: flat accuracies and intervals, and `groups` with counts.
+    """All figures of a report for its JSON file: flat accuracies and intervals, and `groups` with counts.
 
-    others: further shares of the same questions, such as "silent", written as `silent_accuracy`.
+    others: further shares of the same questions; "silent" is written as `silent_accuracy`, `silent_total`, ...
     """
     result: dict = {"accuracy": share(rows).accuracy, "accuracy_interval": share(rows).interval}
     result |= share(rows)._asdict()
     for name, other in others.items():
+        result |= {f"{name}_{key}": value for key, value in other._asdict().items()}
         result |= {f"{name}_accuracy": other.accuracy, f"{name}_accuracy_interval": other.interval}
-    result |= baseline_figures(examples)
+    result |= baseline_figures(examples) | accuracies(rows, *COLUMNS)
     sections = {column: grouped(rows, column) for column in COLUMNS}
-    for column, groups in sections.items():
-        result |= {f"accuracy/{column}/{value}": group.accuracy for value, group in groups.items()}
     counts = {column: {value: _counts(group) for value, group in groups.items()} for column, groups in sections.items()}
     return result | {"groups": counts}
 
@@ -107,6 +107,7 @@ def _counts(group: Share) -> dict:
 # The table ----------------------------------------------------------------------------------------------------------
 
 NAMES = {
+    "official": "by the official script",
     "strict": "by the strict rule",
     "always_first_accuracy": "always the first choice",
     "longest_choice_accuracy": "always the longest choice",
@@ -115,24 +116,28 @@ NAMES = {
     "shuffled_audio": "sound of another question",
     "shuffled_choices": "choices in another order",
 }
+RULES = ("official", "strict")  # names of shares that grade the same answers by another rule
 
 
 def table(rows: Sequence[dict], examples: Sequence[Example], others: Mapping[str, Share]) -> str:
-    """The same figures as aligned text; of the others, all but "strict" are controls, shown with their difference."""
+    """The same figures as aligned text.
+
+    Of the others, "official" and "strict" grade the same answers by other rules. The rest are controls: other answers,
+    shown with the difference of their accuracy.
+    """
     sections = {column.replace("_", "-"): grouped(rows, column) for column in COLUMNS}
     names = ["all", *NAMES.values(), *(f"  {value}" for groups in sections.values() for value in groups)]
     width = max(map(len, names)) + 2
     main = share(rows)
     lines = [heading("", width), line("all", main, width)]
-    if "strict" in others:
-        lines.append(line(NAMES["strict"], others["strict"], width))
+    lines += [line(NAMES[name], others[name], width) for name in RULES if name in others]
     for name, groups in sections.items():
         if groups:
             lines += ["", name, *(line(f"  {value}", group, width) for value, group in groups.items())]
     without = baseline_figures(examples)
     if without:
         lines += ["", "baselines", *(f"{'  ' + NAMES[key]:{width + 13}}{100 * x:8.1f}" for key, x in without.items())]
-    controls = {name: other for name, other in others.items() if name != "strict"}
+    controls = {name: other for name, other in others.items() if name not in RULES}
     if controls:
         lines += ["", f"{'controls':{width + 38}}{'difference':>12}"]
         lines += [line(f"  {NAMES[name]}", other, width, main) for name, other in controls.items()]
@@ -140,12 +145,12 @@ def table(rows: Sequence[dict], examples: Sequence[Example], others: Mapping[str
 
 
 def heading(name: str, width: int) -> str:
-    """What stands above `line`s."""
+    """The heading of a column of `line`s."""
     return f"{name:{width}}{'right/total':>13}{'%':>8}{'95 % interval':>17}"
 
 
 def line(name: str, figure: Share, width: int, main: Share | None = None) -> str:
-    """A share with its name in so many columns; beside another, with its difference."""
+    """A share, its name padded to `width`; with `main`, also the difference of the accuracies in percentage points."""
     if not figure.total:
         return f"{name:{width}}{'0/0':>13}"
     low, high = figure.interval

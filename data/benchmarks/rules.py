@@ -1,165 +1,92 @@
-"""How the benchmarks judge a prediction, and the answer files that their own scripts read.
+"""The rules by which the benchmarks decide whether a prediction is right. Plain Python, no framework is imported.
 
-Each has its quirks, kept because figures are only comparable under the same rule. Plain Python: scoring a file waits
-for no framework to load.
+The rules are those of the official scripts; a test compares them row by row:
+MMAU, Sakshi et al. 2024, arXiv:2410.19168: evaluation.py of github.com/Sakshi113/MMAU;
+MMAR, Ma et al. 2025, arXiv:2505.13032: code/evaluation.py of github.com/ddlBoJack/MMAR, which has the rule of MMAU;
+MMSU, Wang et al. 2025, arXiv:2506.04779: mmsu_evaluation.py of github.com/dingdongwang/MMSU.
+
+Two figures are reported. The official figure counts the rows that the script counts. Hark's own figure differs in this:
+
+- A row without a prediction is wrong. The scripts of MMAU and MMAR leave it out of the total.
+- A prediction in which MMSU's script finds no letter is wrong. The script leaves the row out of the total, unless the
+  prediction is empty or "None", which is wrong.
+- A row whose right answer is null or empty is left out of the total, because it cannot be graded. The scripts count it.
+
+Neither figure follows the scripts in this:
+
+- MMAU and MMAR: a number as a choice, answer or prediction is read as its text, null as no prediction, and a task,
+  modality or category that the script does not list is a group of its own. The scripts stop with a traceback.
+- All: a line that is not valid JSON, a row without choices or answer, and a list or an object as a prediction are
+  errors that name the row. MMSU's script leaves such lines and predictions out, and reads a missing value as "".
+- MMAU's script reads the key "model_output", its README and older versions "model_prediction"; MMAR's script reads
+  "answer_prediction". The official figure uses the first of the benchmark's keys that any row of the file has. Hark's
+  own figure uses, in each row, the first key that the row has.
+- launch/convert.py accepts an answer that equals a choice up to case, spaces and quotes, or that is its letter. MMSU's
+  script compares exactly, so that no prediction is right for such a row.
 """
 
-import json
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
-from hark.data.choices import extract_answer, is_correct, normalise
-from hark.data.errors import DataError, named
-from hark.data.examples import Example
+from hark.data.choices import is_correct, normalise
+from hark.data.json_files import as_text
 
-Rule = Callable[[str, Sequence[str], str], bool]  # (prediction, choices, the right choice's text) -> is it right?
-Record = Callable[[Example], dict]
+Value = str | int | float | None  # a choice or an answer as it is in a benchmark's file
+Rule = Callable[[str, Sequence[Value], Value], bool]  # (prediction, choices, right answer) -> is it right?
 LETTERS = ("A", "B", "C", "D")
 
 
-def place(answer: str, choices: Sequence[str]) -> int:
-    """The index of the answer among the choices, the first of equals; DataError if it is none of them."""
+def index_of(answer: Value, choices: Sequence[Value]) -> int | None:
+    """The index of the answer among the choices: the first equal one, else the first that equals it normalised."""
     if answer in choices:
         return list(choices).index(answer)
-    for index, choice in enumerate(choices):
-        if normalise(choice) == normalise(answer):
-            return index
-    raise DataError(f'"answer" {answer!r} is none of the choices {list(choices)}; expected the text of the right one')
+    target = normalise(as_text(answer) or "")
+    return next((n for n, choice in enumerate(choices) if normalise(as_text(choice) or "") == target), None)
 
 
-def strict(prediction: str, choices: Sequence[str], answer: str) -> bool:
-    """The rule of the accuracy reward: equal to the right choice and to no other, never by containment."""
-    return is_correct(prediction, choices, place(answer, choices))
+def strict(prediction: str, choices: Sequence[Value], answer: Value) -> bool:
+    """The rule of the accuracy reward: equal to the right choice and to no other, both normalised."""
+    index = index_of(answer, choices)
+    return index is not None and is_correct(prediction, [as_text(choice) or "" for choice in choices], index)
 
 
-def words(text: str) -> set[str]:
-    return set(re.findall(r"\b\w+\b", text.lower()))
+def words(value: Value) -> set[str]:
+    return set(re.findall(r"\b\w+\b", (as_text(value) or "").lower()))
 
 
-def mmau(prediction: str, choices: Sequence[str], answer: str) -> bool:
-    """All words of the answer, and none that only wrong choices have; their order and number do not matter.
-
-    Sakshi et al. 2024, arXiv:2410.19168, evaluation.py; MMAR (Ma et al. 2025, arXiv:2505.13032) took it over.
-    """
+def mmau(prediction: str, choices: Sequence[Value], answer: Value) -> bool:
+    """Holds all words of the answer, and no word that only wrong choices have; order and repetition do not matter."""
     given, right = words(prediction), words(answer)
     wrong = set().union(*(words(choice) - right for choice in choices))
     return bool(given) and right <= given and given.isdisjoint(wrong)
 
 
-def mmsu(prediction: str, choices: Sequence[str], answer: str) -> bool:
-    """The letter that a prediction begins with, as in "B. rain", or else its second-last character, as in "It is B."
+def mmsu(prediction: str, choices: Sequence[Value], answer: Value) -> bool:
+    """The choice at the prediction's letter equals the answer, as Python compares them; "3" does not equal 3."""
+    letter = letter_of(prediction)
+    index = LETTERS.index(letter) if letter else len(choices)
+    return index < len(choices) and choices[index] == answer
 
-    Wang et al. 2025, arXiv:2506.04779. Only capital letters count, and "Dogs" begins with one.
+
+def letter_of(prediction: str) -> str | None:
+    """The first character if it is one of A to D, as in "B. rain", else the second-last one, as in "It is B."
+
+    Surrounding spaces and all newlines are removed first. Only capital letters count: "Dogs" has the letter D.
     """
-    text, right = prediction.strip(), place(answer, choices)
-    letter = text[0] if text.startswith(LETTERS) else text[-2:-1]
-    return letter in LETTERS and LETTERS.index(letter) == right
+    text = prediction.strip().replace("\n", "")
+    return next((character for character in (text[:1], text[-2:-1]) if character in LETTERS), None)
 
 
-# Answer files -------------------------------------------------------------------------------------------------------
+# Which rows the official scripts leave out of the total, by the prediction as it is in the file; None if there is none.
 
 
-def mmau_record(example: Example) -> dict:
-    return {
-        "id": example.id,
-        "audio_id": str(example.audio_path or ""),
-        "question": example.question,
-        "choices": list(example.choices),
-        "answer": answer_text(example),
-        "dataset": example.dataset,
-        "task": example.task,
-        "category": example.category,
-        "sub-category": example.sub_category,
-        "difficulty": example.difficulty,
-    }
+def without_prediction(prediction: object) -> bool:
+    """MMAU, MMAR: rows without a prediction."""
+    return prediction is None
 
 
-def mmar_record(example: Example) -> dict:
-    return {
-        "id": example.id,
-        "audio_path": str(example.audio_path or ""),
-        "question": example.question,
-        "choices": list(example.choices),
-        "answer": answer_text(example),
-        "modality": example.task,
-        "category": example.category,
-        "sub-category": example.sub_category,
-    }
-
-
-def mmsu_record(example: Example) -> dict:
-    choices = {f"choice_{letter.lower()}": choice for letter, choice in zip(LETTERS, example.choices, strict=False)}
-    return {
-        "id": example.id,
-        "audio_path": str(example.audio_path or ""),
-        "question": example.question,
-        **choices,
-        "answer_gt": answer_text(example),
-        "task_name": example.task,
-        "category": example.category,
-        "sub-category": example.sub_category,
-    }
-
-
-def answer_text(example: Example) -> str | None:
-    """The right choice, or None where the benchmark keeps it to itself."""
-    return example.truth or (None if example.answer is None else example.choices[example.answer])
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """A benchmark's rule, and how its script wants the answers: a JSON list, or lines, of `record` and prediction."""
-
-    rule: Rule
-    key: str  # of the prediction in a row of its answer file
-    also: tuple[str, ...] = ()  # keys that other versions of its script read instead
-    record: Record = mmau_record
-    lettered: bool = False  # the script looks for a letter, so a choice is written "B. rain"
-    lines: bool = False  # the answer file is JSON lines
-
-
-BENCHMARKS: dict[str, Benchmark] = {
-    "strict": Benchmark(strict, "model_prediction"),
-    "mmau": Benchmark(mmau, "model_prediction", also=("model_output",)),
-    "mmar": Benchmark(mmau, "answer_prediction", also=("model_prediction",), record=mmar_record),
-    "mmsu": Benchmark(mmsu, "response", record=mmsu_record, lettered=True, lines=True),
-}
-
-
-def find_benchmark(name: str) -> Benchmark:
-    """The benchmark of that name; an unknown name is a DataError that offers the nearest."""
-    return named(BENCHMARKS, name, kind="benchmark")
-
-
-def prediction_of(completion: str, choices: Sequence[str], benchmark: Benchmark) -> str:
-    """What a completion answers, as it is judged and handed in; empty where its tags leave that open."""
-    text = extract_answer(completion) or ""
-    if benchmark.lettered:
-        for index, letter in enumerate(LETTERS[: len(choices)]):
-            if is_correct(text, choices, index):
-                return f"{letter}. {choices[index]}"
-    return text
-
-
-def judged(example: Example, completion: str, benchmark: Benchmark) -> bool | None:
-    """Whether a completion is right by the benchmark's rule; None where the right answer is not known."""
-    answer = answer_text(example)
-    if answer is None:
-        return None
-    if example.truth and benchmark.rule is not mmau:
-        return False  # the other rules compare with a choice, and none is right
-    return benchmark.rule(prediction_of(completion, example.choices, benchmark), example.choices, answer)
-
-
-def write_answers(stem: Path, answers: Iterable[tuple[Example, str]], benchmark: Benchmark) -> Path:
-    """Write (example, completion) pairs to STEM.json, or STEM.jsonl, as the benchmark's script reads them."""
-    rows = []
-    for example, completion in answers:
-        prediction = prediction_of(completion, example.choices, benchmark)
-        rows.append(benchmark.record(example) | dict.fromkeys((benchmark.key, *benchmark.also), prediction))
-    path = stem.with_suffix(".jsonl" if benchmark.lines else ".json")
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    path.write_text(lines if benchmark.lines else json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    return path
+def without_letter(prediction: object) -> bool:
+    """MMSU: predictions that are not text, and those without a letter that are neither empty nor "None"."""
+    if not isinstance(prediction, str):
+        return True
+    return letter_of(prediction) is None and prediction.strip().replace("\n", "") not in ("", "None")

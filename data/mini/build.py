@@ -1,8 +1,8 @@
-"""The demo's dataset: a few thousand short audio questions built from code, with what a person can hear as answers.
+"""Builds the demo's data set: a few thousand short clips with questions that a person can answer by listening.
 
-Examples come in sets: one question, one list of four choices in one order and one duration of the clips, with one clip
-for each choice being right. Whatever answers without the audio therefore scores exactly 1/4.
-The test split has only sources (voices, instruments, recordings, timbres) that the other two never have.
+Examples come in sets of four with the same question, the same choices in the same order and the same duration; in each
+of the four clips another choice is right. A model that ignores the audio therefore answers exactly 1/4 correctly.
+The sources of the test split (voices, instruments, recordings, timbres) do not occur in the other two splits.
 """
 
 import json
@@ -26,10 +26,10 @@ SPLITS = ("train", "validation", "test")
 def build(directory: str | Path, *, seed: int = 0, train: int = 2400, validation: int = 160, test: int = 480) -> dict:
     """Write `directory/{train,validation,test}.jsonl` and the clips, 16 kHz mono 16-bit, in `directory/audio`.
 
-    The same seed and sizes give the same bytes. Each line holds id, audio_path (relative to the file), question_text,
+    The same seed and sizes give the same bytes. Each line has id, audio_path (relative to the file), question_text,
     multi_choice, answer (an index into it), dataset_name, task, category and source. Sizes count examples and must be
-    multiples of 4. Returns what was built, and prints it: examples by split, task and category, clips' total seconds,
-    missing packages by name; the questions that need a missing package are replaced by others of the same task.
+    multiples of 4. If a package is missing, the questions that need it are replaced by others of the same task.
+    Prints and returns a summary: examples by split, task and category, total seconds of audio, missing packages.
     """
     directory, sizes = Path(directory), dict(zip(SPLITS, (train, validation, test), strict=True))
     for split, size in sizes.items():
@@ -48,7 +48,7 @@ def build(directory: str | Path, *, seed: int = 0, train: int = 2400, validation
 
 
 def available_skills() -> tuple[list[Skill], list[str]]:
-    """The skills that the installed packages allow, with espeak-ng in its initial state, and the missing packages."""
+    """The skills that the installed packages allow, with a newly loaded espeak-ng, and missing packages."""
     skills, missing = mini_sound.skills(), []
     try:
         orchestra = mini_music.sampled_orchestra()
@@ -68,7 +68,7 @@ def _package(error: Exception, default: str) -> str:
 
 
 def _set_order(skills: list[Skill], sets: int, seed: list[int]) -> list[Skill]:
-    """The skill of each of `sets` sets in random order: tasks equally often, within a task by the skills' weights."""
+    """The skill of each set, in random order: each task equally often, within a task in proportion to the weights."""
     tasks = list(dict.fromkeys(skill.task for skill in skills))
     order: list[Skill] = []
     for task, share in zip(tasks, _shares(sets, [1.0] * len(tasks)), strict=True):
@@ -79,7 +79,7 @@ def _set_order(skills: list[Skill], sets: int, seed: list[int]) -> list[Skill]:
 
 
 def _shares(total: int, weights: list[float]) -> list[int]:
-    """`total` split in proportion to the weights, by largest remainder."""
+    """`total` split in proportion to the weights, by the largest-remainder method."""
     exact = [total * weight / sum(weights) for weight in weights]
     shares = [int(share) for share in exact]
     by_remainder = sorted(range(len(weights)), key=lambda index: shares[index] - exact[index])
@@ -89,7 +89,7 @@ def _shares(total: int, weights: list[float]) -> list[int]:
 
 
 def _write_split(directory: Path, split: str, order: list[Skill], seed: list[int]) -> tuple[list[dict], float]:
-    """Write one split; returns its records and the clips' total seconds."""
+    """Write one split; returns its records and the total seconds of its clips."""
     (directory / "audio" / split).mkdir(parents=True, exist_ok=True)
     records, seconds = [], 0.0
     for number, skill in enumerate(order):
@@ -105,7 +105,7 @@ def _write_split(directory: Path, split: str, order: list[Skill], seed: list[int
 
 
 def make_set(skill: Skill, test: bool, rng: Generator) -> list[tuple[dict, np.ndarray]]:
-    """Four examples, in random order, with the same question, choices and duration: each choice is right once."""
+    """Four examples (record, int16 clip) with the same question, choices and duration; each choice is right once."""
     question = str(rng.choice(skill.questions))
     choices = [str(choice) for choice in rng.permutation(skill.answers)[:CHOICES]]
     duration = round(rng.uniform(*skill.seconds), 2)

@@ -1,6 +1,6 @@
-"""Arranging sounds into clips: the common contract of the demo's skills, and what every clip goes through.
+"""What the demo's questions share: the `Skill` class, and functions that arrange sounds into clips.
 
-A waveform here is a float array of samples at SAMPLE_RATE.
+A waveform is a float array of samples at SAMPLE_RATE.
 """
 
 from collections.abc import Callable
@@ -10,10 +10,10 @@ import numpy as np
 from numpy.random import Generator
 
 SAMPLE_RATE = 16_000  # Hz
-FADE = 0.01  # seconds, long enough that no cut is heard as a click
+FADE = 0.01  # seconds, long enough that a cut makes no audible click
 PEAK = 0.9  # of full scale, before the random gain
 GAIN = (-6.0, 0.0)  # dB
-# How loudness changes: (time as a share of the clip, level in dB) of the envelope's corners.
+# Changes of loudness: (time as a share of the clip, level in dB) of each corner of the envelope.
 TRENDS = {
     "gets louder": ((0, -24), (1, 0)),
     "gets quieter": ((0, 0), (1, -24)),
@@ -25,7 +25,7 @@ NOISE = (-60.0, -45.0)  # dB of full scale, RMS of the background noise
 
 @dataclass(frozen=True)
 class Skill:
-    """One kind of question: how it is worded, what may be answered, and a clip for an answer."""
+    """One kind of question: its wordings, its possible answers, and a function that makes a clip for an answer."""
 
     task: str  # sound, music or speech
     category: str
@@ -33,7 +33,7 @@ class Skill:
     seconds: tuple[float, float]  # range of the clips' duration
     questions: tuple[str, ...]  # wordings, one is drawn per set
     answers: tuple[str, ...]  # four are drawn per set
-    # (answer, choices, seconds, test, rng) -> (waveform, source); `test` asks for a held-out source.
+    # (answer, choices, seconds, test, rng) -> (waveform, source); `test`: use a source of the test split.
     clip: Callable[[str, list[str], float, bool, Generator], tuple[np.ndarray, str]]
 
 
@@ -42,7 +42,7 @@ def samples(seconds: float) -> int:
 
 
 def trending(wave: np.ndarray, trend: str, rng: Generator) -> np.ndarray:
-    """The wave under the envelope of a trend, whose turn and depth vary."""
+    """The waveform times the envelope of a trend; the time of its corner and its depth are random."""
     shares, levels = np.array(TRENDS[trend], dtype=float).T
     if len(shares) == 3:
         shares[1] = rng.uniform(0.35, 0.65)
@@ -70,7 +70,7 @@ def faded(wave: np.ndarray, fade: float = FADE) -> np.ndarray:
 
 
 def trimmed(wave: np.ndarray, level: float = -40.0) -> np.ndarray:
-    """The waveform without what lies more than `level` dB below its peak at either end."""
+    """The waveform without its quiet ends, which are below `level` dB relative to its peak."""
     loud = np.flatnonzero(np.abs(wave) > np.abs(wave).max() * decibels(level))
     return wave[loud[0] : loud[-1] + 1] if len(loud) else wave
 
@@ -86,14 +86,14 @@ def loudest(wave: np.ndarray, seconds: float) -> np.ndarray:
 
 
 def resampled(wave: np.ndarray, sample_rate: int) -> np.ndarray:
-    """The waveform moved from `sample_rate` Hz to SAMPLE_RATE by cutting its spectrum; its ends should be silent."""
+    """The waveform resampled from `sample_rate` Hz to SAMPLE_RATE by cutting its spectrum; its ends must be silent."""
     length = round(len(wave) * SAMPLE_RATE / sample_rate)
     spectrum = np.fft.rfft(wave)[: length // 2 + 1]
     return np.fft.irfft(spectrum, length) * (length / len(wave))
 
 
 def placed(waves: list[np.ndarray], starts: list[float], seconds: float) -> np.ndarray:
-    """The waveforms added up at their start times (seconds) in a clip of `seconds`; what reaches beyond is cut."""
+    """A clip of `seconds` with the waveforms added at their start times (seconds); what is beyond the end is cut."""
     clip = np.zeros(samples(seconds))
     for wave, start in zip(waves, starts, strict=True):
         begin = samples(start)
@@ -105,7 +105,7 @@ def placed(waves: list[np.ndarray], starts: list[float], seconds: float) -> np.n
 def onsets(lengths: list[float], seconds: float, gap: float, rng: Generator) -> list[float]:
     """Random start times (seconds) in a clip of `seconds` for sounds of `lengths`, in order and at least `gap` apart.
 
-    Spare time is shared out at random, so neither the first onset nor the spacing tells how many sounds there are.
+    The remaining time is split at random, so neither the first onset nor the spacing reveals the number of sounds.
     """
     spare = seconds - sum(lengths) - gap * (len(lengths) + 1)
     if spare < 0:
@@ -116,13 +116,13 @@ def onsets(lengths: list[float], seconds: float, gap: float, rng: Generator) -> 
 
 
 def sequence(waves: list[np.ndarray], seconds: float, gap: float, rng: Generator) -> np.ndarray:
-    """The waveforms one after another at random distances in a clip of `seconds`, all equally loud."""
+    """A clip of `seconds` with the waveforms one after another at random distances, all with the same peak."""
     starts = onsets([len(wave) / SAMPLE_RATE for wave in waves], seconds, gap, rng)
     return placed([normalised(wave) for wave in waves], starts, seconds)
 
 
 def finished(wave: np.ndarray, rng: Generator) -> np.ndarray:
-    """The clip as it is stored: faded, normalised, with a random gain and a little background noise; int16."""
+    """The clip as it is written, int16: faded, normalised, with a random gain and a little background noise."""
     gain, noise = decibels(rng.uniform(*GAIN)), decibels(rng.uniform(*NOISE))
     clip = PEAK * gain * normalised(faded(wave)) + noise * rng.standard_normal(len(wave))
     return np.round(np.clip(clip, -1, 1) * 32767).astype(np.int16)

@@ -1,4 +1,4 @@
-"""Speech from espeak-ng, called through ctypes in the library that the package espeakng-loader carries."""
+"""Speech by espeak-ng, called through ctypes in the library that the package espeakng-loader contains."""
 
 import ctypes
 import shutil
@@ -8,12 +8,12 @@ import numpy as np
 
 from hark.data.mini.clips import resampled, trimmed
 
-SYNCHRONOUS = 2  # espeak_AUDIO_OUTPUT: samples go to a callback, espeak_Synth returns when all are there
+SYNCHRONOUS = 2  # espeak_AUDIO_OUTPUT: samples are passed to a callback before espeak_Synth returns
 UTF8 = 1
 RATE, PITCH = 1, 3  # espeak_PARAMETER
 CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
 
-# Voice variants for training, and those held out for the test. None with "breath": its noise cannot be seeded.
+# Voice variants for training, and those of the test split. None has "breath", whose noise cannot be seeded.
 VOICES = (
     ("m1", "m2", "m3", "m4", "m7", "Mario", "travis", "Denis", "f1", "Annie", "Andrea", "belinda", "anika", "aunty"),
     ("m5", "m6", "m8", "f4", "steph", "grandma"),
@@ -21,11 +21,11 @@ VOICES = (
 
 
 class Speaker:
-    """One espeak-ng in its initial state; ImportError or OSError where it cannot be loaded.
+    """A newly loaded espeak-ng; ImportError or OSError where it cannot be loaded.
 
-    The library carries state from utterance to utterance (the phase of its flutter) that no call resets, so the same
-    text sounds different the second time. Each Speaker loads its own copy of the file: what it says depends only on
-    what it has said before.
+    The library keeps state between utterances (the phase of its flutter) that no call resets: the same text gives other
+    samples the second time. Each Speaker therefore loads its own copy of the library, so that its samples depend only
+    on what it has spoken before.
     """
 
     def __init__(self):
@@ -37,7 +37,7 @@ class Speaker:
         if self._sample_rate <= 0:
             raise OSError(f"espeak_Initialize returned {self._sample_rate}, expected a sample rate in Hz")
         self._chunks: list[np.ndarray] = []
-        self._callback = CALLBACK(self._collect)  # kept: ctypes would free it while espeak-ng still calls it
+        self._callback = CALLBACK(self._collect)  # a reference, so that ctypes does not free it
         self._library.espeak_SetSynthCallback(self._callback)
 
     def _collect(self, wave, length, _events) -> int:
@@ -46,7 +46,7 @@ class Speaker:
         return 0
 
     def speak(self, text: str, language: str, voice: str, *, rate: int = 175, pitch: int = 50) -> np.ndarray:
-        """`text` in a language ("en-us", "fr", ...) by a voice variant; rate in words per minute, pitch 0 to 99."""
+        """The waveform of a text in a language ("en-us", "fr", ...); rate in words per minute, pitch 0 to 99."""
         name = f"{language}+{voice}"
         if self._library.espeak_SetVoiceByName(name.encode()) != 0:
             raise ValueError(f"espeak-ng has no voice {name!r}")

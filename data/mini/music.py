@@ -1,4 +1,4 @@
-"""The music questions of the demo: which instrument, which way the melody goes, how many notes, which is highest."""
+"""The music questions of the demo: instrument, direction of the melody, number of notes, highest note, loudness."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from hark.data.mini.clips import TRENDS, Skill, onsets, placed, trending
 
 Notes = list[tuple[float, float, int]]  # start in seconds, duration in seconds, MIDI pitch
 SLOW = ("strings",)  # families whose notes start too softly to be counted
-HELD = ("organ", "strings", "brass")  # families whose notes stay as loud as they began
-PITCHES = (64, 88)  # MIDI, E4 to E6: high enough for mel bands to tell neighbouring notes apart
+HELD = ("organ", "strings", "brass")  # families whose notes keep their loudness
+PITCHES = (64, 88)  # MIDI, E4 to E6: high enough that neighbouring notes are in different mel bands
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4}
 PLACES = {"first": 0, "second": 1, "third": 2, "fourth": 3}
 SHAPES = {  # the direction of each of four steps
@@ -25,7 +25,7 @@ SHAPES = {  # the direction of each of four steps
 
 @dataclass(frozen=True)
 class Orchestra:
-    """Where notes come from: the families of instruments, and one of their sources playing notes."""
+    """Renders notes: the families of instruments, and functions that choose a player and play notes."""
 
     families: tuple[str, ...]
     draw: Callable[[str, bool, Generator], int]  # (family, test, rng) -> a player
@@ -33,7 +33,7 @@ class Orchestra:
 
 
 def sampled_orchestra() -> Orchestra:
-    """SoundFont instruments; a player is a General MIDI program. ImportError where they cannot be rendered."""
+    """Instruments of a SoundFont; a player is a General MIDI program. ImportError if a package is missing."""
     soundfont.check()
     return Orchestra(
         families=tuple(soundfont.FAMILIES),
@@ -43,7 +43,7 @@ def sampled_orchestra() -> Orchestra:
 
 
 def computed_orchestra() -> Orchestra:
-    """Instruments computed with numpy; a player is a voice."""
+    """Instruments computed with numpy; a player is a voice of `synthesis`."""
 
     def play(family: str, voice: int, notes: Notes, seconds: float, rng: Generator) -> np.ndarray:
         timbre = synthesis.draw_timbre(voice, rng)
@@ -112,7 +112,7 @@ def _clear(orchestra: Orchestra) -> tuple[str, ...]:
 
 
 def _clip(orchestra: Orchestra, families: tuple[str, ...], compose: Callable[[str, float, Generator], Notes]):
-    """The clip function of a skill: `compose` writes the notes, one of `families` (the answer, if it is one) plays."""
+    """The clip function of a skill: `compose` makes the notes; the answer, or a random one of `families`, plays."""
 
     def clip(answer: str, choices: list[str], seconds: float, test: bool, rng: Generator) -> tuple[np.ndarray, str]:
         family = answer if answer in families else str(rng.choice(families))
@@ -124,7 +124,7 @@ def _clip(orchestra: Orchestra, families: tuple[str, ...], compose: Callable[[st
 
 
 def _dynamics(orchestra: Orchestra):
-    """The clip function of changing loudness: held notes, so that nothing else makes them louder or quieter."""
+    """The clip function of the loudness skill; its notes keep their loudness, so that only the trend changes it."""
     steady = _clip(orchestra, HELD, _held)
 
     def clip(answer: str, choices: list[str], seconds: float, test: bool, rng: Generator) -> tuple[np.ndarray, str]:
@@ -140,7 +140,7 @@ def _held(answer: str, seconds: float, rng: Generator) -> Notes:
 
 
 def _timed(pitches: list[int], seconds: float, rng: Generator) -> Notes:
-    """The pitches one after another at uneven distances, each held for most of the time to the next."""
+    """The pitches one after another at random distances; each lasts for most of the time to the next."""
     starts = onsets([0.2] * len(pitches), seconds - 0.1, 0.04, rng)
     ends = [*starts[1:], min(starts[-1] + 0.5, seconds - 0.1)]
     share = rng.uniform(0.7, 0.9)
@@ -162,7 +162,7 @@ def _number(answer: str, seconds: float, rng: Generator) -> Notes:
     pitches = [int(rng.integers(*PITCHES))]
     while len(pitches) < NUMBERS[answer]:
         pitch = int(rng.integers(*PITCHES))
-        if abs(pitch - pitches[-1]) >= 2:  # an organ's repeated note would be one long note with a scratch in it
+        if abs(pitch - pitches[-1]) >= 2:  # two equal notes of an organ would sound like one long note
             pitches.append(pitch)
     return _timed(pitches, seconds, rng)
 

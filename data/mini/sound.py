@@ -1,4 +1,4 @@
-"""The sound questions of the demo: which event, how many, how its loudness changes, which comes second."""
+"""The sound questions of the demo: kind of event, number of sounds, change of loudness, second of several events."""
 
 from functools import cache
 from pathlib import Path
@@ -14,7 +14,7 @@ RECORDINGS = Path(__file__).parent / "recordings"
 ANIMALS = (("cat", "cow", "dog", "duck", "frog", "sheep"), ("horse", "owl", "pig", "rooster"))  # training, test
 CALL = 0.3  # seconds kept of an animal's call when calls are counted
 COUNTS = {"one": 1, "two": 2, "three": 3, "four": 4}
-STEADY = ("engine", "rain", "horn", "siren")  # events whose own loudness hardly changes
+STEADY = ("engine", "rain", "horn", "siren")  # events of almost constant loudness
 
 
 def skills() -> list[Skill]:

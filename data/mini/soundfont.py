@@ -1,4 +1,4 @@
-"""Notes of sampled instruments: tinysoundfont renders TimGM6mb.sf2, the SoundFont that pretty_midi carries."""
+"""Notes of sampled instruments: tinysoundfont renders TimGM6mb.sf2, a SoundFont that pretty_midi contains."""
 
 import importlib.util
 from functools import lru_cache
@@ -10,8 +10,8 @@ from hark.data.mini.clips import SAMPLE_RATE, samples
 
 FONT = "TimGM6mb.sf2"
 
-# family: (General MIDI programs for training, programs held out for the test). Only programs
-# that sound like the family; each held-out one has a relative in training.
+# family: (General MIDI programs for training, programs of the test split). All programs sound like their family; for
+# each program of the test split there is a similar one for training.
 FAMILIES = {
     "piano": ((0, 1), (3,)),
     "organ": ((16, 18, 19), (17,)),
@@ -24,7 +24,7 @@ FAMILIES = {
 
 @lru_cache(maxsize=1)
 def _synth():
-    """The synthesizer and its number for the loaded font; ImportError if either package is missing."""
+    """The synthesizer and the id of the loaded font; ImportError if either package is missing."""
     import tinysoundfont
 
     found = importlib.util.find_spec("pretty_midi")
@@ -36,12 +36,12 @@ def _synth():
 
 
 def check() -> None:
-    """Raise ImportError, its `name` the package, if notes cannot be rendered here."""
+    """Raise ImportError, with the package as its `name`, if a package is missing."""
     _synth()
 
 
 def play(program: int, notes: list[tuple[float, float, int]], seconds: float) -> np.ndarray:
-    """A clip of `seconds` with the notes (start in seconds, duration in seconds, MIDI pitch) of one program."""
+    """A clip of `seconds` with the notes (start and duration in seconds, MIDI pitch) played by one program."""
     synth, font = _synth()
     synth.program_select(0, font, 0, program)
     events = [(samples(start), 1, pitch) for start, _, pitch in notes]
@@ -53,12 +53,12 @@ def play(program: int, notes: list[tuple[float, float, int]], seconds: float) ->
         synth.noteon(0, pitch, 100) if on else synth.noteoff(0, pitch)
     parts.append(_rendered(synth, samples(seconds) - now))
     synth.sounds_off()
-    _rendered(synth, SAMPLE_RATE // 4)  # lets every voice end, so that no clip depends on the one before it
+    _rendered(synth, SAMPLE_RATE // 4)  # lets all notes end, so that the next clip does not depend on this one
     return np.concatenate(parts).astype(np.float64)
 
 
 def _rendered(synth, length: int) -> np.ndarray:
-    """The next `length` samples, both channels averaged."""
+    """The next `length` samples, the mean of both channels."""
     if length == 0:
         return np.zeros(0, np.float32)
     return np.frombuffer(synth.generate(length), np.float32).reshape(-1, 2).mean(axis=1)

@@ -1,5 +1,7 @@
-"""The speech questions of the demo: which number is spoken, in which language, which comes second, what is the sum;
-and which vowel is sung, which needs no speech synthesizer."""
+"""The speech questions of the demo: spoken number, number of words, language, second number, sum of two numbers.
+
+The question about a sung vowel belongs to them as well; it needs no speech synthesizer.
+"""
 
 import numpy as np
 from numpy.random import Generator
@@ -11,8 +13,8 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 SUMS = {"four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
 COUNTS = {"one": 1, "two": 2, "three": 3, "four": 4}
 LANGUAGES = {"english": "en-us", "french": "fr", "german": "de", "spanish": "es", "italian": "it"}
-HELD_OUT_ENDINGS = 2  # of each language, that only the test has
-# A sentence is any beginning with any ending, so that the language is learnt and not a sentence.
+HELD_OUT_ENDINGS = 2  # endings per language that only the test split uses
+# A sentence combines any beginning with any ending, so that sentences cannot be memorised.
 BEGINNINGS = {
     "english": ("My brother", "The teacher", "Our neighbour", "The old man", "A friend"),
     "french": ("Mon frère", "Le professeur", "Notre voisin", "Le vieil homme", "Un ami"),
@@ -63,7 +65,7 @@ def _vowel_clip(answer: str, choices: list[str], seconds: float, test: bool, rng
 
 
 def spoken_skills(speaker: espeak.Speaker) -> list[Skill]:
-    """The skills that need espeak-ng; they share the speaker."""
+    """The skills that need espeak-ng; all use the same speaker."""
 
     def say(words: list[str], seconds: float, test: bool, rng: Generator) -> tuple[np.ndarray, str]:
         voice = str(rng.choice(espeak.VOICES[test]))

@@ -1,8 +1,8 @@
 """Sounds computed with numpy alone: everyday events, hits, vowels and simple instruments.
 
 Every sound has VOICES voices. Voice v draws its main timbre parameter (a pitch, a rate, a size) from the v-th of VOICES
-equal parts of the range, so sounds of different voices never share it; HELD_OUT are the voices of the test split.
-Waveforms are float arrays at clips.SAMPLE_RATE; `timbre` runs from 0 to 1 over the range, `seconds` is the duration.
+equal parts of the range, so that two voices never have the same value; HELD_OUT are the voices of the test split.
+Waveforms are float arrays at clips.SAMPLE_RATE; `timbre` is 0 to 1 over the range, `seconds` is the duration.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ from hark.data.mini.clips import SAMPLE_RATE, decibels, faded, placed, samples
 
 VOICES = 12
 HELD_OUT = (2, 5, 6, 9)
-HIGHEST = 7_500.0  # Hz, where harmonics end: below half the sample rate, so nothing folds back
+HIGHEST = 7_500.0  # Hz of the highest harmonic: below half the sample rate, so that there is no aliasing
 
 
 def draw_voice(test: bool, rng: Generator) -> int:
@@ -24,7 +24,7 @@ def draw_timbre(voice: int, rng: Generator) -> float:
 
 
 def _log_range(low: float, high: float, timbre: float) -> float:
-    """The value at `timbre` between low and high, on a logarithmic scale."""
+    """The value between low (timbre 0) and high (timbre 1) on a logarithmic scale."""
     return low * (high / low) ** timbre
 
 
@@ -61,7 +61,7 @@ def _band_noise(length: int, centre: float, width: float, rng: Generator) -> np.
 
 
 def _wander(length: int, rate: float, rng: Generator) -> np.ndarray:
-    """A random curve that turns about `rate` times per second; between -1 and 1."""
+    """A random curve between -1 and 1, linear between about `rate` random values per second."""
     knots = rng.uniform(-1, 1, max(int(length / SAMPLE_RATE * rate), 1) + 2)
     return np.interp(np.linspace(0, len(knots) - 1, length), np.arange(len(knots)), knots)
 
@@ -203,7 +203,7 @@ HITS = {"drum": drum, "clap": clap, "beep": beep}
 
 # Vowels
 
-FORMANTS = {  # Hz, a man's, after Peterson and Barney (1952)
+FORMANTS = {  # Hz, of men, after Peterson and Barney (1952)
     "ah": (730, 1090, 2440),
     "eh": (530, 1840, 2480),
     "ee": (270, 2290, 3010),
@@ -213,7 +213,7 @@ FORMANTS = {  # Hz, a man's, after Peterson and Barney (1952)
 
 
 def vowel(name: str, seconds: float, timbre: float, rng: Generator) -> np.ndarray:
-    """A sung vowel; timbre 0 is a large, low voice and 1 a small, high one."""
+    """A sung vowel; timbre 0 is a low voice with low formants, 1 a high voice with high formants."""
     length, scale = samples(seconds), _log_range(0.92, 1.25, timbre)
     glide = 2 ** (rng.uniform(-0.25, 0.25) * np.linspace(-1, 1, length) + 0.02 * _wander(length, 6, rng))
     voice = _pulses(_log_range(95, 230, timbre) * rng.uniform(0.9, 1.1) * glide, length)
@@ -226,7 +226,7 @@ def vowel(name: str, seconds: float, timbre: float, rng: Generator) -> np.ndarra
     return faded(_shaped(voice, tract) + 1e-5 * rng.standard_normal(length), 0.04)
 
 
-# Instruments, used where no SoundFont is installed
+# Instruments, used if no SoundFont is installed
 
 # name: (partials' frequency ratios, their fall-off exponent, decay per second, attack in seconds, vibrato, breath)
 INSTRUMENTS = {

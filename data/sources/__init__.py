@@ -1,6 +1,6 @@
-"""Published data sets that become questions in the R1-AQA format: one small module each, and this table of them.
+"""Published data sets that can be converted to the R1-AQA format: one module each, and the table of them.
 
-A source is a function from a row to a Question. Add your own to SOURCES.
+The module of a source has a function from a row to a Question. Add your own to SOURCES.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,8 @@ class Source:
 
     dataset: str  # the `dataset_name` of its questions
     question: Callable[[dict], Question]
-    benchmark: bool = False  # its questions are taken as they are, and keep their ids
-    is_visual: Callable[[dict], bool] | None = None  # tells questions that cannot be answered by listening
+    benchmark: bool = False  # equal choices and unknown answers are kept, and ids are never changed
+    is_visual: Callable[[dict], bool] | None = None  # whether a row's question is about the picture of a video
 
 
 SOURCES: dict[str, Source] = {
@@ -33,5 +33,5 @@ SOURCES: dict[str, Source] = {
 
 
 def find_source(name: str) -> Source:
-    """The source of that name; an unknown name is a DataError that offers the nearest."""
+    """The source of that name; an unknown name is a DataError that suggests the nearest."""
     return named(SOURCES, name, kind="source")

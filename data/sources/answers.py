@@ -1,4 +1,4 @@
-"""Which choice an answer means, and the choices that stand within a question's text."""
+"""Finds the choice that an answer names, and the choices that are part of a question's text."""
 
 import re
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from hark.data.sources.rows import SourceError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LABEL = re.compile(r"(?:\(([A-Z])\)|([A-Z])[.):])\s*(.*)", re.DOTALL)  # "(A) x", "A. x", "A) x", "A: x"
-# The two ways options stand in a text: "(A) x" anywhere, and "A. x" or "A) x" at the beginning of a line.
+# Options in a text: "(A) x" anywhere, or "A. x" or "A) x" at the beginning of a line.
 OPTIONS = (re.compile(r"(?<!\S)\(([A-Z])\)\s*"), re.compile(r"(?m)^[ \t]*([A-Z])[.)][ \t]*"))
 HEADING = re.compile(
     r"\s*(?:(?:please )?choose (?:the )?\w+ (?:option|answer|choice)\b[^.?!\n]*[:.]|choices:|options:)\s*$",
@@ -19,24 +19,24 @@ HEADING = re.compile(
 def find_answer(answer: str, choices: Sequence[str]) -> int:
     """The index of the choice that an answer names: by its text, else by its letter ("B", "(B)", "B. text").
 
-    The text is compared as it is and then as the rewards compare it; a letter with a text that is not its choice's is
-    a contradiction. SourceError where no choice, or more than one, is meant.
+    Texts are compared exactly first, then normalised. A letter with a text must be followed by the text of its choice.
+    SourceError where the answer names no choice, or several different ones.
     """
     for same in (str.strip, normalise):
         matches = [index for index, choice in enumerate(choices) if same(choice) == same(answer)]
         if matches and len({choices[index] for index in matches}) == 1:
             return matches[0]
-    letter, said = split_label(answer)
+    letter, rest = split_label(answer)
     index = LETTERS.find(letter) if letter else len(choices)
-    if index < len(choices) and (not normalise(said) or normalise(said) == normalise(choices[index])):
+    if index < len(choices) and (not normalise(rest) or normalise(rest) == normalise(choices[index])):
         return index
     raise SourceError("answer not among the choices", f"the answer {answer!r} is none of the choices {list(choices)}")
 
 
 def benchmark_answer(answer: str, choices: Sequence[str]) -> int | str | None:
-    """An answer of a benchmark: the index of its choice, its own text where it is none of them, None where it is empty.
+    """The index of a benchmark's answer; its text if it is none of the choices; None if it is empty.
 
-    A benchmark's question is never left out for its answer: its own script asks and counts it as well.
+    A benchmark's question is never left out because of its answer, since the official script counts it as well.
     """
     if not answer.strip():
         return None
@@ -47,7 +47,7 @@ def benchmark_answer(answer: str, choices: Sequence[str]) -> int | str | None:
 
 
 def split_label(answer: str) -> tuple[str, str]:
-    """The letter and the text of "B. text"; ("B", "") of a letter alone; ("", text) of a text without one."""
+    """("B", "text") of "B. text"; ("B", "") of a letter alone; ("", text) of a text without a letter."""
     answer = answer.strip()
     if len(answer) == 1 and answer in LETTERS:
         return answer, ""
@@ -56,16 +56,16 @@ def split_label(answer: str) -> tuple[str, str]:
 
 
 def unlabelled(choices: Sequence[str]) -> list[str]:
-    """The choices without "A. ", "B. ", ... where all have theirs, in order and with a text; else as they are."""
+    """The choices without "A. ", "B. ", ... if all have their letter, in order, and a text; else unchanged."""
     split = [split_label(choice) for choice in choices]
     labels = "".join(letter or "-" for letter, _ in split)
-    return [said for _, said in split] if LETTERS.startswith(labels) and all(said for _, said in split) else [*choices]
+    return [rest for _, rest in split] if LETTERS.startswith(labels) and all(rest for _, rest in split) else [*choices]
 
 
 def split_options(text: str) -> tuple[str, list[str]]:
-    """The question and the choices of a text that ends with its options; SourceError where there are none.
+    """The question and the choices of a text that ends with options; SourceError where there are none.
 
-    The last option ends with its line, since instructions to the model may follow.
+    The last option is its first line only, since instructions to the model may follow.
     """
     for pattern in OPTIONS:
         found = list(pattern.finditer(text))

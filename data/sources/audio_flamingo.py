@@ -1,13 +1,14 @@
-"""Conversations in the format of Audio Flamingo 3: AudioSkills-XL, AF-Think and one's own.
+"""Conversations in the format of Audio Flamingo 3: AudioSkills-XL, AF-Think, and your own in the same format.
 
 Confirmed by NVIDIA/audio-flamingo: an array of {id, sound, duration, conversations}, where a human asks
 "<sound>\\nQuestion" and gpt answers; by its AF_Reasoning_Eval: options as "(A) one. (B) two." on one line or several,
-answers as "(B) two", and "Output the answer with <SUMMARY>, ... tags." after the options; ids name clips, so several
-rows may share one. Not confirmed: how each part of AF-Think words its conclusion; what is not understood is listed.
-Open questions, and conversations of several turns or clips, are no multiple-choice questions and are listed as well.
+answers as "(B) two", and "Output the answer with <SUMMARY>, ... tags." after the options; ids are names of clips, so
+several rows may have the same id. Not confirmed: how each part of AF-Think words its conclusion. A row whose answer is
+not found is listed as left out, and so are open questions and conversations of several turns or clips.
 """
 
 import re
+import reprlib
 
 from hark.data.sources.answers import find_answer, split_options
 from hark.data.sources.rows import Question, SourceError, text, value
@@ -18,8 +19,8 @@ CONCLUSION = re.compile(r"<(CONCLUSION|answer)>(.*?)</\1>", re.DOTALL)
 
 
 def question(row: dict) -> Question:
-    """A conversation of one question and one answer as a question."""
-    asked, said = _turns(row)
+    """The question of a conversation with one question and one answer."""
+    asked, reply = _turns(row)
     asked, choices = split_options(INSTRUCTION.sub("", TAG.sub("", asked)))
     sound = value(row, "sound")
     if isinstance(sound, list) and len(sound) != 1:
@@ -29,26 +30,28 @@ def question(row: dict) -> Question:
         clips=(text({"sound": sound[0] if isinstance(sound, list) else sound}, "sound"),),
         text=asked,
         choices=choices,
-        answer=_answer(said, choices),
+        answer=_answer(reply, choices),
     )
 
 
 def _turns(row: dict) -> tuple[str, str]:
     turns = value(row, "conversations")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise SourceError('wrong "conversations"', f'"conversations" is {turns!r}; expected a list of turns')
+        raise SourceError(
+            'wrong "conversations"', f'"conversations" is {reprlib.repr(turns)}; expected a list of turns'
+        )
     if [turn.get("from") for turn in turns] != ["human", "gpt"]:
         raise SourceError("not one question and one answer", f"has {len(turns)} turns; expected human, gpt")
     return text(turns[0], "value"), text(turns[1], "value")
 
 
-def _answer(said: str, choices: list[str]) -> int:
-    """The choice that a reply names: as a whole, or its conclusion, its last line, or what follows "answer is"."""
-    concluded = CONCLUSION.search(said)
-    said = (concluded[2] if concluded else said).strip()
-    for reply in (said, said.split("\n")[-1], said.rpartition("answer is")[2]):
+def _answer(reply: str, choices: list[str]) -> int:
+    """The choice that a reply names: by its conclusion or all of it, by its last line, or after "answer is"."""
+    concluded = CONCLUSION.search(reply)
+    reply = (concluded[2] if concluded else reply).strip()
+    for part in (reply, reply.split("\n")[-1], reply.rpartition("answer is")[2]):
         try:
-            return find_answer(reply, choices)
+            return find_answer(part, choices)
         except SourceError as error:
             fault = error
     raise fault

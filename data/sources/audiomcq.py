@@ -1,9 +1,9 @@
 """AudioMCQ (He et al., ICLR 2026): JSON lines, also AudioMCQ-StrongAC-GeminiCoT's data.jsonl.
 
 Confirmed by the card of inclusionAI/AudioMCQ and by NeMo-RL's reader of the subset: `source_dataset`, `id`,
-`question_type`, `audio_path` beneath the data set's directory, `question`, `choices`, `answer` as the text of a choice.
-Not confirmed: whether rows say `audio-contribution` (weak or strong), and that ids differ between source data sets; the
-converter tells those that do not apart. The reasoning that rows carry is not used.
+`question_type`, `audio_path` relative to the data set's directory, `question`, `choices`, `answer` as the text of a
+choice. Not confirmed: that rows have `audio-contribution` (weak or strong), and that ids differ between source data
+sets; the converter numbers repeated ids. The reasoning in the rows is not used.
 """
 
 from hark.data.sources.answers import find_answer, unlabelled
@@ -11,7 +11,7 @@ from hark.data.sources.rows import Question, label, text, texts
 
 
 def question(row: dict) -> Question:
-    """A row as a question: its type (sound, music, speech, temporal) is the task, the clip's source the category."""
+    """The question of a row; its type (sound, music, speech, temporal) is the task, the clip's source the category."""
     choices = unlabelled(texts(row, "choices", "multi_choice"))
     return Question(
         id=text(row, "id"),

@@ -1,4 +1,4 @@
-"""A file of a source becomes a file of questions in the R1-AQA format, and nothing is lost without being listed."""
+"""Converts a file of a source to a file of questions in the R1-AQA format, and lists every row that is left out."""
 
 import json
 import os
@@ -9,37 +9,39 @@ from pathlib import Path
 
 from hark.data.errors import DataError
 from hark.data.examples import BadExample, load_examples, parse_example
+from hark.data.json_files import as_text, read_rows
 from hark.data.sources import Source
-from hark.data.sources.rows import Question, SourceError, read_rows
+from hark.data.sources.rows import Question, SourceError
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 
 
 @dataclass
 class Conversion:
-    """What became of the rows of a file."""
+    """The result of converting a file."""
 
     read: int = 0
     records: list[dict] = field(default_factory=list)  # good questions, in file order
     bad: list[BadExample] = field(default_factory=list)  # rows that were left out, and why
-    kinds: Counter[str] = field(default_factory=Counter)  # how many of them by kind of fault
-    missing: dict[str, None] = field(default_factory=dict)  # the clips that were not found, in order
-    visual: int = 0  # rows dropped because they have to be seen
-    renamed: int = 0  # ids that were used before and now end in a number
+    kinds: Counter[str] = field(default_factory=Counter)  # the number of bad rows by kind of fault
+    missing: dict[str, None] = field(default_factory=dict)  # the clips that were not found, in file order
+    visual: int = 0  # rows dropped because their question is about the picture
+    renamed: int = 0  # repeated ids, which got a number: id#2
 
 
 def convert(source: Source, path: str | Path, *, audio: Path, root: Path, drop_visual: bool = False) -> Conversion:
-    """The questions of a file whose clips lie in the directory `audio`, with clips beneath `root` named from there.
+    """Convert the rows of a file. audio: directory of the clips; root: directory that clips' paths are relative to.
 
-    A row that cannot be converted is listed with its reason. Ids that name a clip come again with its next question,
-    which is then called "id#2"; a benchmark's are what its scores are computed by: there, the later row is left out.
+    A row that cannot be converted is listed with its reason. In a training set, an id that occurs again gets a number,
+    "id#2", since some sets use the name of the clip as the id. A benchmark's ids are never changed: a row whose id
+    occurred before is left out.
     """
     result, clips = Conversion(), _Clips(audio)
     used: Counter[str] = Counter()
     for where, row in read_rows(path):
         result.read += 1
         try:
-            if isinstance(row, SourceError):
+            if isinstance(row, DataError):
                 raise row
             if drop_visual and source.is_visual and source.is_visual(row):
                 result.visual += 1
@@ -49,9 +51,10 @@ def convert(source: Source, path: str | Path, *, audio: Path, root: Path, drop_v
             if used[identity] and source.benchmark:
                 raise SourceError("id used twice", f'"id" {identity!r} was used before; a benchmark\'s ids must differ')
         except DataError as error:
-            given = "" if isinstance(row, SourceError) else str(row.get("id", ""))
+            given = "" if error is row else as_text(row.get("id")) or ""
             result.bad.append(BadExample(where, given, str(error)))
-            result.kinds[error.kind if isinstance(error, SourceError) else "not a usable question"] += 1
+            kind = error.kind if isinstance(error, SourceError) else "not a usable question"
+            result.kinds["not a JSON object" if error is row else kind] += 1
         else:
             used[identity] += 1
             if used[identity] > 1:
@@ -63,10 +66,10 @@ def convert(source: Source, path: str | Path, *, audio: Path, root: Path, drop_v
 
 
 def _record(source: Source, question: Question, clips: "_Clips", root: Path, where: str) -> dict:
-    """The record of a question, checked as it will be when it is loaded."""
+    """The record of a question; DataError if `load_examples` would not accept it."""
     record = {
         "id": question.id,
-        "audio_path": _name(clips.find(question.clips, required=not source.benchmark), root),
+        "audio_path": _relative(clips.find(question.clips, required=not source.benchmark), root),
         "question_text": question.text,
         "multi_choice": question.choices,
         "answer": question.answer,
@@ -80,33 +83,34 @@ def _record(source: Source, question: Question, clips: "_Clips", root: Path, whe
 
 
 class _Clips:
-    """Finds clips in a directory, and notes those that are not there."""
+    """Finds clips in a directory, and collects the names of those that are missing."""
 
     def __init__(self, directory: Path) -> None:
         if not directory.is_dir():
             raise DataError(f"{directory}: not a directory; expected the clips there; name it with --audio")
         self.missing: dict[str, None] = {}
         self._directory = directory
-        self._used: dict[str, str] = {}  # file -> name it was found by
+        self._used: dict[str, str] = {}  # file -> the name that it was found for
 
     def find(self, names: Sequence[str], *, required: bool) -> str:
-        """The file of the first of these names that there is: below the directory as it stands, or by its last part.
+        """The path of the first of these names that exists: DIRECTORY/NAME, or DIRECTORY/the last part of NAME.
 
-        Without one, where it would be, unless it is required: a benchmark's question stays, to be counted as wrong.
+        If none exists: SourceError if `required`, else the path of the first name. A benchmark's question is kept
+        without its clip, so that it is counted as wrong.
         """
         for name in names:
-            for place in dict.fromkeys((name, os.path.basename(name))):
+            for tail in dict.fromkeys((name, os.path.basename(name))):
                 for suffix in ("",) if os.path.splitext(name)[1].lower() in SUFFIXES else SUFFIXES:
-                    path = os.path.abspath(self._directory / (place + suffix))
+                    path = os.path.abspath(self._directory / (tail + suffix))
                     if os.path.isfile(path):
-                        return self._of_one_name(path, names[0])
+                        return self._unambiguous(path, names[0])
         self.missing[names[0]] = None
         if not required:
             return os.path.abspath(self._directory / names[0])
         raise SourceError("missing clip", f"{' or '.join(names)}: no such clip in {self._directory}")
 
-    def _of_one_name(self, path: str, name: str) -> str:
-        """A file found by its last part may be another clip's: the wrong sound would never be noticed."""
+    def _unambiguous(self, path: str, name: str) -> str:
+        """The path; SourceError if the file was found for another name before, which may be another clip."""
         name = os.path.normpath(name)
         other = self._used.setdefault(path, name)
         if other != name:
@@ -114,14 +118,14 @@ class _Clips:
         return path
 
 
-def _name(path: str, root: Path) -> str:
-    """The path from `root` if it lies beneath it, so that both can be moved together; else as it is."""
+def _relative(path: str, root: Path) -> str:
+    """The path relative to `root` if it is inside it, so that both can be moved together; else the absolute path."""
     root = Path(os.path.abspath(root))
     return Path(path).relative_to(root).as_posix() if Path(path).is_relative_to(root) else path
 
 
 def write(result: Conversion, output: Path, *, benchmark: bool) -> None:
-    """Write the records to `output`, whole or not at all, after reading them back; DataError if they do not load."""
+    """Write the records to a temporary file, load it as a check, and rename it to `output`; DataError if it fails."""
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(output.name + ".partial")
     try:
@@ -134,9 +138,11 @@ def write(result: Conversion, output: Path, *, benchmark: bool) -> None:
 
 
 def write_bad(result: Conversion, path: Path) -> None:
-    """List the rows that were left out, in place of an older list; without any, there is no list."""
+    """Write the list of rows that were left out, and overwrite an older one; without such rows there is no file."""
     path.unlink(missing_ok=True)
     if result.bad:
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = "".join(bad.json_line() for bad in result.bad)
-        path.write_text(lines, encoding="utf-8", errors="backslashreplace")  # a bad row's id may be no good text
+        path.write_text(
+            lines, encoding="utf-8", errors="backslashreplace"
+        )  # a bad row's id may hold half of a surrogate pair

@@ -1,7 +1,7 @@
 """MMAR (Ma et al., 2025): MMAR-meta.json, an array, or MMAR-meta.jsonl.
 
-Confirmed by the columns of copies on the hub and by published readers: all keys below. A few answers are none of the
-choices; they stay as they are, to be judged as MMAR's script does.
+Confirmed by MMAR-meta.jsonl in ddlBoJack/MMAR: all keys below. An answer that is none of the choices is kept as text,
+and graded by its words as in MMAR's script.
 """
 
 from hark.data.sources.answers import benchmark_answer
@@ -9,7 +9,7 @@ from hark.data.sources.rows import Question, label, text, texts
 
 
 def question(row: dict) -> Question:
-    """A row as a question: its modality (sound, music, speech and their mixes) is the task."""
+    """The question of a row; its modality (sound, music, speech and their mixes) is the task."""
     choices = texts(row, "choices")
     return Question(
         id=text(row, "id"),

@@ -1,7 +1,7 @@
 """MMAU (Sakshi et al., ICLR 2025): mmau-test-mini.json and mmau-test.json.
 
 Confirmed by the files in Sakshi113/MMAU: all keys below, and the clip's path in `audio_id`. The answers to the 9,000
-questions of the test are not public: `answer` is empty there, and null in what becomes of it.
+questions of the test are not public: `answer` is empty there, and null in the converted file.
 """
 
 from hark.data.sources.answers import benchmark_answer
@@ -9,7 +9,7 @@ from hark.data.sources.rows import Question, label, text, texts
 
 
 def question(row: dict) -> Question:
-    """A row as a question, its choices as they are."""
+    """The question of a row; its choices are not changed."""
     choices, answer = texts(row, "choices"), label(row, "answer")
     return Question(
         id=text(row, "id"),

@@ -1,7 +1,7 @@
 """MMSU (Wang et al., 2025): question/mmsu.jsonl of ddwang2000/MMSU.
 
-Confirmed by the authors' mmsu_inference.py: all keys below, and that `choice_c` and `choice_d` may be missing; by a
-published reader: that choices and answers may be bare numbers.
+Confirmed by mmsu_inference.py in dingdongwang/MMSU: all keys below, and that `choice_c` and `choice_d` may be missing.
+Confirmed by a published reader: that choices and answers may be numbers.
 """
 
 from hark.data.sources.answers import benchmark_answer
@@ -9,7 +9,7 @@ from hark.data.sources.rows import Question, label, text
 
 
 def question(row: dict) -> Question:
-    """A row as a question; its `task_name` is one of 47, its category Perception or Reasoning."""
+    """The question of a row; its `task_name` is one of 47, its category Perception or Reasoning."""
     choices = [text(row, "choice_a"), text(row, "choice_b")]
     choices += [text(row, key) for key in ("choice_c", "choice_d") if row.get(key) not in (None, "")]
     return Question(

@@ -1,19 +1,19 @@
-"""What a file of questions holds, found out by decoding every clip: lengths, formats, faults, ways to score unheard."""
+"""The figures of a file of questions: lengths and formats of its decoded clips, faults, answers and baselines."""
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
 from hark.data.audio import Header, load_waveform, read_header
-from hark.data.benchmarks.baselines import always_first, chance, longest_choice
+from hark.data.benchmarks.baselines import baseline_figures
 from hark.data.errors import AudioError, MissingClipError, SilentClipError, SkippedClipError
 from hark.data.examples import BadExample, Example
+from hark.data.parallel import in_threads
 
 SAMPLE_RATE = 16_000  # Hz, of all supported models
 LENGTHS = (1, 2, 5, 10, 20, 30, 60, 120, 300)  # seconds, upper ends of the histogram's bins
-# The faults of clips by their errors, the particular before the general.
+# The name of each fault by its error; subclasses come before their base class.
 FAULTS: dict[type[AudioError], str] = {
     MissingClipError: "missing",
     SilentClipError: "silent",
@@ -24,11 +24,11 @@ FAULTS: dict[type[AudioError], str] = {
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip, as its header and its samples have it."""
+    """What the header and the samples of one clip say."""
 
     header: Header | None  # None where the file cannot be opened
-    seconds: float | None  # decoded; of an over-long clip by its header; None where not known
-    fault: str = ""  # one of FAULTS' values, or none
+    seconds: float | None  # of the decoded samples; of a silent or over-long clip by its header; None if not known
+    fault: str = ""  # one of FAULTS' values, or ""
     reason: str = ""
 
 
@@ -50,15 +50,15 @@ def inspect(example: Example, *, max_seconds: float) -> Clip:
 def inspect_all(examples: Sequence[Example], *, max_seconds: float, workers: int) -> list[Clip]:
     """The clip of each example, in order; a clip that several questions share is decoded once."""
     first = {example.audio_path: example for example in reversed(examples)}
-    with ThreadPoolExecutor(workers) as threads:
-        clips = threads.map(lambda example: inspect(example, max_seconds=max_seconds), first.values())
-        found = dict(zip(first, clips, strict=True))
+    clips = in_threads(lambda example: inspect(example, max_seconds=max_seconds), first.values(), workers=workers)
+    found = dict(zip(first, clips, strict=True))
     return [found[example.audio_path] for example in examples]
 
 
 def survey(examples: Sequence[Example], bad: Sequence[BadExample], clips: Sequence[Clip]) -> dict:
-    """All figures of a file: of its lines, of its clips (each counted once) and of its answers; plain for JSON."""
+    """All figures of a file as plain values for JSON; a clip that several questions share is counted once."""
     unique = list({example.audio_path: clip for example, clip in zip(examples, clips, strict=True)}.values())
+    known = [example.answer for example in examples if example.answer is not None]
     return {
         "questions": len(examples),
         "clips": len(unique),
@@ -67,7 +67,10 @@ def survey(examples: Sequence[Example], bad: Sequence[BadExample], clips: Sequen
         **_lengths([clip.seconds for clip in unique if clip.seconds is not None]),
         "sample_rates": _counted(clip.header.sample_rate for clip in unique if clip.header),
         "channels": _counted(clip.header.channels for clip in unique if clip.header),
-        **_answers(examples),
+        "choices": _counted((len(example.choices) for example in examples), ordered=True),
+        "answers": _counted((answer + 1 for answer in known), ordered=True),
+        "unanswered": len(examples) - len(known),
+        **baseline_figures(examples),
         "faults": {"bad line": [line.record() for line in bad], **_faults(examples, clips)},
     }
 
@@ -82,23 +85,6 @@ def _lengths(seconds: list[float]) -> dict:
     return {"seconds": figures | {"total": sum(seconds)}, "lengths": named | longer}
 
 
-def _answers(examples: Sequence[Example]) -> dict:
-    """Where the right answers stand, and how often they are right who do not listen; of questions with an answer."""
-    known = [example for example in examples if example.answer is not None]
-
-    def share(baseline: Callable[[Example], float]) -> float | None:
-        return fmean(baseline(example) for example in known) if known else None
-
-    return {
-        "choices": _counted((len(example.choices) for example in examples), ordered=True),
-        "answers": _counted((example.answer + 1 for example in known), ordered=True),
-        "unanswered": len(examples) - len(known),
-        "always_first": share(always_first),
-        "longest_choice": share(longest_choice),
-        "chance": share(chance),
-    }
-
-
 def _faults(examples: Sequence[Example], clips: Sequence[Clip]) -> dict[str, list[dict]]:
     """The questions whose clips cannot be used, by fault."""
     faults: dict[str, list[dict]] = {name: [] for name in FAULTS.values()}
@@ -109,7 +95,7 @@ def _faults(examples: Sequence[Example], clips: Sequence[Clip]) -> dict[str, lis
 
 
 def _counted(values: Iterable[Hashable], *, ordered: bool = False) -> dict[str, int]:
-    """How often each value occurs, the most frequent first, or in the values' order."""
+    """How often each value occurs, the most frequent first, or in the order of the values."""
     counts = Counter(values)
     pairs = sorted(counts.items()) if ordered else counts.most_common()
     return {str(key): count for key, count in pairs}

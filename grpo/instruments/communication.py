@@ -1,20 +1,21 @@
-"""The bytes that ranks send one another in a step of GRPO, by a formula.
+"""The bytes that each rank receives in a step of GRPO, by a formula. With ring algorithms it sends as much.
 
-    bytes     = (n - 1) / n * (d * gathered + 4 * reduced) + 2 (R - 1) / R * 4 * reduced / n
-    gathered  = root * (1 + copy + E M) + layers * (1 + reference + E M * (2 if resharding else 1))
-    reduced   = trained * E M
-    reference = M if resharding else copy; 0 without a reference
+    bytes     = (shards - 1) / shards * (d * gathered + 4 * reduced)
+                + 2 (replicas - 1) / replicas * 4 * reduced / shards
+    gathered  = root * (1 + copy + updates) + layers * (1 + reference + updates * (2 if resharding else 1))
+    reduced   = trained * updates
+    reference = micro-batches if resharding else copy; 0 without a reference
 
-This is what each rank receives; with ring algorithms it sends as much. n ranks share one copy of the weights. In an
-all-gather or a reduce-scatter each of them receives (n - 1) / n of the whole tensor. In an all-reduce over R replicas
-each receives 2 (R - 1) / R of its tensor.
+shards: ranks that share one copy of the weights. In an all-gather or a reduce-scatter a rank receives
+(shards - 1) / shards of the full tensor; in an all-reduce, 2 (replicas - 1) / replicas of its tensor.
 
-root, layers: elements of sharded weights in FSDP's root unit and in its layers, those of the reference where it has
-weights of its own. trained: those with a gradient. A weight is padded to a multiple of n rows, and the padding counts.
-d: bytes per element of the compute dtype; gradients are reduced in float32. E M: inner epochs times micro-batches, of
-which there are fewer where groups are skipped. The rollout gathers all weights once. copy: 1 where the reference has
-weights of its own, whose root is gathered once; else 0: the reference pass then gathers the policy's root, which stays
-gathered for the policy's first micro-batch.
+root, layers: elements of sharded weights in FSDP's root unit and in its layers; for a reference with weights of its
+own, those of the reference. trained: elements with a gradient. FSDP pads a weight to a multiple of `shards` rows,
+and the padding counts. d: bytes per element of the compute dtype; gradients are reduced in float32.
+
+updates: inner epochs times micro-batches, fewer if groups are skipped. The rollout gathers all weights once. copy: 1 if
+the reference has weights of its own, whose root is gathered once; else 0. With copy 0 the reference pass gathers the
+policy's root, and the policy's first micro-batch uses it without gathering it again.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ FLOAT = 4  # bytes of float32
 
 @dataclass(frozen=True)
 class Sharded:
-    """Elements of a policy's sharded weights, each with the rows that pad it to a multiple of the ranks."""
+    """Elements of a policy's sharded weights, including the rows that pad each to a multiple of the ranks."""
 
     root: int
     layers: int
@@ -40,7 +41,7 @@ class Sharded:
 
 
 def sharded_elements(policy: Policy, shards: int) -> Sharded:
-    """What is sharded of a policy, before or after it is."""
+    """Elements of the weights that FSDP shards over `shards` ranks; the policy may be sharded or not yet."""
     whole = whole_weights(policy)
     padded = {p: _padded(p.shape, shards) for p in policy.parameters() if p not in whole}
     in_layers = {p for layer in policy.layers() for p in layer.parameters()}
@@ -62,7 +63,11 @@ def step_bytes(
     micro_batches: int,
     inner_epochs: int = 1,
 ) -> float:
-    """Bytes that a rank receives in a step of GRPO, by the formula above."""
+    """Bytes that a rank receives in a step of GRPO, by the formula of this module.
+
+    reference: a policy with weights of its own, the policy with its adapters disabled, or None.
+    dtype: of the computation. reshard: whether layers are gathered again for the backward.
+    """
     own, updates = sharded_elements(policy, shards), inner_epochs * micro_batches
     gathered = own.root * (1 + updates) + own.layers * (1 + updates * (2 if reshard else 1))
     if reference is not None:

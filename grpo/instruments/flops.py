@@ -1,22 +1,24 @@
-"""The multiply-adds that a step cannot do without, and the best rate at which this machine does any.
+"""The multiply-adds that a step needs at least, by a formula, and the fastest rate of multiply-adds measured here.
 
-    forward = sum over prompts of tower(f) + A * projector + P * token + pairs(0, P)
+    forward = sum over prompts of tower(F) + audio * projector + P * token + pairs(0, P)
               + sum over completions of (T - 1) * token + pairs(P, P + T - 1) + T * head
-    tower(f) = sum over convolutions of places * weights + s * layers + s^2 * heard pair
+    tower(F) = sum over convolutions of outputs * weights + s * tower_position + s^2 * tower_pair
     pairs(first, last) = sum over layers of pair * sum over i in first .. last - 1 of min(i + 1, window)
 
-f are the clip's real mel frames, s = places behind the convolutions (50 per second), A the audio embeddings. So each
-prompt token, each real frame and each completion token counts once; a completion's last token is drawn, never fed; and
-the LM head counts at completion positions alone. A token attends to the prompt and to its own branch. The prefill and
-the decoding of a rollout together, the reference's forward and the policy's are one `forward` each, but that a rollout
-draws a group's G first tokens from one prediction; a group that has no gradient needs no forward and backward of the
-policy. Norms, activations and softmax, which are no matrix products, count nothing. One multiply-add is two
-floating-point operations.
+F: mel frames of the clip, without padding. s: positions behind the convolutions, 50 per second. audio: audio embeddings
+of the prompt. P: prompt tokens. T: tokens of one completion. The other names are fields of `Cost`.
 
-A backward is two forwards, one for the gradient of each of a product's factors, less those that nobody needs: that of
-a frozen weight; that of the mel frames; with the embeddings frozen, that of the first layer's input; with the tower
-frozen, that of the projector's. A frozen tower is heard once a step, whoever needs what it gives, and never in a
-backward. The reference has no adapters.
+- Each mel frame, prompt token and completion token counts once. A token attends to the prompt and to its own branch.
+- A completion's last token is sampled but not fed to the decoder, so T - 1 are fed.
+- The LM head counts for completion tokens only.
+- The rollout (prefill and decoding together), the reference pass and the policy's forward are one `forward` each. The
+  rollout applies the head once, not G times, for the first tokens of a group's G completions.
+- A backward counts two forwards: the gradients of the two factors of each product. Left out are gradients that nobody
+  needs: of frozen weights; of the mel frames; of the first layer's input if the embeddings are frozen; of the
+  projector's input if the tower is frozen.
+- A frozen tower runs once per step and has no backward. The reference has no adapters. A group without a gradient
+  has neither forward nor backward of the policy.
+- Norms, activation functions and softmax count 0. One multiply-add is two floating-point operations.
 """
 
 from __future__ import annotations
@@ -33,20 +35,21 @@ from hark.models.lora import LoraLinear
 from hark.models.policy import Policy, Prompt
 
 SIZES = (512, 1024, 2048, 4096, 8192)  # of the square matrices whose product is timed
-PATIENCE = 0.5  # seconds that a product may take; larger ones are not tried
-CUDA = "cuda"
-READERS = ("q_proj", "k_proj", "v_proj")  # the linear layers that read a decoder layer's input
+MAX_SECONDS = 0.5  # per product; a size that is expected to take longer is not tried
+INPUT_PROJECTIONS = ("q_proj", "k_proj", "v_proj")  # the linear layers whose input is the decoder layer's
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Multiply-adds of a policy per unit of work; all 0 for the tower of a policy without one.
+    """Multiply-adds of a policy per unit of work; without a tower its fields are 0.
 
-    token: the decoder's linear layers with their adapters, per token; adapters: these alone. pair: one decoder layer's
-    attention, per query and key it attends to. windows: how many positions back each decoder layer looks. head: the LM
-    head, per position. convolutions: (stride so far, weights) of each, per place of its output. layers: the tower's
-    linear layers, per place; tower_pair: its attention, per pair of places; frozen_tower: whether none of it is
-    trained. projector: per audio embedding. spared_*: what a backward does not need of twice the forward.
+    token: per token, of the decoder's linear layers and their adapters. adapters: of the adapters alone.
+    pair: per query-key pair, of one decoder layer's attention. windows: each decoder layer's window, None for full.
+    head: per position, of the LM head. projector: per audio embedding.
+    convolutions: for each, (stride of its output in mel frames, multiply-adds per output position).
+    tower_position: per position, of the tower's linear layers. tower_pair: per pair of positions, of its attention.
+    frozen_tower: whether no parameter of the tower is trained.
+    skipped_*: the part of a backward, counted as two forwards, that is not needed.
     """
 
     token: int
@@ -55,29 +58,29 @@ class Cost:
     head: int
     adapters: int = 0
     convolutions: tuple[tuple[int, int], ...] = ()
-    layers: int = 0
+    tower_position: int = 0
     tower_pair: int = 0
     frozen_tower: bool = False
     projector: int = 0
-    spared_token: int = 0
-    spared_head: int = 0
-    spared_projector: int = 0
+    skipped_token: int = 0
+    skipped_head: int = 0
+    skipped_projector: int = 0
 
     def tower(self, frames: int) -> int:
-        """Multiply-adds of hearing a clip of `frames` real mel frames."""
+        """Multiply-adds of the tower's forward for a clip of `frames` real mel frames."""
         if not self.convolutions:
             return 0
-        convolved = sum(_places(frames, stride) * weights for stride, weights in self.convolutions)
-        places = _places(frames, self.convolutions[-1][0])
-        return convolved + places * self.layers + places**2 * self.tower_pair
+        convolved = sum(_positions(frames, stride) * weights for stride, weights in self.convolutions)
+        positions = _positions(frames, self.convolutions[-1][0])
+        return convolved + positions * self.tower_position + positions**2 * self.tower_pair
 
-    def spared_tower(self, frames: int) -> int:
-        """Multiply-adds of the gradient with respect to the mel frames, which a backward leaves out."""
-        return sum(_places(frames, stride) * weights for stride, weights in self.convolutions[:1])
+    def skipped_tower(self, frames: int) -> int:
+        """Multiply-adds of the gradient of the mel frames, which a backward does not need."""
+        return sum(_positions(frames, stride) * weights for stride, weights in self.convolutions[:1])
 
     def tokens(self, first: int, last: int) -> int:
-        """Multiply-adds of feeding the decoder the tokens at positions first .. last - 1 of a prompt and a branch."""
-        pairs = sum(_attended(first, last, window) for window in self.windows)
+        """Multiply-adds of the decoder for the tokens at positions first .. last - 1 of a sequence."""
+        pairs = sum(_pairs(first, last, window) for window in self.windows)
         return (last - first) * self.token + pairs * self.pair
 
 
@@ -85,24 +88,24 @@ class Cost:
 class Macs:
     """Multiply-adds of the passes over a step's prompts and completions.
 
-    heard: a frozen tower's, once for all passes. rollout, reference: over all groups. forward, backward: over those
-    that have a gradient.
+    tower: of a frozen tower, which runs once for all passes; 0 for a trained one, which is part of each pass.
+    rollout, reference: over all groups. forward, backward: over the groups that have a gradient.
     """
 
-    heard: int = 0
+    tower: int = 0
     rollout: int = 0
     reference: int = 0
     forward: int = 0
     backward: int = 0
 
     def step(self, *, rollout: bool = True, reference: bool = True, updates: int = 1) -> int:
-        """Of a whole step: the rollout, the reference's forward, and each update's forward and backward."""
-        once = self.heard + rollout * self.rollout + reference * self.reference
+        """Of a whole step. rollout, reference: whether it has these passes. updates: forwards and backwards."""
+        once = self.tower + rollout * self.rollout + reference * self.reference
         return once + updates * (self.forward + self.backward)
 
 
 def cost_of(policy: Policy) -> Cost:
-    """What a policy's layers cost, from the sizes of its weights."""
+    """The cost of a policy's layers, from the sizes of their weights."""
     config, head = policy.decoder.config, policy.model.get_output_embeddings()
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     linear = list(_linears(policy.decoder))
@@ -113,8 +116,8 @@ def cost_of(policy: Policy) -> Cost:
         pair=2 * config.num_attention_heads * size,
         windows=tuple(policy.windows[kind] for kind in policy.layer_types),
         head=head.weight.numel(),
-        spared_token=_frozen(linear) + _unread_gradient(policy),
-        spared_head=_frozen([head]),
+        skipped_token=_frozen_weights(linear) + _skipped_input_gradient(policy),
+        skipped_head=_frozen_weights([head]),
     )
     return decoder if policy.tower is None else _with_tower(decoder, policy)
 
@@ -127,10 +130,10 @@ def macs(
     audio_id: int | None = None,
     groups_with_gradient: Collection[int] | None = None,
 ) -> Macs:
-    """Multiply-adds of passes over prompts with completions of the given lengths (B,), the stop token included.
+    """Multiply-adds of the passes over prompts and completions of the given lengths (B,), stop tokens included.
 
-    audio_id: the placeholder, by which a prompt's audio embeddings are counted. groups_with_gradient: places of the groups that have
-    a gradient; None is all.
+    audio_id: the placeholder token, which stands once for each audio embedding of a prompt.
+    groups_with_gradient: indices of the groups that have a gradient; None is all.
     """
     groups = lengths.unflatten(0, (len(prompts), -1)).tolist()
     passes = [_group(cost, *group, audio_id) for group in zip(prompts, groups, strict=True)]
@@ -140,9 +143,9 @@ def macs(
 
 
 def best_matmul_rate(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, repeat: int = 5) -> float:
-    """Multiply-adds per second of the fastest product of square matrices found, of the kind that linear layers do.
+    """Multiply-adds per second of the fastest product of two square matrices, computed as linear layers do.
 
-    Takes a second on a CPU.
+    Sizes in SIZES are tried. Takes about a second on a CPU.
     """
     rates = []
     for size in SIZES:
@@ -150,35 +153,35 @@ def best_matmul_rate(device: torch.device | str = "cpu", dtype: torch.dtype = to
         linear(a, b)
         seconds = min(_seconds(a, b) for _ in range(repeat))
         rates.append(size**3 / seconds)
-        if 2**3 * seconds > PATIENCE:
+        if 2**3 * seconds > MAX_SECONDS:
             break
     return max(rates)
 
 
 def _seconds(a: torch.Tensor, b: torch.Tensor) -> float:
-    if a.device.type == CUDA:
+    if a.device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
     linear(a, b)
-    if a.device.type == CUDA:
+    if a.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
 def _group(cost: Cost, prompt: Prompt, lengths: Sequence[int], audio_id: int | None) -> Macs:
-    """Passes over one prompt with its completions."""
-    start, drawn = len(prompt.ids), sum(lengths)
-    fed = start + drawn - len(lengths)
+    """Multiply-adds of the passes over one prompt and its completions of the given lengths."""
+    start, sampled = len(prompt.ids), sum(lengths)
+    fed = start + sampled - len(lengths)
     audio = 0 if audio_id is None else int((prompt.ids == audio_id).sum())
-    tower, spared = cost.tower(prompt.frames), cost.spared_tower(prompt.frames)
+    tower, skipped = cost.tower(prompt.frames), cost.skipped_tower(prompt.frames)
     forward = cost.tokens(0, start) + sum(cost.tokens(start, start + length - 1) for length in lengths)
-    forward += drawn * cost.head + audio * cost.projector
+    forward += sampled * cost.head + audio * cost.projector
     backward = 2 * forward
-    backward -= fed * cost.spared_token + drawn * cost.spared_head + audio * cost.spared_projector
+    backward -= fed * cost.skipped_token + sampled * cost.skipped_head + audio * cost.skipped_projector
     if not cost.frozen_tower:
-        forward, backward = forward + tower, backward + 2 * tower - spared
+        forward, backward = forward + tower, backward + 2 * tower - skipped
     return Macs(
-        heard=tower if cost.frozen_tower else 0,
+        tower=tower if cost.frozen_tower else 0,
         rollout=forward - (len(lengths) - 1) * cost.head,
         reference=forward - fed * cost.adapters,
         forward=forward,
@@ -187,7 +190,7 @@ def _group(cost: Cost, prompt: Prompt, lengths: Sequence[int], audio_id: int | N
 
 
 def _with_tower(decoder: Cost, policy: Policy) -> Cost:
-    """The cost with what the tower and the layers between it and the decoder add."""
+    """The decoder's cost completed by that of the tower and of the projector between tower and decoder."""
     tower, convolutions, stride = policy.tower, [], 1
     for module in tower.modules():
         if isinstance(module, nn.Conv1d):
@@ -199,21 +202,21 @@ def _with_tower(decoder: Cost, policy: Policy) -> Cost:
     return replace(
         decoder,
         convolutions=tuple(convolutions),
-        layers=_weights(_linears(tower)),
+        tower_position=_weights(_linears(tower)),
         tower_pair=2 * tower.config.d_model * len(tower.layers),
         frozen_tower=frozen,
         projector=size,
-        spared_projector=_frozen(projector) + frozen * size,
+        skipped_projector=_frozen_weights(projector) + frozen * size,
     )
 
 
-def _unread_gradient(policy: Policy) -> int:
-    """Multiply-adds per token of the gradient with respect to the first layer's input, if nothing before is trained."""
+def _skipped_input_gradient(policy: Policy) -> int:
+    """Multiply-adds per token of the gradient of the first layer's input; 0 if trained embeddings need it."""
     if policy.decoder.get_input_embeddings().weight.requires_grad:
         return 0
     modules = policy.decoder.layers[0].named_modules()
-    readers = [layer for name, layer in modules if name.endswith(READERS)]
-    return _weights(readers) + sum(layer.lora_A.numel() for layer in readers if isinstance(layer, LoraLinear))
+    projections = [layer for name, layer in modules if name.endswith(INPUT_PROJECTIONS)]
+    return _weights(projections) + sum(layer.lora_A.numel() for layer in projections if isinstance(layer, LoraLinear))
 
 
 def _linears(module: nn.Module) -> Iterable[nn.Linear]:
@@ -224,7 +227,7 @@ def _weights(layers: Iterable[nn.Linear]) -> int:
     return sum(layer.weight.numel() for layer in layers)
 
 
-def _frozen(layers: Iterable[nn.Linear]) -> int:
+def _frozen_weights(layers: Iterable[nn.Linear]) -> int:
     return _weights(layer for layer in layers if not layer.weight.requires_grad)
 
 
@@ -232,12 +235,12 @@ def _adapter(layer: nn.Linear) -> int:
     return layer.lora_A.numel() + layer.lora_B.numel() if isinstance(layer, LoraLinear) else 0
 
 
-def _places(frames: int, stride: int) -> int:
+def _positions(frames: int, stride: int) -> int:
     return (frames - 1) // stride + 1
 
 
-def _attended(first: int, last: int, window: int | None) -> int:
-    """Keys that the queries at positions first .. last - 1 attend to, themselves included."""
+def _pairs(first: int, last: int, window: int | None) -> int:
+    """Query-key pairs of one layer for the queries at positions first .. last - 1."""
     if window is None or last <= window:
         return (first + 1 + last) * (last - first) // 2
     return sum(min(i + 1, window) for i in range(first, last))

@@ -1,4 +1,4 @@
-"""What memory really holds: the bytes of all storages that live, seen from outside, tensor by tensor."""
+"""Measures the bytes of all tensor storages that are alive, on any device, with fake tensors too."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Bytes of all storages that live, and their peak since `phase` began; inside, FSDP's resizing counts too."""
+    """Counts the bytes of storages that operators return while it is active, until each storage is freed.
+
+    A storage that several tensors share counts once. FSDP resizes the storages of gathered weights; that counts too.
+    live: bytes alive now. peak: the highest value of `live` since the last `phase` began. peaks: by phase, in bytes.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
         self.peaks: dict[str, int] = {}
         self._sizes = WeakIdKeyDictionary()
-        self._deaths: dict[int, weakref.ref] = {}
+        self._finalizers: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
@@ -31,25 +35,27 @@ class MemoryTracker(TorchDispatchMode):
         return output
 
     def add(self, tree) -> None:
+        """Count the storages of all tensors in a nested structure; of a DTensor, the local shard's."""
         for tensor in tree_iter(tree):
             if isinstance(tensor, torch.Tensor):
-                self._note(getattr(tensor, "_local_tensor", tensor).untyped_storage())
+                self._record(getattr(tensor, "_local_tensor", tensor).untyped_storage())
 
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        held = self._sizes.get(storage)
-        if held is None:
-            held = self._sizes[storage] = [0]
-            self._deaths[id(held)] = weakref.ref(storage, partial(self._forget, held))
-        self.live += storage.nbytes() - held[0]
-        held[0] = storage.nbytes()
+    def _record(self, storage: torch.UntypedStorage) -> None:
+        size = self._sizes.get(storage)  # a list of one number, because the finalizer needs its latest value
+        if size is None:
+            size = self._sizes[storage] = [0]
+            self._finalizers[id(size)] = weakref.ref(storage, partial(self._free, size))
+        self.live += storage.nbytes() - size[0]
+        size[0] = storage.nbytes()
         self.peak = max(self.peak, self.live)
 
-    def _forget(self, held: list[int], _: weakref.ref) -> None:
-        self.live -= held[0]
-        del self._deaths[id(held)]
+    def _free(self, size: list[int], _: weakref.ref) -> None:
+        self.live -= size[0]
+        del self._finalizers[id(size)]
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """Set `peaks[name]` to the peak of `live` inside the block."""
         gc.collect()
         self.peak = self.live
         yield
@@ -58,12 +64,12 @@ class MemoryTracker(TorchDispatchMode):
     def __enter__(self):
         resize = torch.UntypedStorage.resize_
 
-        def counted(storage: torch.UntypedStorage, size: int) -> None:
+        def resize_and_record(storage: torch.UntypedStorage, size: int) -> None:
             resize(storage, size)
             if storage in self._sizes:
-                self._note(storage)
+                self._record(storage)
 
-        self._patch = mock.patch.object(torch.UntypedStorage, "resize_", counted)
+        self._patch = mock.patch.object(torch.UntypedStorage, "resize_", resize_and_record)
         self._patch.start()
         return super().__enter__()
 

@@ -1,6 +1,6 @@
 """What a run reports: metrics.jsonl, a console line with the time left, TensorBoard.
 
-Steps count from 1: step n is the n-th update, and what is known before the first update stands at step 0.
+Steps count from 1: step n is the n-th update. What is measured before the first update is logged as step 0.
 """
 
 import json
@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 
-PLAIN_INTERVAL = 5.0  # seconds between the lines of a console that is not a terminal
+PLAIN_INTERVAL = 5.0  # seconds between lines where stdout is not a terminal
 PACE_STEPS = 20  # the pace, and with it the time left, is the mean over this many steps
 BAR_WIDTH = 10  # characters
 
 
 class Metrics:
-    """The log of one run in `directory`; only rank 0 writes, on every other rank each method does nothing.
+    """The log of one run in `directory`. Rank 0 writes it; on other ranks each method does nothing.
 
-    `show` names the values of the console line, in order; a name that a step does not have is left out.
+    show: names of the values on the console line, in order; a name that a step does not have is left out.
     """
 
     def __init__(self, directory: str | Path, *, rank: int, total_steps: int, show: tuple[str, ...] = ()):
@@ -37,9 +37,10 @@ class Metrics:
             self._path.parent.mkdir(parents=True, exist_ok=True)
 
     def truncate(self, step: int) -> None:
-        """Drop every line with a step >= `step`, the first step that a resumed run takes; truncate(0) starts afresh.
+        """Drop every line of a step >= `step`, the first one of a resumed run; truncate(0) drops all.
 
-        A line torn by the crash is dropped too. Call it before the first log; the pace is counted from here on.
+        An incomplete last line, left by a crash, is dropped too. To be called before the first log. The time per step
+        is measured from this call on.
         """
         if not self._writes:
             return
@@ -64,7 +65,7 @@ class Metrics:
         self._console.step(step, values)
 
     def log_event(self, name: str, values: dict[str, Any]) -> None:
-        """Record something beside the steps, such as an evaluation, at values["step"] or else the last step logged."""
+        """Record an event, such as an evaluation, at values["step"] or else at the last logged step."""
         if not self._writes:
             return
         values = {"step": self._step, **values}
@@ -74,7 +75,7 @@ class Metrics:
         self._console.event(name, values["step"], shown)
 
     def close(self) -> None:
-        """Print the last step if it was held back, and close TensorBoard's file."""
+        """Print the last step if it is not printed yet, and close TensorBoard's file."""
         if self._writes:
             self._console.close()
         if self._board is not None:
@@ -82,7 +83,7 @@ class Metrics:
             self._board = None
 
     def _append(self, record: dict[str, Any]) -> None:
-        # Opened for each line: whatever happens next, the line is in the file, and truncate has no handle to renew.
+        # Opened for each line, so that the line is on disk whatever happens next.
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
 
@@ -129,7 +130,7 @@ def speed(values: dict[str, float], *, rate: float) -> dict[str, float]:
 
 
 def peak_gib(device: torch.device) -> float:
-    """The most memory in GiB that this process held: tensors on its GPU since `restart_peak`; on the CPU, all of it."""
+    """Peak memory of this process in GiB: tensors on its GPU since `restart_peak`, or the whole process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -137,13 +138,13 @@ def peak_gib(device: torch.device) -> float:
 
 
 def restart_peak(device: torch.device) -> None:
-    """Let `peak_gib` begin anew, where it can: on a GPU."""
+    """Let `peak_gib` start from the current memory, on a GPU."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 class _Console:
-    """One line that updates itself on a terminal; elsewhere a plain line every few seconds, and always the last."""
+    """On a terminal one line that is overwritten; elsewhere a new line every few seconds, and for the last step."""
 
     def __init__(self, total_steps: int, show: tuple[str, ...]):
         self._total = total_steps
@@ -190,7 +191,7 @@ class _Console:
 
 
 def _open_board(directory: Path, purge_step: int | None = None) -> Any:
-    """TensorBoard's writer, or a stand-in that writes nothing where the package is not installed."""
+    """TensorBoard's writer; where the package is not installed, one that writes nothing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -207,7 +208,7 @@ class _NoBoard:
 
 
 def _step_of(line: str) -> float:
-    """The step of a line; a line that is not whole counts as after every step."""
+    """The step of a line; infinite for an incomplete line, so that it is dropped."""
     try:
         return json.loads(line)["step"]
     except ValueError:
@@ -215,7 +216,7 @@ def _step_of(line: str) -> float:
 
 
 def _finite(value: Any) -> Any:
-    """The value with null for every non-finite float, at any depth: JSON has no word for them."""
+    """The value with None for every non-finite float, at any depth, because JSON cannot hold them."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,11 +1,11 @@
-"""The sizes of a policy, and the bytes that its layers hold of activations: what the memory of a run is a function of.
+"""The sizes of a policy and the activation bytes of its layers, from which memory.py computes the memory of a run.
 
-Layers are those of transformers' Qwen2 and of its Whisper-like towers under sdpa; others hold about as much. Attention
-is counted as fused kernels do it (CUDA's memory-efficient one, the CPU's flash one): they keep query, key, value,
-output and one float32 per head and query; but no attention probabilities, which only the unfused kernel keeps. The
-mask is one for all layers.
+The formulas are for transformers' Qwen2 layers and its Whisper-like towers under sdpa; other layers need about as much.
+Attention is counted for fused kernels (memory-efficient on CUDA, flash on the CPU). They save query, key, value, output
+and one float32 per head and query. They save no attention probabilities. All layers share one mask, counted elsewhere.
 
-Letters: D hidden, I inner size of the MLP, A heads * head size, d bytes of the compute dtype; norms compute in float32.
+Letters: D hidden size, I inner size of the MLP, A heads * head size, d bytes per element of the compute dtype. Norms
+compute in float32.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FLOAT = 4  # bytes of float32
 
 @dataclass(frozen=True)
 class Tower:
-    """Sizes of an audio tower; `layer` and `rest` count parameters of one layer and outside the layers."""
+    """Sizes of an audio tower. layer: parameters of one layer. rest: parameters outside the layers."""
 
     layers: int
     width: int
@@ -35,36 +35,37 @@ class Tower:
     def parameters(self) -> int:
         return self.layers * self.layer + self.rest
 
-    def kept(self, clips: int, frames: int, d: int) -> int:
-        """Bytes that a layer keeps for its backward: two norms' inputs and outputs, attention, the MLP."""
-        length = frames // 2 + 1  # 50 per second
+    def saved(self, clips: int, frames: int, d: int) -> int:
+        """Activation bytes that one layer saves for its backward: inputs and outputs of two norms, attention, MLP."""
+        length = frames // 2 + 1  # positions, 50 per second
         per_token = d * (8 * self.width + 2 * self.inner) + FLOAT * self.heads
         return clips * length * per_token
 
     def gradients(self, clips: int, frames: int, d: int) -> int:
-        """Bytes of gradients of activations at the height of a layer's backward: in its MLP."""
+        """Peak bytes of activation gradients in one layer's backward; the peak is in its MLP."""
         return d * clips * (frames // 2 + 1) * 2 * (self.inner + self.width)
 
     def inputs(self, clips: int, frames: int, d: int) -> int:
-        """Bytes of a layer's input."""
+        """Bytes of one layer's input."""
         return d * clips * (frames // 2 + 1) * self.width
 
     def convolutions(self, clips: int, frames: int, d: int) -> int:
-        """Bytes that the two convolutions keep: outputs before and after the activation, 100 and 50 per second."""
+        """Bytes that the two convolutions save: outputs (100 and 50 positions per second) before and after the GELU."""
         return 6 * self.inputs(clips, frames, d)
 
-    def passing(self, clips: int, frames: int, d: int) -> int:
-        """Bytes of a forward without gradient at its height: in an MLP or in the first convolution."""
+    def forward_peak(self, clips: int, frames: int, d: int) -> int:
+        """Peak activation bytes of a forward without gradient; the peak is in an MLP or in the first convolution."""
         length = frames // 2 + 1
         return d * clips * length * (max(2 * self.inner + 3 * self.width, 6 * self.width))
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model; `layer` and `root` count parameters of one decoder layer and outside all layers.
+    """Sizes of a model.
 
-    root: embeddings, head, last norm, projector and what the tower has outside its layers: FSDP's root unit.
-    adapters: parameters of a decoder layer's adapters of rank 1, the sum of input and output sizes of its targets.
+    layer: parameters of one decoder layer. root: parameters outside all layers, which form FSDP's root unit:
+    embeddings, head, last norm, projector and the tower's convolutions, positions and last norm.
+    adapters: parameters of one decoder layer's adapters at rank 1, the sum of the targets' input and output sizes.
     """
 
     layers: int
@@ -87,31 +88,32 @@ class Shape:
 
     @property
     def attention(self) -> int:
+        """Width of the queries of all heads, A."""
         return self.heads * self.head_size
 
-    def kept(self, d: int) -> int:
-        """Bytes per token that a decoder layer keeps for its backward.
+    def saved(self, d: int) -> int:
+        """Activation bytes per token that a decoder layer saves for its backward.
 
-        Two norms, (4 + 2 d) D each: the input in float32, the normalised input and the output. Attention, 4 d A + 4
-        heads: query, key, value (once per query head), output, log-sum. MLP, 4 d I: gate, its activation, up, product.
+        Two norms, (4 + 2 d) D each: input in float32, normalised input, output. Attention, 4 d A + 4 heads: query, key
+        and value (repeated for each query head), output, logsumexp. MLP, 4 d I: gate, its activation, up, product.
         """
         attention = 4 * d * self.attention + FLOAT * self.heads
         return 2 * (FLOAT + 2 * d) * self.hidden + attention + 4 * d * self.inner
 
     def gradients(self, d: int) -> int:
-        """Bytes per token of gradients of activations at the height of a decoder layer's backward: in its MLP."""
+        """Peak bytes per token of activation gradients in a decoder layer's backward; the peak is in its MLP."""
         return d * (2 * self.inner + 2 * self.hidden)
 
-    def passing(self, d: int) -> int:
-        """Bytes per token of a decoder layer without gradient at its height: in the MLP, in attention or in a norm."""
+    def forward_peak(self, d: int) -> int:
+        """Peak activation bytes per token of a decoder layer without gradient: in the MLP, attention or a norm."""
         mlp, attention = 3 * self.inner + 2 * self.hidden, 2 * self.hidden + 6 * self.attention
         return max(d * mlp, d * attention, (d + 3 * FLOAT) * self.hidden)
 
 
 def shape_of(policy: Policy, *, targets: Sequence[str] = ()) -> Shape:
-    """Sizes of a policy, whose parameters may be on the meta device; its layers are taken to be alike.
+    """Sizes of a policy, whose parameters may be on the meta device. All layers are assumed to be of one size.
 
-    targets: last parts of the names of the decoder's linear layers that adapters would stand beside.
+    targets: last parts of the names of the decoder's linear layers that would get adapters.
     """
     config, layers = policy.decoder.config, list(policy.decoder.layers)
     linears = [

@@ -25,9 +25,9 @@ from hark.models.lora import adapter_delta, adapter_tensors, is_adapter, whole, 
 from hark.models.policy import Policy
 
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
-TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # what is frozen stands in model.path
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # frozen weights are those of model.path
 SHARD_BYTES = "5GB"  # of one safetensors file of an export
-# Not part of an export: weights, and what belongs to weights.
+# Files of a checkpoint directory that an export does not copy: the weights, which it writes anew.
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
 
@@ -45,10 +45,11 @@ def save_checkpoint(
     keep: int,
     keep_weights: bool = False,
 ) -> None:
-    """Write `directory/step-NNNNNN` after `step` finished steps: what is trained, and the optimizer's state.
+    """Write `directory/step-NNNNNN` after `step` finished steps: trained weights and the optimizer's state.
 
-    Every rank writes its shards. The name appears when all of it is written, so a crash leaves no half checkpoint. The
-    newest `keep` stay whole; of older ones nothing stays, or with `keep_weights` the weights.
+    Every rank writes its shards. The directory gets its name when all is written, so a crash leaves no partial
+    checkpoint under it. The newest `keep` checkpoints are kept whole; of older ones nothing is kept, or, with
+    `keep_weights`, the weights.
     """
     final = directory / f"step-{step:06d}"
     partial = directory / f"{final.name}.partial"
@@ -69,9 +70,9 @@ def save_checkpoint(
 
 
 def load_checkpoint(directory: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
-    """Restore the newest whole checkpoint under `directory`, saved by any number of ranks; how many steps it had done.
+    """Load the newest whole checkpoint in `directory`, saved by any number of ranks; gives its finished steps.
 
-    Raises CheckpointError where there is none, or it is of a model with other tensors.
+    Raises CheckpointError if there is none, or if it is of a model with other tensors.
     """
     usable = checkpoints(directory, whole=True)
     if not usable:
@@ -88,27 +89,27 @@ def load_checkpoint(directory: Path, policy: Policy, optimizer: torch.optim.Opti
 
 
 def load_weights(checkpoint: Path, policy: Policy) -> None:
-    """Give the policy the trained weights of one of `checkpoints(directory)`; the rest it has from its own files."""
+    """Load the trained weights of a checkpoint into the policy, whose frozen weights stay as they are."""
     with _readable(checkpoint, policy):
         # The state dict holds the policy's own tensors, and they are loaded in place.
         dcp.load(get_model_state_dict(policy, options=TRAINED), checkpoint_id=checkpoint / WEIGHTS)
 
 
 def checkpoints(directory: Path, *, whole: bool = False) -> list[Path]:
-    """Finished checkpoints, oldest first; `whole` leaves out those of which only the weights were kept."""
+    """Finished checkpoints, oldest first; `whole`: only those that still have the optimizer's state."""
     finished = (path for path in directory.glob("step-*") if (path / "hark.json").exists() and not path.suffix)
     return sorted(path for path in finished if (path / OPTIMIZER).exists() or not whole)
 
 
 def step_of(checkpoint: Path) -> int:
-    """How many steps a checkpoint had done."""
+    """How many steps were finished when a checkpoint was saved."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def export(policy: Policy, target: Path, world: World, *, dtype: torch.dtype = torch.float32) -> None:
     """Write a directory that transformers' `from_pretrained` loads, with the hub's tensor names, adapters merged.
 
-    What was not trained is copied from the checkpoint the policy came from, as are its tokenizer and processor.
+    Frozen weights, tokenizer and processor are copied from the checkpoint that the policy was loaded from.
     """
     from huggingface_hub import save_torch_state_dict
 
@@ -117,7 +118,7 @@ def export(policy: Policy, target: Path, world: World, *, dtype: torch.dtype = t
     for name, tensor in policy.model.state_dict(keep_vars=True).items():
         if name in tied or is_adapter(name):
             continue
-        delta = adapter_delta(policy, name)  # every rank takes part in these two, and in the same order
+        delta = adapter_delta(policy, name)  # a collective, and the next line too
         trained = whole(tensor) if tensor.requires_grad else None
         if world.is_main:
             with stored.opened(name) as original:
@@ -146,7 +147,7 @@ def export_adapters(policy: Policy, target: Path, world: World) -> None:
 
 @contextmanager
 def _replaced(target: Path) -> Iterator[Path]:
-    """An empty directory that takes the name, and the place, of `target` once all is written."""
+    """An empty directory to write to; at the end of the block it replaces `target`."""
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -156,7 +157,7 @@ def _replaced(target: Path) -> Iterator[Path]:
 
 
 def _set_dtype(path: Path, dtype: torch.dtype) -> None:
-    """Let a config.json say what the weights beside it are stored in."""
+    """Write the dtype of the stored weights into their config.json."""
     config = json.loads(path.read_text())
     config.pop("torch_dtype", None)  # its name in older files
     path.write_text(json.dumps(config | {"dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n")
@@ -164,7 +165,7 @@ def _set_dtype(path: Path, dtype: torch.dtype) -> None:
 
 @contextmanager
 def _readable(checkpoint: Path, policy: Policy) -> Iterator[int]:
-    """The checkpoint's step; whatever goes wrong inside, in reading it, is a CheckpointError."""
+    """The checkpoint's step; an error in reading it, inside the block, becomes a CheckpointError."""
     try:
         saved = json.loads((checkpoint / "hark.json").read_text())
         _compare(checkpoint, saved["tensors"], _signature(policy))

@@ -21,10 +21,10 @@ from hark.models.policy import Policy
 
 
 def device_mesh(world: World, replicas: int = 1) -> DeviceMesh:
-    """The ranks to shard over; with more than one replica, (replicate, shard): each row of ranks holds a whole model.
+    """The ranks to shard over; with several replicas (replicate, shard), where each row of ranks holds a whole model.
 
-    Neighbouring ranks, of one machine, share a model, so that only gradients travel between replicas.
-    Raises ConfigError where the ranks cannot be divided.
+    Neighbouring ranks, which are on one machine, share a model, so that only gradients are sent between replicas.
+    Raises ConfigError if the ranks cannot be divided by the replicas.
     """
     if world.size % replicas:
         raise ConfigError(f"sharding.replicas is {replicas}; it must divide the number of processes, {world.size}")
@@ -43,10 +43,10 @@ def shard(
     offload: bool = False,
     meter: CollectiveMeter | None = None,
 ) -> None:
-    """Wrap a policy in FSDP2: each layer a unit, the rest with the root.
+    """Wrap a policy in FSDP2: each layer is a unit, all other weights belong to the root unit.
 
-    dtype: what gathered weights and activations are; gradients are reduced in float32 and summed, not averaged,
-    because token weights already carry every normalisation.
+    dtype: of gathered weights and activations. Gradients are reduced in float32 and summed, not averaged, because the
+    token weights contain every normalisation.
     reshard: free a layer's gathered weights after its forward and gather them again for its backward.
     offload: keep the sharded weights, their gradients and the optimizer's state in host memory.
     meter: counts the collectives of the policy.
@@ -62,13 +62,13 @@ def shard(
         fully_shard(
             unit,
             mesh=mesh,
-            # The root takes prompts, masks and the sampler's float64 uniforms: none of them may be cast.
+            # The root's inputs are prompts, masks and the sampler's settings, none of which may be cast.
             mp_policy=MixedPrecisionPolicy(half, reduce_dtype=torch.float32, cast_forward_inputs=unit is not policy),
             offload_policy=CPUOffloadPolicy(pin_memory=policy.device.type == "cuda") if offload else OffloadPolicy(),
             reshard_after_forward=reshard and unit is not policy,
             ignored_params=whole,
         )
-        if mesh.size() > 1:  # else nothing is divided, but a factor costs a copy
+        if mesh.size() > 1:  # one rank divides by 1 anyway, and a factor would cost a copy
             unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
         if meter is not None:
@@ -83,7 +83,7 @@ def whole_weights(policy: Policy) -> set[nn.Parameter]:
 
 @contextmanager
 def gathered(policy: Policy) -> Iterator[None]:
-    """Hold every weight whole on this rank: inside, forward passes issue no collective and ranks may part ways."""
+    """Gather all weights. Inside, forward passes issue no collectives, so the ranks may differ in their passes."""
     units = [module for module in policy.modules() if isinstance(module, FSDPModule)]
     for unit in units:
         unit.unshard()
@@ -97,7 +97,7 @@ def gathered(policy: Policy) -> Iterator[None]:
 
 
 def release(policy: Policy) -> None:
-    """Free what a forward without a backward left gathered: the root, and every layer that is not resharded."""
+    """Free gathered weights after a forward without a backward: those of the root, and of layers with reshard=False."""
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

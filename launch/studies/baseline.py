@@ -1,9 +1,10 @@
-"""The R1-AQA procedure, written plainly on Hugging Face's own model: what the benchmark measures Hark against.
+"""The baseline of the benchmark: the R1-AQA procedure on Hugging Face's own model.
 
-Each prompt is padded to 30 s and stands once per completion: in `generate`, in the audio tower, in the reference pass,
-in the forward and in the backward, with logits over the vocabulary at every position. It shares no code with grpo/ or
-models/, so it is also the oracle of tests. Three things differ from R1-AQA so that the numbers can be equal: audio is
-repeated in the order of the rows, the prompt is not cut for the loss, and the placeholder is never sampled.
+Each prompt is padded to 30 s and computed once per completion: in `generate`, in the audio tower, in the reference
+pass, in the forward and in the backward. Logits over the vocabulary are computed at every position. The file shares no
+code with grpo/ or models/, so that tests can use it as an independent reference. Three things differ from R1-AQA, so
+that the numbers can be equal: audio is repeated in the order of the rows, the prompt is not cut for the loss, and the
+placeholder is never sampled.
 
     N prompts   G completions per prompt   B = N * G rows, b = n * G + g   P prompt tokens   T completion tokens
 """
@@ -36,14 +37,14 @@ class Baseline:
         from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
         model = Qwen2AudioForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
-        # Whisper's positions are fixed; transformers lets them move once they were loaded.
+        # Whisper's positions are constants, but transformers marks them as trainable after loading.
         model.model.audio_tower.embed_positions.requires_grad_(False)
         processor = AutoProcessor.from_pretrained(directory)
         processor.tokenizer.padding_side = "left"
         return Baseline(model, processor, model.config.audio_token_id)
 
     def inputs(self, texts: Sequence[str], waveforms: Sequence[np.ndarray]) -> Inputs:
-        """What the processor makes of questions about clips: ids (N, P), padded on the left, and mel of 30 s."""
+        """The processor's output for questions about clips: ids (N, P), padded on the left, and mel frames of 30 s."""
         chats = [
             self.processor.apply_chat_template(
                 [{"role": "user", "content": [{"type": "audio", "audio_url": ""}, {"type": "text", "text": text}]}],
@@ -59,7 +60,7 @@ class Baseline:
 
     @torch.no_grad()
     def rollout(self, inputs: Inputs, *, group_size: int, new_tokens: int) -> torch.Tensor:
-        """Draw G completions of each prompt from the whole distribution: tokens (B, T), all of T tokens."""
+        """Sample G completions of each prompt from the full distribution: tokens (B, T), each of exactly T tokens."""
         output = self.model.generate(
             **inputs,
             num_return_sequences=group_size,
@@ -74,7 +75,7 @@ class Baseline:
         return output[:, inputs["input_ids"].shape[1] :]
 
     def logprobs(self, inputs: Inputs, tokens: torch.Tensor, *, group_size: int) -> torch.Tensor:
-        """Logprobs (B, T) of completions (B, T), each in a row of its own behind its prompt."""
+        """Logprobs (B, T) of completions (B, T); each row of the forward is a prompt followed by one completion."""
         rows = {name: tensor.repeat_interleave(group_size, dim=0) for name, tensor in inputs.items()}
         rows["input_ids"] = torch.cat([rows["input_ids"], tokens], dim=1)
         rows["attention_mask"] = torch.cat([rows["attention_mask"], torch.ones_like(tokens)], dim=1)
@@ -85,7 +86,7 @@ class Baseline:
 
 
 def _chosen(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Logprobs (B, L) of ids (B, L) under logits (B, L, V): row by row, as R1-AQA does to keep the peak low."""
+    """Logprobs (B, L) of ids (B, L) under logits (B, L, V). As in R1-AQA, row by row, which lowers the peak memory."""
     chosen = logits.gather(-1, ids[..., None]).squeeze(-1)
     return chosen - torch.stack([row.logsumexp(dim=-1) for row in logits])
 

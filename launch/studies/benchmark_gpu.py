@@ -1,16 +1,21 @@
-"""How near a GPU's limits a step is, and how far from the R1-AQA procedure: launch/studies/benchmark.py --device cuda.
+"""Compare a step of GRPO with the limits of a GPU and with the R1-AQA procedure (launch/studies/baseline.py).
 
-Random weights of Qwen2-Audio-7B's shape, 8.4 billion, are made on the device and written nowhere. The policy and the
-reference have each their own; the baseline computes with the same tensors. For each shape and number of prompts:
+    python launch/studies/benchmark_gpu.py [--model qwen2-audio-7b|small] [--dtype bfloat16|float32]
+                                           [--attention sdpa|flex] [--shape A|B|both] [--prompts 8 32] [--group 8]
+                                           [--new-tokens 24] [--micro-batch 4] [--repeat 3] [--json FILE]
 
-    completions/s  of a whole step: rollout, reference, forward and backward, and AdamW's update where it fits
-    peak           most memory of a step up to its gradients, both models' weights included; AdamW's moments come to it
-    decode         one decode step, against reading once, at the speed of a large copy, the weights that it needs
-    matmul         necessary multiply-adds of forward and backward, against the best rate of a matrix product measured
+Random weights of Qwen2-Audio-7B's shape, 8.4 billion, are created on the device and never written to a file. The policy
+and the reference have separate weights; the baseline computes with the same tensors as they do. Clips have 10 s (shape
+A) or 30 s (shape B). For each shape and number of prompts it reports:
 
-The update is the same work on both sides, and is timed once. The baseline generates for a few prompts at a time and
-scores one prompt's group at a time, as its G copies of everything need the memory. A difference between the sides'
-numbers above what the dtype explains fails the run. It has been run on no GPU yet.
+    completions/s  of a whole step: rollout, reference, forward and backward, and AdamW's update if it fits in memory
+    peak           peak memory of a step up to its gradients, the weights of both models included, AdamW's moments not
+    decode         time of one decode step, relative to reading the weights it needs once, at the rate of a large copy
+    matmul         necessary multiply-adds of forward and backward per second, relative to the best measured matmul rate
+
+The update is the same work on both sides and is timed once. The baseline generates for 4 prompts at a time and scores
+the group of one prompt at a time, because its G copies of everything need the memory. If the numbers of the two sides
+differ by more than the rounding of the dtype explains, the program fails. It has not been run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -18,9 +23,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 from typing import Any
@@ -32,29 +37,43 @@ from hark.grpo.instruments.flops import Cost, best_matmul_rate, cost_of, macs
 from hark.grpo.instruments.memory_tracker import MemoryTracker
 from hark.grpo.optimizer import allocate_moments, build_optimizer, clip_gradients
 from hark.grpo.types import Rollout
+from hark.launch.common import run
 from hark.launch.studies.baseline import Baseline
-from hark.launch.studies.benchmark import SECONDS, BaselineSide, HarkSide, Size, Work, machine, model_config
+from hark.launch.studies.sides import (
+    SECONDS,
+    BaselineSide,
+    HarkSide,
+    Size,
+    Work,
+    machine,
+    medians,
+    model_config,
+    silence,
+    timed,
+    timed_passes,
+)
 from hark.models.families.qwen2_audio import CONV_REACH, QWEN2_AUDIO_7B, audio_tokens
-from hark.models.loading import build_outline, meta_parameters
+from hark.models.loading import build_from_config, meta_parameters
 from hark.models.policy import Policy, Prompt
 
 TARGETS = dict(decode_over_weights=1.5, matmul_share=0.45)
-TEXT = 60  # tokens around the audio
+TEXT = 60  # tokens of a prompt beside its audio
 GENERATED = 4  # prompts for which the baseline generates at a time
-COPIED = {"cuda": 4 * 2**30, "cpu": 2**24}  # bytes
-# The largest mean difference of a logprob, and difference of a gradient relative to it, both by norm. In bfloat16 the
-# baseline's logprobs, of about -12, are rounded to a 16th, and each layer's output to a 256th: 0.02 and 0.04 with 16
-# layers on the CPU, where completions that see one another make 0.4 and more than 1.
+COPIED = {"cuda": 4 * 2**30, "cpu": 2**24}  # bytes of the copy that measures the memory rate
+# Bounds of the mean absolute difference of a logprob, and of the relative difference of a gradient by norm. In bfloat16
+# a logprob of -12 is rounded to 1/16, and the output of a layer to 1/256 of its size. With 16 layers on the CPU this
+# gives 0.02 and 0.04. A wrong mask, under which completions attend to one another, gives 0.4 and more than 1.
 BOUNDS = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (0.1, 0.2)}
-# Of the layers at which a gradient arrives last; not of queries and keys, whose gradients are small beside rounding.
+# The compared gradients: those of the first layers, which depend on the whole backward pass. Queries and keys are left
+# out, because their gradients are not larger than rounding.
 COMPARED = ("layers.0.mlp.down_proj.weight", "layers.0.self_attn.o_proj.weight", "audio_tower.conv1.weight")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured on which device."""
+    """The model, the device and the dtype of a study."""
 
-    config: Callable[[], Any]  # makes the model's transformers config, anew for each model, as each changes its own
+    config: Callable[[], Any]  # makes a new transformers config; each model needs its own because it changes it
     device: torch.device
     dtype: torch.dtype
     attention: str = "sdpa"
@@ -62,7 +81,7 @@ class Setting:
 
 
 class Models:
-    """The policy, the reference and the baseline's, and what the device reaches."""
+    """The policy, the reference and the models of the baseline, and the rates that the device reaches."""
 
     def __init__(self, setting: Setting):
         self.setting = setting
@@ -75,7 +94,7 @@ class Models:
 
 
 class DeviceHarkSide(HarkSide):
-    """A step of this engine with models that are there."""
+    """A step of Hark with models that exist already."""
 
     def __init__(self, models: Models, work: Work):
         self.work, self.policy, self.frozen = work, models.policy, models.frozen
@@ -85,7 +104,7 @@ class DeviceHarkSide(HarkSide):
 
 
 class DeviceBaselineSide(BaselineSide):
-    """A step of the R1-AQA procedure with models that are there."""
+    """A step of the R1-AQA procedure with models that exist already."""
 
     def __init__(self, models: Models, work: Work, prompts: Sequence[Prompt]):
         self.work = replace(work, micro_batch=1)
@@ -101,10 +120,11 @@ class DeviceBaselineSide(BaselineSide):
         return torch.cat([self.policy.rollout(row, group_size=size, new_tokens=limit) for row in rows])
 
 
-def main(arguments: argparse.Namespace) -> None:
-    """The study that the command line of launch/studies/benchmark.py asks for."""
+def main(argv: list[str]) -> None:
+    arguments = parse(argv)
+    silence()
     if not torch.cuda.is_available():
-        raise ConfigError("--device cuda: there is no CUDA device here")
+        raise ConfigError("no CUDA device was found; launch/studies/benchmark.py measures on the CPU")
     configs = {"qwen2-audio-7b": large_config, "small": small_config}
     dtype = getattr(torch, arguments.dtype)
     setting = Setting(configs[arguments.model], torch.device("cuda"), dtype, arguments.attention, arguments.repeat)
@@ -118,8 +138,32 @@ def main(arguments: argparse.Namespace) -> None:
             figures = {"machine": machine() | device_of(setting), "results": results}
             arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
     if unequal := [result for result in results if not result["equal"]]:
-        print(f"the numbers differ in {len(unequal)} of {len(results)} cases: no speed-up counts", file=sys.stderr)
+        print(
+            f"the numbers differ in {len(unequal)} of {len(results)} cases: the speed-ups are not valid",
+            file=sys.stderr,
+        )
         raise SystemExit(1)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("qwen2-audio-7b", "small"), default="qwen2-audio-7b")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--attention", choices=("sdpa", "flex"), default="sdpa", help="in scoring")
+    parser.add_argument("--shape", choices=("A", "B", "both"), default="both")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[8, 32])
+    parser.add_argument("--group", type=int, default=8, help="completions of each prompt")
+    parser.add_argument("--new-tokens", type=int, default=24, help="tokens of each completion")
+    parser.add_argument("--micro-batch", type=int, default=4, help="prompts that Hark scores at a time")
+    parser.add_argument("--repeat", type=int, default=3, help="turns; their median is reported")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
+    arguments = parser.parse_args(argv)
+    arguments.shape = ["A", "B"] if arguments.shape == "both" else [arguments.shape]
+    if min(*arguments.prompts, arguments.repeat, arguments.micro_batch, arguments.new_tokens) < 1:
+        parser.error("prompts, repeat, micro-batch and new tokens must be at least 1")
+    if arguments.group < 2:
+        parser.error("--group must be at least 2")
+    return arguments
 
 
 def large_config():
@@ -134,7 +178,7 @@ def small_config(size: Size | None = None):
 
 
 def study(setting: Setting, works: Sequence[tuple[str, Work]]) -> Iterator[dict[str, Any]]:
-    """The figures of each kind of step."""
+    """The figures of each work."""
     models = Models(setting)
     update = update_seconds(models.policy)
     for shape, work in works:
@@ -142,28 +186,28 @@ def study(setting: Setting, works: Sequence[tuple[str, Work]]) -> Iterator[dict[
 
 
 def measure(models: Models, work: Work, update: float | None) -> dict[str, Any]:
-    """Let the sides take turns on one kind of step, after one turn to make them ready, which tells their memory."""
+    """Run the sides in turns on one work. A first turn, not timed, is the warm-up and measures the peak memory."""
     setting, hark = models.setting, DeviceHarkSide(models, work)
     sides: dict[str, Any] = {"baseline": DeviceBaselineSide(models, work, hark.prompts), "hark": hark}
     drawn, memory = hark.rollout(), {}
     for name, side in list(sides.items()):
         try:
-            memory[name] = peak_bytes(setting.device, models, lambda side=side: one_turn(side, drawn))
+            memory[name] = peak_bytes(setting.device, models, lambda side=side: timed_passes(side, drawn))
         except torch.OutOfMemoryError:
             if name == "hark":
                 raise
-            print(f"the baseline runs out of memory with {work.prompts} prompts: Hark alone", flush=True)
+            print(f"the baseline runs out of memory with {work.prompts} prompts: only Hark is measured", flush=True)
             del sides[name]
         drop_gradients(side)
     turns: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     for _ in range(setting.repeat):
         outputs = {}
         for name, side in sides.items():
-            seconds, logprobs = one_turn(side, drawn)
+            seconds, logprobs = timed_passes(side, drawn)
             turns[name].append(seconds)
             outputs[name] = logprobs.float(), compared_gradients(side)
             drop_gradients(side)
-    seconds = {name: {phase: median(t[phase] for t in taken) for phase in taken[0]} for name, taken in turns.items()}
+    seconds = {name: medians(taken) for name, taken in turns.items()}
     for phases in seconds.values():
         phases |= {} if update is None else {"optimizer": update}
         phases["step"] = sum(phases.values())
@@ -182,7 +226,7 @@ def measure(models: Models, work: Work, update: float | None) -> dict[str, Any]:
 
 
 def limits(models: Models, hark: DeviceHarkSide, drawn: Rollout, seconds: dict[str, float]) -> dict[str, Any]:
-    """How near the device's limits decoding and scoring are."""
+    """Decoding and scoring relative to the limits of the device."""
     cost, itemsize = cost_of(hark.policy), models.setting.dtype.itemsize
     passes = macs(cost, hark.prompts, drawn.mask.sum(dim=1), audio_id=hark.policy.audio_id)
     step = decode_seconds(models, hark.work, seconds["rollout"])
@@ -204,9 +248,9 @@ def limits(models: Models, hark: DeviceHarkSide, drawn: Rollout, seconds: dict[s
 
 
 def decode_seconds(models: Models, work: Work, rollout: float) -> float:
-    """Seconds of one decode step: what a rollout takes longer than one of half as many tokens.
+    """Seconds of one decode step, from the difference between a rollout and one with half as many tokens.
 
-    Both prefill, and both make a step ready and record it, once; what differs is repeated.
+    Prefill and the recording of CUDA graphs happen once in both and cancel out.
     """
     tokens = max(work.new_tokens // 2, 1)
     half = DeviceHarkSide(models, replace(work, new_tokens=tokens))
@@ -216,36 +260,13 @@ def decode_seconds(models: Models, work: Work, rollout: float) -> float:
 
 
 def cache_bytes(cost: Cost, prompts: Sequence[Prompt], work: Work, itemsize: int) -> float:
-    """Bytes of keys and values that a decode step reads on average: each prompt's once, each branch's own."""
+    """Bytes of keys and values that a decode step reads on average: each prompt's once, and those of each branch."""
     tokens = sum(len(prompt.ids) for prompt in prompts) + len(prompts) * work.group_size * work.new_tokens / 2
     return tokens * cost.pair * len(cost.windows) * itemsize  # as many key and value numbers as multiply-adds per pair
 
 
-def one_turn(side: Any, drawn: Rollout) -> tuple[dict[str, float], torch.Tensor]:
-    """Seconds of each phase up to the gradients, and the policy's logprobs."""
-    device = drawn.tokens.device
-    rollout, _ = timed(device, side.rollout)
-    reference, ref_logprobs = timed(device, side.reference, drawn)
-    score, logprobs = timed(device, side.score, drawn, ref_logprobs)
-    return {"rollout": rollout, "reference": reference, "score": score}, logprobs
-
-
-def timed(device: torch.device, function: Callable[..., Any], *args: Any) -> tuple[float, Any]:
-    """Seconds until the device has done all of a call, and its result."""
-    wait(device)
-    start = time.perf_counter()
-    result = function(*args)
-    wait(device)
-    return time.perf_counter() - start, result
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def peak_bytes(device: torch.device, models: Models, function: Callable[[], Any]) -> int:
-    """Bytes of tensors at the height of a call, weights included."""
+    """Peak bytes of live tensors during a call, weights included."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         function()
@@ -257,7 +278,7 @@ def peak_bytes(device: torch.device, models: Models, function: Callable[[], Any]
 
 
 def update_seconds(policy: Policy) -> float | None:
-    """Seconds of clipping and AdamW's step, or None where its moments do not fit."""
+    """Seconds of gradient clipping and AdamW's step, or None if its moments do not fit in memory."""
     try:
         optimizer = build_optimizer(policy, weight_decay=0.0, betas=(0.9, 0.999))
         allocate_moments(optimizer)
@@ -265,7 +286,7 @@ def update_seconds(policy: Policy) -> float | None:
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         return timed(policy.device, lambda: (clip_gradients(policy, 1.0), optimizer.step()))[0]
     except torch.OutOfMemoryError:
-        print("AdamW's moments do not fit beside two models: a step is measured without its update", flush=True)
+        print("AdamW's moments do not fit in memory: steps are measured without the update", flush=True)
         return None
     finally:
         policy.zero_grad()
@@ -284,13 +305,13 @@ def compared_gradients(side: Any) -> list[torch.Tensor]:
 def compare(
     baseline: tuple[torch.Tensor, list[torch.Tensor]], hark: tuple[torch.Tensor, list[torch.Tensor]]
 ) -> tuple[float, float]:
-    """The mean difference of a logprob, and the largest relative difference of a tensor's gradient."""
+    """The mean absolute difference of the logprobs, and the largest relative difference of a gradient tensor."""
     gradients = [((a - b).norm() / b.norm()).item() for a, b in zip(hark[1], baseline[1], strict=True)]
     return (hark[0] - baseline[0]).abs().mean().item(), max(gradients)
 
 
 def copy_rate(device: torch.device, repeat: int = 5) -> float:
-    """Bytes per second, read and written, of a large copy on the device."""
+    """Bytes per second of a large copy on the device, reads and writes both counted."""
     source = torch.zeros(COPIED[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
@@ -298,11 +319,11 @@ def copy_rate(device: torch.device, repeat: int = 5) -> float:
 
 
 def random_policy(setting: Setting, seed: int) -> Policy:
-    """A policy with random weights, whose completions never stop, without tokenizer and processor."""
-    policy = build_outline(setting.config())
+    """A policy with random weights and without tokenizer; its completions always run to the token limit."""
+    policy = build_from_config(setting.config())
     policy.audio_id = policy.model.config.audio_token_id
     policy.suppressed_ids = (policy.audio_id,)
-    policy.model.generation_config.eos_token_id = policy.audio_id  # which is never drawn
+    policy.model.generation_config.eos_token_id = policy.audio_id  # never sampled
     policy.tokenizer = SimpleNamespace(pad_token_id=0)
     policy.device, policy.attention = setting.device, setting.attention
     generator = torch.Generator(setting.device).manual_seed(seed)
@@ -312,7 +333,10 @@ def random_policy(setting: Setting, seed: int) -> Policy:
 
 
 def random_weight(name: str, shape: torch.Size, setting: Setting, generator: torch.Generator) -> torch.Tensor:
-    """Normal with the deviation that keeps the size of what passes, so that attention is uneven; norms 1, biases 0."""
+    """Weights of norms 1, biases 0, all others normal with standard deviation 1 / sqrt(inputs).
+
+    This keeps the variance of activations, so that attention weights are not uniform.
+    """
     weight = torch.empty(shape, dtype=setting.dtype, device=setting.device)
     if len(shape) > 1:
         return weight.normal_(std=weight[0].numel() ** -0.5, generator=generator)
@@ -320,7 +344,7 @@ def random_weight(name: str, shape: torch.Size, setting: Setting, generator: tor
 
 
 def plain_model(setting: Setting, policy: Policy):
-    """Hugging Face's own model with a policy's weights: the same storages."""
+    """Hugging Face's own model; its parameters share the storage of the policy's."""
     with meta_parameters():
         model = type(policy).build(setting.config())
     take(model, policy.model.state_dict(), setting.device)
@@ -329,39 +353,39 @@ def plain_model(setting: Setting, policy: Policy):
 
 
 def take(model: torch.nn.Module, weights: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Give a model tensors for its parameters, and its buffers their place."""
+    """Assign tensors to a model's parameters, and move its buffers to the device."""
     model.load_state_dict(weights, assign=True)
     for module in model.modules():
         module._buffers |= {name: buffer.to(device) for name, buffer in module._buffers.items() if buffer is not None}
 
 
 def random_prompts(policy: Policy, work: Work) -> tuple[Prompt, ...]:
-    """Prompts of TEXT random tokens around the placeholders of random clips."""
+    """Prompts of TEXT random text tokens with the placeholders of a random clip among them."""
     generator = torch.Generator().manual_seed(0)
     audio = policy.model.config.audio_config
     frames, most = round(100 * work.seconds), 2 * audio.max_source_positions
     prompts = []
     for n in range(work.prompts):
         text = torch.randint(1, policy.audio_id, (TEXT,), generator=generator)
-        heard = torch.full((audio_tokens(frames),), policy.audio_id)
+        placeholders = torch.full((audio_tokens(frames),), policy.audio_id)
         mel = torch.randn(audio.num_mel_bins, min(frames + CONV_REACH, most), generator=generator)
-        prompts.append(Prompt(torch.cat([text[:10], heard, text[10:]]), mel, frames, sound=str(n)))
+        prompts.append(Prompt(torch.cat([text[:10], placeholders, text[10:]]), mel, frames, audio_digest=str(n)))
     return tuple(prompts)
 
 
 def padded(policy: Policy, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
-    """What Hugging Face's processor would make of prompts of one length: mel frames of 30 s."""
+    """The inputs that Hugging Face's processor would make of these prompts, all of one length: mel padded to 30 s."""
     ids = torch.stack([prompt.ids for prompt in prompts])
     most = 2 * policy.model.config.audio_config.max_source_positions
     mel = torch.stack(
         [torch.nn.functional.pad(prompt.log_mel, (0, most - prompt.log_mel.shape[1])) for prompt in prompts]
     )
-    heard = torch.arange(most) < torch.tensor([prompt.frames for prompt in prompts])[:, None]
+    real = torch.arange(most) < torch.tensor([prompt.frames for prompt in prompts])[:, None]
     return {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "input_features": mel,
-        "feature_attention_mask": heard.long(),
+        "feature_attention_mask": real.long(),
     }
 
 
@@ -377,7 +401,7 @@ def device_of(setting: Setting) -> dict[str, Any]:
 
 
 def lines(result: dict[str, Any]) -> Iterator[str]:
-    """What the console shows of one kind of step."""
+    """The printed report on one work."""
     phases = [*result["seconds"]["hark"]]
     columns = "".join(f"{phase:>12}" for phase in phases)
     yield f"shape {result['shape']}, {result['prompts']} prompts of {result['prompt_tokens']} tokens"
@@ -389,8 +413,8 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
     if result["speedups"]:
         yield f"  {'faster':10}" + "".join(f"{result['speedups'][phase]:10.2f} x" for phase in phases)
         logprob, gradient = result["differences"]
-        verdict = "as the dtype rounds" if result["equal"] else "TOO MUCH"
-        yield f"  numbers differ by {logprob:.1e} in a logprob, {gradient:.1e} of a gradient: {verdict}"
+        verdict = "within the rounding of the dtype" if result["equal"] else "TOO MUCH"
+        yield f"  logprobs differ by {logprob:.1e}, gradients by {gradient:.1e}: {verdict}"
     over_weights, over_all = result["decode_over_weights"], result["decode_over_weights_and_cache"]
     yield (
         f"  decode     {1e3 * result['decode_step_seconds']:.2f} ms a step, {over_weights:.2f} x reading the weights "
@@ -403,3 +427,7 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
         f"the step at {100 * result['limit_share']:.0f} %"
     )
     yield f"  AdamW's moments take {result['moments_gib']:.1f} GiB more"
+
+
+if __name__ == "__main__":
+    run(main)

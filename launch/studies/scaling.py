@@ -1,15 +1,16 @@
-"""Measure what a step costs against each of its sizes, and with more ranks: the figures of docs/scaling.md, on the CPU.
+"""Measure how the time of a step grows with its sizes and with the number of ranks, on the CPU: docs/scaling.md.
 
     python launch/studies/scaling.py [--json FILE] [--plot FILE.svg] [--table FILE.md] [--repeat 3] [--threads 1]
-                             [--group-size 2 4 8 ...] [--seconds 1 2 ...] [--new-tokens 8 ...] [--prompts 1 2 ...]
-                             [--ranks 1 2 4]
+                                     [--group-size 2 4 8 ...] [--seconds 1 2 ...] [--new-tokens 8 ...]
+                                     [--prompts 1 2 ...] [--ranks 1 2 4]
 
-The model is that of launch/studies/benchmark.py. One size at a time goes through its values, while the others stay at one clip
-of 10 s and 8 completions of 24 tokens; then launch/studies/weak_scaling.py measures that step on each number of ranks. Beside
-the times stand the multiply-adds that a step needs (grpo/instruments/flops.py), and those of a row for each completion instead.
+The model is that of launch/studies/benchmark.py. The base step has one prompt with a clip of 10 s and 8 completions of
+24 tokens. Each curve varies one of these sizes and keeps the others. Then launch/studies/weak_scaling.py measures the
+base step on each number of ranks. Beside the times, the tables show the multiply-adds that the step needs
+(grpo/instruments/flops.py), and how many it would need if each completion had a row of its own with the prompt in it.
 
-The tables are printed, and --table writes them into a page, between the two lines that mark their place. With the
-values above, one turn (--repeat 1) takes about five minutes on two cores.
+The tables are printed. --table writes them into a page, between two marker lines. With the default values, one turn
+(--repeat 1) takes about five minutes on two cores.
 """
 
 from __future__ import annotations
@@ -29,24 +30,24 @@ from typing import Any
 
 import torch
 
-from hark.data.benchmarks.grading import write_json
+from hark.data.json_files import write_json
 from hark.grpo.instruments.flops import best_matmul_rate, cost_of, macs
 from hark.grpo.types import Rollout
 from hark.launch.common import run
-from hark.launch.studies.benchmark import (
+from hark.launch.studies.sides import (
+    BASE,
     HarkSide,
     Size,
     Work,
     build_model,
-    finish_turn,
     machine,
     medians,
     silence,
     timed_passes,
+    with_update,
 )
-from hark.launch.studies.weak_scaling import BASE
 
-CURVES: dict[str, tuple[str, tuple[float, ...]]] = {  # a field of Work -> its name, and its values
+CURVES: dict[str, tuple[str, tuple[float, ...]]] = {  # field of Work -> its title and its values
     "group_size": ("completions per prompt", (2, 4, 8, 16, 32, 64)),
     "seconds": ("seconds of sound", (1.0, 2.0, 5.0, 10.0, 20.0, 30.0)),
     "new_tokens": ("tokens per completion", (8, 16, 32, 64, 128, 256, 512)),
@@ -82,16 +83,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for field, (name, values) in CURVES.items():
         option, kind = f"--{field.replace('_', '-')}", type(getattr(BASE, field))
         parser.add_argument(option, type=kind, nargs="*", default=values, help=name)
-    parser.add_argument("--ranks", type=int, nargs="*", default=RANKS, help="processes, each with the same work")
-    parser.add_argument("--threads", type=int, default=1, help="of the curves; a rank has one")
-    parser.add_argument("--repeat", type=int, default=3, help="turns, of which the median counts")
+    parser.add_argument(
+        "--ranks", type=int, nargs="*", default=RANKS, help="numbers of processes; each process has the same work"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="threads for the curves; a rank always has one")
+    parser.add_argument("--repeat", type=int, default=3, help="turns; their median is reported")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves; needs matplotlib")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="the page whose tables are to be written anew")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="replace the tables in this page")
     arguments = parser.parse_args(argv)
     if arguments.plot and find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib, which is not installed: pip install -e '.[plot]'")
-    if arguments.table and not (arguments.table.exists() and has_place(arguments.table.read_text())):
+    if arguments.table and not (arguments.table.exists() and has_markers(arguments.table.read_text())):
         parser.error(f"--table {arguments.table}: expected a page with the lines '{BEGIN}' and '{END}'")
     return arguments
 
@@ -100,7 +103,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def measure_curves(directory: Path, chosen: dict[str, Sequence[float]], repeat: int) -> dict[str, Any]:
-    """The figures of each kind of step, and the best matmul rate of the run, of which each has a share."""
+    """The figures of every point of every curve, and the best matmul rate measured in the run."""
     works = {field: [replace(BASE, **{field: value}) for value in values] for field, values in chosen.items()}
     points: dict[Work, dict[str, Any]] = {}
     rate = 0.0
@@ -116,12 +119,10 @@ def measure_curves(directory: Path, chosen: dict[str, Sequence[float]], repeat: 
 
 
 def measure(directory: Path, work: Work, repeat: int) -> dict[str, Any]:
-    """Medians of the seconds of a step's phases, and its multiply-adds."""
-    side, turns = HarkSide(directory, work), []
+    """The median seconds of each phase of a step, and its multiply-adds."""
+    side = HarkSide(directory, work)
     drawn = side.rollout()
-    for _ in range(repeat):
-        timed_passes(side, drawn, turns)
-        finish_turn(side, turns)
+    turns = [with_update(side, timed_passes(side, drawn)[0]) for _ in range(repeat)]
     shared, separate = necessary(side, drawn)
     return {
         "work": asdict(work),
@@ -133,7 +134,7 @@ def measure(directory: Path, work: Work, repeat: int) -> dict[str, Any]:
 
 
 def necessary(side: HarkSide, drawn: Rollout) -> tuple[int, int]:
-    """Multiply-adds that the step needs, and that it would need with one row, prompt and all, per completion."""
+    """Multiply-adds of the step, and of the same step with a separate row, prompt included, for each completion."""
     cost, lengths = cost_of(side.policy), drawn.mask.sum(dim=1)
     repeated = [prompt for prompt in side.prompts for _ in range(side.work.group_size)]
     shared, separate = (
@@ -143,11 +144,11 @@ def necessary(side: HarkSide, drawn: Rollout) -> tuple[int, int]:
 
 
 def measure_ranks(directory: Path, ranks: int, repeat: int) -> dict[str, float]:
-    """The figures of launch/studies/weak_scaling.py on so many processes."""
+    """The figures of launch/studies/weak_scaling.py on a number of processes."""
     figures = directory / "ranks.json"
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
     script = (str(Path(__file__).with_name("weak_scaling.py")), str(directory), "--json", str(figures))
-    # torchrun would choose one thread too, and say so at length.
+    # torchrun would set the same, with a long warning.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, *torchrun, *script, "--repeat", str(repeat)], env=environment, check=True)
     return json.loads(figures.read_text())
@@ -166,7 +167,7 @@ def tables(result: dict[str, Any]) -> str:
     if result["ranks"]:
         heading = ("ranks", "step, s", "tokens/s", "per rank", "in collectives, s", "received, MiB", "formula, MiB")
         rows = [ranks_row(figures, result["ranks"][0]) for figures in result["ranks"]]
-        parts += ["### Ranks", table(heading, rows), *crowded(result)]
+        parts += ["### Ranks", table(heading, rows), *note_on_cores(result)]
     return "\n\n".join(parts)
 
 
@@ -192,7 +193,7 @@ def curve_row(field: str, point: dict[str, Any]) -> tuple[str, ...]:
 
 
 def ranks_row(figures: dict[str, float], first: dict[str, float]) -> tuple[str, ...]:
-    """A row of the table of ranks; the rate per rank is that of the first row's, as a share."""
+    """A row of the table of ranks; the rate per rank is relative to that of the first row."""
     per_rank = figures["tokens_per_second"] / figures["ranks"] / (first["tokens_per_second"] / first["ranks"])
     return (
         f"{figures['ranks']:g}",
@@ -204,12 +205,12 @@ def ranks_row(figures: dict[str, float], first: dict[str, float]) -> tuple[str, 
     )
 
 
-def crowded(result: dict[str, Any]) -> Iterator[str]:
-    """What to know of ranks that have no core of their own."""
+def note_on_cores(result: dict[str, Any]) -> Iterator[str]:
+    """A note if there are more ranks than cores."""
     cores = result["machine"]["cores"]
     most = max(figures["ranks"] for figures in result["ranks"])
     if most > cores:
-        yield f"Each rank has one thread; more ranks than the {cores} cores share them, and wait for one another."
+        yield f"Each rank has one thread. More ranks than the {cores} cores share them and wait for one another."
 
 
 def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -218,23 +219,23 @@ def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits, without an exponent."""
+    """A number with three significant digits and without an exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def has_place(page: str) -> bool:
+def has_markers(page: str) -> bool:
     return 0 <= page.find(BEGIN) < page.find(END)
 
 
 def with_tables(page: str, text: str) -> str:
-    """The page with this text between its marks."""
+    """The page with this text between the marker lines."""
     before, _, rest = page.partition(BEGIN)
     return f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}"
 
 
 # Plot -----------------------------------------------------------------------------------------------------------------
 
-# Name, seconds, style; the colours are of Okabe and Ito's palette, which the colour-blind can tell apart.
+# Name, seconds, style. The colours are from the palette of Okabe and Ito, which colour-blind readers can tell apart.
 LINES = (
     ("whole step", lambda point: point["seconds"]["step"], dict(color="black", marker=".", linewidth=2)),
     ("forward, backward", lambda point: point["seconds"]["score"], dict(color="#D55E00", marker=".")),
@@ -242,22 +243,22 @@ LINES = (
     ("limit", lambda point: point["limit_seconds"], dict(color="#666666", linestyle="--")),
     ("limit, separate rows", lambda point: point["separate_limit_seconds"], dict(color="#666666", linestyle=":")),
 )
-LABEL_GAP = 0.06  # of a panel's height, at least, from label to label
+LABEL_GAP = 0.06  # smallest distance of two labels, as a share of the height of a panel
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Draw the curves as SVG, each in a panel of its own: seconds over the size, both logarithmic."""
+    """Draw one panel per curve as SVG: seconds over the size, both axes logarithmic."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     curves = {field: points for field, points in result["curves"].items() if points}
-    # Text stays text, and the file is a function of the figures alone.
+    # Text is kept as text, and the same figures give the same file.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "hark", "font.size": 9}):
         figure = Figure(figsize=(11, 7.5), layout="constrained")
         panels = dict(zip(curves, figure.subplots(2, 2, sharey=True).flat, strict=False))
         for field, axes in panels.items():
             draw_lines(axes, field, curves[field])
-        for field, axes in panels.items():  # once all of them have set the height that they share
+        for field, axes in panels.items():  # the panels share their y axis, so all lines must be drawn first
             label_lines(axes, curves[field])
         figure.savefig(path, format="svg", metadata={"Date": None})
 
@@ -277,7 +278,7 @@ def draw_lines(axes: Any, field: str, points: Sequence[dict[str, Any]]) -> None:
 
 
 def label_lines(axes: Any, points: Sequence[dict[str, Any]]) -> None:
-    """Write the lines' names at their right ends, moved apart where they would overlap."""
+    """Write the name of each line at its right end, moved up where two names would overlap."""
     low, high = map(math.log, axes.get_ylim())
     ends = sorted(((math.log(seconds(points[-1])) - low) / (high - low), name, style) for name, seconds, style in LINES)
     height = -math.inf

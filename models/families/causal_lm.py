@@ -1,4 +1,4 @@
-"""Text only: causal language models of transformers whose layers are all attention, called once in each."""
+"""Text-only causal language models of transformers. Each layer must call attention exactly once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hark.models.policy import Policy, Prompt, pad_ids
 
 
 class CausalLMPolicy(Policy):
-    """Any `AutoModelForCausalLM` checkpoint; it reads the question and hears nothing."""
+    """Any `AutoModelForCausalLM` checkpoint. It takes text and refuses audio."""
 
     def __init__(self, model: nn.Module, path: Path):
         from transformers import AutoTokenizer
@@ -32,9 +32,12 @@ class CausalLMPolicy(Policy):
         return self.model.get_decoder()
 
     def prepare(self, text: str, waveform: np.ndarray | None) -> Prompt:
-        """The chat template around the text, or the text itself where the tokenizer has no template."""
+        """The chat template around the text, or the text alone if the tokenizer has no template.
+
+        Raises DataError for a waveform.
+        """
         if waveform is not None:
-            raise DataError("the example has audio, which this policy would ignore: it reads text only")
+            raise DataError("the example has audio, but this policy reads text only; choose a model that takes audio")
         if self.tokenizer.chat_template is None:
             return Prompt(ids=torch.tensor(self.tokenizer(text)["input_ids"]))
         chat = self.tokenizer.apply_chat_template(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -40,21 +41,21 @@ QWEN2_AUDIO_7B = {
     "audio_token_index": 151646,
 }
 
-CONV_REACH = 2  # mel frames behind a clip that the tower's two convolutions still see
+CONV_REACH = 2  # mel frames behind the end of a clip that the tower's two convolutions read
 
 
 def audio_tokens(frames: int | torch.Tensor) -> int | torch.Tensor:
-    """Audio embeddings of a clip of `frames` mel frames (100 per second): 25 per second."""
-    return (_places(frames) - 2) // 2 + 1
+    """The number of audio embeddings, 25 per second, of a clip of `frames` mel frames, 100 per second."""
+    return (_positions(frames) - 2) // 2 + 1
 
 
-def _places(frames: int | torch.Tensor) -> int | torch.Tensor:
-    """Positions of the tower's layers for a clip of `frames` mel frames: 50 per second."""
+def _positions(frames: int | torch.Tensor) -> int | torch.Tensor:
+    """The number of positions in the tower's layers, 50 per second, of a clip of `frames` mel frames."""
     return (frames - 1) // 2 + 1
 
 
 class Qwen2AudioPolicy(Policy):
-    """Any `Qwen2AudioForConditionalGeneration` checkpoint, from the small one of `models/mini.py` to the 7B."""
+    """Any `Qwen2AudioForConditionalGeneration` checkpoint, from the one that `models/mini.py` builds to the 7B."""
 
     hub_prefixes = (
         ("language_model.lm_head.", "lm_head."),
@@ -72,6 +73,7 @@ class Qwen2AudioPolicy(Policy):
         self.sample_rate = self.processor.feature_extractor.sampling_rate
         self.suppressed_ids = (self.audio_id,)
         self.max_frames = 2 * model.config.audio_config.max_source_positions
+        self.min_frames = next(frames for frames in count(1) if audio_tokens(frames))
 
     @staticmethod
     def build(config) -> nn.Module:
@@ -88,75 +90,84 @@ class Qwen2AudioPolicy(Policy):
         return self.model.model.audio_tower
 
     def prepare(self, text: str, waveform: np.ndarray | None) -> Prompt:
-        """Chat template around the audio and the text; log-mel of the real samples only.
+        """The chat template around an audio placeholder and the text, and the log-mel of the clip without 30 s padding.
 
-        Raises DataError for a missing waveform, one too short for an embedding, or one longer than the tower takes.
+        Raises DataError for a missing waveform, for one too short for one embedding, and for one longer than the tower
+        takes.
         """
         if waveform is None:
             raise DataError("no audio_path; this policy answers questions about audio")
         extractor = self.processor.feature_extractor
         hop = extractor.hop_length
         frames = -(-len(waveform) // hop)
-        if frames > self.max_frames or audio_tokens(frames) < 1:
-            seconds = len(waveform) / self.sample_rate
-            raise DataError(f"a clip of {seconds:.3f} s; this tower takes 0.03 s to {self.max_frames / 100:g} s")
-        reached = np.pad(waveform, (0, min(CONV_REACH * hop, self.max_frames * hop - len(waveform))))
-        mel = log_mel(reached, n_mels=extractor.feature_size, n_fft=extractor.n_fft, hop=hop)
+        least, most = (self.min_frames - 1) * hop + 1, self.max_frames * hop
+        if not least <= len(waveform) <= most:
+            raise DataError(
+                f"a clip of {len(waveform)} samples; this tower takes {least} to {most} samples, "
+                f"{least / self.sample_rate:.4f} s to {most / self.sample_rate:g} s at {self.sample_rate} Hz"
+            )
+        padded = np.pad(waveform, (0, min(CONV_REACH * hop, most - len(waveform))))
+        mel = log_mel(padded, n_mels=extractor.feature_size, n_fft=extractor.n_fft, hop=hop)
         content = [{"type": "audio", "audio_url": ""}, {"type": "text", "text": text}]
         chat = self.processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
         ids = torch.tensor(self.tokenizer(chat, add_special_tokens=False)["input_ids"])
-        sound = hashlib.blake2b(mel.numpy(), digest_size=16).hexdigest()
-        return Prompt(ids=self._expand(ids, audio_tokens(frames)), log_mel=mel, frames=frames, sound=sound)
+        digest = hashlib.blake2b(mel.numpy(), digest_size=16).hexdigest()
+        return Prompt(ids=self._expand(ids, audio_tokens(frames)), log_mel=mel, frames=frames, audio_digest=digest)
 
     def embed(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
         ids, lengths = pad_ids(prompts, self.pad_id, self.device)
         embeddings = self.embed_tokens(ids)
         audio = self.model.model.multi_modal_projector(self._encode_audio(prompts)).to(embeddings.dtype)
-        # Padding repeats pad_id, so every placeholder is a real one; `prepare` made as many as there are embeddings.
-        places = (ids == self.audio_id).unsqueeze(-1).expand_as(embeddings)
-        if int(places[..., 0].sum()) != len(audio):
-            raise PolicyError(f"{int(places[..., 0].sum())} audio placeholders for {len(audio)} audio embeddings")
-        return embeddings.masked_scatter(places, audio), lengths
+        # Prompts are padded with pad_id, so no placeholder is padding.
+        is_audio = (ids == self.audio_id).unsqueeze(-1).expand_as(embeddings)
+        placeholders = int(is_audio[..., 0].sum())
+        if placeholders != len(audio):
+            raise PolicyError(
+                f"{placeholders} audio placeholders for {len(audio)} audio embeddings; expected equal numbers"
+            )
+        return embeddings.masked_scatter(is_audio, audio), lengths
 
-    def _expand(self, ids: torch.Tensor, count: int) -> torch.Tensor:
-        """Repeat the one audio placeholder `count` times."""
-        places = (ids == self.audio_id).nonzero().flatten().tolist()
-        if len(places) != 1:
-            raise DataError(f"the chat gave {len(places)} audio placeholders for one clip; is one in the question?")
-        return torch.cat([ids[: places[0]], ids.new_full((count,), self.audio_id), ids[places[0] + 1 :]])
+    def _expand(self, ids: torch.Tensor, embeddings: int) -> torch.Tensor:
+        """Replace the one audio placeholder in ids (P,) by `embeddings` placeholders."""
+        found = (ids == self.audio_id).nonzero().flatten().tolist()
+        if len(found) != 1:
+            raise DataError(
+                f"{len(found)} audio placeholders in the prompt of one clip; expected 1; is one in the question's text?"
+            )
+        return torch.cat([ids[: found[0]], ids.new_full((embeddings,), self.audio_id), ids[found[0] + 1 :]])
 
     def share_tower(self, other: Qwen2AudioPolicy) -> None:
         self.model.model.audio_tower, self.tower_cache = other.tower, other.tower_cache
 
     def _encode_audio(self, prompts: Sequence[Prompt]) -> torch.Tensor:
-        """The tower's output (A, tower width) for all clips, one after the other."""
+        """The tower's outputs of all clips, concatenated: (audio embeddings, tower width); cached if it is frozen."""
         if self.tower_cache is None:
-            return self._run_tower(prompts)
-        return torch.cat([self.tower_cache.get(p.sound, partial(self._run_tower, (p,))) for p in prompts])
+            return self._encode_clips(prompts)
+        return torch.cat([self.tower_cache.get(p.audio_digest, partial(self._encode_clips, (p,))) for p in prompts])
 
-    def _run_tower(self, prompts: Sequence[Prompt]) -> torch.Tensor:
-        """Let the tower hear the clips as one batch: (A, tower width).
+    def _encode_clips(self, prompts: Sequence[Prompt]) -> torch.Tensor:
+        """Run the tower on all clips as one batch: (audio embeddings, tower width).
 
-        transformers' tower takes 3000 frames, 30 s, whatever the clip. Its layers never let a real frame see padding,
-        so running them on the real frames, and the two behind them that the convolutions reach, gives the same values.
+        The tower's own forward in transformers takes clips padded to 3000 frames, 30 s, and masks the padding in its
+        layers. So the clip's frames and the two behind them that the convolutions read are enough for the same values.
         """
         tower = self.tower
         frames = torch.tensor([prompt.frames for prompt in prompts], device=self.device)
         hidden = nn.utils.rnn.pad_sequence([prompt.log_mel.T for prompt in prompts], batch_first=True)
         hidden = hidden.transpose(1, 2).to(self.device, tower.conv1.weight.dtype)
         hidden = F.gelu(tower.conv2(F.gelu(tower.conv1(hidden)))).transpose(1, 2)  # (N, S, D), 50 per second
-        hidden = hidden[:, : _places(max(prompt.frames for prompt in prompts))]
+        hidden = hidden[:, : _positions(max(prompt.frames for prompt in prompts))]
         hidden = hidden + tower.embed_positions.weight[: hidden.shape[1]]
-        place = torch.arange(hidden.shape[1], device=self.device)
+        position = torch.arange(hidden.shape[1], device=self.device)
         mask = None
         if len({prompt.frames for prompt in prompts}) > 1:
-            # Addends in one row, for all layers: from booleans each would make, and keep, a square of its own.
-            behind = (place >= _places(frames)[:, None])[:, None, None]  # (N, 1, 1, S)
-            mask = torch.zeros(behind.shape, dtype=hidden.dtype, device=self.device).masked_fill(behind, -torch.inf)
-            mask = mask.expand(-1, -1, len(place), -1)
+            # Additive and made once: each layer would convert a boolean mask, and save an (N, 1, S, S) copy.
+            padding = (position >= _positions(frames)[:, None])[:, None, None]  # (N, 1, 1, S)
+            mask = torch.zeros(padding.shape, dtype=hidden.dtype, device=self.device).masked_fill(padding, -torch.inf)
+            mask = mask.expand(-1, -1, len(position), -1)
         for layer in tower.layers:
             hidden = layer(hidden, mask)
         hidden = tower.layer_norm(tower.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2))  # 25 per second
-        return hidden[place[: hidden.shape[1]] < audio_tokens(frames)[:, None]]
+        return hidden[position[: hidden.shape[1]] < audio_tokens(frames)[:, None]]
