@@ -279,7 +279,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("memory in other units", "else peak / 2**20", "else peak / 2**30", "test_logged_metrics"),
     ),
     "grpo/instruments/flops.py": (
-        ("attention of a tower linear", "places**2 * self.tower_pair", "places * self.tower_pair", "test_flops"),
+        ("attention of a tower linear", "positions**2 * self.tower_pair", "positions * self.tower_pair", "test_flops"),
         ("last token fed", "start + length - 1)", "start + length)", "test_flops"),
     ),
     "grpo/instruments/memory.py": (
@@ -295,26 +295,26 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
             "scores in half",
             "queries.float() @ keys.float().mT",
             "(queries @ keys.mT).float()",
-            "test_attention test_sampler",
+            "test_cache",
         ),
     ),
     "models/split_attention.py": (
         (
             "the larger sum for both",
-            "torch.logaddexp(far_sum, near_sum)",
-            "torch.maximum(far_sum, near_sum)",
+            "torch.logaddexp(prompt_sum, own_sum)",
+            "torch.maximum(prompt_sum, own_sum)",
             "test_split_attention",
         ),
-        ("half a gradient", "far[0] + near[0]", "far[0]", "test_split_attention"),
+        ("half a gradient", "of_query + of_own_query", "of_query", "test_split_attention"),
     ),
     "models/cache.py": (
         ("moves backwards", "tensor[targets] = tensor[sources]", "tensor[sources] = tensor[targets]", "test_sampler"),
-        ("newest clip forgotten", "popitem(last=False)", "popitem(last=True)", "test_sharding test_families"),
+        ("newest clip forgotten", "popitem(last=False)", "popitem(last=True)", "test_cache"),
     ),
     "models/linear.py": (("mean for the bias", "rows.sum(dim=0)", "rows.mean(dim=0)", "test_linear"),),
     "models/lora.py": (
         ("alpha unscaled", "lora.alpha / lora.rank", "lora.alpha", "test_lora"),
-        ("adapters stay off", "layer.adapted = True", "layer.adapted = False", "test_lora"),
+        ("adapters stay off", "layer.enabled = True", "layer.enabled = False", "test_lora"),
     ),
     "models/policy.py": (
         ("stop token in the text", "row[:-1] if row and", "row if row and", "test_models test_rewards"),
@@ -340,7 +340,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
             "dtype), requires_grad=target.requires_grad)",
             "test_models.py::test_weights_are_not_the_file_they_were_read_from",
         ),
-        ("surplus tensors ignored", "for name in sorted(left)]", "for name in ()]", "test_models"),
+        ("surplus tensors ignored", "for name in sorted(unused)]", "for name in ()]", "test_models"),
     ),
     "models/families/qwen2_audio.py": (
         ("an odd frame lost", "(frames - 1) // 2 + 1", "frames // 2", "test_families test_parity"),

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hark.grpo import loop
 from hark.grpo.instruments import flops
-from hark.grpo.instruments.flops import best_matmul_rate, cost_of, macs
+from hark.grpo.instruments.flops import Cost, best_matmul_rate, cost_of, macs
 from hark.grpo.instruments.metrics import speed
 from hark.grpo.runtime.collectives import World
 from hark.grpo.sampler import sample
@@ -96,6 +96,14 @@ def test_each_pass_costs_what_torch_counts(kind, side, directory, monkeypatch):
     prompt, steps, positions = len(side.prompts[0].ids), 4, 400 // 2
     assert attention == 2 * (len(whole.windows) * whole.pair * prompt**2 + again * whole.tower_pair * positions**2)
     assert sum(pairs) == 2 * len(whole.windows) * 3 * steps * (prompt + steps), "siblings are not attended to"
+
+
+def test_a_clip_costs_its_convolutions_its_layers_and_its_pairs_worked_by_hand():
+    """Nine frames: nine outputs of the first convolution, five of the second, which are the layers' positions."""
+    cost = Cost(
+        token=0, head=0, pair=0, windows=(), convolutions=((1, 3), (2, 7)), tower_position=11, tower_pair=13
+    )  # fmt: skip
+    assert cost.tower(9) == 9 * 3 + 5 * 7 + 5 * 11 + 5 * 5 * 13
 
 
 @pytest.mark.parametrize("window", [None, 7])
