@@ -223,7 +223,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
             "rewards of other completions",
             "[example for example in examples for _ in range(self.group_size)]",
             "[*examples] * self.group_size",
-            "test_training",
+            "test_training.py::test_each_completion_is_rewarded_with_the_example_it_answers",
         ),
     ),
     "grpo/loop.py": (
@@ -233,12 +233,17 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
             "config.optim.lr",
             "test_logged_metrics",
         ),
-        ("a resumed step logged twice", "start + 1 if start else 0", "start + 2 if start else 0", "test_training"),
+        (
+            "a line of the log kept",
+            "start + 1 if start else 0",
+            "start + 2 if start else 0",
+            "test_training.py::test_a_step_that_was_logged_before_a_crash_and_done_again_is_logged_once",
+        ),
         (
             "last step not saved",
             "(done % every == 0 or done == last)",
             "done % every == 0",
-            "test_training test_choose",
+            "test_training.py::test_the_last_step_is_saved_and_evaluated_whatever_the_rhythm",
         ),
         ("moments of the probe kept", "learner.optimizer.state.clear()", "pass", "test_probe"),
     ),
@@ -259,14 +264,24 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("all-reduce counted once", "2 * result.nbytes", "result.nbytes", "test_communication"),
     ),
     "grpo/runtime/checkpoint.py": (
-        ("one checkpoint too many", "[:-keep]", "[: -keep - 1]", "test_training"),
-        ("settings of the checkpoint", "group.update(own)", "pass", "test_training test_optimizer"),
+        (
+            "one checkpoint too many",
+            "[:-keep]",
+            "[: -keep - 1]",
+            "test_training.py::test_an_interrupted_save_is_not_taken_for_a_checkpoint",
+        ),
+        (
+            "settings of the checkpoint",
+            "group.update(own)",
+            "pass",
+            "test_training.py::test_a_resumed_run_has_the_settings_of_its_configuration_and_the_moments_of_its_checkpoint",
+        ),
         ("export of what was loaded", "whole(tensor) if tensor.requires_grad else None", "None", "test_training"),
         (
             "shapes not compared",
             "if saved.get(name) != own.get(name)",
             "if (name in saved) != (name in own)",
-            "test_training",
+            "test_training.py::test_a_checkpoint_of_other_shapes_under_the_same_names_is_refused",
         ),
     ),
     "grpo/runtime/collectives.py": (
@@ -275,7 +290,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("a sum for the largest", "ReduceOp.MAX", "ReduceOp.SUM", "test_metrics"),
     ),
     "grpo/instruments/metrics.py": (
-        ("resumed step logged twice", "_step_of(line) < step", "_step_of(line) <= step", "test_metrics"),
+        ("a step logged twice", "_step_of(line) < step", "_step_of(line) <= step", "test_metrics"),
         ("memory in other units", "else peak / 2**20", "else peak / 2**30", "test_logged_metrics"),
     ),
     "grpo/instruments/flops.py": (
@@ -424,11 +439,12 @@ def _run_all(mutants: Sequence[Mutant], copies: Sequence[Path]) -> list[Result]:
         file.write_text((ROOT / mutant.file).read_text())
         free.append(copy)
         output = (copy / "output").read_text()
-        first = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+        first = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
         code = os.waitstatus_to_exitcode(status)
         noticed = first.group(1).removeprefix("tests/") if first else f"ended by {code}"
         result = Result(mutant, code, "SURVIVED" if code == 0 else noticed, time.monotonic() - began)
-        print(f"{mutant.name:46} | {mutant.file:32} | {result.noticed:100} | {result.seconds:5.1f} s", flush=True)
+        if mutant.old:
+            print(f"{mutant.name:40} | {mutant.file:33} | {result.noticed:110} | {result.seconds:5.1f} s", flush=True)
         results.append(result)
     return results
 
