@@ -4,21 +4,31 @@ BIN := .venv/bin
 # A SoundFont player; a package that contains TimGM6mb.sf2, a SoundFont of 128 instruments; espeak-ng.
 SOUNDS := tinysoundfont==0.3.7 pretty_midi==0.2.11.post0 espeakng-loader==0.2.4
 
-.PHONY: demo test test-gpu lint clean
+.PHONY: demo test test-gpu mutants lint clean
 
 demo: .venv/sounds
 	$(BIN)/python launch/demo.py
 
 test: .venv/sounds .venv/test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Do the tests notice faults? About ten minutes; prints which test noticed each, and fails if none did.
+mutants: .venv/test
+	$(BIN)/python -m tests.mutants
 
 # Checks that need a GPU; without one it fails with a message.
 test-gpu: .venv/test
 	$(BIN)/python -m tests.gpu
 
-lint: .venv/test
+lint: .venv/test build/types/hark
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	MYPYPATH=build/types $(BIN)/mypy -p hark
+
+# The packages as they are imported: mypy does not know package_dir of setup.cfg.
+build/types/hark:
+	mkdir -p $@
+	ln -s $(CURDIR)/hark/__init__.py $(addprefix $(CURDIR)/,data grpo launch models) $@
 
 # On Linux without an NVIDIA driver, install the CPU build of torch if pip finds one: the default build brings gigabytes
 # of CUDA libraries that could not be used. pip then keeps this torch, because it satisfies setup.cfg.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hark.grpo.advantage import equal_rewards, group_advantages
+from hark.grpo.advantage import equal_rewards, group_advantages, weighted_rewards
 
 GENERATOR = torch.Generator().manual_seed(0)
 REWARDS = torch.rand(24, generator=GENERATOR)
@@ -76,3 +76,19 @@ def test_a_group_of_one_and_an_unknown_scale_are_refused():
         group_advantages(REWARDS, group_size=1)
     with pytest.raises(ValueError, match="'std' or 'none'"):
         group_advantages(REWARDS, group_size=6, scale="mad")
+
+
+def test_a_reward_is_the_weighted_sum_of_its_columns():
+    columns = torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, -1.0]])
+    assert weighted_rewards(columns, [1.0, 0.5, 0.25]).tolist() == [1.5, 0.25]
+    # 1 is lost beside 1e8 in float32, which has 24 bits.
+    assert weighted_rewards(torch.tensor([[1e8, 1.0, -1e8]]), [1.0, 1.0, 1.0]).tolist() == [1.0]
+
+
+@pytest.mark.parametrize("kinds", [2, 5, 8])
+def test_equal_columns_give_exactly_equal_rewards(kinds):
+    """A matrix product adds up some rows in another order than the others, and rounds equal ones differently."""
+    generator = torch.Generator().manual_seed(kinds)
+    weights = torch.rand(kinds, generator=generator).tolist()
+    for row in torch.rand(100, kinds, generator=generator):
+        assert equal_rewards(weighted_rewards(row.repeat(13, 1), weights), group_size=13).all()

@@ -5,6 +5,7 @@ compared with the tree mask. All other counts must be equal exactly.
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hark.grpo import loop
 from hark.grpo.instruments import flops
-from hark.grpo.instruments.flops import best_matmul_rate, cost_of, macs
+from hark.grpo.instruments.flops import Cost, best_matmul_rate, cost_of, macs
 from hark.grpo.instruments.metrics import speed
 from hark.grpo.runtime.collectives import World
 from hark.grpo.sampler import sample
@@ -97,6 +98,14 @@ def test_each_pass_costs_what_torch_counts(kind, side, directory, monkeypatch):
     assert sum(pairs) == 2 * len(whole.windows) * 3 * steps * (prompt + steps), "siblings are not attended to"
 
 
+def test_a_clip_costs_its_convolutions_its_layers_and_its_pairs_worked_by_hand():
+    """Nine frames: nine outputs of the first convolution, five of the second, which are the layers' positions."""
+    cost = Cost(
+        token=0, head=0, pair=0, windows=(), convolutions=((1, 3), (2, 7)), tower_position=11, tower_pair=13
+    )  # fmt: skip
+    assert cost.tower(9) == 9 * 3 + 5 * 7 + 5 * 11 + 5 * 5 * 13
+
+
 @pytest.mark.parametrize("window", [None, 7])
 def test_a_token_attends_to_the_pairs_of_the_tree_mask(side, window):
     cost = replace(cost_of(side.policy), token=0, head=0, pair=1, convolutions=(), windows=(window,))
@@ -175,5 +184,11 @@ def test_the_rate_is_that_of_the_fastest_product_and_none_is_waited_for_long(mon
     """2 ms, 16 ms and 64 ms; the next would take eight times as long as the last, half a second."""
     seconds = {512: 2e-3, 1024: 16e-3, 2048: 64e-3}
     monkeypatch.setattr(flops, "SIZES", (512, 1024, 2048, 4096))
-    monkeypatch.setattr(flops, "_seconds", lambda a, b: seconds[len(a)])
-    assert best_matmul_rate(repeat=1) == 2048**3 / 64e-3
+    now = SimpleNamespace(seconds=0.0)
+
+    def product(a: torch.Tensor, b: torch.Tensor) -> None:
+        now.seconds += seconds[len(a)]
+
+    monkeypatch.setattr(flops, "linear", product)
+    monkeypatch.setattr(flops, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
+    assert best_matmul_rate(repeat=1) == pytest.approx(2048**3 / 64e-3)

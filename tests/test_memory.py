@@ -49,6 +49,7 @@ def work(seconds: int = 10, **others: int) -> Work:
 
 HEAVY = small(512, 8192)  # its weights outweigh its activations
 LIGHT = small(256, 1024, kv_heads=8)  # its activations outweigh its weights
+WIDE = small(64, 32768)  # the logprobs of its vocabulary outweigh all else in a rollout
 LONG = work(seconds=30, prompts=4, micro_batch=2, group_size=8, max_new_tokens=64)
 FOUR = Setting(shards=4, dtype=2, master=4)
 ONE = Setting(shards=1, dtype=2, master=4)
@@ -61,6 +62,7 @@ CASES = {
     "frozen tower, no reference": (HEAVY, work(), dataclasses.replace(FOUR, train_tower=False, reference="none")),
     "adapters on four ranks": (HEAVY, work(), dataclasses.replace(FOUR, lora_rank=8, reference="adapters")),
     "adapters on one rank": (HEAVY, work(), dataclasses.replace(ONE, lora_rank=8, reference="adapters")),
+    "draws dominate": (WIDE, work(seconds=2, prompts=4, group_size=16, max_new_tokens=4), FOUR),
     "bfloat16 weights on one rank": (HEAVY, work(), dataclasses.replace(ONE, master=2, recompute=True)),
 }
 

@@ -9,11 +9,11 @@ import types
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import hark.grpo.instruments.metrics as metrics_module
 from hark.grpo.instruments.metrics import Metrics
 from hark.grpo.runtime.collectives import World, reduce_max, reduce_sums
+from tests.ranks import on_ranks
 
 
 @pytest.fixture
@@ -212,15 +212,19 @@ def test_a_terminal_gets_one_updating_line_cut_to_its_width(tmp_path, monkeypatc
     ("seconds", "text"),
     [(0, "0:00"), (59.6, "1:00"), (151, "2:31"), (3599.4, "59:59"), (3600, "1:00:00"), (1e6, "277:46:40")],
 )
-def test_time_left_is_minutes_or_hours(seconds, text):
-    assert metrics_module._clock(seconds) == text
+def test_time_left_is_minutes_or_hours(seconds, text, tmp_path, clock, capsys):
+    metrics = Metrics(tmp_path, rank=0, total_steps=2)
+    clock.seconds += seconds
+    metrics.log(1, {})
+    assert capsys.readouterr().out.endswith(f"  left {text}\n")
 
 
 @pytest.mark.parametrize(
     ("value", "text"), [(0.00312, "0.00312"), (1e-6, "1e-06"), (999.4, "999"), (12345.6, "12346"), (1e9, "1e+09")]
 )
-def test_numbers_are_short(value, text):
-    assert metrics_module._number(value) == text
+def test_numbers_are_short(value, text, tmp_path, capsys):
+    Metrics(tmp_path, rank=0, total_steps=2, show=("loss",)).log(1, {"loss": value})
+    assert f"  loss {text}  " in capsys.readouterr().out
 
 
 def test_tensorboard_gets_steps_and_events_where_it_is_installed(tmp_path, no_tensorboard, board):
@@ -241,26 +245,23 @@ def test_reduce_sums_of_one_process_is_a_copy():
     assert reduce_sums({}, WORLD) == {}
 
 
-def _reduce_on_rank(rank: int, store: str, out: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    world, calls = World(rank, 2, torch.device("cpu")), []
-    all_reduce = dist.all_reduce
+def _reduce_on_rank(world: World, out: str) -> None:
+    calls, all_reduce = [], dist.all_reduce
     dist.all_reduce = lambda tensor, **options: calls.append(tensor.dtype) or all_reduce(tensor, **options)
     # The ranks name their values in different orders; 1 + 2**-40 is lost in float32.
-    mine = [{"reward": 1.0, "count": 2.0**-40}, {"count": 1.0, "reward": 10.0}][rank]
+    mine = [{"reward": 1.0, "count": 2.0**-40}, {"count": 1.0, "reward": 10.0}][world.rank]
     result = {"sums": reduce_sums(mine, world), "float64_calls": [dtype == torch.float64 for dtype in calls]}
-    result["largest"] = reduce_max(7 - 2 * rank, world)
+    result["largest"] = reduce_max(7 - 2 * world.rank, world)
     try:
-        reduce_sums({["loss", "kl"][rank]: 1.0}, world)
+        reduce_sums({["loss", "kl"][world.rank]: 1.0}, world)
     except ValueError as error:
         result["error"] = str(error)
-    with open(f"{out}{rank}", "w") as file:
+    with open(f"{out}{world.rank}", "w") as file:
         json.dump(result, file)
-    dist.destroy_process_group()
 
 
 def test_reduce_sums_over_two_ranks_is_one_exact_call_that_checks_the_names(tmp_path):
-    mp.spawn(_reduce_on_rank, (str(tmp_path / "store"), str(tmp_path / "out")), nprocs=2)
+    on_ranks(2, _reduce_on_rank, str(tmp_path / "out"))
     for rank, name in enumerate(["loss", "kl"]):
         result = json.loads((tmp_path / f"out{rank}").read_text())
         assert result["sums"] == {"count": 1.0 + 2.0**-40, "reward": 11.0}

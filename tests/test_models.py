@@ -306,3 +306,14 @@ def test_a_faulty_file_of_a_checkpoint_is_named(fault, qwen2_audio_dir, tmp_path
         file.write_text(file.read_text()[:50])
     with pytest.raises(PolicyError, match=f"{file.name}: .*copy it again"):
         load_policy(directory)
+
+
+def test_an_answer_to_learn_ends_as_the_chat_template_ends_a_turn(qwen2_audio_dir, copy):
+    """Whichever stop token the generation config names first."""
+    end = load_policy(qwen2_audio_dir).tokenizer.convert_tokens_to_ids("<|im_end|>")
+    path = copy / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [100, end]}))
+    policy = load_policy(copy)
+    assert policy.stop_ids == (100, end)
+    ids = policy.completion_ids("<answer>rain</answer>")
+    assert ids[-1] == end and policy.tokenizer.decode(ids[:-1]) == "<answer>rain</answer>"

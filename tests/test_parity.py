@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from hark.grpo import scorer
 from hark.grpo.sampler import sample
 from hark.grpo.scorer import score
 from tests.conftest import TEXTS, Case
@@ -46,6 +47,23 @@ def test_sampler_logprobs_equal_scorer_logprobs_equal_hugging_face(case):
             expected = hf_logprobs(case, hf, rollout, row, temperature=1.3)
             torch.testing.assert_close(rollout.logprobs[row][rollout.mask[row]], expected, **VALUES)
     assert (rollout.logprobs[~rollout.mask] == 0).all() and (scored[~rollout.mask] == 0).all()
+
+
+@pytest.mark.parametrize("size", [1, 7])
+def test_to_score_in_chunks_changes_no_value_and_no_gradient(case, monkeypatch, size):
+    """One token at a time, and in chunks of which the last is not full."""
+    rollout = drawn(case)
+    assert rollout.mask.sum() % 7
+    found = []
+    for chunk in (scorer.CHUNK, size):
+        monkeypatch.setattr(scorer, "CHUNK", chunk)
+        case.policy.zero_grad()
+        scored = score(case.policy, case.prompts, rollout.tokens, rollout.mask, group_size=GROUP)
+        scored[0].sum().backward()
+        found.append([*scored, *(p.grad for p in case.policy.parameters() if p.grad is not None)])
+    for whole, part in zip(*found, strict=True):
+        # Products of other sizes round otherwise: values as above, gradients in relation to their largest entry.
+        assert (whole - part).abs().max() <= 1e-4 * whole.abs().max() + 1e-6
 
 
 def test_gradients_of_a_shared_row_equal_those_of_separate_hugging_face_rows(case):

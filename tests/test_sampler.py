@@ -272,6 +272,15 @@ def test_drawing_inverts_the_cumulative_distribution():
     assert draw_tokens(distribution, uniform).tolist() == [[0, 0, 2, 3, 3]]
 
 
+def test_a_token_without_probability_is_never_drawn_and_a_rare_one_is():
+    """The first uniform number, 0, is the first token's that has a share; a share of 1e-9 is not rounded away."""
+    distribution = torch.tensor([[0.0, 0.5, 0.5]]).log()
+    assert draw_tokens(distribution, torch.zeros(1, 1, dtype=torch.float64)).tolist() == [[1]]
+    rare = torch.tensor([[0.5, 1e-9, 0.5]]).log()
+    edges = rare.double().exp().cumsum(dim=-1)[0] / rare.double().exp().sum()
+    assert draw_tokens(rare, edges[:2].mean().reshape(1, 1)).tolist() == [[1]]
+
+
 def test_uniforms_are_the_same_on_every_machine():
     # Philox is a published algorithm: these digits are its, not this computer's.
     assert _uniforms((1, 2, 3), 1, 2).tolist() == [[0.7198955456932165, 0.012702050455707714]]

@@ -83,7 +83,7 @@ def test_a_frozen_tower_stands_whole_and_a_trained_one_is_sharded(ranks, setting
     on_ranks(ranks, check_places, run)
 
 
-def test_what_a_frozen_tower_has_heard_is_heard_once_and_changes_nothing(settings, tmp_path, monkeypatch):
+def test_what_a_frozen_tower_has_heard_is_heard_once_and_changes_nothing(settings, tmp_path):
     """With room for all clips and for none; ranks hit and miss at different times."""
     run = [*settings, FROZEN, "optim.steps=8"]  # 32 prompts of 12 clips
     runs = [[*run, f"run.directory={tmp_path}/{room}", f"model.tower_cache={room}"] for room in (0, 1024)]
@@ -95,16 +95,14 @@ def test_what_a_frozen_tower_has_heard_is_heard_once_and_changes_nothing(setting
 
     def count(world: World) -> None:
         trainer = build(world, load_config([*run, f"run.directory={tmp_path}/count"]))
-        tower = trainer.policy._encode_clips
-        monkeypatch.setattr(
-            trainer.policy, "_encode_clips", lambda prompts: heard.append(prompts[0].audio_digest) or tower(prompts)
-        )
-        monkeypatch.setattr(trainer.reference, "_encode_clips", lambda prompts: heard.append("reference"))
+        first = trainer.policy.tower.layers[0]
+        first.register_forward_pre_hook(lambda layer, inputs: heard.append((len(inputs[0]), float(inputs[0].sum()))))
         for step in range(8):
             trainer.step(step)
 
     on_ranks(1, count)
     assert len(heard) == len(set(heard)) == 12, "once per clip, in rollout, reference, scoring and later epochs"
+    assert {clips for clips, _ in heard} == {1}, "alone"
 
 
 def test_pure_bfloat16_trains_in_bfloat16(settings, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import threading
 
 import pytest
@@ -26,8 +27,9 @@ from hark.grpo.types import Batch, PolicyBatch
 from hark.launch.common.config_file import load_config
 from hark.launch.common.policies import make_policy
 from hark.launch.common.questions import rewards_of, validation_figures
+from hark.models.mini import build_mini
 from tests.clips import write_questions
-from tests.conftest import build_causal_lm
+from tests.conftest import TEXTS, build_causal_lm
 from tests.ranks import on_ranks
 from tests.runs import (
     NO_GRADIENT,
@@ -357,3 +359,78 @@ def test_a_kept_step_of_text_alone_can_be_read(case, tmp_path):
     write_step(tmp_path / "step.pt", batch, step=0, rank=0, examples=["q"])
     batch, _ = read_step(tmp_path / "step.pt")
     assert [prompt.audio_digest for prompt in batch.prompts] == [prompt.audio_digest for prompt in case.prompts]
+
+
+def test_each_completion_is_rewarded_with_the_example_it_answers(settings, tmp_path):
+    """Examples repeated in another order than completions would reward answers to other questions."""
+    config = load_config([*settings, f"run.directory={tmp_path}/run"])
+    judged, batches = [], []
+
+    def rewards(examples, completions):
+        judged.extend(zip([example.id for example in examples], completions, strict=True))
+        return length_reward(examples, completions)
+
+    def run(world: World) -> None:
+        trainer = build(world, config, rewards=rewards)
+        accumulate = trainer.accumulate
+        trainer.accumulate = lambda batch: batches.append(batch) or accumulate(batch)
+        trainer.step(0)
+        texts = trainer.policy.completion_texts(batches[0].tokens, batches[0].mask)
+        owners = [example.id for example, *_ in trainer.data.step(0) for _ in range(4)]
+        assert len(set(owners)) == 4 and judged == list(zip(owners, texts, strict=True))
+        sounds = [prompt.audio_digest for _, prompt, *_ in trainer.data.step(0)]
+        assert [prompt.audio_digest for prompt in batches[0].prompts] == sounds
+
+    on_ranks(1, run)
+
+
+def test_a_step_that_was_logged_before_a_crash_and_done_again_is_logged_once(settings, tmp_path):
+    run = [*settings, f"run.directory={tmp_path}/run", "optim.steps=3", "checkpoint.every=1", "checkpoint.keep=3"]
+    on_ranks(1, train, run)
+    for step in (2, 3):  # the crash came before these were saved
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{step:06d}")
+    before = read_metrics(tmp_path / "run")
+    on_ranks(1, train, [*run, "run.resume=true"])
+    after = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in after] == [1, 2, 3]
+    assert all(one[name] == two[name] for one, two in zip(before, after, strict=True) for name in computed(one))
+
+
+def test_the_last_step_is_saved_and_evaluated_whatever_the_rhythm(settings, tmp_path):
+    config = load_config([*settings, f"run.directory={tmp_path}/run", "checkpoint.every=2", "evaluation.every=2"])
+
+    def run(world: World) -> None:
+        loop.train(build(world, config, validate=lambda: {"accuracy": 0.5}))
+
+    on_ranks(1, run)
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
+    assert [line["step"] for line in read_metrics(tmp_path / "run") if "event" in line] == [2, 3]
+
+
+def test_a_checkpoint_of_other_shapes_under_the_same_names_is_refused(settings, tmp_path):
+    run = [*settings, f"run.directory={tmp_path}/run", "optim.steps=1", "checkpoint.every=1"]
+    on_ranks(1, train, run)
+    build_mini(tmp_path / "wider", TEXTS, vocabulary=320, hidden=128, layers=2, tower_hidden=64, tower_layers=2)
+    words = [word for word in run if not word.startswith("model.path=")]
+
+    def resume(world: World) -> None:
+        policy = make_policy(load_config([*words, f"model.path={tmp_path}/wider"]), world)
+        load_checkpoint(tmp_path / "run" / "checkpoints", policy, torch.optim.AdamW(policy.parameters()))
+
+    with pytest.raises(CheckpointError, match=r"of another model.*tensors differ, the first is .*\[.*\] there"):
+        on_ranks(1, resume)
+
+
+def test_a_resumed_run_has_the_settings_of_its_configuration_and_the_moments_of_its_checkpoint(settings, tmp_path):
+    run = [*settings, f"run.directory={tmp_path}/run", "optim.steps=1", "checkpoint.every=1", "optim.weight_decay=0.1"]
+    on_ranks(1, train, run)
+
+    def resume(world: World) -> None:
+        config = load_config([*run, "optim.beta1=0.8", "optim.weight_decay=0.3"])
+        trainer = build(world, config)
+        load_checkpoint(tmp_path / "run" / "checkpoints", trainer.policy, trainer.optimizer)
+        assert [group["betas"] for group in trainer.optimizer.param_groups] == [(0.8, 0.999)] * 2
+        assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.3, 0.0]
+        assert any(state["exp_avg"].full_tensor().any() for state in trainer.optimizer.state.values())
+
+    on_ranks(1, resume)

@@ -1,0 +1,500 @@
+"""Do the tests notice faults? Each mutant is one deliberate fault, and some named test must fail because of it.
+
+    python -m tests.mutants [--only NAME ...] [--list]
+
+The faults are made in a copy of the tree, never in the checkout. First the named tests must pass on an unchanged copy.
+A mutant that survives makes the run fail, unless `equivalent` says why no test can notice it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("data", "grpo", "launch", "models")
+JOBS = 2  # copies in which tests run at the same time
+LIMIT = 180  # seconds for the tests of a mutant: a fault may make a loop endless
+# Imported once; each run of tests is a fork. Of the tree only the first, by which torchaudio can be imported: forks
+# import it all anew, from their copies.
+PRELOAD = (
+    "hark.data.torchaudio_compat",
+    "torch.distributed.fsdp",
+    "transformers.models.qwen2_audio.modeling_qwen2_audio",
+    "pytest",
+)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A fault: `old`, which stands exactly once in `file`, becomes `new`. tests: those that should notice."""
+
+    file: str
+    name: str
+    old: str
+    new: str
+    tests: str
+    equivalent: str = ""
+
+
+# file: (name, old text, new text, the tests that should notice, why none can if that is so)
+FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "grpo/advantage.py": (
+        ("rewards unweighted", "column.double() * weight", "column.double()", "test_advantage"),
+        ("rewards added up in float32", "dtype=torch.float64", "dtype=torch.float32", "test_advantage"),
+        (
+            "population deviation",
+            "groups.std(dim=1, keepdim=True)",
+            "groups.std(dim=1, keepdim=True, correction=0)",
+            "test_advantage",
+        ),
+        ("mean of all groups", "groups - groups.mean(dim=1, keepdim=True)", "groups - groups.mean()", "test_advantage"),
+        ("another epsilon", "EPSILON = 1e-4", "EPSILON = 1e-3", "test_advantage"),
+        (
+            "ends of a group compared",
+            "groups.amax(dim=1) == groups.amin(dim=1)",
+            "groups[:, 0] == groups[:, -1]",
+            "test_advantage",
+        ),
+    ),
+    "grpo/loss.py": (
+        ("completions not counted", ".clamp(min=1) * completions", ".clamp(min=1)", "test_loss"),
+        ("tokens of this rank", "mask / tokens", "mask / mask.sum()", "test_loss"),
+        ("k2 for k3", "log_ratio.exp() - log_ratio - 1", "log_ratio.square() / 2", "test_loss"),
+        ("kl backwards", "ref_logprobs - logprobs", "logprobs - ref_logprobs", "test_loss"),
+        (
+            "clip bounds exchanged",
+            "clamp(1 - clip_low, 1 + clip_high)",
+            "clamp(1 - clip_high, 1 + clip_low)",
+            "test_loss",
+        ),
+        ("optimistic surrogate", "torch.minimum(", "torch.maximum(", "test_loss"),
+        ("beta ignored", "loss + beta * kl", "loss + kl", "test_loss"),
+        (
+            "clipped where it does not bind",
+            "(clipped * advantage < ratio * advantage)",
+            "(clipped != ratio)",
+            "test_loss test_logged_metrics",
+        ),
+    ),
+    "grpo/tree.py": (
+        (
+            "siblings visible",
+            "((key_branch == branch) | (key_branch == PROMPT))",
+            "(key_branch >= PROMPT)",
+            "test_tree",
+        ),
+        ("window too wide by one", "position - (window - 1)", "position - window", "test_tree"),
+        ("a token blind to itself", "key_position <= position", "key_position < position", "test_tree"),
+        (
+            "positions count on over branches",
+            "step.repeat(group_size)",
+            "torch.arange(steps * group_size)",
+            "test_tree test_parity",
+        ),
+        (
+            "one place of padding visible",
+            "position < lengths[:, None]",
+            "position <= lengths[:, None]",
+            "test_tree test_parity",
+        ),
+    ),
+    "grpo/distribution.py": (
+        ("temperature ignored", ".float() / temperature", ".float()", "test_logged_metrics"),
+        (
+            "placeholders can be drawn",
+            "logits[..., suppressed] = -torch.inf",
+            "logits[..., suppressed] += 0.0",
+            "test_sampler",
+        ),
+        ("impossible tokens drawn", "right=True", "right=False", "test_sampler"),
+        ("draws in float32", ".double().exp()", ".exp()", "test_sampler"),
+        (
+            "entropy halved",
+            "-(distribution.exp() * finite)",
+            "-0.5 * (distribution.exp() * finite)",
+            "test_logged_metrics",
+        ),
+    ),
+    "grpo/scorer.py": (
+        ("first token from one too early", "lengths - 1]", "lengths - 2]", "test_parity"),
+        ("the next token is fed", "tokens[:, :-1]", "tokens[:, 1:]", "test_parity"),
+        (
+            "padding visible to branches",
+            "real = row.real[:, None, None, :prompt]",
+            "real = row.real[:, None, None, :prompt] | True",
+            "test_parity test_split_attention",
+        ),
+        ("last chunk lost", "for h, c in chunks[:-1]", "for h, c in chunks[1:]", "test_sampler test_parity"),
+    ),
+    "grpo/sampler.py": (
+        ("draws without the example", "list(key)", "list(key)[:-1]", "test_sampler"),
+        ("shortest prompt first", "-len(prompts[n].ids)", "len(prompts[n].ids)", "test_sampler"),
+    ),
+    "grpo/branches.py": (
+        (
+            "all stopped",
+            "self.stopped[completion] |= stopped",
+            "self.stopped[completion] |= running",
+            "test_sampler test_evaluate",
+        ),
+        ("first token from padding", "lengths - 1]", "-1]", "test_sampler"),
+        (
+            "branches behind the longest prompt",
+            "(plan.prompt_length + plan.step)",
+            "(sizes.prompt + plan.step)",
+            "test_sampler test_parity",
+        ),
+        ("cells not moved", "dict(moves).get(row, row)", "row", "test_sampler"),
+        ("newest key not moved", "in self._branches) - 1)", "in self._branches) - 2)", "test_sampler"),
+        ("no end at the limit", "and branch.tokens < self.limit", "", "test_sampler"),
+    ),
+    "grpo/types.py": (
+        ("cut to the shortest completion", "[rows].sum(dim=1).max()", "[rows].sum(dim=1).min()", "test_types"),
+        ("shortest rows first", "-lengths[group]", "lengths[group]", "test_types"),
+        ("one completion fed", "self.group_size * (longest - 1)", "(longest - 1)", "test_types"),
+        ("only praise has a gradient", "advantages.ne(0)", "advantages.gt(0)", "test_skipping test_types"),
+    ),
+    "grpo/evaluate.py": (
+        ("stopped inverted", "rollout.stopped.tolist()", "(~rollout.stopped).tolist()", "test_evaluate"),
+    ),
+    "grpo/optimizer.py": (
+        ("biases decay", '"weight_decay": 0.0', '"weight_decay": weight_decay', "test_optimizer"),
+        ("warm-up from nothing", "peak * (step + 1) / warmup", "peak * step / warmup", "test_optimizer"),
+        ("quarter of a cosine", "math.pi * progress", "math.pi / 2 * progress", "test_optimizer"),
+        (
+            "norm of this rank",
+            "norm.full_tensor()",
+            "norm.to_local()",
+            "test_training.py::test_the_update_is_the_same_for_any_micro_batch_and_on_one_or_two_ranks",
+            "clip_grad_norm_ of torch 2.11 to 2.13 adds up its norm over the ranks, to compare it with the bound",
+        ),
+    ),
+    "grpo/learner.py": (
+        (
+            "schedule never applied",
+            'group["lr"] = self.learning_rate(step)',
+            'group["lr"] = self.config.optim.lr',
+            "test_logged_metrics",
+        ),
+        ("gradients kept", "self.optimizer.zero_grad()", "pass", "test_logged_metrics"),
+        (
+            "norm once per rank",
+            "norm / self.world.size",
+            "norm",
+            "test_training.py::test_the_update_is_the_same_for_any_micro_batch_and_on_one_or_two_ranks",
+        ),
+        ("no update without a gradient", "max(1, reduce_max", "max(0, reduce_max", "test_skipping"),
+        ("repeated group counts", "torch.zeros_like(shortest.weights)", "shortest.weights", "test_skipping"),
+        (
+            "completions of this rank",
+            "len(mask) * self.world.size",
+            "len(mask)",
+            "test_training.py::test_the_update_is_the_same_for_any_micro_batch_and_on_one_or_two_ranks",
+        ),
+    ),
+    "grpo/trainer.py": (
+        ("population deviation reported", ".std(dim=1)", ".std(dim=1, correction=0)", "test_logged_metrics"),
+        ("stopped share inverted", "rollout.stopped.sum()", "(~rollout.stopped).sum()", "test_logged_metrics"),
+        (
+            "completion tokens doubled",
+            "rollout.mask.sum() / completions",
+            "2 * rollout.mask.sum() / completions",
+            "test_logged_metrics",
+        ),
+        ("gap after the last update", 'updates[0]["sampler_gap"]', 'updates[-1]["sampler_gap"]', "test_logged_metrics"),
+        ("means over skipped groups", "{name: value / scored", "{name: value", "test_skipping"),
+        (
+            "reference out of order",
+            "logprobs[rollout.rows(groups),",
+            "logprobs[rollout.rows(sorted(groups)),",
+            "test_training.py::test_the_reference_scores_each_completion_where_it_stands",
+        ),
+        (
+            "rewards of other completions",
+            "[example for example in examples for _ in range(self.group_size)]",
+            "[*examples] * self.group_size",
+            "test_training.py::test_each_completion_is_rewarded_with_the_example_it_answers",
+        ),
+    ),
+    "grpo/loop.py": (
+        (
+            "logged rate from the configuration",
+            'optimizer.param_groups[0]["lr"]',
+            "config.optim.lr",
+            "test_logged_metrics",
+        ),
+        (
+            "a line of the log kept",
+            "start + 1 if start else 0",
+            "start + 2 if start else 0",
+            "test_training.py::test_a_step_that_was_logged_before_a_crash_and_done_again_is_logged_once",
+        ),
+        (
+            "last step not saved",
+            "(done % every == 0 or done == last)",
+            "done % every == 0",
+            "test_training.py::test_the_last_step_is_saved_and_evaluated_whatever_the_rhythm",
+        ),
+        ("moments of the probe kept", "learner.optimizer.state.clear()", "pass", "test_probe"),
+    ),
+    "grpo/runtime/sharding.py": (
+        (
+            "gradients averaged",
+            "set_gradient_divide_factor(1.0)",
+            "set_gradient_divide_factor(2.0)",
+            "test_training.py::test_the_update_is_the_same_for_any_micro_batch_and_on_one_or_two_ranks",
+        ),
+        (
+            "weights left gathered",
+            "            unit.reshard()\n",
+            "",
+            "test_communication test_sharding",
+        ),
+        ("gradients reduced in half", "reduce_dtype=torch.float32", "reduce_dtype=half", "test_communication"),
+        ("all-reduce counted once", "2 * result.nbytes", "result.nbytes", "test_communication"),
+    ),
+    "grpo/runtime/checkpoint.py": (
+        (
+            "one checkpoint too many",
+            "[:-keep]",
+            "[: -keep - 1]",
+            "test_training.py::test_an_interrupted_save_is_not_taken_for_a_checkpoint",
+        ),
+        (
+            "settings of the checkpoint",
+            "group.update(own)",
+            "pass",
+            "test_training.py::test_a_resumed_run_has_the_settings_of_its_configuration_and_the_moments_of_its_checkpoint",
+        ),
+        ("export of what was loaded", "whole(tensor) if tensor.requires_grad else None", "None", "test_training"),
+        (
+            "shapes not compared",
+            "if saved.get(name) != own.get(name)",
+            "if (name in saved) != (name in own)",
+            "test_training.py::test_a_checkpoint_of_other_shapes_under_the_same_names_is_refused",
+        ),
+    ),
+    "grpo/runtime/collectives.py": (
+        ("overlapping time twice", "max(ended - max(began, latest), 0.0)", "ended - began", "test_communication"),
+        ("sums in float32", "dtype=torch.float64", "dtype=torch.float32", "test_metrics"),
+        ("a sum for the largest", "ReduceOp.MAX", "ReduceOp.SUM", "test_metrics"),
+    ),
+    "grpo/instruments/metrics.py": (
+        ("a step logged twice", "_step_of(line) < step", "_step_of(line) <= step", "test_metrics"),
+        ("memory in other units", "else peak / 2**20", "else peak / 2**30", "test_logged_metrics"),
+    ),
+    "grpo/instruments/flops.py": (
+        ("attention of a tower linear", "positions**2 * self.tower_pair", "positions * self.tower_pair", "test_flops"),
+        ("last token fed", "start + length - 1)", "start + length)", "test_flops"),
+    ),
+    "grpo/instruments/memory.py": (
+        ("one moment", '"optimizer": 2 * sharded', '"optimizer": sharded', "test_memory"),
+        ("draws in four bytes", "20 * n * work", "12 * n * work", "test_memory"),
+    ),
+    "grpo/instruments/communication.py": (
+        ("gathered once", "updates * (2 if reshard else 1)", "updates", "test_communication"),
+    ),
+    "models/attention.py": (
+        ("scores unscaled", "alpha=scaling", "alpha=1.0", "test_parity"),
+        (
+            "scores in half",
+            "queries.float() @ keys.float().mT",
+            "(queries @ keys.mT).float()",
+            "test_cache",
+        ),
+    ),
+    "models/split_attention.py": (
+        (
+            "the larger sum for both",
+            "torch.logaddexp(prompt_sum, own_sum)",
+            "torch.maximum(prompt_sum, own_sum)",
+            "test_split_attention",
+        ),
+        ("half a gradient", "of_query + of_own_query", "of_query", "test_split_attention"),
+    ),
+    "models/cache.py": (
+        ("moves backwards", "tensor[targets] = tensor[sources]", "tensor[sources] = tensor[targets]", "test_sampler"),
+        ("newest clip forgotten", "popitem(last=False)", "popitem(last=True)", "test_cache"),
+    ),
+    "models/linear.py": (("mean for the bias", "rows.sum(dim=0)", "rows.mean(dim=0)", "test_linear"),),
+    "models/lora.py": (
+        ("alpha unscaled", "lora.alpha / lora.rank", "lora.alpha", "test_lora"),
+        ("adapters stay off", "layer.enabled = True", "layer.enabled = False", "test_lora"),
+    ),
+    "models/policy.py": (
+        ("stop token in the text", "row[:-1] if row and", "row if row and", "test_models test_rewards"),
+        ("scale of logits inverted", "logits * scale", "logits / scale", "test_models"),
+        (
+            "any stop token for an answer's",
+            "(ends or self.stop_ids)[0]",
+            "self.stop_ids[0]",
+            "test_models test_training",
+        ),
+        ("windows everywhere", 'window if kind == "sliding_attention" else None', "window", "test_models"),
+    ),
+    "models/loading.py": (
+        (
+            "masters in half",
+            "dtype=master_dtype if target.requires_grad else dtype",
+            "dtype=dtype",
+            "test_training.py::test_bfloat16_computes_in_half_and_keeps_float32_weights",
+        ),
+        (
+            "weights are the file",
+            "dtype, copy=True), requires_grad=target.requires_grad)",
+            "dtype), requires_grad=target.requires_grad)",
+            "test_models.py::test_weights_are_not_the_file_they_were_read_from",
+        ),
+        ("surplus tensors ignored", "for name in sorted(unused)]", "for name in ()]", "test_models"),
+    ),
+    "models/families/qwen2_audio.py": (
+        ("an odd frame lost", "(frames - 1) // 2 + 1", "frames // 2", "test_families test_parity"),
+        ("clips cut where they end", "CONV_REACH = 2", "CONV_REACH = 0", "test_parity"),
+        (
+            "shorter clip sees padding",
+            "len({prompt.frames for prompt in prompts}) > 1",
+            "len({prompt.frames for prompt in prompts}) > 3",
+            "test_parity",
+        ),
+    ),
+}
+MUTANTS = [Mutant(file, *fault) for file, faults in FAULTS.items() for fault in faults]
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutants alone")
+    parser.add_argument("--list", action="store_true", help="print the names and files, and run nothing")
+    options = parser.parse_args(argv)
+    chosen = [mutant for mutant in MUTANTS if not options.only or mutant.name in options.only]
+    if options.list:
+        for mutant in chosen:
+            print(f"{mutant.name:48} {mutant.file}")
+        return 0
+    for module in PRELOAD:
+        __import__(module)
+    with tempfile.TemporaryDirectory() as directory:
+        copies = [_copy(Path(directory) / str(n)) for n in range(JOBS)]
+        unchanged = Mutant("setup.cfg", "nothing", "", "", " ".join(sorted({m.tests for m in chosen})))
+        failed = [result for result in _run_all([unchanged], copies[:1]) if not result.survived]
+        if failed:
+            print(f"the unchanged tree fails {failed[0].noticed}: mend that first", file=sys.stderr)
+            return 1
+        results = _run_all(chosen, copies)
+    return _report(results)
+
+
+@dataclass(frozen=True)
+class Result:
+    mutant: Mutant
+    status: int  # pytest's: 0 where all tests passed, 1 where one failed; -signal where the process was ended
+    noticed: str  # the first test that failed
+    seconds: float
+
+    @property
+    def survived(self) -> bool:
+        return self.status == 0
+
+
+def _report(results: Sequence[Result]) -> int:
+    bad = [r for r in results if r.status > 1 or r.survived != bool(r.mutant.equivalent)]
+    unexplained = [r.mutant.name for r in bad]
+    survivors = [r for r in results if r.survived]
+    print(f"{len(results) - len(survivors)} of {len(results)} noticed", end="")
+    for result in survivors:
+        print(f"\nsurvived: {result.mutant.name}: {result.mutant.equivalent or 'unexplained'}", end="")
+    print(f"\nto be looked into: {', '.join(unexplained)}" if bad else "")
+    return 1 if bad else 0
+
+
+def _copy(target: Path) -> Path:
+    """The tree without history, environment and compiled files. Its `hark` leads to its packages, not the installed."""
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "build", "runs", "*.egg-info", "docs")
+    shutil.copytree(ROOT, target, ignore=ignored)
+    for package in PACKAGES:
+        (target / "hark" / package).symlink_to(target / package)
+    return target
+
+
+def _run_all(mutants: Sequence[Mutant], copies: Sequence[Path]) -> list[Result]:
+    """Run each mutant's tests, in as many copies at a time as there are."""
+    waiting, free, running, results = list(mutants), list(copies), {}, []
+    while waiting or running:
+        while waiting and free:
+            mutant, copy = waiting.pop(0), free.pop()
+            running[_start(mutant, copy)] = mutant, copy, time.monotonic()
+        process, status = os.wait()
+        mutant, copy, began = running.pop(process)
+        file = copy / mutant.file
+        file.write_text((ROOT / mutant.file).read_text())
+        free.append(copy)
+        output = (copy / "output").read_text()
+        first = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
+        code = os.waitstatus_to_exitcode(status)
+        noticed = first.group(1).removeprefix("tests/") if first else f"ended by {code}"
+        result = Result(mutant, code, "SURVIVED" if code == 0 else noticed, time.monotonic() - began)
+        if mutant.old:
+            print(f"{mutant.name:40} | {mutant.file:33} | {result.noticed:110} | {result.seconds:5.1f} s", flush=True)
+        results.append(result)
+    return results
+
+
+def mutated(mutant: Mutant) -> str:
+    """The text of the file with the fault. Raises ValueError where the old text does not stand in it exactly once."""
+    text = (ROOT / mutant.file).read_text()
+    if mutant.old and text.count(mutant.old) != 1:
+        raise ValueError(
+            f"{mutant.name}: {mutant.old!r} stands {text.count(mutant.old)} times in {mutant.file}, not once"
+        )
+    return text.replace(mutant.old, mutant.new) if mutant.old else text
+
+
+def _start(mutant: Mutant, copy: Path) -> int:
+    """Fork a process that runs the tests of a mutant in a copy of the tree; its id."""
+    (copy / mutant.file).write_text(mutated(mutant))
+    process = os.fork()
+    if process:
+        return process
+    signal.alarm(LIMIT if mutant.old else 10 * LIMIT)
+    output = os.open(copy / "output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(copy)
+    os.environ |= {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    sys.dont_write_bytecode = True
+    sys.path[:] = [str(copy), *(path for path in sys.path if Path(path or ".").resolve() != ROOT)]
+    for name in [name for name in sys.modules if name.split(".")[0] in ("hark", "tests")]:
+        del sys.modules[name]
+    status = 4
+    try:
+        status = _test(mutant, copy)
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def _test(mutant: Mutant, copy: Path) -> int:
+    import pytest
+
+    import hark.grpo.loss
+
+    if not Path(hark.grpo.loss.__file__).resolve().is_relative_to(copy.resolve()):
+        raise RuntimeError(f"hark is {hark.grpo.loss.__file__}, not the copy")
+    words = [word if ".py" in word else f"{word}.py" for word in mutant.tests.split()]
+    files = list(dict.fromkeys(f"tests/{word}" for word in words))
+    how = ["-x"] if mutant.old else ["-n", str(JOBS), "--dist", "worksteal"]
+    return int(pytest.main([*files, *how, "-q", "-rfE", "--tb=line", "--show-capture=no", "-p", "no:cacheprovider"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
