@@ -31,6 +31,7 @@ PRELOAD = [
     "transformers.models.qwen2_audio.processing_qwen2_audio",
     "transformers.models.whisper.feature_extraction_whisper",
 ]
+GRACE = 10  # seconds by which a rank's error precedes those that it causes on other ranks
 LIMIT = 300  # seconds, far beyond any call's: ranks that wait for each other would wait for an hour
 
 
@@ -67,6 +68,11 @@ def _rank(rank: int, size: int, port: int, function: Callable[..., None], args: 
     flops.SIZES = (256,)  # as in conftest.py
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    function(*args)
+    try:
+        function(*args)
+    except RuntimeError as error:
+        if "Connection closed by peer" in str(error):
+            time.sleep(GRACE)  # another rank has failed, and its error is the one to report
+        raise
     sys.stdout.flush()
     os._exit(0)  # as launch/common/entry.py leaves, and for its reason
