@@ -31,7 +31,7 @@ def normalise(text: str) -> str:
         text = bare
 
 
-def is_correct(completion: str, choices: Sequence[str], answer: int) -> bool:
+def is_correct(completion: str, choices: Sequence[str], answer: int | None) -> bool:
     """Whether the completion's answer equals the right choice and no other, all normalised; substrings do not count."""
     extracted = extract_answer(completion)
     if extracted is None:

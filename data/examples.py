@@ -77,7 +77,8 @@ def load_examples(
     """
     path = Path(path)
     root = path.parent if audio_root is None else Path(audio_root)
-    examples, bad, seen = [], [], {}
+    examples, bad = [], []
+    seen: dict[str, str] = {}
     for line, row in read_rows(path):
         record = row if isinstance(row, dict) else {}
         try:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from hark.data.errors import DataError
 
@@ -44,7 +45,7 @@ def _line_rows(path: Path) -> Iterator[tuple[str, dict | DataError]]:
             yield f"{path.name}:{number}", row if isinstance(row, (dict, DataError)) else _not_an_object(row)
 
 
-def _decoded(raw: bytes) -> object:
+def _decoded(raw: bytes) -> Any:
     try:
         return json.loads(raw.decode("utf-8-sig"))
     # ValueError: no JSON, no UTF-8, or an integer of more than 4,300 digits. RecursionError: nested too deeply.

@@ -6,11 +6,11 @@ lock. Nothing is pickled, and an exception arrives as it was raised.
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -21,7 +21,13 @@ from hark.data.order import completion_key, digest, occurrences, rank_slice, shu
 from hark.data.parallel import in_threads
 from hark.data.prompts import find_template, render
 
-Prompt = TypeVar("Prompt")
+
+class _Tokens(Protocol):
+    @property
+    def ids(self) -> Sized: ...
+
+
+Prompt = TypeVar("Prompt", bound=_Tokens)
 Key = tuple[int, ...]
 
 CANDIDATES = 4  # longest clips, and longest texts, that are prepared to find the longest prompt
@@ -144,7 +150,8 @@ class Loader(Generic[Prompt]):
 
     def _slot(self, drawn: int, occurrence: int, *, step: int) -> _Slot[Prompt]:
         """The prompt of the first good example at or after the index `drawn`; the search wraps round at the end."""
-        count, bad = len(self.examples), {}
+        count = len(self.examples)
+        bad: dict[int, BadExample] = {}
         for offset in range(count):
             index = (drawn + offset) % count
             if index in self._bad_indices:

@@ -8,6 +8,7 @@ extension: if it does not load, torchaudio is imported again with a stub in plac
 
 import sys
 import types
+from typing import Any
 
 
 def _import_torchaudio() -> types.ModuleType:
@@ -16,7 +17,7 @@ def _import_torchaudio() -> types.ModuleType:
     except (OSError, RuntimeError):
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchaudio"]:
             del sys.modules[name]
-        stub = types.ModuleType("torchaudio._extension")
+        stub: Any = types.ModuleType("torchaudio._extension")
         stub._IS_TORCHAUDIO_EXT_AVAILABLE = False
         stub.fail_if_no_align = lambda function: function
         sys.modules["torchaudio._extension"] = stub

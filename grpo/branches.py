@@ -166,7 +166,6 @@ class Branches:
     def _plan(self, sizes: Sizes) -> DecodePlan:
         """The plan of the next step; padding up to the sizes feeds token 0 of the dummy row after a prompt of 1."""
         branches, padding = self._branches, sizes.branches - len(self._branches)
-        prompts = [self._prompt_of_row[branch.cell // self.group_size] for branch in branches]
         branch_of_cell = [0] * (sizes.rows * self.group_size)
         for index, branch in enumerate(branches):
             branch_of_cell[branch.cell] = index
@@ -174,10 +173,15 @@ class Branches:
             [branch.completion for branch in branches] + [self.count] * padding,
             [branch.tokens - 1 for branch in branches] + [0] * padding,
             [branch.cell for branch in branches] + [0] * padding,
-            [len(self.prompts[n].ids) for n in prompts] + [1] * padding,
+            [len(self._prompt_of(branch).ids) for branch in branches] + [1] * padding,
             branch_of_cell,
         )
         return DecodePlan(*(send(column, self.tokens.device) for column in columns))
+
+    def _prompt_of(self, branch: Branch) -> Prompt:
+        n = self._prompt_of_row[branch.cell // self.group_size]
+        assert n is not None  # a row is free only when none of its branches is left
+        return self.prompts[n]
 
     def _step(self, plan: DecodePlan, sizes: Sizes) -> None:
         """Feed the branches of a plan their last tokens, and draw the next ones. To repeat it changes nothing."""
@@ -233,9 +237,10 @@ class Branches:
             row, g = divmod(branch.cell, self.group_size)
             branch.cell = dict(moves).get(row, row) * self.group_size + g
 
-    def _sent(self, moves: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+    def _sent(self, moves: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """The sources and the targets of moves, on the device."""
-        return [send([move[end] for move in moves], self.tokens.device) for end in range(2)]
+        sources, targets = ([move[end] for move in moves] for end in range(2))
+        return send(sources, self.tokens.device), send(targets, self.tokens.device)
 
 
 def _compacting_moves(kept: Sequence[bool]) -> list[tuple[int, int]]:

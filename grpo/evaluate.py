@@ -29,7 +29,7 @@ def evaluate(
     decoded at a time. A larger batch of pairs than that fills the places of answers that have ended.
     graphs: record the decode step as CUDA graphs, on a GPU.
     """
-    rows = []
+    rows: list = []
     with gathered(policy):
         for pairs in batches:
             examples, prompts = zip(*pairs, strict=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
@@ -24,6 +24,7 @@ from hark.grpo.scorer import score
 from hark.grpo.types import Batch
 from hark.models.policy import Policy, Prompt
 
+Kind = TypeVar("Kind", bound=Batch)
 Key = tuple[int, ...]  # what the draws of a prompt are a function of
 
 
@@ -42,7 +43,7 @@ class TrainingData(Protocol):
     examples: Sequence[Any]  # all of them
 
 
-class Learner:
+class Learner(Generic[Kind]):
     """A policy, its optimizer, and the update that a batch gives.
 
     validate: answers the validation questions, all ranks together, and gives the figures to log; None without any.
@@ -71,15 +72,15 @@ class Learner:
         """Do one step, counted from 0; metrics as means over all ranks."""
         raise NotImplementedError
 
-    def loss(self, micro: Batch, logprobs: torch.Tensor) -> tuple[torch.Tensor, MetricSums]:
+    def loss(self, micro: Kind, logprobs: torch.Tensor) -> tuple[torch.Tensor, MetricSums]:
         """The loss of a micro-batch, and metrics to be summed over micro-batches and ranks."""
         raise NotImplementedError
 
-    def longest_batch(self, prompts: tuple[Prompt, ...]) -> Batch:
+    def longest_batch(self, prompts: tuple[Prompt, ...]) -> Kind:
         """A batch of these prompts with the longest completions that can occur."""
         raise NotImplementedError
 
-    def update(self, batch: Batch, step: int, examples: Sequence[Any]) -> dict[str, float]:
+    def update(self, batch: Kind, step: int, examples: Sequence[Any]) -> dict[str, float]:
         """One optimizer step on a batch; this rank's share of each metric."""
         sums = self.accumulate(batch)
         self.clock.lap("forward_backward")
@@ -95,7 +96,7 @@ class Learner:
         self.clock.lap("optimizer")
         return sums | {"grad_norm": norm / self.world.size}  # the sum over ranks is the norm
 
-    def accumulate(self, batch: Batch) -> dict[str, float]:
+    def accumulate(self, batch: Kind) -> dict[str, float]:
         """Add up the gradients of a batch's micro-batches; this rank's share of each metric."""
         sums: MetricSums = {}
         for micro in self._micro_batches(batch):
@@ -118,14 +119,14 @@ class Learner:
         completions = len(mask) * self.world.size
         return token_weights(mask, kind=self.config.loss.token_weights, completions=completions, tokens=tokens)
 
-    def macs(self, batch: Batch) -> Macs:
+    def macs(self, batch: Kind) -> Macs:
         """Multiply-adds that the passes over a batch need at least, on this rank."""
         return macs(
             self._cost, batch.prompts, batch.mask.sum(dim=1),
             audio_id=self.policy.audio_id, groups_with_gradient=batch.groups_with_gradient(),
         )  # fmt: skip
 
-    def _micro_batches(self, batch: Batch) -> Iterator[Batch]:
+    def _micro_batches(self, batch: Kind) -> Iterator[Kind]:
         """The groups of a batch that have a gradient, `optim.micro_batch` at a time.
 
         Every rank must issue the same collectives, so all ranks do as many micro-batches as the one with the most. A

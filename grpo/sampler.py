@@ -41,8 +41,6 @@ def sample(
     A sharded policy must be `gathered`, since ranks may stop at different lengths. Raises PolicyError where `graphs`
     cannot be had.
     """
-    if keys is None and temperature > 0:
-        raise ValueError("sampling at a temperature above 0 needs one key per prompt")
     if graphs and policy.dynamic_rope_type:
         raise PolicyError(
             f"rollout.cuda_graphs: {type(policy.model).__name__} has rotary frequencies of the kind "
@@ -50,6 +48,8 @@ def sample(
         )
     uniforms = None
     if temperature > 0:
+        if keys is None:
+            raise ValueError("sampling at a temperature above 0 needs one key per prompt")
         uniforms = torch.cat([_uniforms(key, group_size, max_new_tokens) for key in keys]).to(policy.device)
     branches = Branches(
         policy,

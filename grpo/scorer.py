@@ -43,9 +43,9 @@ def score(
 
 def tree_blocks(policy: Policy, row: Layout) -> BlockAttention:
     """Attention of whole rows under the tree mask by FlexAttention; one block mask per type of layer."""
+    (count, length), device = row.branch.shape, row.branch.device
     blocks = {
-        kind: block_mask(tree_rule(row, window), *row.branch.shape, row.branch.device)
-        for kind, window in policy.windows.items()
+        kind: block_mask(tree_rule(row, window), count, length, device) for kind, window in policy.windows.items()
     }
     return BlockAttention(tuple(blocks[kind] for kind in policy.layer_types))
 

@@ -16,7 +16,7 @@ from hark.grpo.types import Batch
 from hark.models.policy import Policy, Prompt
 
 
-class SupervisedTrainer(Learner):
+class SupervisedTrainer(Learner[Batch]):
     """Trains a policy on one given completion per prompt.
 
     target: the text of the completion to learn for an example.

@@ -23,7 +23,7 @@ from hark.models.policy import Policy, Prompt
 RewardMatrix = Callable[[Sequence[Any], Sequence[str]], torch.Tensor]  # (examples, completions), B each -> (B, K)
 
 
-class Trainer(Learner):
+class Trainer(Learner[PolicyBatch]):
     """Trains a policy by GRPO.
 
     rewards: gives one column per name in `reward.weights`, in that order; called in a thread of its own.

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -45,7 +45,7 @@ class Groups:
         rows = self.rows(groups)
         steps = int(self.mask[rows].sum(dim=1).max())
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        selected = {
+        selected: dict[str, Any] = {
             name: value[rows, :steps] if value.dim() == 2 else value[rows]
             for name, value in values.items()
             if torch.is_tensor(value)

@@ -113,7 +113,9 @@ def help_of(name: str) -> str:
     from hark.launch.common.config_file import usage
 
     # Read from the source, because to import the module takes seconds, for torch.
-    source = Path(find_spec(module_of(name)).origin).read_text(encoding="utf-8")
+    spec = find_spec(module_of(name))
+    assert spec and spec.origin
+    source = Path(spec.origin).read_text(encoding="utf-8")
     return usage(ast.get_docstring(ast.parse(source)))
 
 

@@ -12,6 +12,7 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from hark.data.json_files import write_json
 from hark.grpo.config import Config, ConfigError
@@ -72,7 +73,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(argv)
 
 
-def _model_config(config: Config, shape: str | None):
+def _model_config(config: Config, shape: str | None) -> Any:
     from transformers import AutoConfig
 
     if shape is None:
@@ -144,7 +145,7 @@ def describe(shape: Shape, planned: Run, result: Plan, memory: float) -> str:
 
 # What to change -------------------------------------------------------------------------------------------------------
 
-Change = tuple[str, str, object]  # section, key, value; the number of GPUs has section ""
+Change = tuple[str, str, Any]  # section, key, value; the number of GPUs has section ""
 SHOWN, TOGETHER = 6, 4  # sets of changes to print, and the largest size of a set
 
 
@@ -154,18 +155,15 @@ def remedies(shape: Shape, planned: Run, limit: float) -> list[dict]:
     A set is left out if a smaller one within it is enough.
     """
     candidates = list(enumerate(_candidates(planned)))
-    enough: list[dict[int, Change]] = []
+    enough: list[tuple[dict[int, Change], int]] = []
     for count in range(1, TOGETHER + 1):
         for chosen in map(dict, itertools.combinations(candidates, count)):
-            redundant = any(fewer.keys() <= chosen.keys() for fewer in enough)
+            redundant = any(fewer.keys() <= chosen.keys() for fewer, _ in enough)
             changed = None if redundant else _changed(planned, chosen.values())
-            if changed and predict(shape, changed).peak <= limit:
-                enough.append(chosen)
-    enough.sort(key=lambda chosen: (max(chosen), sum(chosen)))
-    return [
-        {"change": list(map(_words, chosen.values())), "peak": predict(shape, _changed(planned, chosen.values())).peak}
-        for chosen in enough[:SHOWN]
-    ]
+            if changed and (peak := predict(shape, changed).peak) <= limit:
+                enough.append((chosen, peak))
+    enough.sort(key=lambda found: (max(found[0]), sum(found[0])))
+    return [{"change": list(map(_words, chosen.values())), "peak": peak} for chosen, peak in enough[:SHOWN]]
 
 
 def _candidates(planned: Run) -> Iterator[Change]:

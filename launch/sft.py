@@ -5,6 +5,7 @@ python launch/sft.py CONFIG [section.key=value ...]
 """
 
 from functools import partial
+from typing import Any
 
 from hark.data.prompts import target
 from hark.grpo.config import Config
@@ -20,7 +21,7 @@ def main(argv: list[str]) -> None:
     train(load_config(argv), make_trainer)
 
 
-def make_trainer(config: Config, world: World, policy: Policy, **parts) -> SupervisedTrainer:
+def make_trainer(config: Config, world: World, policy: Policy, **parts: Any) -> SupervisedTrainer:
     answer = partial(target, template=config.data.template)
     return SupervisedTrainer(config, world, policy, target=answer, **parts)
 

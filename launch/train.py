@@ -4,6 +4,8 @@ torchrun --nproc-per-node GPUS launch/train.py CONFIG [section.key=value ...]
 python launch/train.py CONFIG [section.key=value ...]
 """
 
+from typing import Any
+
 from hark.grpo.config import Config, ConfigError
 from hark.grpo.runtime.collectives import World
 from hark.grpo.trainer import Trainer
@@ -22,7 +24,7 @@ def main(argv: list[str]) -> None:
     train(config, make_trainer)
 
 
-def make_trainer(config: Config, world: World, policy: Policy, **parts) -> Trainer:
+def make_trainer(config: Config, world: World, policy: Policy, **parts: Any) -> Trainer:
     reference = make_reference(config, world, policy)
     return Trainer(config, world, policy, reference=reference, rewards=rewards_of(config), **parts)
 

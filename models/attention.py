@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from hark.data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
@@ -24,7 +25,7 @@ TREE = "tree"  # the name under which `tree_attention` is registered with transf
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # arguments by which some families change the attention scores
 
 # (module, query, key, value, mask, **kwargs) -> (N, L, heads, head size)
-AttentionFunction = Callable[..., torch.Tensor]
+AttentionFunction = Callable[..., Tensor]
 
 
 @dataclass
@@ -67,13 +68,13 @@ def bind_current_pass(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def tree_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor,
-    **kwargs,
-) -> tuple[torch.Tensor, None]:
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
     """The function that transformers calls in each layer: calls the attention that `Policy.decode` was given.
 
     Raises ValueError for a layer that changes its scores by an argument in UNSUPPORTED.
@@ -85,13 +86,12 @@ def tree_attention(
             "choose a model that does not"
         )
     current = _current_pass.get()
+    assert current is not None  # only `Policy.decode` calls a decoder
     current.called.append(getattr(module, "layer_idx", None))
     return current.attention(module, query, key, value, attention_mask, **kwargs), None
 
 
-def sdpa_attention(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, **kwargs
-) -> torch.Tensor:
+def sdpa_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **kwargs: Any) -> Tensor:
     """Attention by torch's scaled_dot_product_attention, with a mask for the last queries of a row only.
 
     mask: additive, (N, 1, Lm, S), for the last Lm of L queries. The first L - Lm queries attend causally to one
@@ -105,8 +105,8 @@ def sdpa_attention(
     kwargs.pop("is_causal", None)
     outputs = []
     if causal:
-        prompt = (tensor[:, :, :causal] for tensor in (query, key, value))
-        outputs.append(sdpa_attention_forward(module, *prompt, None, is_causal=True, **kwargs)[0])
+        q, k, v = (tensor[:, :, :causal] for tensor in (query, key, value))
+        outputs.append(sdpa_attention_forward(module, q, k, v, None, is_causal=True, **kwargs)[0])
     if causal < query.shape[2]:
         outputs.append(sdpa_attention_forward(module, query[:, :, causal:], key, value, mask, **kwargs)[0])
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
@@ -123,18 +123,20 @@ class BlockAttention:
 
     masks: tuple[BlockMask, ...]
 
-    def __call__(self, module: torch.nn.Module, query, key, value, mask, *, scaling, **kwargs) -> torch.Tensor:
+    def __call__(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scaling: float, **kwargs: Any
+    ) -> Tensor:
         """query: (N, heads, L, head size); returns (N, L, heads, head size)."""
         default = query.shape[-1] ** -0.5
         if scaling != default:  # the kernel's `scale` would become a dynamic input when compiled for dynamic shapes
             query = query * (scaling / default)
-        attention = _compiled_flex_attention() if query.is_cuda else flex_attention
+        attention: Any = _compiled_flex_attention() if query.is_cuda else flex_attention
         grouped = query.shape[1] != key.shape[1]
         blocks = self.masks[module.layer_idx]
         return attention(query, key, value, block_mask=blocks, enable_gqa=grouped).transpose(1, 2).contiguous()
 
 
-def block_mask(rule: Callable[..., torch.Tensor], rows: int, length: int, device: torch.device) -> BlockMask:
+def block_mask(rule: Callable[..., Tensor], rows: int, length: int, device: torch.device) -> BlockMask:
     """Which blocks of 128 x 128 pairs are masked entirely, partly or not at all, for N rows of L tokens.
 
     rule: FlexAttention's `mask_mod`. While the blocks are built, a boolean (N, 1, L, L) exists.
@@ -143,7 +145,7 @@ def block_mask(rule: Callable[..., torch.Tensor], rows: int, length: int, device
 
 
 @cache
-def _compiled_flex_attention() -> Callable[..., torch.Tensor]:
+def _compiled_flex_attention() -> Callable[..., Tensor]:
     """FlexAttention compiled once for rows of any length and number.
 
     Lengths change at almost every micro-batch, so with static shapes each would be compiled anew. A few compilations
@@ -162,7 +164,7 @@ class PrefillAttention:
     cache: GroupCache
     rows: Sequence[int]
 
-    def __call__(self, module: torch.nn.Module, query, key, value, mask, **kwargs) -> torch.Tensor:
+    def __call__(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **kwargs: Any) -> Tensor:
         self.cache.fill(module.layer_idx, self.rows, key, value)
         return sdpa_attention(module, query, key, value, mask, **kwargs)
 
@@ -181,14 +183,16 @@ class DecodeAttention:
     """
 
     cache: GroupCache
-    step: torch.Tensor
-    cell: torch.Tensor
-    grid: torch.Tensor
+    step: Tensor
+    cell: Tensor
+    grid: Tensor
     rows: int
     prompt: int
     steps: int
 
-    def __call__(self, module: torch.nn.Module, query, key, value, mask, *, scaling, **kwargs) -> torch.Tensor:
+    def __call__(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scaling: float, **kwargs: Any
+    ) -> Tensor:
         """query: (B, heads, 1, head size); mask: additive, (B, 1, 1, P + T); returns (B, 1, heads, head size)."""
         count, heads = query.shape[0], key.shape[1]
         branches = torch.arange(count, device=query.device)
@@ -204,18 +208,18 @@ class DecodeAttention:
         from_prompt = self._from_rows(self._to_rows(weights[..., : self.prompt]) @ prompt_values)
         return (from_prompt + weights[..., self.prompt :] @ own[1]).reshape(count, 1, -1, value.shape[-1])
 
-    def _to_rows(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _to_rows(self, tensor: Tensor) -> Tensor:
         """Regroup (B, key heads, shared, X), one per branch, as (R, key heads, G * shared, X), one per prompt."""
         cells = tensor[self.grid].unflatten(0, (self.rows, -1))
         return cells.transpose(1, 2).flatten(2, 3)
 
-    def _from_rows(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _from_rows(self, tensor: Tensor) -> Tensor:
         """The inverse of `_to_rows`: (R, key heads, G * shared, X) to (B, key heads, shared, X)."""
         cells = tensor.unflatten(2, (len(self.grid) // self.rows, -1))
         return cells.transpose(1, 2).flatten(0, 1)[self.cell]
 
 
-def _scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+def _scores(queries: Tensor, keys: Tensor) -> Tensor:
     """Products (..., Lq, Lk) of queries (..., Lq, size) and keys (..., Lk, size), always in float32.
 
     Rounded to half precision, scores would lose digits that the softmax needs.
@@ -228,7 +232,7 @@ def _scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return queries.float() @ keys.float().mT
 
 
-def use_tree_attention(config) -> None:
+def use_tree_attention(config: Any) -> None:
     """Make `tree_attention` the attention implementation of a decoder's transformers config; no other module's."""
     from transformers import AttentionInterface
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -85,7 +86,7 @@ def build_policy(directory: Path) -> Policy:
     return policy
 
 
-def read_config(path: str | Path):
+def read_config(path: str | Path) -> Any:
     """The transformers config of a local directory or a hub name; reads config.json only.
 
     Raises PolicyError if there is none.
@@ -100,7 +101,7 @@ def read_config(path: str | Path):
         ) from error
 
 
-def build_from_config(config) -> Policy:
+def build_from_config(config: Any) -> Policy:
     """The policy of a transformers config, without tokenizer and with parameters on the meta device: for its sizes."""
     family = family_of(config, where="the configuration")
     policy = family.__new__(family)
@@ -109,7 +110,7 @@ def build_from_config(config) -> Policy:
     return policy
 
 
-def family_of(config, *, where: str) -> type[Policy]:
+def family_of(config: Any, *, where: str) -> type[Policy]:
     """The policy class for a transformers config. Raises PolicyError if there is none for its model type."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -152,11 +153,8 @@ def meta_parameters() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = register_on_meta
-    try:
+    with mock.patch.object(nn.Module, "register_parameter", register_on_meta):
         yield
-    finally:
-        nn.Module.register_parameter = register
 
 
 def _load_weights(policy: Policy, directory: Path, dtype: torch.dtype, master_dtype: torch.dtype) -> None:
@@ -168,11 +166,12 @@ def _load_weights(policy: Policy, directory: Path, dtype: torch.dtype, master_dt
     unused, problems = stored.names(), []
     state: dict[str, torch.Tensor] = {}
     tied = tied_names(policy.model)
+    adapters = policy.lora.path if policy.lora else None
     for name, target in policy.model.state_dict(keep_vars=True).items():
         if tied[name] != name:
             continue
         convert = partial(_convert, target=target, policy=policy, dtype=master_dtype if target.requires_grad else dtype)
-        if is_adapter(name) and policy.lora.path is None:
+        if is_adapter(name) and adapters is None:
             state[name] = convert(initial_weight(name, target.shape))
             continue
         with stored.opened(name) as tensor:
@@ -191,9 +190,7 @@ def _load_weights(policy: Policy, directory: Path, dtype: torch.dtype, master_dt
     problems += [f"{name} is not part of the model" for name in sorted(unused)]
     if problems:
         more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
-        where = (
-            f"{directory} with the adapters of {policy.lora.path}" if policy.lora and policy.lora.path else directory
-        )
+        where = f"{directory} with the adapters of {adapters}" if adapters else directory
         raise PolicyError(f"{where}: the weights do not fit config.json: {'; '.join(problems[:5])}{more}")
     policy.model.load_state_dict(state, assign=True)
     for module in policy.modules():

@@ -76,6 +76,7 @@ def add_adapters(policy: Policy, lora: Lora) -> None:
             continue
         found.add(target)
         module.__class__ = LoraLinear
+        assert isinstance(module, LoraLinear)
         module.scale, module.enabled = lora.alpha / lora.rank, True
         module.lora_A = nn.Parameter(torch.empty(lora.rank, module.in_features, device="meta"))
         module.lora_B = nn.Parameter(torch.empty(module.out_features, lora.rank, device="meta"))
@@ -148,14 +149,16 @@ def adapter_tensors(policy: Policy) -> dict[str, torch.Tensor]:
 
 def write_adapters(policy: Policy, tensors: dict[str, torch.Tensor], directory: Path) -> None:
     """Write `adapter_tensors(policy)` and their settings to a directory in PEFT's format."""
+    lora = policy.lora
+    assert lora is not None
     save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
     settings = {
         "peft_type": "LORA",
         "base_model_name_or_path": policy.name,
-        "r": policy.lora.rank,
-        "lora_alpha": policy.lora.alpha,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,
-        "target_modules": _target_pattern(policy),
+        "target_modules": _target_pattern(policy, lora.targets),
         "bias": "none",
         "inference_mode": True,
     }
@@ -168,7 +171,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _target_pattern(policy: Policy) -> str:
+def _target_pattern(policy: Policy, targets: Sequence[str]) -> str:
     """A regular expression for the adapted layers; last names alone would also match layers of the audio tower."""
     (prefix,) = (name for name, module in policy.model.named_modules() if module is policy.decoder)
-    return rf"{re.escape(prefix)}\..*\.({'|'.join(policy.lora.targets)})"
+    return rf"{re.escape(prefix)}\..*\.({'|'.join(targets)})"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -67,7 +68,7 @@ def build_mini(
     Qwen2AudioProcessor(extractor, tokenizer, chat_template=CHAT_TEMPLATE).save_pretrained(directory)
 
 
-def _build_tokenizer(texts: Iterable[str], vocabulary: int):
+def _build_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
     """Byte-level BPE: 256 bytes, the special tokens, and merges learned from `texts`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -93,7 +94,7 @@ def _build_tokenizer(texts: Iterable[str], vocabulary: int):
     )
 
 
-def _config(tokenizer, audio_config: dict, hidden: int, layers: int):
+def _config(tokenizer: Any, audio_config: dict, hidden: int, layers: int) -> Any:
     from transformers import Qwen2AudioConfig
 
     text_config = dict(
@@ -124,14 +125,14 @@ def _tower_config(hidden: int, layers: int) -> dict:
     )
 
 
-def _like_whisper(config) -> dict:
+def _like_whisper(config: Any) -> dict:
     keys = "num_mel_bins d_model encoder_layers encoder_attention_heads encoder_ffn_dim activation_function".split()
     sizes = {key: getattr(config, key) for key in (*keys, "max_source_positions", "scale_embedding")}
     return {"model_type": "qwen2_audio_encoder", **sizes}
 
 
 @torch.no_grad()
-def _init_tower(tower: nn.Module) -> None:
+def _init_tower(tower: Any) -> None:
     """Initialise the convolutions at twice Kaiming's scale, and the position embeddings at a fifth of Whisper's.
 
     The audio features then outweigh the positions. With Whisper's scale, training takes far longer to use the audio.
@@ -141,7 +142,7 @@ def _init_tower(tower: nn.Module) -> None:
     tower.embed_positions.weight.copy_(0.2 * _sinusoids(*tower.embed_positions.weight.shape))
 
 
-def _whisper_encoder(directory: Path) -> nn.Module:
+def _whisper_encoder(directory: Path) -> Any:
     from transformers import WhisperModel
 
     return WhisperModel.from_pretrained(directory).encoder

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -29,7 +29,8 @@ from hark.models.cache import TowerCache
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 class PolicyError(UserError, ValueError):
@@ -68,7 +69,9 @@ class Lora:
     path: Path | None = None
 
 
-def on_policy(function: Function) -> Function:
+def on_policy(
+    function: Callable[Concatenate[Policy, Arguments], Result],
+) -> Callable[Concatenate[Callable[..., Any], Arguments], Result]:
     """Decorate `function(policy, ...)` so that it runs inside the policy's `forward`.
 
     FSDP gathers the root's weights in the hooks of `forward`. Code that uses a weight or calls a sub-module outside of
@@ -76,10 +79,10 @@ def on_policy(function: Function) -> Function:
     """
 
     @wraps(function)
-    def run(policy: Any, *args: Any, **kwargs: Any) -> Any:
+    def run(policy: Callable[..., Any], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         return policy(function, *args, **kwargs)
 
-    return run  # type: ignore[return-value]
+    return run
 
 
 class Policy(nn.Module):
@@ -91,6 +94,8 @@ class Policy(nn.Module):
 
     # (prefix of tensor names in the checkpoint, prefix in `self.model`); other names are the same in both.
     hub_prefixes: tuple[tuple[str, str], ...] = ()
+    model: Any  # a model of transformers, whose attributes depend on the family
+    tokenizer: Any
 
     def __init__(self, model: nn.Module, tokenizer: Any):
         super().__init__()
@@ -104,6 +109,11 @@ class Policy(nn.Module):
         return function(self, *args, **kwargs)
 
     # To be supplied by a family.
+
+    @staticmethod
+    def build(config: Any) -> Any:
+        """Make the model of a transformers config, with random parameters."""
+        raise NotImplementedError
 
     def prepare(self, text: str, waveform: np.ndarray | None) -> Prompt:
         """Make a prompt of a user's text and a waveform (samples,) at `sample_rate`.
@@ -120,12 +130,12 @@ class Policy(nn.Module):
         raise NotImplementedError
 
     @property
-    def decoder(self) -> nn.Module:
+    def decoder(self) -> Any:
         """The decoder without its LM head: takes `inputs_embeds`, returns hidden states."""
         raise NotImplementedError
 
     @property
-    def tower(self) -> nn.Module | None:
+    def tower(self) -> Any | None:
         """The audio tower, or None."""
         return None
 
@@ -168,7 +178,7 @@ class Policy(nn.Module):
     @property
     def dynamic_rope_type(self) -> str | None:
         """The type of rotary embedding if its frequencies depend on the longest position of a call; else None."""
-        kinds = getattr(getattr(self.decoder, "rotary_emb", None), "rope_type", None) or ()
+        kinds = getattr(getattr(self.decoder, "rotary_emb", None), "rope_type", None) or {}
         kinds = (kinds,) if isinstance(kinds, str) else kinds.values()  # a dict where layer types differ
         return next((kind for kind in kinds if "dynamic" in kind or kind == "longrope"), None)
 
@@ -196,10 +206,10 @@ class Policy(nn.Module):
         attention: what each layer calls, with the mask of its type in additive form; None is `sdpa_attention`.
         Raises PolicyError for a decoder whose layers do not call attention exactly once each, in order.
         """
-        masks = dict.fromkeys(self.windows) if masks is None else masks
         current = DecoderPass(attention or sdpa_attention)
         # Converted here, once: sdpa would convert a boolean mask in each layer and save each copy for the backward.
-        additive = {kind: None if mask is None else _additive(mask, embeddings.dtype) for kind, mask in masks.items()}
+        dtype = embeddings.dtype
+        additive = {kind: None if masks is None else _additive(masks[kind], dtype) for kind in self.windows}
         typed = getattr(self.decoder.config, "layer_types", None)
         with current.active():
             output = self.decoder(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from hark.models.attention import sdpa_attention
@@ -25,7 +27,9 @@ class SplitAttention:
     prompt: int
     group_size: int
 
-    def __call__(self, module: torch.nn.Module, query, key, value, mask, *, scaling, **kwargs) -> torch.Tensor:
+    def __call__(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scaling: float, **kwargs: Any
+    ) -> Tensor:
         """query: (N, heads, L, head size); returns (N, L, heads, head size).
 
         mask: additive, (N, 1, 1, P), over the prompts' padding; or (N, 1, L, L), which is left to `sdpa_attention`.
@@ -38,11 +42,9 @@ class SplitAttention:
         shared = query.shape[1] // key.shape[1]  # query heads per key head; these are adjacent
         if shared > 1:
             key, value = (t.repeat_interleave(shared, dim=1) for t in (key, value))
-        in_prompt = F.scaled_dot_product_attention(
-            *(t[:, :, : self.prompt] for t in (query, key, value)), is_causal=True, scale=scaling
-        )
         sections = [t.tensor_split((self.prompt,), dim=2) for t in (query, key, value)]
-        (_, query), (keys, branch_keys), (values, branch_values) = sections
+        (prompt_query, query), (keys, branch_keys), (values, branch_values) = sections
+        in_prompt = F.scaled_dot_product_attention(prompt_query, keys, values, is_causal=True, scale=scaling)
         parts = query, keys, values, branch_keys, branch_values
         in_branches = _BranchAttention.apply(*parts, mask, self.group_size, scaling)
         return torch.cat([in_prompt, in_branches], dim=2)[..., :size].transpose(1, 2).contiguous()
@@ -82,11 +84,11 @@ class _BranchAttention(torch.autograd.Function):
         return of_query + of_own_query, of_keys, of_values, of_branch_keys, of_branch_values, None, None, None
 
 
-def _to_branches(tensor: torch.Tensor, group_size: int) -> torch.Tensor:
+def _to_branches(tensor: Tensor, group_size: int) -> Tensor:
     """Reshape (N, heads, G T, ...) to (N G, heads, T, ...)."""
     return tensor.unflatten(2, (group_size, -1)).transpose(1, 2).flatten(0, 1).contiguous()
 
 
-def _to_rows(tensor: torch.Tensor, group_size: int) -> torch.Tensor:
+def _to_rows(tensor: Tensor, group_size: int) -> Tensor:
     """Reshape (N G, heads, T, ...) to (N, heads, G T, ...)."""
     return tensor.unflatten(0, (-1, group_size)).transpose(1, 2).flatten(2, 3)

@@ -103,6 +103,12 @@ def test_controls_of_sound_need_a_model_that_hears(config, tmp_path):
         evaluate.main([str(config), f"model.path={tmp_path}/text", "--shuffled-audio"])
 
 
+def test_clips_for_a_model_that_reads_text_only_are_refused(config, tmp_path):
+    build_causal_lm(tmp_path / "text")
+    with pytest.raises(UserError, match=r"jsonl:\d+: the example has audio, but this policy reads text only"):
+        evaluate.main([str(config), f"model.path={tmp_path}/text"])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -166,6 +166,11 @@ def test_frequencies_that_follow_the_longest_position_are_not_recorded(case):
         draw(case, graphs=True)
 
 
+def test_a_decoder_without_rotary_embedding_has_no_frequencies_that_change(case):
+    del case.policy.decoder.rotary_emb
+    assert case.policy.dynamic_rope_type is None
+
+
 class Tape(TorchDispatchMode):
     """What a CUDA graph does, on the CPU: keeps operations with the tensors they read and wrote, to do them again."""
 

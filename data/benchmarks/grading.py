@@ -80,7 +80,7 @@ def as_example(answer: AnswerRow) -> Example | None:
     if _hidden(answer) or _outside(answer):
         return None
     given = [choice for choice in answer.choices if choice not in (None, "")]
-    return Example(str(answer.id), None, "", tuple(as_text(choice) for choice in given), index_of(answer.answer, given))
+    return Example(str(answer.id), None, "", tuple(map(str, given)), index_of(answer.answer, given))
 
 
 def _hidden(answer: AnswerRow) -> bool:

@@ -81,7 +81,7 @@ def accuracies(rows: Sequence[dict], *by: str) -> dict[str, float]:
     shares = {"accuracy": share(rows)}
     for column in by:
         shares |= {f"accuracy/{column}/{value}": group for value, group in grouped(rows, column).items()}
-    return {name: figure.accuracy for name, figure in shares.items() if figure.total}
+    return {name: figure.accuracy for name, figure in shares.items() if figure.accuracy is not None}
 
 
 def figures(rows: Sequence[dict], examples: Sequence[Example], others: Mapping[str, Share]) -> dict:
@@ -151,9 +151,9 @@ def heading(name: str, width: int) -> str:
 
 def line(name: str, figure: Share, width: int, main: Share | None = None) -> str:
     """A share, its name padded to `width`; with `main`, also the difference of the accuracies in percentage points."""
-    if not figure.total:
+    if figure.accuracy is None or figure.interval is None:
         return f"{name:{width}}{'0/0':>13}"
     low, high = figure.interval
     counts, limits = f"{figure.right}/{figure.total}", f"{100 * low:.1f} - {100 * high:.1f}"
-    difference = "" if main is None else f"{100 * (figure.accuracy - main.accuracy):+12.1f}"
+    difference = "" if main is None or main.accuracy is None else f"{100 * (figure.accuracy - main.accuracy):+12.1f}"
     return f"{name:{width}}{counts:>13}{100 * figure.accuracy:8.1f}{limits:>17}{difference}"

@@ -35,7 +35,9 @@ def build(directory: str | Path, *, seed: int = 0, train: int = 2400, validation
     for split, size in sizes.items():
         if size < 0 or size % CHOICES:
             raise ValueError(f"{split}={size}: expected a multiple of {CHOICES}, the number of examples in a set")
-    counts, seconds, missing = {}, 0.0, []
+    counts: dict[str, dict[str, int]] = {}
+    missing: list[str] = []
+    seconds = 0.0
     for number, (split, size) in enumerate(sizes.items()):
         skills, missing = available_skills()
         order = _set_order(skills, size // CHOICES, [seed, number])
@@ -91,7 +93,8 @@ def _shares(total: int, weights: list[float]) -> list[int]:
 def _write_split(directory: Path, split: str, order: list[Skill], seed: list[int]) -> tuple[list[dict], float]:
     """Write one split; returns its records and the total seconds of its clips."""
     (directory / "audio" / split).mkdir(parents=True, exist_ok=True)
-    records, seconds = [], 0.0
+    records: list[dict] = []
+    seconds = 0.0
     for number, skill in enumerate(order):
         for record, wave in make_set(skill, split == "test", default_rng([*seed, number])):
             name = f"{split}-{len(records):04d}"

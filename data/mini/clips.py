@@ -22,6 +22,8 @@ TRENDS = {
 }
 NOISE = (-60.0, -45.0)  # dB of full scale, RMS of the background noise
 
+ClipFunction = Callable[[str, list[str], float, bool, Generator], tuple[np.ndarray, str]]
+
 
 @dataclass(frozen=True)
 class Skill:
@@ -34,7 +36,7 @@ class Skill:
     questions: tuple[str, ...]  # wordings, one is drawn per set
     answers: tuple[str, ...]  # four are drawn per set
     # (answer, choices, seconds, test, rng) -> (waveform, source); `test`: use a source of the test split.
-    clip: Callable[[str, list[str], float, bool, Generator], tuple[np.ndarray, str]]
+    clip: ClipFunction
 
 
 def samples(seconds: float) -> int:

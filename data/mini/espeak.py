@@ -3,6 +3,7 @@
 import ctypes
 import shutil
 import tempfile
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +41,7 @@ class Speaker:
         self._callback = CALLBACK(self._collect)  # a reference, so that ctypes does not free it
         self._library.espeak_SetSynthCallback(self._callback)
 
-    def _collect(self, wave, length, _events) -> int:
+    def _collect(self, wave: Any, length: int, _events: Any) -> int:
         if wave and length > 0:
             self._chunks.append(np.ctypeslib.as_array(wave, (length,)).copy())
         return 0

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.random import Generator
 
 from hark.data.mini import soundfont, synthesis
-from hark.data.mini.clips import TRENDS, Skill, onsets, placed, trending
+from hark.data.mini.clips import TRENDS, ClipFunction, Skill, onsets, placed, trending
 
 Notes = list[tuple[float, float, int]]  # start in seconds, duration in seconds, MIDI pitch
 SLOW = ("strings",)  # families whose notes start too softly to be counted
@@ -111,7 +111,9 @@ def _clear(orchestra: Orchestra) -> tuple[str, ...]:
     return tuple(family for family in orchestra.families if family not in SLOW)
 
 
-def _clip(orchestra: Orchestra, families: tuple[str, ...], compose: Callable[[str, float, Generator], Notes]):
+def _clip(
+    orchestra: Orchestra, families: tuple[str, ...], compose: Callable[[str, float, Generator], Notes]
+) -> ClipFunction:
     """The clip function of a skill: `compose` makes the notes; the answer, or a random one of `families`, plays."""
 
     def clip(answer: str, choices: list[str], seconds: float, test: bool, rng: Generator) -> tuple[np.ndarray, str]:
@@ -123,7 +125,7 @@ def _clip(orchestra: Orchestra, families: tuple[str, ...], compose: Callable[[st
     return clip
 
 
-def _dynamics(orchestra: Orchestra):
+def _dynamics(orchestra: Orchestra) -> ClipFunction:
     """The clip function of the loudness skill; its notes keep their loudness, so that only the trend changes it."""
     steady = _clip(orchestra, HELD, _held)
 

@@ -3,6 +3,7 @@
 import importlib.util
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ FAMILIES = {
 
 
 @lru_cache(maxsize=1)
-def _synth():
+def _synth() -> tuple[Any, int]:
     """The synthesizer and the id of the loaded font; ImportError if either package is missing."""
     import tinysoundfont
 
@@ -57,7 +58,7 @@ def play(program: int, notes: list[tuple[float, float, int]], seconds: float) ->
     return np.concatenate(parts).astype(np.float64)
 
 
-def _rendered(synth, length: int) -> np.ndarray:
+def _rendered(synth: Any, length: int) -> np.ndarray:
     """The next `length` samples, the mean of both channels."""
     if length == 0:
         return np.zeros(0, np.float32)

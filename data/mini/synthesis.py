@@ -5,6 +5,8 @@ equal parts of the range, so that two voices never have the same value; HELD_OUT
 Waveforms are float arrays at clips.SAMPLE_RATE; `timbre` is 0 to 1 over the range, `seconds` is the duration.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.random import Generator
 
@@ -47,7 +49,7 @@ def _pulses(frequency: np.ndarray | float, length: int) -> np.ndarray:
     return np.sin(count * half) * np.cos((count + 1) * half) / sine / count
 
 
-def _shaped(wave: np.ndarray, gain) -> np.ndarray:
+def _shaped(wave: np.ndarray, gain: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """The waveform filtered with zero phase by `gain`, a function from Hz to amplitude."""
     spectrum = np.fft.rfft(wave)
     return np.fft.irfft(spectrum * gain(np.fft.rfftfreq(len(wave), 1 / SAMPLE_RATE)), len(wave))
@@ -99,8 +101,8 @@ def rain(seconds: float, timbre: float, rng: Generator) -> np.ndarray:
 
 def knocking(seconds: float, timbre: float, rng: Generator) -> np.ndarray:
     spacing = rng.uniform(0.16, 0.26)
-    starts = np.arange(0.02, seconds - 0.1, spacing)
-    starts = [start for index, start in enumerate(starts) if seconds < 1 or index % 5 < 4]
+    knocks = enumerate(np.arange(0.02, seconds - 0.1, spacing))
+    starts = [start for index, start in knocks if seconds < 1 or index % 5 < 4]
     resonance = _log_range(160, 480, timbre)
     return placed([_thud(resonance, rng) for _ in starts], starts, seconds)
 
@@ -122,8 +124,8 @@ def engine(seconds: float, timbre: float, rng: Generator) -> np.ndarray:
 
 
 def bird(seconds: float, timbre: float, rng: Generator) -> np.ndarray:
-    starts = np.cumsum(rng.uniform(0.1, 0.3, int(seconds / 0.1)))
-    starts = [0.02, *starts[starts < seconds - 0.1]]
+    chirps = np.cumsum(rng.uniform(0.1, 0.3, int(seconds / 0.1)))
+    starts = [0.02, *chirps[chirps < seconds - 0.1]]
     return placed([_chirp(_log_range(2300, 4800, timbre), rng) for _ in starts], starts, seconds)
 
 

@@ -51,7 +51,7 @@ def convert(source: Source, path: str | Path, *, audio: Path, root: Path, drop_v
             if used[identity] and source.benchmark:
                 raise SourceError("id used twice", f'"id" {identity!r} was used before; a benchmark\'s ids must differ')
         except DataError as error:
-            given = "" if error is row else as_text(row.get("id")) or ""
+            given = "" if isinstance(row, DataError) else as_text(row.get("id")) or ""
             result.bad.append(BadExample(where, given, str(error)))
             kind = error.kind if isinstance(error, SourceError) else "not a usable question"
             result.kinds["not a JSON object" if error is row else kind] += 1

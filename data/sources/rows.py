@@ -2,6 +2,7 @@
 
 import reprlib
 from dataclasses import dataclass
+from typing import Any
 
 from hark.data.errors import DataError
 from hark.data.json_files import as_text
@@ -15,7 +16,7 @@ class Question:
     clips: tuple[str, ...]  # possible names of the clip's file, the likeliest first; the suffix may be missing
     text: str
     choices: list[str]
-    answer: int | None
+    answer: int | str | None  # a text if a benchmark's answer is none of the choices
     task: str = ""
     category: str = ""
     sub_category: str = ""
@@ -30,7 +31,7 @@ class SourceError(DataError):
         self.kind = kind
 
 
-def value(row: dict, *keys: str) -> object:
+def value(row: dict, *keys: str) -> Any:
     """The value of the first of these keys that is not null; SourceError if there is none."""
     for key in keys:
         if row.get(key) is not None:

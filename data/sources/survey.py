@@ -34,12 +34,11 @@ class Clip:
 
 def inspect(example: Example, *, max_seconds: float) -> Clip:
     """Decode the clip of an example, as training would."""
-    header = None
+    header, path = None, example.audio_path
+    assert path is not None
     try:
-        header = read_header(example.audio_path)
-        waveform = load_waveform(
-            example.audio_path, sample_rate=SAMPLE_RATE, max_seconds=max_seconds, long_clips="skip"
-        )
+        header = read_header(path)
+        waveform = load_waveform(path, sample_rate=SAMPLE_RATE, max_seconds=max_seconds, long_clips="skip")
     except AudioError as error:
         fault = next(name for kind, name in FAULTS.items() if isinstance(error, kind))
         seconds = header.seconds if header and fault in ("silent", "over-long") else None

@@ -71,8 +71,8 @@ def step_bytes(
     own, updates = sharded_elements(policy, shards), inner_epochs * micro_batches
     gathered = own.root * (1 + updates) + own.layers * (1 + updates * (2 if reshard else 1))
     if reference is not None:
-        copy = isinstance(reference, Policy)
-        theirs = sharded_elements(reference, shards) if copy else own
+        theirs = sharded_elements(reference, shards) if isinstance(reference, Policy) else own
+        copy = theirs is not own
         gathered += copy * theirs.root + (micro_batches if reshard else copy) * theirs.layers
     reduced = FLOAT * own.trained * updates
     within = (dtype.itemsize * gathered + reduced) * (shards - 1) / shards

@@ -26,6 +26,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -119,7 +120,7 @@ def cost_of(policy: Policy) -> Cost:
         skipped_token=_frozen_weights(linear) + _skipped_input_gradient(policy),
         skipped_head=_frozen_weights([head]),
     )
-    return decoder if policy.tower is None else _with_tower(decoder, policy)
+    return decoder if policy.tower is None else _with_tower(decoder, policy, policy.tower)
 
 
 def macs(
@@ -189,9 +190,9 @@ def _group(cost: Cost, prompt: Prompt, lengths: Sequence[int], audio_id: int | N
     )
 
 
-def _with_tower(decoder: Cost, policy: Policy) -> Cost:
+def _with_tower(decoder: Cost, policy: Policy, tower: Any) -> Cost:
     """The decoder's cost completed by that of the tower and of the projector between tower and decoder."""
-    tower, convolutions, stride = policy.tower, [], 1
+    convolutions, stride = [], 1
     for module in tower.modules():
         if isinstance(module, nn.Conv1d):
             stride *= module.stride[0]

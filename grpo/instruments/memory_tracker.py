@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 from unittest import mock
 
 import torch
@@ -34,7 +35,7 @@ class MemoryTracker(TorchDispatchMode):
         self.add(output)
         return output
 
-    def add(self, tree) -> None:
+    def add(self, tree: Any) -> None:
         """Count the storages of all tensors in a nested structure; of a DTensor, the local shard's."""
         for tensor in tree_iter(tree):
             if isinstance(tensor, torch.Tensor):
@@ -73,6 +74,6 @@ class MemoryTracker(TorchDispatchMode):
         self._patch.start()
         return super().__enter__()
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: Any) -> None:
         self._patch.stop()
         super().__exit__(*error)

@@ -31,7 +31,7 @@ class Metrics:
         self._writes = rank == 0
         self._path = Path(directory) / "metrics.jsonl"
         self._step = 0
-        self._board = None
+        self._board: Any = None
         self._console = _Console(total_steps, show)
         if self._writes:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +152,7 @@ class _Console:
         self._live = sys.stdout.isatty()
         self._times = deque([time.monotonic()], maxlen=PACE_STEPS + 1)  # when each of the latest steps ended
         self._printed = -math.inf  # when the latest plain line was printed
-        self._pending = None  # a line not yet printed (plain), or not yet ended (terminal)
+        self._pending: str | None = None  # a line not yet printed (plain), or not yet ended (terminal)
 
     def start(self) -> None:
         self._times.clear()

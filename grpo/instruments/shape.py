@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -138,7 +139,7 @@ def shape_of(policy: Policy, *, targets: Sequence[str] = ()) -> Shape:
     )
 
 
-def _tower_of(tower: nn.Module) -> Tower:
+def _tower_of(tower: Any) -> Tower:
     config, layers = tower.config, list(tower.layers)
     return Tower(
         layers=len(layers),

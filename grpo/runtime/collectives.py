@@ -73,7 +73,10 @@ class CollectiveMeter:
 
     def _seconds(self, moment: Timestamp) -> float:
         """Seconds from `start` to a moment."""
-        return moment - self._started if isinstance(moment, float) else self._started.elapsed_time(moment) / 1000
+        if isinstance(moment, float) and isinstance(self._started, float):
+            return moment - self._started
+        assert isinstance(moment, torch.cuda.Event) and isinstance(self._started, torch.cuda.Event)
+        return self._started.elapsed_time(moment) / 1000
 
 
 @dataclass(frozen=True)

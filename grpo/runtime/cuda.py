@@ -14,6 +14,7 @@ import torch
 WARM_UP_CALLS = 3  # calls with some sizes before a call with these sizes is recorded
 
 Inputs = TypeVar("Inputs", bound="tuple[torch.Tensor, ...]")  # a named tuple of tensors
+Sizes = TypeVar("Sizes", bound=Hashable)
 
 
 def send(values: Sequence[int], device: torch.device) -> torch.Tensor:
@@ -71,7 +72,7 @@ class CudaGraphs:
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, tuple[torch.Tensor, ...]]] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, function: Callable[[Inputs, Hashable], None], inputs: Inputs, sizes: Hashable) -> None:
+    def __call__(self, function: Callable[[Inputs, Sizes], None], inputs: Inputs, sizes: Sizes) -> None:
         self._calls[sizes] += 1
         if self._calls[sizes] <= WARM_UP_CALLS:
             function(inputs, sizes)

@@ -59,7 +59,7 @@ def shard(
     units = [*(layer for layer in policy.layers() if not whole.issuperset(layer.parameters())), policy]
     half = None if dtype == torch.float32 else dtype
     for unit in units:
-        fully_shard(
+        sharded = fully_shard(
             unit,
             mesh=mesh,
             # The root's inputs are prompts, masks and the sampler's settings, none of which may be cast.
@@ -69,16 +69,17 @@ def shard(
             ignored_params=whole,
         )
         if mesh.size() > 1:  # one rank divides by 1 anyway, and a factor would cost a copy
-            unit.set_gradient_divide_factor(1.0)
-        unit.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+            sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
         if meter is not None:
-            _measure_collectives(unit, meter, replicas=mesh.size(0) if mesh.ndim == 2 else 1)
+            _measure_collectives(sharded, meter, replicas=mesh.size(0) if mesh.ndim == 2 else 1)
     policy.mesh, policy.reshards, policy.offloads = mesh, reshard, offload
 
 
 def whole_weights(policy: Policy) -> set[nn.Parameter]:
     """The weights that are not sharded although others are: those of a frozen tower."""
-    return set(policy.tower.parameters()) if policy.tower_cache is not None else set()
+    tower = None if policy.tower_cache is None else policy.tower
+    return set() if tower is None else set(tower.parameters())
 
 
 @contextmanager
@@ -140,7 +141,7 @@ class _ReduceScatter(DefaultReduceScatter):
         group: ProcessGroup,
         op: Any,
         async_op: bool = False,
-    ) -> Work | None:
+    ) -> Work:
         with self._meter.measure(input_tensor.nbytes * (group.size() - 1) / group.size()):
             return super().__call__(output_tensor, input_tensor, group, op, async_op)
 

@@ -67,7 +67,12 @@ def answer_test(
     questions, usable = checked_questions(config, world, policy)
     ask = partial(answers, config, world, policy, questions)
     load, log, bad = waveform_of(config, policy), bad_log(config), []
-    rows = ask(usable, load, on_bad=lambda example: (log.add(example), bad.append(example.id)))
+
+    def leave_out(example: BadExample) -> None:
+        log.add(example)
+        bad.append(example.id)
+
+    rows = ask(usable, load, on_bad=leave_out)
     # Controls leave out clips that could not be decoded, so that they differ from the main pass in one respect only.
     bad = exchange_rows(bad, world)
     usable = [example for example in usable if example.id not in bad]
@@ -91,7 +96,7 @@ def answers(
     examples: Sequence[Example],
     waveform: Callable[[Example], np.ndarray],
     *,
-    on_bad: Callable[[BadExample], object] = lambda bad: None,
+    on_bad: Callable[[BadExample], None] = lambda bad: None,
 ) -> list[dict] | None:
     """Answer the examples, whose ids are those of questions: on rank 0 one row per question, in their order.
 
@@ -140,7 +145,7 @@ def report(
     others: dict[str, Share] = {}
     if name != "strict":
         others = {"official": official_share(pairs, BENCHMARKS[name]), "strict": strict_share(questions, rows)}
-    others |= {control: share(again) for control, again in controls.items()}
+    others |= {control: share(again) for control, again in controls.items() if again is not None}
     result = {"benchmark": name} | figures(rows, examples, others)
     write_json(directory / "evaluation.json", result | {"config": dataclasses.asdict(config), "rows": rows})
     path = write_answers(directory / "answers", pairs, BENCHMARKS[name])

@@ -95,7 +95,7 @@ def _option(name: str, f: dataclasses.Field, comment: str) -> str:
     if _is_required(f):
         default = "REQUIRED"
     else:
-        value = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+        value = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         default = yaml.safe_dump(value, default_flow_style=True, width=math.inf).split("\n")[0]
     return f"  {name + '=' + default:40}  {comment}".rstrip()
 

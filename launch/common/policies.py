@@ -33,6 +33,7 @@ def make_reference(config: Config, world: World, policy: Policy) -> Policy | Wit
         return None
     if policy.lora is not None and path == config.model.path:
         return WithoutAdapters(policy)
+    assert policy.mesh is not None
     # The policy's mesh, because a second mesh of replicas would create further communicators.
     offload = config.sharding.offload_reference
     reference = _load(config, world, path, policy.mesh, lora=None, offload=offload, train=False)

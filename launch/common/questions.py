@@ -13,6 +13,7 @@ import torch
 from hark.data.audio import load_waveform
 from hark.data.benchmarks.report import accuracies, row_of
 from hark.data.choices import is_correct
+from hark.data.errors import DataError
 from hark.data.examples import BadExample, Example, load_examples
 from hark.data.loader import BadLog, Loader, check_audio, evaluation_batches
 from hark.data.order import hold_out
@@ -28,6 +29,7 @@ ROUNDS = 4
 
 def training_examples(config: Config, world: World, policy: Policy) -> tuple[list[Example], list[Example]]:
     """The examples to train on, and those to validate on: data.validation, or held out of data.train."""
+    assert config.data.train is not None  # by `check_training`
     examples = checked_examples(config, world, policy, config.data.train)
     if config.data.validation is not None:
         return examples, checked_examples(config, world, policy, config.data.validation)
@@ -80,7 +82,7 @@ def evaluation_share(
     examples: Sequence[Example],
     *,
     waveform: Callable[[Example], np.ndarray],
-    on_bad: Callable[[BadExample], object],
+    on_bad: Callable[[BadExample], None],
 ) -> Iterator[Sequence[tuple[Example, Prompt]]]:
     """This rank's share of the examples, in batches; on_bad gets each one that cannot be used and is left out."""
     return evaluation_batches(
@@ -111,8 +113,10 @@ def checked_examples(config: Config, world: World, policy: Policy, path: str) ->
 
 def checked_questions(config: Config, world: World, policy: Policy) -> tuple[list[Example | BadExample], list[Example]]:
     """The first evaluation.limit questions of data.test in file order, and those of them that can be asked."""
+    assert config.data.test is not None
     examples, bad = read_examples(config, policy, config.data.test, benchmark=True)
-    questions = sorted([*examples, *bad], key=lambda question: int(question.line.rpartition(":")[2]))
+    questions: list[Example | BadExample] = [*examples, *bad]
+    questions.sort(key=lambda question: int(question.line.rpartition(":")[2]))
     questions = questions[: config.evaluation.limit]
     usable, unusable = check_clips(config, [question for question in questions if isinstance(question, Example)])
     bad = [question for question in questions if isinstance(question, BadExample)]
@@ -157,12 +161,17 @@ def bad_log(config: Config) -> BadLog:
 
 def waveform_of(config: Config, policy: Policy) -> Callable[[Example], np.ndarray]:
     """A function from an example to its waveform at the policy's sample rate."""
-    return lambda example: load_waveform(
-        example.audio_path,
-        sample_rate=policy.sample_rate,
-        max_seconds=config.data.max_seconds,
-        long_clips=config.data.long_clips,
-    )
+    data, rate = config.data, policy.sample_rate
+
+    def waveform(example: Example) -> np.ndarray:
+        if rate is None:
+            raise DataError("the example has audio, but this policy reads text only; choose a model that takes audio")
+        assert example.audio_path is not None  # no function is called for an example without a clip
+        return load_waveform(
+            example.audio_path, sample_rate=rate, max_seconds=data.max_seconds, long_clips=data.long_clips
+        )
+
+    return waveform
 
 
 def rewards_of(config: Config) -> Callable[[Sequence[Example], Sequence[str]], torch.Tensor]:

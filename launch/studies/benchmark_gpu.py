@@ -25,6 +25,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -52,7 +53,7 @@ from hark.launch.studies.sides import (
     timed,
     timed_passes,
 )
-from hark.models.families.qwen2_audio import CONV_REACH, QWEN2_AUDIO_7B, audio_tokens
+from hark.models.families.qwen2_audio import CONV_REACH, QWEN2_AUDIO_7B, Qwen2AudioPolicy, audio_tokens
 from hark.models.loading import build_from_config, meta_parameters
 from hark.models.policy import Policy, Prompt
 
@@ -99,7 +100,7 @@ class DeviceHarkSide(HarkSide):
     def __init__(self, models: Models, work: Work):
         self.work, self.policy, self.frozen = work, models.policy, models.frozen
         self.graphs = models.setting.device.type == "cuda"
-        self.prompts = random_prompts(self.policy, work)
+        self.prompts = random_prompts(models.policy, work)
         self.model = self.policy.model
 
 
@@ -166,13 +167,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def large_config():
+def large_config() -> Any:
     from transformers import AutoConfig
 
     return AutoConfig.for_model(**QWEN2_AUDIO_7B)
 
 
-def small_config(size: Size | None = None):
+def small_config(size: Size | None = None) -> Any:
     size = size or Size()
     return model_config(size, audio_id=size.vocabulary - 1)
 
@@ -192,7 +193,7 @@ def measure(models: Models, work: Work, update: float | None) -> dict[str, Any]:
     drawn, memory = hark.rollout(), {}
     for name, side in list(sides.items()):
         try:
-            memory[name] = peak_bytes(setting.device, models, lambda side=side: timed_passes(side, drawn))
+            memory[name] = peak_bytes(setting.device, models, partial(timed_passes, side, drawn))
         except torch.OutOfMemoryError:
             if name == "hark":
                 raise
@@ -203,8 +204,8 @@ def measure(models: Models, work: Work, update: float | None) -> dict[str, Any]:
     for _ in range(setting.repeat):
         outputs = {}
         for name, side in sides.items():
-            seconds, logprobs = timed_passes(side, drawn)
-            turns[name].append(seconds)
+            phases, logprobs = timed_passes(side, drawn)
+            turns[name].append(phases)
             outputs[name] = logprobs.float(), compared_gradients(side)
             drop_gradients(side)
     seconds = {name: medians(taken) for name, taken in turns.items()}
@@ -318,9 +319,10 @@ def copy_rate(device: torch.device, repeat: int = 5) -> float:
     return 2 * source.nbytes / min(timed(device, target.copy_, source)[0] for _ in range(repeat))
 
 
-def random_policy(setting: Setting, seed: int) -> Policy:
+def random_policy(setting: Setting, seed: int) -> Qwen2AudioPolicy:
     """A policy with random weights and without tokenizer; its completions always run to the token limit."""
     policy = build_from_config(setting.config())
+    assert isinstance(policy, Qwen2AudioPolicy)
     policy.audio_id = policy.model.config.audio_token_id
     policy.suppressed_ids = (policy.audio_id,)
     policy.model.generation_config.eos_token_id = policy.audio_id  # never sampled
@@ -343,7 +345,7 @@ def random_weight(name: str, shape: torch.Size, setting: Setting, generator: tor
     return weight.fill_(float(name.endswith("weight")))
 
 
-def plain_model(setting: Setting, policy: Policy):
+def plain_model(setting: Setting, policy: Policy) -> Any:
     """Hugging Face's own model; its parameters share the storage of the policy's."""
     with meta_parameters():
         model = type(policy).build(setting.config())
@@ -359,7 +361,7 @@ def take(model: torch.nn.Module, weights: dict[str, torch.Tensor], device: torch
         module._buffers |= {name: buffer.to(device) for name, buffer in module._buffers.items() if buffer is not None}
 
 
-def random_prompts(policy: Policy, work: Work) -> tuple[Prompt, ...]:
+def random_prompts(policy: Qwen2AudioPolicy, work: Work) -> tuple[Prompt, ...]:
     """Prompts of TEXT random text tokens with the placeholders of a random clip among them."""
     generator = torch.Generator().manual_seed(0)
     audio = policy.model.config.audio_config
@@ -377,9 +379,8 @@ def padded(policy: Policy, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]
     """The inputs that Hugging Face's processor would make of these prompts, all of one length: mel padded to 30 s."""
     ids = torch.stack([prompt.ids for prompt in prompts])
     most = 2 * policy.model.config.audio_config.max_source_positions
-    mel = torch.stack(
-        [torch.nn.functional.pad(prompt.log_mel, (0, most - prompt.log_mel.shape[1])) for prompt in prompts]
-    )
+    mels = [prompt.log_mel for prompt in prompts if prompt.log_mel is not None]
+    mel = torch.stack([torch.nn.functional.pad(mel, (0, most - mel.shape[1])) for mel in mels])
     real = torch.arange(most) < torch.tensor([prompt.frames for prompt in prompts])[:, None]
     return {
         "input_ids": ids,

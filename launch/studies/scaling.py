@@ -102,7 +102,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 # Measuring ------------------------------------------------------------------------------------------------------------
 
 
-def measure_curves(directory: Path, chosen: dict[str, Sequence[float]], repeat: int) -> dict[str, Any]:
+def measure_curves(directory: Path, chosen: dict[str, Sequence[Any]], repeat: int) -> dict[str, Any]:
     """The figures of every point of every curve, and the best matmul rate measured in the run."""
     works = {field: [replace(BASE, **{field: value}) for value in values] for field, values in chosen.items()}
     points: dict[Work, dict[str, Any]] = {}

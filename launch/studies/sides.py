@@ -90,7 +90,7 @@ class HarkSide:
 
     def rollout(self) -> Rollout:
         keys = [(0, 0, n) for n in range(self.work.prompts)]
-        sizes = dict(group_size=self.work.group_size, max_new_tokens=self.work.new_tokens)
+        sizes: dict[str, Any] = dict(group_size=self.work.group_size, max_new_tokens=self.work.new_tokens)
         with gathered(self.policy):
             return sample(self.policy, self.prompts, temperature=1.0, keys=keys, graphs=self.graphs, **sizes)
 
@@ -184,7 +184,7 @@ def build_model(directory: Path, size: Size) -> None:
         Qwen2AudioForConditionalGeneration(model_config(size, audio_id)).save_pretrained(directory)
 
 
-def model_config(size: Size, audio_id: int):
+def model_config(size: Size, audio_id: int) -> Any:
     """The transformers config of a Qwen2-Audio of the given size."""
     from transformers import Qwen2AudioConfig
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,13 +23,13 @@ class CausalLMPolicy(Policy):
         super().__init__(model, AutoTokenizer.from_pretrained(path))
 
     @staticmethod
-    def build(config) -> nn.Module:
+    def build(config: Any) -> Any:
         from transformers import AutoModelForCausalLM
 
         return AutoModelForCausalLM.from_config(config)
 
     @property
-    def decoder(self) -> nn.Module:
+    def decoder(self) -> Any:
         return self.model.get_decoder()
 
     def prepare(self, text: str, waveform: np.ndarray | None) -> Prompt:

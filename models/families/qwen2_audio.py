@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from hark.data.features import log_mel
 from hark.models.policy import Policy, PolicyError, Prompt, pad_ids
 
 # Sizes of Qwen/Qwen2-Audio-7B-Instruct, as keys of its config.json: 8.4 billion parameters.
-QWEN2_AUDIO_7B = {
+QWEN2_AUDIO_7B: dict[str, Any] = {
     "model_type": "qwen2_audio",
     "audio_config": {
         "model_type": "qwen2_audio_encoder",
@@ -43,13 +44,15 @@ QWEN2_AUDIO_7B = {
 
 CONV_REACH = 2  # mel frames behind the end of a clip that the tower's two convolutions read
 
+Count = TypeVar("Count", int, torch.Tensor)  # of one clip, or of several
 
-def audio_tokens(frames: int | torch.Tensor) -> int | torch.Tensor:
+
+def audio_tokens(frames: Count) -> Count:
     """The number of audio embeddings, 25 per second, of a clip of `frames` mel frames, 100 per second."""
     return (_positions(frames) - 2) // 2 + 1
 
 
-def _positions(frames: int | torch.Tensor) -> int | torch.Tensor:
+def _positions(frames: Count) -> Count:
     """The number of positions in the tower's layers, 50 per second, of a clip of `frames` mel frames."""
     return (frames - 1) // 2 + 1
 
@@ -63,8 +66,10 @@ class Qwen2AudioPolicy(Policy):
         ("audio_tower.", "model.audio_tower."),
         ("multi_modal_projector.", "model.multi_modal_projector."),
     )
+    audio_id: int
+    sample_rate: int
 
-    def __init__(self, model: nn.Module, path: Path):
+    def __init__(self, model: Any, path: Path):
         from transformers import AutoProcessor
 
         self.processor = AutoProcessor.from_pretrained(path)
@@ -76,17 +81,17 @@ class Qwen2AudioPolicy(Policy):
         self.min_frames = next(frames for frames in count(1) if audio_tokens(frames))
 
     @staticmethod
-    def build(config) -> nn.Module:
+    def build(config: Any) -> Any:
         from transformers import Qwen2AudioForConditionalGeneration
 
         return Qwen2AudioForConditionalGeneration(config)
 
     @property
-    def decoder(self) -> nn.Module:
+    def decoder(self) -> Any:
         return self.model.model.language_model
 
     @property
-    def tower(self) -> nn.Module:
+    def tower(self) -> Any:
         return self.model.model.audio_tower
 
     def prepare(self, text: str, waveform: np.ndarray | None) -> Prompt:
@@ -113,7 +118,7 @@ class Qwen2AudioPolicy(Policy):
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
         ids = torch.tensor(self.tokenizer(chat, add_special_tokens=False)["input_ids"])
-        digest = hashlib.blake2b(mel.numpy(), digest_size=16).hexdigest()
+        digest = hashlib.blake2b(mel.numpy().data, digest_size=16).hexdigest()
         return Prompt(ids=self._expand(ids, audio_tokens(frames)), log_mel=mel, frames=frames, audio_digest=digest)
 
     def embed(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,7 +143,7 @@ class Qwen2AudioPolicy(Policy):
             )
         return torch.cat([ids[: found[0]], ids.new_full((embeddings,), self.audio_id), ids[found[0] + 1 :]])
 
-    def share_tower(self, other: Qwen2AudioPolicy) -> None:
+    def share_tower(self, other: Policy) -> None:
         self.model.model.audio_tower, self.tower_cache = other.tower, other.tower_cache
 
     def _encode_audio(self, prompts: Sequence[Prompt]) -> torch.Tensor:
@@ -155,7 +160,9 @@ class Qwen2AudioPolicy(Policy):
         """
         tower = self.tower
         frames = torch.tensor([prompt.frames for prompt in prompts], device=self.device)
-        hidden = nn.utils.rnn.pad_sequence([prompt.log_mel.T for prompt in prompts], batch_first=True)
+        mels = [prompt.log_mel.T for prompt in prompts if prompt.log_mel is not None]
+        assert len(mels) == len(prompts)  # `prepare` takes no text without audio
+        hidden = nn.utils.rnn.pad_sequence(mels, batch_first=True)
         hidden = hidden.transpose(1, 2).to(self.device, tower.conv1.weight.dtype)
         hidden = F.gelu(tower.conv2(F.gelu(tower.conv1(hidden)))).transpose(1, 2)  # (N, S, D), 50 per second
         hidden = hidden[:, : _positions(max(prompt.frames for prompt in prompts))]
