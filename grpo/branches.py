@@ -1,4 +1,4 @@
-"""The completions that are being decoded, and the step that gives each of them its next token."""
+"""The completions that are being decoded, and the step that draws the next token of each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Branch:
     """A completion that is being decoded.
 
     completion: its index among the B completions. cell: its index in a grid of R cache rows with G cells each. tokens:
-    how many it has so far.
+    how many are drawn so far.
     """
 
     completion: int
@@ -31,7 +31,7 @@ class Branch:
 
 
 class Sizes(NamedTuple):
-    """How much a decode step computes: branches, cache rows, tokens of a prompt and tokens of a branch."""
+    """The sizes of a decode step's tensors: branches, cache rows, tokens of a prompt and tokens of a branch."""
 
     branches: int
     rows: int
@@ -42,8 +42,8 @@ class Sizes(NamedTuple):
 class DecodePlan(NamedTuple):
     """What a decode step feeds, as tensors on the device.
 
-    For each of the branches, in the order of the cache: its completion, the index of the token that is fed, its cell in
-    the grid, and the length of its prompt. branch_of_cell: for each cell of the grid the branch in it.
+    For each branch, in the order of the cache: its completion, the index of the token that is fed, its cell in the
+    grid, and the length of its prompt. branch_of_cell: for each cell of the grid the branch in it; 0 if it is empty.
     """
 
     completion: torch.Tensor
@@ -56,14 +56,14 @@ class DecodePlan(NamedTuple):
 class Branches:
     """Decodes groups of up to R prompts at a time.
 
-    `prefill` begins prompts, `decode_step` adds a token to each of their branches, `remove_finished` makes room.
+    `prefill` starts prompts, `decode_step` adds a token to each of their branches, `remove_finished` frees cache rows.
 
-    The tensors of tokens, masks and logprobs have a row for each of the B completions and one more, B: a dummy row that
-    padding writes to. Keys and values are kept for the current branches only. The host knows which branches these are;
-    which of them have drawn a stop token only the device knows, until `remove_finished` reads it.
+    The tensors of tokens, masks and logprobs have a row for each of the B completions. Row B is a dummy row, to which
+    padding and finished branches write. Keys and values are kept for the current branches only. The host has the list
+    of these; which of them have drawn a stop token is stored on the device, and `remove_finished` reads it.
 
-    uniforms: (B, T) float64 in [0, 1), from which tokens are drawn; None takes the likeliest token.
-    graphs: record the decode step on a GPU, which saves the time to launch its kernels one by one.
+    uniforms: (B, T) float64 in [0, 1), from which tokens are drawn; None takes the most likely token.
+    graphs: record the decode step as CUDA graphs, on a GPU, which saves the time of launching its kernels.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Branches:
 
     @property
     def alive(self) -> bool:
-        """Whether any completion is not finished."""
+        """Whether any current branch is not finished."""
         return any(branch.completion < self.count for branch in self._branches)
 
     @property
@@ -132,15 +132,14 @@ class Branches:
     def remove_finished(self, *, keep_rows: bool) -> None:
         """Remove the branches that have ended.
 
-        keep_rows: leave prompts in their cache rows although rows before them became free, because other prompts will
-        take these.
+        keep_rows: leave the prompts in their cache rows, because waiting prompts will take the rows that became free.
         """
         running, capacity, device = self._read_running(), self.rows * self.group_size, self.tokens.device
         kept = [running[branch.completion] and branch.tokens < self.limit for branch in self._branches]
         for branch, is_kept in zip(self._branches, kept, strict=True):
             if not is_kept:
-                branch.completion, branch.tokens = self.count, 1  # while it is fed, it writes to the dummy row
-        # On a GPU it costs more to move keys and values than to feed finished branches, until the rounded size shrinks.
+                branch.completion, branch.tokens = self.count, 1  # until it is removed, it writes to the dummy row
+        # On a GPU, moving keys and values costs more than feeding finished branches, unless the rounded size shrinks.
         shrinks = round_up(sum(kept), capacity, device) < round_up(len(kept), capacity, device)
         if shrinks or keep_rows and not all(kept):
             self._compact_branches(kept)
@@ -149,8 +148,8 @@ class Branches:
 
     def rollout(self) -> Rollout:
         """All completions, in the order of the prompts."""
-        cells = slice(self.count), slice(int(self.mask.sum(dim=1).max()))
-        tokens, mask, logprobs = (tensor[cells] for tensor in (self.tokens, self.mask, self.logprobs))
+        used = slice(self.count), slice(int(self.mask.sum(dim=1).max()))
+        tokens, mask, logprobs = (tensor[used] for tensor in (self.tokens, self.mask, self.logprobs))
         return Rollout(self.prompts, self.group_size, tokens, mask, logprobs, self.stopped[: self.count])
 
     def _sizes(self) -> Sizes:
@@ -164,7 +163,7 @@ class Branches:
         )
 
     def _plan(self, sizes: Sizes) -> DecodePlan:
-        """The plan of the next step; padding up to the sizes feeds token 0 of the dummy row after a prompt of 1."""
+        """The plan of the next step, padded to the sizes by token 0 of the dummy row after a prompt of 1 token."""
         branches, padding = self._branches, sizes.branches - len(self._branches)
         branch_of_cell = [0] * (sizes.rows * self.group_size)
         for index, branch in enumerate(branches):
@@ -184,7 +183,7 @@ class Branches:
         return self.prompts[n]
 
     def _step(self, plan: DecodePlan, sizes: Sizes) -> None:
-        """Feed the branches of a plan their last tokens, and draw the next ones. To repeat it changes nothing."""
+        """Feed the last token of each branch, and draw the next one. Repeating the call changes nothing."""
         position = (plan.prompt_length + plan.step)[:, None]
         fed = Layout(torch.zeros_like(position), position, torch.ones_like(position, dtype=torch.bool))
         keys = prompt_layout(plan.prompt_length, sizes.prompt) + branches_layout(plan.prompt_length, 1, sizes.steps)
@@ -196,7 +195,7 @@ class Branches:
         self._draw(hidden[:, 0], plan.completion[:, None], plan.step[:, None] + 1)
 
     def _draw(self, hidden: torch.Tensor, completion: torch.Tensor, at: torch.Tensor) -> None:
-        """Draw token `at` (n, g) of completions (n, g), g of them from each hidden state (n, D)."""
+        """Draw token `at` (n, g) of completions (n, g); each hidden state (n, D) predicts g of them."""
         distribution = log_distribution(self.policy, hidden, self.temperature)  # (n, V)
         if self.uniforms is None:
             drawn = distribution.argmax(dim=-1, keepdim=True).expand_as(completion)
@@ -220,9 +219,9 @@ class Branches:
         return rows
 
     def _compact_branches(self, kept: Sequence[bool]) -> None:
-        """Move the branches that are kept to the front of the cache, and free the rows that have none left."""
+        """Move the branches that are kept to the front of the cache, and free the rows without branches."""
         moves = _compacting_moves(kept)
-        self.cache.move_branches(*self._sent(moves), max(branch.tokens for branch in self._branches) - 1)
+        self.cache.move_branches(*self._move_indices(moves), max(branch.tokens for branch in self._branches) - 1)
         self._branches = _compacted(self._branches, moves, sum(kept))
         used = {branch.cell // self.group_size for branch in self._branches}
         self._prompt_of_row = [n if row in used else None for row, n in enumerate(self._prompt_of_row)]
@@ -231,27 +230,27 @@ class Branches:
         """Move the prompts that have branches to the first rows of the cache."""
         kept = [n is not None for n in self._prompt_of_row]
         moves = _compacting_moves(kept)
-        self.cache.move_rows(*self._sent(moves))
+        self.cache.move_rows(*self._move_indices(moves))
         self._prompt_of_row = _compacted(self._prompt_of_row, moves, sum(kept))
         for branch in self._branches:
             row, g = divmod(branch.cell, self.group_size)
             branch.cell = dict(moves).get(row, row) * self.group_size + g
 
-    def _sent(self, moves: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _move_indices(self, moves: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """The sources and the targets of moves, on the device."""
         sources, targets = ([move[end] for move in moves] for end in range(2))
         return send(sources, self.tokens.device), send(targets, self.tokens.device)
 
 
 def _compacting_moves(kept: Sequence[bool]) -> list[tuple[int, int]]:
-    """Moves (from, to) that bring the items to keep to the front: the last of them into the gaps."""
+    """Moves (from, to) after which the kept items come first: the last of them fill the gaps among the first."""
     count = sum(kept)
     sources = [i for i in range(count, len(kept)) if kept[i]]
     return list(zip(sources, [i for i in range(count) if not kept[i]], strict=True))
 
 
 def _compacted(items: list, moves: Sequence[tuple[int, int]], count: int) -> list:
-    """The first `count` items after moves."""
+    """The first `count` items after the moves."""
     items = list(items)
     for source, target in moves:
         items[target] = items[source]

@@ -14,7 +14,7 @@ from hark import UserError
 
 
 class ConfigError(UserError, ValueError):
-    """A configuration that cannot be used; the message says where, which `section.key`, and what was expected."""
+    """A configuration that cannot be used; the message names the place, the `section.key` and what was expected."""
 
 
 class Bound(NamedTuple):
@@ -42,7 +42,7 @@ Share = Annotated[float, Bound("at least 0 and less than 1", at_least=0, below=1
 @dataclass(frozen=True)
 class RunConfig:
     directory: str  # where metrics, checkpoints and the trained model are written
-    seed: Seed = 0  # with (step, example) it fixes data order, choices and completions
+    seed: Seed = 0  # with (step, example) it determines data order, order of choices and completions
     resume: bool = False  # continue from the newest checkpoint in `directory`
     threads: CountOrZero = 0  # torch's intra-op threads per rank; 0 leaves torch's own choice
 
@@ -51,11 +51,11 @@ class RunConfig:
 class ModelConfig:
     path: str  # Hugging Face directory of the policy to train
     reference: str | None = None  # Hugging Face directory of the reference policy; null is model.path
-    train_tower: bool = True  # False freezes the audio tower, as adapters do; each rank then holds all of it
+    train_tower: bool = True  # False freezes the audio tower, as LoRA does; each rank then holds all of it
     tower_cache: CountOrZero = 1024  # MiB per rank to cache a frozen tower's outputs, clip by clip
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation, and of weights that are not trained
     master_dtype: Literal["float32", "bfloat16"] = "float32"  # of trained weights and the optimizer's state
-    attention: Literal["sdpa", "flex"] = "sdpa"  # in scoring; flex skips blocks that the tree mask hides, on GPUs only
+    attention: Literal["sdpa", "flex"] = "sdpa"  # in scoring; flex, on GPUs only, skips blocks that the mask excludes
     recompute: bool = False  # recompute each layer's activations in backward: less memory, about a third more time
 
 
@@ -81,7 +81,7 @@ class ShardingConfig:
 class DataConfig:
     train: str | None = None  # JSONL file of examples; training needs it
     validation: str | None = None  # JSONL file of examples to evaluate during training and to select checkpoints by
-    held_out: CountOrZero = 0  # without a validation file: how many examples of `train` to validate on, whole clips
+    held_out: CountOrZero = 0  # without a validation file: how many examples of `train` to hold out, by whole clips
     test: str | None = None  # JSONL file of the benchmark; only launch/evaluate.py and launch/choose.py read it
     audio_root: str | None = None  # directory that relative audio paths start from; null is the JSONL file's own
     template: str = "answer"  # name of the prompt template
@@ -98,24 +98,20 @@ class RolloutConfig:
     group_size: Count = 8  # completions per prompt
     max_new_tokens: Count = 256  # longest completion, in tokens
     temperature: Positive = 1.0  # divides the logits, in sampling and in scoring
-    batch: Count | None = (
-        None  # prompts decoded at a time on one rank; the next takes a finished one's place; null: all
-    )
-    cuda_graphs: bool = (
-        False  # on a GPU, record decode steps in each rollout and replay them; pays for long completions
-    )
+    batch: Count | None = None  # prompts decoded at a time on one rank; the next starts when one finishes; null is all
+    cuda_graphs: bool = False  # on a GPU, record decode steps as CUDA graphs in each rollout; for long completions
 
 
 @dataclass(frozen=True)
 class RewardConfig:
-    weights: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0, "format": 1.0})  # per reward function
+    weights: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0, "format": 1.0})  # of each reward
 
 
 @dataclass(frozen=True)
 class LossConfig:
     advantage: Literal["std", "none"] = "std"  # divide centred rewards by the group's standard deviation, or not
-    clip_low: ClipLow = 0.2  # the ratio is clipped below 1 - clip_low
-    clip_high: Positive = 0.2  # the ratio is clipped above 1 + clip_high
+    clip_low: ClipLow = 0.2  # the ratio is clipped to at least 1 - clip_low
+    clip_high: Positive = 0.2  # the ratio is clipped to at most 1 + clip_high
     beta: PositiveOrZero = 0.04  # weight of the KL to the reference; with 0 no reference is loaded
     token_weights: Literal["sequence-mean", "token-mean"] = "sequence-mean"  # equal weight per completion, or per token
     inner_epochs: Count = 1  # passes over each step's rollout (mu in the paper), one update each
@@ -123,7 +119,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    steps: Count = 500  # rollouts in the whole run
+    steps: Count = 500  # training steps in the whole run
     prompts_per_step: Count = 8  # prompts over all ranks
     micro_batch: Count = 1  # prompts per forward and backward on one rank
     lr: PositiveOrZero = 1e-6  # peak learning rate
@@ -141,13 +137,13 @@ class EvaluationConfig:
     batch: Count = 16  # prompts at a time on one rank
     limit: Count | None = None  # examples to evaluate; null is all
     before: bool = False  # also evaluate before the first step
-    benchmark: Literal["strict", "mmau", "mmar", "mmsu"] = "strict"  # whose rule grades the test, and its answer file
+    benchmark: Literal["strict", "mmau", "mmar", "mmsu"] = "strict"  # the grading rule and the answer file of data.test
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     every: CountOrZero = 100  # steps between checkpoints, the last step included; 0 is never
-    keep: Count = 2  # newest checkpoints that a run can resume from
+    keep: Count = 2  # how many of the newest checkpoints to keep for resuming
     weights: bool = False  # keep the weights of older checkpoints too, for launch/choose.py
     export: bool = True  # write a Hugging Face directory at the end
 

@@ -1,6 +1,6 @@
-"""The distribution over the next token: the one that completions are drawn from and the one that they are scored under.
+"""The distribution over the next token, from which completions are drawn and under which they are scored.
 
-The sampler and the scorer both use these functions, so that a logprob at sampling is the logprob at scoring.
+The sampler and the scorer both use `log_distribution`, so that their logprobs are equal up to rounding.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def log_distribution(policy: Policy, hidden: torch.Tensor, temperature: float) -
     log softmax(logits / temperature), where the policy's suppressed ids have probability 0.
     """
     logits = policy.logits(hidden).float() / temperature
-    for suppressed in policy.suppressed_ids:  # one at a time: to index by a list copies the list to the device
+    for suppressed in policy.suppressed_ids:  # one at a time: indexing by a list copies the list to the device
         logits[..., suppressed] = -torch.inf
     return logits.log_softmax(dim=-1)
 
@@ -24,7 +24,7 @@ def log_distribution(policy: Policy, hidden: torch.Tensor, temperature: float) -
 def draw_tokens(distribution: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Tokens (n, g) drawn from logprobs (n, V): the inverse of the cumulative distribution at uniform (n, g) in [0, 1).
 
-    In float64: a float32 sum over a vocabulary of 150,000 would round the probability of rare tokens away.
+    In float64, because a float32 sum over a vocabulary of 150,000 would round rare tokens to probability 0.
     """
     cumulative = distribution.double().exp().cumsum(dim=-1)
     target = uniform * cumulative[:, -1:]
@@ -34,6 +34,6 @@ def draw_tokens(distribution: torch.Tensor, uniform: torch.Tensor) -> torch.Tens
 @torch.no_grad()
 def entropy(distribution: torch.Tensor) -> torch.Tensor:
     """Entropy (...) in nats of logprobs (..., V)."""
-    # A suppressed id has logprob -inf, and 0 * -inf would be nan. With the smallest finite number it adds 0.
+    # A suppressed id has logprob -inf, and 0 * -inf is nan. Clamped to a finite number it adds 0.
     finite = distribution.clamp(min=torch.finfo(distribution.dtype).min)
     return -(distribution.exp() * finite).sum(dim=-1)

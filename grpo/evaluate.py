@@ -1,4 +1,4 @@
-"""Greedy answers to questions, by the sampler that training uses."""
+"""Greedy decoding of answers, by the sampler that training uses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hark.grpo.runtime.sharding import gathered
 from hark.grpo.sampler import sample
 from hark.models.policy import Policy, Prompt
 
-ToRow = Callable[[Any, str, bool], Any]  # (example, completion, whether it ended by itself) -> what to keep of it
+ToRow = Callable[[Any, str, bool], Any]  # (example, completion, whether it has a stop token) -> the row to return
 
 
 def evaluate(
@@ -23,10 +23,10 @@ def evaluate(
     batch: int,
     graphs: bool = False,
 ) -> list | None:
-    """Answer every example greedily: on rank 0 one row per example, in rank order; None on the other ranks.
+    """Answer every example greedily; returns one row per example, in rank order, on rank 0, None on other ranks.
 
     batches: this rank's (example, prompt) pairs; ranks may have different numbers of them. batch: how many prompts are
-    decoded at a time. A larger batch of pairs than that fills the places of answers that have ended.
+    decoded at a time. In a batch with more pairs than that, the next prompt starts when an answer is finished.
     graphs: record the decode step as CUDA graphs, on a GPU.
     """
     rows: list = []

@@ -25,17 +25,17 @@ from hark.grpo.types import Batch
 from hark.models.policy import Policy, Prompt
 
 Kind = TypeVar("Kind", bound=Batch)
-Key = tuple[int, ...]  # what the draws of a prompt are a function of
+Key = tuple[int, ...]  # the integers that seed the random numbers of a prompt
 
 
 class TrainingData(Protocol):
-    """Where prompts come from: a pure function of the step, so that a resumed run needs no state of it."""
+    """The source of prompts: a pure function of the step, so that a resumed run needs no saved state of it."""
 
     def step(self, step: int) -> Sequence[tuple[Any, Prompt, Key]]:
-        """This rank's examples of a step with their prompts and keys; begins to prepare the next step."""
+        """This rank's examples of a step with their prompts and keys; starts to prepare the next step."""
 
     def prepare(self, step: int) -> None:
-        """Begin to prepare a step."""
+        """Start to prepare a step."""
 
     def longest(self) -> tuple[Any, Prompt]:
         """The example with the longest prompt."""
@@ -44,12 +44,12 @@ class TrainingData(Protocol):
 
 
 class Learner(Generic[Kind]):
-    """A policy, its optimizer, and the update that a batch gives.
+    """A policy and its optimizer; `update` does one optimizer step on a batch.
 
-    validate: answers the validation questions, all ranks together, and gives the figures to log; None without any.
+    validate: evaluates the validation questions, on all ranks, and returns the metrics to log; None if there are none.
     """
 
-    shown: tuple[str, ...] = ()  # metrics of the console line
+    shown: tuple[str, ...] = ()  # names of the metrics on the console line
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class Learner(Generic[Kind]):
         self._cost = cost_of(policy)
 
     def step(self, step: int) -> dict[str, float]:
-        """Do one step, counted from 0; metrics as means over all ranks."""
+        """Do step number `step`, counted from 0; returns its metrics over all ranks."""
         raise NotImplementedError
 
     def loss(self, micro: Kind, logprobs: torch.Tensor) -> tuple[torch.Tensor, MetricSums]:
@@ -81,7 +81,7 @@ class Learner(Generic[Kind]):
         raise NotImplementedError
 
     def update(self, batch: Kind, step: int, examples: Sequence[Any]) -> dict[str, float]:
-        """One optimizer step on a batch; this rank's share of each metric."""
+        """Do one optimizer step on a batch; returns this rank's term of each metric, a sum over ranks."""
         sums = self.accumulate(batch)
         self.clock.lap("forward_backward")
         norm = clip_gradients(self.policy, self.config.optim.clip_norm)
@@ -97,7 +97,7 @@ class Learner(Generic[Kind]):
         return sums | {"grad_norm": norm / self.world.size}  # the sum over ranks is the norm
 
     def accumulate(self, batch: Kind) -> dict[str, float]:
-        """Add up the gradients of a batch's micro-batches; this rank's share of each metric."""
+        """Sum the gradients of a batch's micro-batches; returns this rank's term of each metric."""
         sums: MetricSums = {}
         for micro in self._micro_batches(batch):
             logprobs, entropy = score(
@@ -108,19 +108,19 @@ class Learner(Generic[Kind]):
             loss.backward()
             metrics |= {"entropy": (micro.weights * entropy).sum()}
             sums = {name: sums.get(name, 0.0) + value for name, value in metrics.items()}
-        return {name: float(value) for name, value in sums.items()}  # only now, because float() waits for a GPU
+        return {name: float(value) for name, value in sums.items()}  # only at the end, because float() waits for a GPU
 
     def learning_rate(self, step: int) -> float:
         optim = self.config.optim
         return learning_rate(step, peak=optim.lr, schedule=optim.schedule, warmup=optim.warmup_steps, total=optim.steps)
 
     def weights(self, mask: torch.Tensor, tokens: float) -> torch.Tensor:
-        """Token weights (B, T); `tokens` is their number over all ranks."""
+        """Token weights (B, T); `tokens` is the number of completion tokens over all ranks."""
         completions = len(mask) * self.world.size
         return token_weights(mask, kind=self.config.loss.token_weights, completions=completions, tokens=tokens)
 
     def macs(self, batch: Kind) -> Macs:
-        """Multiply-adds that the passes over a batch need at least, on this rank."""
+        """The least multiply-adds that the passes over this rank's batch need."""
         return macs(
             self._cost, batch.prompts, batch.mask.sum(dim=1),
             audio_id=self.policy.audio_id, groups_with_gradient=batch.groups_with_gradient(),
@@ -131,7 +131,7 @@ class Learner(Generic[Kind]):
 
         Every rank must issue the same collectives, so all ranks do as many micro-batches as the one with the most. A
         rank with fewer repeats its shortest group with weight 0. At least one is done even if no group of any rank has
-        a gradient: AdamW's moments decay under a gradient of 0, but not without a gradient.
+        a gradient: AdamW decays its moments if a gradient is 0, but skips the parameter if it is None.
         """
         parts = batch.split_by_length(self.config.optim.micro_batch, batch.groups_with_gradient())
         count = max(1, reduce_max(len(parts), self.world)) if batch.skips_groups else len(parts)

@@ -1,4 +1,4 @@
-"""What stands around the steps of a run: the memory probe, the log, evaluations, checkpoints and the export."""
+"""The training loop: the memory probe, the steps, the log, evaluations, checkpoints and the export."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class MemoryProbeError(UserError, RuntimeError):
 
 
 def train(learner: Learner) -> None:
-    """Do all steps from the first one, or from the newest checkpoint on.
+    """Do all steps, from the first one or from the newest checkpoint.
 
-    Refusing to write over another run is the caller's task (`hark.launch.common.run_directory`).
+    It overwrites earlier results; the caller checks the directory first (`hark.launch.common.run_directory`).
     """
     probe(learner)
     config, world, optimizer = learner.config, learner.world, learner.optimizer
     rate = best_matmul_rate(world.device, getattr(torch, config.model.dtype))
-    rate = reduce_sums({"rate": rate}, world)["rate"]  # of all ranks, measured while all of them compute
+    rate = reduce_sums({"rate": rate}, world)["rate"]  # the sum over ranks, measured at the same time on all
     metrics = Metrics(learner.directory, rank=world.rank, total_steps=config.optim.steps, show=learner.shown)
     start = load_checkpoint(learner.directory / "checkpoints", learner.policy, optimizer) if config.run.resume else 0
     if world.is_main:
@@ -64,15 +64,15 @@ def train(learner: Learner) -> None:
 
 
 def probe(learner: Learner) -> None:
-    """Do the largest step that can occur, the longest prompt with the longest completions, and change nothing.
+    """Run the largest step that can occur, the longest prompt with the longest completions; weights do not change.
 
-    What does not fit in memory so fails in the first minute. Raises MemoryProbeError.
+    A run that does not fit in memory thus fails at its start. Raises MemoryProbeError.
     """
     config, world = learner.config, learner.world
     example, prompt = learner.data.longest()
     prompts = (prompt,) * (config.optim.prompts_per_step // world.size)
     try:
-        allocate_moments(learner.optimizer)  # AdamW makes them in its first step; later steps must fit beside them
+        allocate_moments(learner.optimizer)  # AdamW allocates them in its first step, and they remain
         if learner.validate is not None:
             _longest_evaluation(learner, prompt)
         batch = learner.longest_batch(prompts)
@@ -80,7 +80,7 @@ def probe(learner: Learner) -> None:
     except torch.OutOfMemoryError as error:
         raise MemoryProbeError(
             f"out of memory on rank {world.rank} with {example.line or example.id}, a prompt of {len(prompt.ids)} "
-            f"tokens, the longest of the data ({error}); launch/plan.py with the same arguments says what to change"
+            f"tokens, the longest in the data ({error}); launch/plan.py with the same arguments says what to change"
         ) from error
     learner.optimizer.zero_grad()
     learner.optimizer.state.clear()
@@ -106,5 +106,5 @@ def _evaluate(learner: Learner, metrics: Metrics, done: int) -> None:
 
 
 def _is_due(done: int, every: int, last: int) -> bool:
-    """Whether something is done after so many steps: every `every` steps and after the last; never where that is 0."""
+    """Whether `done` is a multiple of `every` or the last step; never if `every` is 0."""
     return every > 0 and (done % every == 0 or done == last)

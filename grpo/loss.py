@@ -8,11 +8,11 @@ MetricSums = dict[str, torch.Tensor]  # metric name -> its weighted sum; weights
 
 
 def token_weights(mask: torch.Tensor, *, kind: str, completions: float, tokens: float) -> torch.Tensor:
-    """Weights (B, T) of the tokens, with which the loss of a step is a plain weighted sum over all ranks.
+    """Weights (B, T) of the tokens; the loss of a step is the sum over all tokens of all ranks, weighted by them.
 
     "sequence-mean": 1 / (completions * |o_i|), the mean over completions of the mean over tokens (GRPO, R1-AQA).
     "token-mean": 1 / tokens, the mean over all tokens, so that longer completions weigh more (DAPO, arXiv 2503.14476).
-    completions, tokens: their numbers in the whole step, over all ranks.
+    completions, tokens: how many the whole step has, over all ranks.
     """
     if kind == "sequence-mean":
         return mask / (mask.sum(dim=1, keepdim=True).clamp(min=1) * completions)
@@ -22,7 +22,7 @@ def token_weights(mask: torch.Tensor, *, kind: str, completions: float, tokens: 
 
 
 def kl_k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
-    """Unbiased, never negative estimate of KL(policy || reference) at each sampled token (GRPO, equation 4).
+    """Unbiased, non-negative estimate of KL(policy || reference) at each sampled token (GRPO, equation 4).
 
     k3 = pi_ref / pi - log(pi_ref / pi) - 1
     """
@@ -46,8 +46,8 @@ def policy_loss(
     rho = pi / pi_old
     loss = sum_t w_t * ( -min(rho * A, clip(rho, 1 - clip_low, 1 + clip_high) * A) + beta * k3 )
 
-    logprobs, old_logprobs, ref_logprobs, weights: (B, T), 0 at padding; advantages: (B,). The weights carry every
-    normalisation, so losses of micro-batches and ranks add up. ref_logprobs may be None where beta is 0.
+    logprobs, old_logprobs, ref_logprobs, weights: (B, T), 0 at padding; advantages: (B,). The weights contain
+    every normalisation, so losses of micro-batches and ranks are summed. ref_logprobs may be None if beta is 0.
     """
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)

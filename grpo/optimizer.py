@@ -12,7 +12,7 @@ from hark.models.policy import Policy
 
 
 def build_optimizer(policy: Policy, *, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
-    """AdamW over the trained parameters; weights of layers decay, biases and norms do not."""
+    """AdamW over the trained parameters; weight decay applies to matrices, not to biases and norms."""
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
@@ -22,9 +22,9 @@ def build_optimizer(policy: Policy, *, weight_decay: float, betas: tuple[float, 
 
 
 def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Let the optimizer allocate its moments, by a step with gradients of 0 at a learning rate of 0.
+    """Make the optimizer allocate its moments, by a step with gradients of 0 at a learning rate of 0.
 
-    Weights stay as they are. `optimizer.state.clear()` frees the moments.
+    The weights do not change. `optimizer.state.clear()` frees the moments.
     """
     for group in optimizer.param_groups:
         group["lr"] = 0.0
@@ -37,8 +37,8 @@ def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
 def learning_rate(step: int, *, peak: float, schedule: str, warmup: int, total: int) -> float:
     """Learning rate of step 0 .. total - 1: a linear rise over `warmup` steps, then the schedule.
 
-    "linear" falls from `peak` in a straight line that reaches 0 at step `total`, "cosine" in half a cosine;
-    "constant" stays at `peak`.
+    "linear" falls from `peak` in a straight line to 0 at step `total`, "cosine" along half a cosine wave; "constant"
+    stays at `peak`.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -53,6 +53,6 @@ def learning_rate(step: int, *, peak: float, schedule: str, warmup: int, total: 
 
 
 def clip_gradients(policy: Policy, max_norm: float) -> float:
-    """Scale the gradient to an L2 norm of at most `max_norm`, over all ranks; gives the norm before."""
+    """Scale the gradient to an L2 norm of at most `max_norm`, over all ranks; returns the norm before."""
     norm = clip_grad_norm_([p for p in policy.parameters() if p.grad is not None], max_norm)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

@@ -1,7 +1,7 @@
 """Prompts -> Rollout: each prompt is prefilled once, then its G completions are decoded, one token each per step.
 
-A completion that has ended leaves the batch at once. A prompt whose completions have all ended makes room for the next
-prompt, so that a long completion does not hold up the others.
+Finished completions are removed from the batch. When all completions of a prompt are finished, the next prompt starts,
+so that a long completion does not delay other prompts.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ def sample(
     graphs: bool = False,
     stop: bool = True,
 ) -> Rollout:
-    """Draw `group_size` completions of each prompt from the policy at `temperature`; 0 takes the likeliest token.
+    """Draw `group_size` completions of each prompt from the policy at `temperature`; 0 takes the most likely token.
 
-    keys: for each prompt the integers that its draws are a function of, (seed, step, example) in training; not needed
-    at temperature 0. The same prompt with the same key gives the same completions, whatever other prompts there are.
-    batch: how many prompts are decoded at a time, for which memory is needed; None is all.
+    keys: for each prompt the integers that seed its random numbers, (seed, step, example) in training; not needed at
+    temperature 0. The completions of a prompt depend on the prompt and its key, not on the other prompts.
+    batch: how many prompts are decoded at a time, which bounds the memory; None is all.
     graphs: record the decode step as CUDA graphs, on a GPU.
-    stop: False lets every completion run to the limit, to find out whether that fits in memory.
-    A sharded policy must be `gathered`, since ranks may stop at different lengths. Raises PolicyError where `graphs`
-    cannot be had.
+    stop: False decodes every completion to the limit, to test whether that fits in memory.
+    A sharded policy must be `gathered`, because ranks may do different numbers of steps. Raises PolicyError if `graphs`
+    is set and the policy does not support it.
     """
     if graphs and policy.dynamic_rope_type:
         raise PolicyError(
-            f"rollout.cuda_graphs: {type(policy.model).__name__} has rotary frequencies of the kind "
-            f"{policy.dynamic_rope_type!r}, which are recomputed for a new longest position; set it to false"
+            f"rollout.cuda_graphs: {type(policy.model).__name__} has rotary frequencies of type "
+            f"{policy.dynamic_rope_type!r}, which change with the longest position; set rollout.cuda_graphs=false"
         )
     uniforms = None
     if temperature > 0:
@@ -62,7 +62,7 @@ def sample(
         stop=stop,
         graphs=graphs,
     )
-    # The longest first, so that prompts that are decoded together have similar lengths, and memory is highest early.
+    # The longest first, so that prompts decoded together have similar lengths and the memory peak comes early.
     waiting = deque(sorted(range(len(prompts)), key=lambda n: -len(prompts[n].ids)))
     while waiting or branches.alive:
         if waiting and branches.free:
@@ -74,10 +74,10 @@ def sample(
 
 
 def _uniforms(key: Sequence[int], group_size: int, steps: int) -> torch.Tensor:
-    """Numbers in [0, 1), (G, T) float64: a function of the key, the same on every platform.
+    """Uniform numbers (G, T) float64 in [0, 1): a function of the key, the same on every platform.
 
-    One stream, completion by completion. A larger G therefore keeps the first completions. Another T gives other
-    numbers to all completions but the first.
+    One random stream fills the rows in order. A larger G therefore keeps the numbers of the first completions; another
+    T changes those of all completions but the first.
     """
     bits = np.random.Philox(np.random.SeedSequence(list(key)))
     return torch.from_numpy(np.random.Generator(bits).random((group_size, steps)))

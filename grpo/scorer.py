@@ -13,7 +13,7 @@ from hark.models.attention import AttentionFunction, BlockAttention, block_mask
 from hark.models.policy import Policy, Prompt, on_policy
 from hark.models.split_attention import SplitAttention
 
-CHUNK = 2048  # scored tokens for which logits over the vocabulary exist at the same time
+CHUNK = 2048  # scored tokens whose logits over the vocabulary exist at the same time
 
 
 @on_policy
@@ -26,7 +26,7 @@ def score(
     group_size: int,
     temperature: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logprobs (B, T) of completions (B, T) under the sampled distribution, and its entropy (B, T) in nats.
+    """Logprobs (B, T) of completions (B, T) under `log_distribution`, and its entropy (B, T) in nats.
 
     The logprobs have a gradient for every trained parameter, those of the audio tower included; the entropy has none.
     """
@@ -34,7 +34,7 @@ def score(
     chosen = tokens[mask]
     chunks = list(zip(hidden.split(CHUNK), chosen.split(CHUNK), strict=True))
     parts = [checkpoint(_chosen, policy, h, c, temperature, use_reentrant=False) for h, c in chunks[:-1]]
-    # The backward starts with the last chunk, so to recompute that one would save no memory.
+    # The backward starts with the last chunk, so recomputing that one would save no memory.
     parts += [_chosen(policy, h, c, temperature) for h, c in chunks[-1:]]
     logprobs, entropies = (torch.cat(column) for column in zip(*parts, strict=True))
     empty = torch.zeros(mask.shape, device=mask.device)
@@ -42,7 +42,7 @@ def score(
 
 
 def tree_blocks(policy: Policy, row: Layout) -> BlockAttention:
-    """Attention of whole rows under the tree mask by FlexAttention; one block mask per type of layer."""
+    """FlexAttention of rows under the tree mask; one block mask per type of layer."""
     (count, length), device = row.branch.shape, row.branch.device
     blocks = {
         kind: block_mask(tree_rule(row, window), count, length, device) for kind, window in policy.windows.items()
@@ -53,7 +53,7 @@ def tree_blocks(policy: Policy, row: Layout) -> BlockAttention:
 def _predicting_states(
     policy: Policy, prompts: Sequence[Prompt], tokens: torch.Tensor, group_size: int
 ) -> torch.Tensor:
-    """Hidden states (B, T, D) that predict the completion tokens, each at the token before.
+    """Hidden states (B, T, D) that predict the completion tokens; each is that of the token before.
 
     The prompt's last token predicts a branch's first. A branch's last token predicts nothing, so T - 1 tokens are fed.
     """
@@ -73,9 +73,9 @@ def _predicting_states(
 def _row_attention(
     policy: Policy, row: Layout, prompt: int, group_size: int
 ) -> tuple[dict[str, torch.Tensor] | None, AttentionFunction | None]:
-    """The masks of a row, and the attention function that uses them; None for the default function.
+    """The masks of rows, None if none are needed, and the attention function, None for the default.
 
-    On the CPU, layers without a window compute the branches' attention apart from the prompt's (`SplitAttention`).
+    On the CPU, layers without a window compute the attention of prompt and branches separately (`SplitAttention`).
     """
     if policy.attention == "flex":
         return None, tree_blocks(policy, row)

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: given answers take the place of the rollout, and the loss is their likelihood."""
+"""Supervised fine-tuning: given answers replace the rollout, and the loss is their negative log-likelihood."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hark.models.policy import Policy, Prompt
 class SupervisedTrainer(Learner[Batch]):
     """Trains a policy on one given completion per prompt.
 
-    target: the text of the completion to learn for an example.
+    target: returns the text of the completion to learn for an example.
     """
 
     shown = ("loss", "entropy", "grad_norm")
@@ -53,7 +53,7 @@ class SupervisedTrainer(Learner[Batch]):
         return self._batch([longest] * len(prompts), prompts)[0]
 
     def _batch(self, examples: Sequence[Any], prompts: tuple[Prompt, ...]) -> tuple[Batch, float]:
-        """The examples with their answers as completions, and how many tokens these have over all ranks."""
+        """A batch with the examples' answers as completions, and the number of their tokens over all ranks."""
         answers = [self.policy.completion_ids(self.target(example)) for example in examples]
         tokens = pad_sequence(answers, batch_first=True, padding_value=self.policy.pad_id).to(self.world.device)
         lengths = torch.tensor([len(answer) for answer in answers], device=self.world.device)

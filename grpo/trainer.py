@@ -1,4 +1,4 @@
-"""GRPO: one step of the algorithm, hop by hop."""
+"""GRPO: one step of the algorithm, stage by stage."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ RewardMatrix = Callable[[Sequence[Any], Sequence[str]], torch.Tensor]  # (exampl
 class Trainer(Learner[PolicyBatch]):
     """Trains a policy by GRPO.
 
-    rewards: gives one column per name in `reward.weights`, in that order; called in a thread of its own.
-    reference: the frozen policy of the KL term; None where loss.beta is 0.
+    rewards: returns one column per name in `reward.weights`, in that order; called in a separate thread.
+    reference: the frozen policy of the KL term; None if loss.beta is 0.
     """
 
     shown = ("reward", "reward/accuracy", "kl", "entropy", "loss", "grad_norm", "sampler_gap")
@@ -53,12 +53,12 @@ class Trainer(Learner[PolicyBatch]):
         self.clock.lap("load")
 
         rollout = self.draw(prompts, keys)
-        tokens = reduce_sums({"tokens": rollout.mask.sum()}, self.world)["tokens"]  # waits for the longest rollout
+        tokens = reduce_sums({"tokens": rollout.mask.sum()}, self.world)["tokens"]  # waits for the slowest rank
         self.clock.lap("rollout")
 
         completions = self.policy.completion_texts(rollout.tokens, rollout.mask)
         repeated = [example for example in examples for _ in range(self.group_size)]
-        pending = self._reward_thread.submit(self.rewards, repeated, completions)  # runs beside the reference pass
+        pending = self._reward_thread.submit(self.rewards, repeated, completions)  # runs during the reference pass
         self.clock.lap("reward")
 
         ref_logprobs = self.reference_logprobs(rollout)
@@ -80,12 +80,12 @@ class Trainer(Learner[PolicyBatch]):
             advantages=advantages,
         )
         updates = [self.update(batch, step, examples) for _ in range(self.config.loss.inner_epochs)]
-        # Only before the first update do the sampler and the scorer see the same weights.
+        # The gap is from the first update. In later ones the weights differ from those that sampled.
         sums = updates[-1] | {"sampler_gap": updates[0]["sampler_gap"]}
         return self.report(sums, columns, rewards, rollout, batch) | {"tokens": tokens}
 
     def draw(self, prompts: tuple[Prompt, ...], keys: Sequence[Key], **changed: Any) -> Rollout:
-        """Completions of prompts, with the sampling settings of the configuration but for those `changed`."""
+        """Sample completions of prompts with the settings of the configuration, except those in `changed`."""
         rollout = self.config.rollout
         settings: dict[str, Any] = {
             "group_size": rollout.group_size,
@@ -131,7 +131,7 @@ class Trainer(Learner[PolicyBatch]):
     def report(
         self, sums: dict[str, float], columns: torch.Tensor, rewards: torch.Tensor, rollout: Rollout, batch: PolicyBatch
     ) -> dict[str, float]:
-        """The metrics of a step as means over all ranks, in one reduction."""
+        """The metrics of a step over all ranks, by one all-reduce."""
         completions = len(rewards) * self.world.size
         groups = completions // self.group_size
         macs = self.macs(batch).step(reference=self.reference is not None, updates=self.config.loss.inner_epochs)
@@ -147,7 +147,7 @@ class Trainer(Learner[PolicyBatch]):
         for name, column in zip(self.config.reward.weights, columns.T, strict=True):
             own[f"reward/{name}"] = column.sum() / completions
         means = reduce_sums(sums | own, self.world)
-        scored = means.pop("scored")  # the weight of the tokens that were scored; 1 where no group was skipped
+        scored = means.pop("scored")  # the total weight of the scored tokens; 1 if no group was skipped
         of_scored = {name: means.pop(name) for name in ("clip_share", "entropy", "sampler_gap")}
         return means | ({name: value / scored for name, value in of_scored.items()} if scored else {})
 

@@ -2,9 +2,9 @@
 
     row n:   [ prompt n, P tokens | completion 0 | completion 1 | ... | completion G-1 ]
 
-A token attends to the prompt and to the earlier tokens of its own branch, never to another branch. The positions of
-each branch continue those of the prompt, as if no other branch were there. The scorer computes whole rows. The sampler
-computes one new token per branch, whose keys are its prompt and its branch. Both use this mask.
+A token attends to the prompt, to the earlier tokens of its own branch and to itself, never to another branch. The
+positions of each branch continue those of the prompt, as if it were the only branch. The scorer computes complete rows.
+The sampler computes one new token per branch, with the keys of its prompt and its branch. Both use this mask.
 """
 
 from __future__ import annotations
@@ -43,26 +43,26 @@ def branches_layout(lengths: torch.Tensor, group_size: int, steps: int) -> Layou
     """G branches of `steps` tokens each, in order, that follow prompts of the given lengths (N,)."""
     branch, step = torch.arange(group_size, device=lengths.device), torch.arange(steps, device=lengths.device)
     position = lengths[:, None] + step.repeat(group_size)
-    # Padding at a completion's end needs no mask: only later tokens of the same branch attend to it, which is padding.
+    # Padding at a completion's end needs no mask: only later tokens of its branch attend to it, all padding.
     return Layout(
         branch.repeat_interleave(steps).expand_as(position), position, torch.ones_like(position, dtype=torch.bool)
     )
 
 
 def tree_mask(queries: Layout, keys: Layout, window: int | None = None) -> torch.Tensor:
-    """Which query may attend to which key, (N, 1, L, S) bool; `window`: to the last so many positions only."""
+    """Which query may attend to which key, (N, 1, L, S) bool; with `window` only the last `window` positions."""
     branch, position = queries.branch[:, :, None], queries.position[:, :, None]
     key = keys.branch[:, None, :], keys.position[:, None, :], keys.real[:, None, :]
-    return _attends(branch, position, *key, _since(position, window)).unsqueeze(1)
+    return _attends(branch, position, *key, _window_start(position, window)).unsqueeze(1)
 
 
 def tree_masks(
     windows: Mapping[str, int | None], queries: Layout, keys: Layout, *, prompt: int = 0
 ) -> dict[str, torch.Tensor]:
-    """The tree mask for each type of layer, given how many positions back each type attends.
+    """The tree mask for each type of layer, given the sliding window of each; None is full attention.
 
-    prompt: how many queries at the start of the rows are prompt tokens. A type of layer without a window gets a mask
-    without these queries: attention of the prompt to itself is plainly causal and needs none.
+    prompt: how many queries at the start of the rows are prompt tokens. The mask for full attention leaves them out,
+    because `sdpa_attention` computes the causal attention within the prompt without a mask.
     """
     return {
         kind: tree_mask(queries[slice(prompt if window is None else 0, None)], keys, window)
@@ -71,14 +71,14 @@ def tree_masks(
 
 
 def tree_rule(row: Layout, window: int | None = None) -> Callable[..., torch.Tensor]:
-    """The tree mask of rows in the form of FlexAttention: a function of the indices of one query and one key."""
-    # Contiguous, because the function is compiled for their strides; int32, because it reads them for each pair.
+    """The tree mask of rows as FlexAttention's `mask_mod`, a function of the indices of one query and one key."""
+    # Contiguous, because the kernel is compiled for their strides; int32, because it reads them for each pair.
     branch, position = (tensor.int().contiguous() for tensor in (row.branch, row.position))
-    real, since = row.real.contiguous(), _since(position, window)
+    real, start = row.real.contiguous(), _window_start(position, window)
 
     def attends(n: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         key = branch[n, k], position[n, k], real[n, k]
-        return _attends(branch[n, q], position[n, q], *key, None if since is None else since[n, q])
+        return _attends(branch[n, q], position[n, q], *key, None if start is None else start[n, q])
 
     return attends
 
@@ -89,12 +89,12 @@ def _attends(
     key_branch: torch.Tensor,
     key_position: torch.Tensor,
     key_real: torch.Tensor,
-    since: torch.Tensor | None,
+    start: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Whether queries may attend to keys, which must not be before position `since`."""
+    """Whether queries may attend to keys; never to keys before position `start`."""
     mask = ((key_branch == branch) | (key_branch == PROMPT)) & key_real & (key_position <= position)
-    return mask if since is None else mask & (key_position >= since)
+    return mask if start is None else mask & (key_position >= start)
 
 
-def _since(position: torch.Tensor, window: int | None) -> torch.Tensor | None:
+def _window_start(position: torch.Tensor, window: int | None) -> torch.Tensor | None:
     return None if window is None else position - (window - 1)

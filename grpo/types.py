@@ -1,11 +1,11 @@
-"""The values that pass between the hops of a step, and the letters for their dimensions.
+"""The values that pass between the stages of a step, and the letters for their dimensions.
 
     N  prompts            G  completions per prompt (the group)     B  completions, N * G; b = n * G + g
     P  prompt tokens      T  completion tokens                      V  vocabulary       D  hidden size
-    L  queries: tokens that are fed         S  keys: tokens attended to
-    M  mel bins           F  mel frames     K  reward functions     R  rows of the cache
+    L  queries: tokens fed to the decoder   S  keys: tokens attended to
+    M  mel bins           F  mel frames     K  reward functions     R  rows of the KV cache
 
-A mask is True where a token counts. Every (B, T) float is exactly 0 where the mask is False.
+`mask` is True at completion tokens and False at padding. Every (B, T) float is exactly 0 at padding.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import torch
 
 from hark.models.policy import Prompt
 
-Kind = TypeVar("Kind", bound="Groups")
+AnyGroups = TypeVar("AnyGroups", bound="Groups")
 
 
 @dataclass(frozen=True)
 class Groups:
-    """N prompts with G completions each; the engine computes a group as one row.
+    """N groups: N prompts with G completions each. The scorer computes a group as one row (tree.py).
 
-    tokens: (B, T) int64, the stop token included, then `pad_id`.
-    mask: (B, T) bool, written by the sampler, never derived from the ids.
+    tokens: (B, T) int64, the stop token included, padded with `pad_id`.
+    mask: (B, T) bool, never derived from the ids, because `pad_id` may be a stop token.
     """
 
     prompts: tuple[Prompt, ...]
@@ -36,12 +36,12 @@ class Groups:
     mask: torch.Tensor
 
     def rows(self, groups: Sequence[int]) -> torch.Tensor:
-        """Indices among the B completions of those of some groups, in the groups' order."""
+        """Indices of the completions of the given groups, in the order of `groups`."""
         first = torch.tensor(groups, device=self.mask.device)[:, None] * self.group_size
         return (first + torch.arange(self.group_size, device=self.mask.device)).flatten()
 
-    def select(self: Kind, groups: Sequence[int]) -> Kind:
-        """Some of the groups, by their indices, trimmed to their longest completion."""
+    def select(self: AnyGroups, groups: Sequence[int]) -> AnyGroups:
+        """The groups with the given indices, with T cut to their longest completion."""
         rows = self.rows(groups)
         steps = int(self.mask[rows].sum(dim=1).max())
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -53,14 +53,14 @@ class Groups:
         return dataclasses.replace(self, prompts=tuple(self.prompts[group] for group in groups), **selected)
 
     def split_by_length(self, size: int, groups: Sequence[int] | None = None) -> list[list[int]]:
-        """Indices of the groups, or of some of them, in parts of up to `size` groups of similar length.
+        """Split all groups, or the given ones, into lists of up to `size` indices of groups of similar length.
 
-        A part is padded to its longest prompt and its longest completion. The longest come first: the memory that the
-        first part was given is then large enough for the others.
+        Each list is padded to its longest prompt and its longest completion. The longest groups come first, so that the
+        others fit in the memory that these allocated.
         """
-        completions = self.mask.sum(dim=1).unflatten(0, (-1, self.group_size)).amax(dim=1).tolist()
-        fed = [self.group_size * (longest - 1) for longest in completions]  # a last token is never fed
-        lengths = [len(prompt.ids) + branches for prompt, branches in zip(self.prompts, fed, strict=True)]
+        longest = self.mask.sum(dim=1).unflatten(0, (-1, self.group_size)).amax(dim=1).tolist()
+        fed = [self.group_size * (steps - 1) for steps in longest]  # a completion's last token is never fed
+        lengths = [len(prompt.ids) + tokens for prompt, tokens in zip(self.prompts, fed, strict=True)]
         order = sorted(range(len(lengths)) if groups is None else groups, key=lambda group: -lengths[group])
         return [order[first : first + size] for first in range(0, len(order), size)]
 
@@ -70,7 +70,7 @@ class Rollout(Groups):
     """Completions drawn from the policy.
 
     logprobs: (B, T) float32 of each token under the distribution it was drawn from.
-    stopped: (B,) bool, False where the completion ran into the token limit.
+    stopped: (B,) bool, False where the completion has no stop token because it reached the token limit.
     """
 
     logprobs: torch.Tensor
@@ -79,16 +79,16 @@ class Rollout(Groups):
 
 @dataclass(frozen=True)
 class Batch(Groups):
-    """Completions to learn from, on this rank.
+    """This rank's completions to train on.
 
-    weights: (B, T), what each token counts for in the loss, computed from the whole step over all ranks.
+    weights: (B, T), the weight of each token in the loss, normalised over the whole step and all ranks.
     """
 
     weights: torch.Tensor
 
     @property
     def skips_groups(self) -> bool:
-        """Whether groups without a gradient may occur, and are not scored."""
+        """Whether groups without a gradient may occur; they are not scored."""
         return False
 
     def groups_with_gradient(self) -> list[int]:
@@ -98,7 +98,7 @@ class Batch(Groups):
 
 @dataclass(frozen=True)
 class PolicyBatch(Batch):
-    """A scored rollout.
+    """A rollout with the other inputs of the policy loss.
 
     old_logprobs: (B, T) under the policy that drew the completions. ref_logprobs: (B, T) under the reference; None
     where the loss has no KL term. advantages: (B,).

@@ -1,4 +1,4 @@
-"""Attention functions of a decoder: over whole rows for scoring, over a KV cache for prefill and decoding.
+"""Attention functions of a decoder: over rows for scoring, over a KV cache for prefill and decoding.
 
 A row is a prompt and the G completions of its group, called branches. A branch attends to the prompt and to itself, not
 to other branches. This is the tree mask, which grpo/tree.py builds.
@@ -75,7 +75,7 @@ def tree_attention(
     attention_mask: Tensor,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The function that transformers calls in each layer: calls the attention that `Policy.decode` was given.
+    """The function that transformers calls in each layer. It calls the attention that was passed to `Policy.decode`.
 
     Raises ValueError for a layer that changes its scores by an argument in UNSUPPORTED.
     """
@@ -83,7 +83,7 @@ def tree_attention(
     if unsupported:
         raise ValueError(
             f"{type(module).__name__} passes {', '.join(unsupported)} to its attention, which is not supported; "
-            "choose a model that does not"
+            "choose another model"
         )
     current = _current_pass.get()
     assert current is not None  # only `Policy.decode` calls a decoder
@@ -95,8 +95,8 @@ def sdpa_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
     """Attention by torch's scaled_dot_product_attention, with a mask for the last queries of a row only.
 
     mask: additive, (N, 1, Lm, S), for the last Lm of L queries. The first L - Lm queries attend causally to one
-    another. They are the prompt, which comes first in a row and never attends to the branches behind it. The causal
-    kernel skips half of the prompt's pairs with itself, and its pairs with the branches are not computed.
+    another. They are the prompt, which comes first in a row and never attends to the branches after it. The causal
+    kernel skips half of the pairs within the prompt. Pairs of prompt queries and branch keys are not computed.
     query: (N, heads, L, head size); returns (N, L, heads, head size).
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -114,7 +114,7 @@ def sdpa_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
 
 @dataclass(frozen=True)
 class BlockAttention:
-    """Self-attention of whole rows by FlexAttention, which skips blocks of pairs that are entirely masked.
+    """Self-attention of rows by FlexAttention, which skips blocks of pairs that are entirely masked.
 
     On a GPU it is one compiled kernel and needs no mask of all pairs in memory. On the CPU it is torch's uncompiled
     reference, which has no backward and is for tests. It has not been run on a GPU yet.
@@ -139,7 +139,7 @@ class BlockAttention:
 def block_mask(rule: Callable[..., Tensor], rows: int, length: int, device: torch.device) -> BlockMask:
     """Which blocks of 128 x 128 pairs are masked entirely, partly or not at all, for N rows of L tokens.
 
-    rule: FlexAttention's `mask_mod`. While the blocks are built, a boolean (N, 1, L, L) exists.
+    rule: FlexAttention's `mask_mod`. Building them takes a boolean (N, 1, L, L) in memory.
     """
     return create_block_mask(rule, rows, None, length, length, device=device)
 
@@ -148,7 +148,7 @@ def block_mask(rule: Callable[..., Tensor], rows: int, length: int, device: torc
 def _compiled_flex_attention() -> Callable[..., Tensor]:
     """FlexAttention compiled once for rows of any length and number.
 
-    Lengths change at almost every micro-batch, so with static shapes each would be compiled anew. A few compilations
+    Lengths change at almost every micro-batch, so with static shapes each would need a compilation. A few compilations
     remain: for one row and for several, with and without gradients, with and without a window. When torch exceeds its
     recompilation limit it falls back to uncompiled code, which holds the scores of all pairs; `fullgraph` makes that
     an error.
@@ -174,12 +174,12 @@ class DecodeAttention:
     """Attention of one new token per branch, for B branches, to its prompt and to its own branch, both in a cache.
 
     The branches of one prompt share a batched product, so the prompt's keys are read once for all of them. The cost of
-    a step depends on the branches that are in it, not on how many have finished before.
+    a step depends only on the branches in it.
 
     step: (B,) index of each new token in its branch.
     cell: (B,) position of each branch in a grid of R rows (prompts) by G branches, row * G + branch of the group.
     grid: (R * G,) the inverse: which of the B branches is in each cell; any valid index in an empty cell.
-    rows, prompt, steps: how many rows, prompt tokens and branch tokens of the cache are in use.
+    rows, prompt, steps: how many rows, prompt tokens and branch tokens of the cache are read.
     """
 
     cache: GroupCache
@@ -233,7 +233,7 @@ def _scores(queries: Tensor, keys: Tensor) -> Tensor:
 
 
 def use_tree_attention(config: Any) -> None:
-    """Make `tree_attention` the attention implementation of a decoder's transformers config; no other module's."""
+    """Make `tree_attention` the attention implementation of a decoder, given its transformers config."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(TREE, tree_attention)

@@ -59,7 +59,7 @@ def _move(tensors: Sequence[torch.Tensor], sources: torch.Tensor, targets: torch
 class TowerCache:
     """Outputs of a frozen audio tower, up to `capacity` bytes; the least recently used are dropped first.
 
-    Each clip is encoded alone, so an output depends neither on the other clips of a batch nor on whether it was cached.
+    Each clip is encoded separately, so an output depends neither on other clips nor on whether it was cached.
     """
 
     def __init__(self, capacity: int):

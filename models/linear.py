@@ -13,14 +13,14 @@ AVAILABLE = platform.machine() in ("x86_64", "AMD64") and hasattr(torch.ops.mkld
 
 
 class Linear(nn.Linear):
-    """An nn.Linear that computes by `linear`."""
+    """An nn.Linear whose forward is `linear`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self.bias)
 
 
 def use_onednn(module: nn.Module) -> None:
-    """Make every plain nn.Linear of a module compute by `linear`, in place: its class changes, its tensors stay."""
+    """Turn every plain nn.Linear of a module into a `Linear`, in place: its class changes, its tensors do not."""
     for layer in module.modules():
         if type(layer) is nn.Linear:
             layer.__class__ = Linear

@@ -1,4 +1,4 @@
-"""Loading a policy from a Hugging Face checkpoint; of a sharded tensor each rank reads only its own slice."""
+"""Loading a policy from a Hugging Face checkpoint; each rank reads only its own slice of a sharded tensor."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def load_policy(
     dtype: of the computation, and of weights that are not trained. master_dtype: of weights that are trained.
     train: False freezes everything. lora: freezes everything but new or saved adapters.
     tower_cache: bytes for the outputs of a frozen tower. recompute: turns on gradient checkpointing.
-    attention: of the scorer, "sdpa" or, on a GPU only, "flex". shard: wraps the policy in FSDP.
-    Raises PolicyError for a directory that is no checkpoint, an unknown family, or tensors that do not fit the model.
+    attention: the scorer's, "sdpa" or, on a GPU only, "flex". shard: wraps the policy in FSDP.
+    Raises PolicyError if the directory is not a checkpoint, the family is unknown, or tensors do not fit the model.
     """
     directory = _directory(path)
     policy = build_policy(directory)
@@ -102,7 +102,7 @@ def read_config(path: str | Path) -> Any:
 
 
 def build_from_config(config: Any) -> Policy:
-    """The policy of a transformers config, without tokenizer and with parameters on the meta device: for its sizes."""
+    """The policy of a transformers config, without tokenizer, its parameters on the meta device; used for its sizes."""
     family = family_of(config, where="the configuration")
     policy = family.__new__(family)
     with meta_parameters():
@@ -145,7 +145,7 @@ def _directory(path: str | Path) -> Path:
 
 @contextmanager
 def meta_parameters() -> Iterator[None]:
-    """Put parameters that are made inside on the meta device. Buffers, such as rotary frequencies, stay real."""
+    """Create parameters on the meta device inside the block. Buffers, such as rotary frequencies, are not affected."""
     register = nn.Module.register_parameter
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -267,7 +267,7 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 def _convert(tensor: Any, *, target: torch.Tensor, policy: Policy, dtype: torch.dtype) -> torch.Tensor:
     """A copy of a tensor or safetensors slice in the form of `target`.
 
-    A parameter gets `dtype`; of a sharded one only this rank's slice is read. A buffer keeps its stored dtype. It is
+    A parameter gets `dtype`; of a sharded one only this rank's slice is read. A buffer keeps its stored dtype. Both are
     copied because safetensors returns views of the memory-mapped file, which may change or be deleted.
     """
     if not isinstance(target, nn.Parameter):

@@ -51,7 +51,7 @@ def read_lora(path: str | Path) -> Lora:
 
 
 class LoraLinear(nn.Linear):
-    """A linear layer with an adapter. `add_adapters` makes it of an nn.Linear in place, and tensor names stay."""
+    """A linear layer with an adapter. `add_adapters` turns an nn.Linear into it in place; tensor names are kept."""
 
     lora_A: nn.Parameter  # (rank, in)
     lora_B: nn.Parameter  # (out, rank); 0 in a new adapter, which therefore changes no output
@@ -87,7 +87,7 @@ def add_adapters(policy: Policy, lora: Lora) -> None:
 
 
 def initial_weight(name: str, shape: Sequence[int]) -> torch.Tensor:
-    """The initial value of an adapter tensor: B is 0; A is uniform as in PEFT, seeded by its name on every rank."""
+    """The initial value of an adapter tensor: B is 0; A is uniform as in PEFT, seeded by its name, not by rank."""
     if name.endswith("lora_B"):
         return torch.zeros(*shape)
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
@@ -130,7 +130,7 @@ def adapters_off(policy: Policy) -> Iterator[None]:
 
 
 def adapter_delta(policy: Policy, name: str) -> torch.Tensor | None:
-    """The adapter's addition (out, in) to the weight called `name` in `policy.model`; None if it has no adapter.
+    """The matrix (out, in) that an adapter adds to the weight called `name` in `policy.model`; None without adapter.
 
     (alpha / rank) B A in float32. A collective: every rank must call it.
     """
@@ -166,12 +166,12 @@ def write_adapters(policy: Policy, tensors: dict[str, torch.Tensor], directory: 
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The full tensor of a sharded one, detached; others as they are. A collective: every rank must call it."""
+    """The full, detached tensor of one that may be sharded. A collective: every rank must call it."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _target_pattern(policy: Policy, targets: Sequence[str]) -> str:
-    """A regular expression for the adapted layers; last names alone would also match layers of the audio tower."""
+    """A regular expression for the adapted layers; without the decoder's name it would match the audio tower's too."""
     (prefix,) = (name for name, module in policy.model.named_modules() if module is policy.decoder)
     return rf"{re.escape(prefix)}\..*\.({'|'.join(targets)})"

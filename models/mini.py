@@ -17,7 +17,7 @@ from hark.data.torchaudio_compat import torchaudio  # noqa: F401  (must precede 
 
 AUDIO, AUDIO_BOS, AUDIO_EOS = "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
-# One token each, to keep answers short. They are not special tokens, so they stay in the text that rewards see.
+# One token each, to keep answers short. They are not special tokens, so they stay in the completions' texts.
 TAGS = ("<answer>", "</answer>", "<think>", "</think>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -83,7 +83,7 @@ def _build_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([*texts, "user", "assistant"], trainer)  # and the chat template's words
+    tokenizer.train_from_iterator([*texts, "user", "assistant"], trainer)  # the role names of the chat template
     tokenizer.add_tokens(list(TAGS))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -39,12 +39,12 @@ class PolicyError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt as the policy takes it, made by `Policy.prepare`.
+    """One prompt in the form that a policy takes, made by `Policy.prepare`.
 
     ids: (P,) int64 token ids, with one audio placeholder for each audio embedding.
     log_mel: (M, F) float32 log-mel spectrogram, or None for a prompt without audio.
-    frames: mel frames of the clip itself, 100 per second; the F - frames behind them are padding that the tower's
-        convolutions reach.
+    frames: mel frames of the clip, 100 per second; the F - frames after them are padding that the tower's convolutions
+        read.
     audio_digest: a hash of `log_mel`, the key of the clip in a `TowerCache`; empty without audio.
     """
 
@@ -75,7 +75,7 @@ def on_policy(
     """Decorate `function(policy, ...)` so that it runs inside the policy's `forward`.
 
     FSDP gathers the root's weights in the hooks of `forward`. Code that uses a weight or calls a sub-module outside of
-    it fails or computes with stale weights. A decorated function must not call another one.
+    it fails or computes with stale weights. Decorated functions must not call each other.
     """
 
     @wraps(function)
@@ -86,7 +86,7 @@ def on_policy(
 
 
 class Policy(nn.Module):
-    """A causal decoder with its tokenizer, and an audio tower where the family has one.
+    """A causal decoder with its tokenizer, and an audio tower if the family has one.
 
     A model family subclasses this and supplies `decoder`, `prepare` and `embed`. The policy is the only FSDP root. Code
     outside of it that uses a weight must be a function decorated by `on_policy`.
@@ -116,7 +116,7 @@ class Policy(nn.Module):
         raise NotImplementedError
 
     def prepare(self, text: str, waveform: np.ndarray | None) -> Prompt:
-        """Make a prompt of a user's text and a waveform (samples,) at `sample_rate`.
+        """Make a prompt from a user's text and a waveform (samples,) at `sample_rate`.
 
         Runs on the CPU, in several threads. Raises DataError for an example that the family cannot take.
         """
@@ -146,9 +146,9 @@ class Policy(nn.Module):
     mesh: DeviceMesh | None = None  # the ranks that it is sharded over
     reshards = False  # whether FSDP frees each layer's gathered weights after its forward
     offloads = False  # whether FSDP keeps the sharded weights in host memory
-    attention = "sdpa"  # how the scorer attends: "sdpa", or "flex" on a GPU
+    attention = "sdpa"  # of the scorer: "sdpa", or "flex" on a GPU
     lora: Lora | None = None  # settings of its adapters; None without adapters
-    tower_cache: TowerCache | None = None  # outputs of a frozen tower; None if the tower is trained
+    tower_cache: TowerCache | None = None  # outputs of a frozen tower; None without a cache
     audio_id: int | None = None  # the placeholder token, one for each audio embedding
     suppressed_ids: tuple[int, ...] = ()  # tokens of probability 0 in sampling and scoring: placeholders
 
@@ -179,7 +179,7 @@ class Policy(nn.Module):
     def dynamic_rope_type(self) -> str | None:
         """The type of rotary embedding if its frequencies depend on the longest position of a call; else None."""
         kinds = getattr(getattr(self.decoder, "rotary_emb", None), "rope_type", None) or {}
-        kinds = (kinds,) if isinstance(kinds, str) else kinds.values()  # a dict where layer types differ
+        kinds = (kinds,) if isinstance(kinds, str) else kinds.values()  # a dict if layer types differ
         return next((kind for kind in kinds if "dynamic" in kind or kind == "longrope"), None)
 
     @property
@@ -270,7 +270,7 @@ class Policy(nn.Module):
     def completion_texts(self, tokens: torch.Tensor, mask: torch.Tensor) -> list[str]:
         """Texts of B completions, given as tokens (B, T) and mask (B, T), without the stop token.
 
-        Other special tokens are kept: a completion that holds one is malformed, and a reward must be able to see that.
+        Other special tokens are kept: a completion with one is malformed, and rewards must be able to detect that.
         """
         rows = [row[keep].tolist() for row, keep in zip(tokens.cpu(), mask.cpu(), strict=True)]
         rows = [row[:-1] if row and row[-1] in self.stop_ids else row for row in rows]
@@ -299,11 +299,11 @@ class Policy(nn.Module):
                 f"{type(self.decoder).__name__} takes no positions: it would number the tokens of a branch from the "
                 "start of the row instead of the prompt's end; choose a model that takes position_ids"
             )
-        # transformers chooses sdpa where the decoder calls a registered attention function.
+        # transformers chooses sdpa if the decoder calls a registered attention function.
         if config._attn_implementation not in ("sdpa", TREE):
             raise PolicyError(
-                f"{type(self.decoder).__name__} attends by {config._attn_implementation!r}; expected 'sdpa', because "
-                "only then its layers call a registered attention function; choose another model"
+                f"{type(self.decoder).__name__} uses {config._attn_implementation!r} attention; expected 'sdpa', "
+                "because only then do its layers call a registered attention function; choose another model"
             )
 
 

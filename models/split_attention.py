@@ -1,4 +1,4 @@
-"""Self-attention of a row for the CPU that computes no pairs between branches of a group."""
+"""Self-attention of rows on the CPU, without the pairs of tokens in different branches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class SplitAttention:
     """Causal attention within the prompt; attention of each of G branches to the prompt, and causally to itself.
 
     `sdpa_attention` computes all (G T)^2 pairs of the branches' tokens and masks most of them. If completions are as
-    long as the prompt, that is most of its work.
+    long as the prompt, these are most of its work.
     prompt: P, the tokens of the padded prompt.
     """
 

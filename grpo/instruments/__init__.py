@@ -1,1 +1,1 @@
-"""What measures a run: its log, its clock, its multiply-adds, its memory and its communication."""
+"""Measurements of a run: log, clock, multiply-adds, memory and communication."""

@@ -1,19 +1,19 @@
 """The bytes that each rank receives in a step of GRPO, by a formula. With ring algorithms it sends as much.
 
     bytes     = (shards - 1) / shards * (d * gathered + 4 * reduced)
-                + 2 (replicas - 1) / replicas * 4 * reduced / shards
-    gathered  = root * (1 + copy + updates) + layers * (1 + reference + updates * (2 if resharding else 1))
-    reduced   = trained * updates
+                + 2 * (replicas - 1) / replicas * 4 * reduced / shards
+    gathered  = root * (1 + copy + passes) + layers * (1 + reference + passes * (2 if resharding else 1))
+    reduced   = trained * passes
     reference = micro-batches if resharding else copy; 0 without a reference
 
 shards: ranks that share one copy of the weights. In an all-gather or a reduce-scatter a rank receives
-(shards - 1) / shards of the full tensor; in an all-reduce, 2 (replicas - 1) / replicas of its tensor.
+(shards - 1) / shards of the full tensor; in an all-reduce, 2 * (replicas - 1) / replicas of its tensor.
 
-root, layers: elements of sharded weights in FSDP's root unit and in its layers; for a reference with weights of its
-own, those of the reference. trained: elements with a gradient. FSDP pads a weight to a multiple of `shards` rows,
-and the padding counts. d: bytes per element of the compute dtype; gradients are reduced in float32.
+root, layers: elements of sharded weights in FSDP's root unit and in its layers; in the terms `copy` and `reference`,
+those of the reference's weights if it has its own. trained: elements with a gradient. FSDP pads a weight to a multiple
+of `shards` rows, and the padding counts. d: bytes per element of the compute dtype; gradients are reduced in float32.
 
-updates: inner epochs times micro-batches, fewer if groups are skipped. The rollout gathers all weights once. copy: 1 if
+passes: inner epochs times micro-batches, fewer if groups are skipped. The rollout gathers all weights once. copy: 1 if
 the reference has weights of its own, whose root is gathered once; else 0. With copy 0 the reference pass gathers the
 policy's root, and the policy's first micro-batch uses it without gathering it again.
 """
@@ -42,8 +42,8 @@ class Sharded:
 
 def sharded_elements(policy: Policy, shards: int) -> Sharded:
     """Elements of the weights that FSDP shards over `shards` ranks; the policy may be sharded or not yet."""
-    whole = whole_weights(policy)
-    padded = {p: _padded(p.shape, shards) for p in policy.parameters() if p not in whole}
+    unsharded = whole_weights(policy)
+    padded = {p: _padded(p.shape, shards) for p in policy.parameters() if p not in unsharded}
     in_layers = {p for layer in policy.layers() for p in layer.parameters()}
     return Sharded(
         root=sum(size for p, size in padded.items() if p not in in_layers),
@@ -68,13 +68,13 @@ def step_bytes(
     reference: a policy with weights of its own, the policy with its adapters disabled, or None.
     dtype: of the computation. reshard: whether layers are gathered again for the backward.
     """
-    own, updates = sharded_elements(policy, shards), inner_epochs * micro_batches
-    gathered = own.root * (1 + updates) + own.layers * (1 + updates * (2 if reshard else 1))
+    own, passes = sharded_elements(policy, shards), inner_epochs * micro_batches
+    gathered = own.root * (1 + passes) + own.layers * (1 + passes * (2 if reshard else 1))
     if reference is not None:
         theirs = sharded_elements(reference, shards) if isinstance(reference, Policy) else own
         copy = theirs is not own
         gathered += copy * theirs.root + (micro_batches if reshard else copy) * theirs.layers
-    reduced = FLOAT * own.trained * updates
+    reduced = FLOAT * own.trained * passes
     within = (dtype.itemsize * gathered + reduced) * (shards - 1) / shards
     return within + 2 * reduced / shards * (replicas - 1) / replicas
 

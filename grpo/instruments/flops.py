@@ -1,11 +1,11 @@
-"""The multiply-adds that a step needs at least, by a formula, and the fastest rate of multiply-adds measured here.
+"""The least multiply-adds that a step needs, by a formula, and a measurement of a device's best rate of them.
 
     forward = sum over prompts of tower(F) + audio * projector + P * token + pairs(0, P)
               + sum over completions of (T - 1) * token + pairs(P, P + T - 1) + T * head
     tower(F) = sum over convolutions of outputs * weights + s * tower_position + s^2 * tower_pair
     pairs(first, last) = sum over layers of pair * sum over i in first .. last - 1 of min(i + 1, window)
 
-F: mel frames of the clip, without padding. s: positions behind the convolutions, 50 per second. audio: audio embeddings
+F: mel frames of the clip, without padding. s: positions after the convolutions, 50 per second. audio: audio embeddings
 of the prompt. P: prompt tokens. T: tokens of one completion. The other names are fields of `Cost`.
 
 - Each mel frame, prompt token and completion token counts once. A token attends to the prompt and to its own branch.
@@ -13,8 +13,8 @@ of the prompt. P: prompt tokens. T: tokens of one completion. The other names ar
 - The LM head counts for completion tokens only.
 - The rollout (prefill and decoding together), the reference pass and the policy's forward are one `forward` each. The
   rollout applies the head once, not G times, for the first tokens of a group's G completions.
-- A backward counts two forwards: the gradients of the two factors of each product. Left out are gradients that nobody
-  needs: of frozen weights; of the mel frames; of the first layer's input if the embeddings are frozen; of the
+- A backward counts as two forwards: each factor of a product has a gradient. Gradients that are not needed are
+  left out: of frozen weights; of the mel frames; of the first layer's input if the embeddings are frozen; of the
   projector's input if the tower is frozen.
 - A frozen tower runs once per step and has no backward. The reference has no adapters. A group without a gradient
   has neither forward nor backward of the policy.
@@ -42,15 +42,15 @@ INPUT_PROJECTIONS = ("q_proj", "k_proj", "v_proj")  # the linear layers whose in
 
 @dataclass(frozen=True)
 class Cost:
-    """Multiply-adds of a policy per unit of work; without a tower its fields are 0.
+    """Multiply-adds of a policy per unit of work; without a tower, the tower's fields are 0.
 
-    token: per token, of the decoder's linear layers and their adapters. adapters: of the adapters alone.
+    token: per token, of the decoder's linear layers and their adapters. adapters: of the adapters only.
     pair: per query-key pair, of one decoder layer's attention. windows: each decoder layer's window, None for full.
     head: per position, of the LM head. projector: per audio embedding.
     convolutions: for each, (stride of its output in mel frames, multiply-adds per output position).
     tower_position: per position, of the tower's linear layers. tower_pair: per pair of positions, of its attention.
     frozen_tower: whether no parameter of the tower is trained.
-    skipped_*: the part of a backward, counted as two forwards, that is not needed.
+    skipped_*: gradients that are not needed, to be subtracted from a backward of two forwards.
     """
 
     token: int
@@ -100,7 +100,7 @@ class Macs:
     backward: int = 0
 
     def step(self, *, rollout: bool = True, reference: bool = True, updates: int = 1) -> int:
-        """Of a whole step. rollout, reference: whether it has these passes. updates: forwards and backwards."""
+        """The step's total. rollout, reference: whether it has these passes. updates: its forward-backward passes."""
         once = self.tower + rollout * self.rollout + reference * self.reference
         return once + updates * (self.forward + self.backward)
 
@@ -109,15 +109,15 @@ def cost_of(policy: Policy) -> Cost:
     """The cost of a policy's layers, from the sizes of their weights."""
     config, head = policy.decoder.config, policy.model.get_output_embeddings()
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    linear = list(_linears(policy.decoder))
-    adapters = sum(_adapter(layer) for layer in linear)
+    linears = list(_linears(policy.decoder))
+    adapters = sum(_adapter(layer) for layer in linears)
     decoder = Cost(
-        token=_weights(linear) + adapters,
+        token=_weights(linears) + adapters,
         adapters=adapters,
         pair=2 * config.num_attention_heads * size,
         windows=tuple(policy.windows[kind] for kind in policy.layer_types),
         head=head.weight.numel(),
-        skipped_token=_frozen_weights(linear) + _skipped_input_gradient(policy),
+        skipped_token=_frozen_weights(linears) + _skipped_input_gradient(policy),
         skipped_head=_frozen_weights([head]),
     )
     return decoder if policy.tower is None else _with_tower(decoder, policy, policy.tower)
@@ -133,7 +133,7 @@ def macs(
 ) -> Macs:
     """Multiply-adds of the passes over prompts and completions of the given lengths (B,), stop tokens included.
 
-    audio_id: the placeholder token, which stands once for each audio embedding of a prompt.
+    audio_id: the placeholder token, which occurs once for each audio embedding of a prompt.
     groups_with_gradient: indices of the groups that have a gradient; None is all.
     """
     groups = lengths.unflatten(0, (len(prompts), -1)).tolist()
@@ -191,7 +191,7 @@ def _group(cost: Cost, prompt: Prompt, lengths: Sequence[int], audio_id: int | N
 
 
 def _with_tower(decoder: Cost, policy: Policy, tower: Any) -> Cost:
-    """The decoder's cost completed by that of the tower and of the projector between tower and decoder."""
+    """The decoder's cost with that of the tower and the projector added."""
     convolutions, stride = [], 1
     for module in tower.modules():
         if isinstance(module, nn.Conv1d):

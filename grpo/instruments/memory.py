@@ -1,6 +1,6 @@
-"""The memory that a run needs: from the sizes of a model and of the work, bytes per rank by phase and by part.
+"""The memory that a run needs, in bytes per rank, by phase and by part, from the sizes of the model and the work.
 
-Arithmetic only, nothing is allocated. tests/test_memory.py compares it with what the engine, FSDP2 and autograd hold.
+Arithmetic only: nothing is allocated. tests/test_memory.py compares it with the bytes measured in a simulated step.
 
     peak = max over phases of (weights + gradients + optimizer + reference + audio cache + gathered + KV cache
                            + activations + logits)
@@ -93,7 +93,7 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """Bytes on the device in that phase."""
+        """Bytes on the device in the worst phase."""
         return self.total(self.worst)
 
     def total(self, phase: str) -> int:
@@ -129,8 +129,8 @@ def plan(shape: Shape, work: Work, setting: Setting) -> Plan:
 class UnitSizes:
     """Sizes of FSDP's units (the root, a decoder layer, a tower layer), and of what is trained and frozen.
 
-    Every rank holds all of a frozen tower. With one shard all frozen weights are complete and are not gathered, but
-    trained weights still get a gathered copy. Sizes are in elements, or in bytes where a comment says so.
+    Every rank holds all of a frozen tower. With one shard, frozen weights are not gathered, but trained weights still
+    get a gathered copy. Sizes are in elements, or in bytes where a comment says so.
     root, layer, tower_layer: gathered elements of a unit. total: of all units. *_trained: elements with a gradient.
     """
 
@@ -138,42 +138,42 @@ class UnitSizes:
         self.setting = setting
         d, n, lora = setting.dtype, setting.shards, setting.lora_rank > 0
         tower = shape.tower or Tower(0, 0, 0, 0, 0, 0)
-        whole = tower.parameters if lora or not setting.train_tower else 0
-        self.tower_cache = setting.tower_cache if whole else 0  # bytes
-        frozen = shape.parameters - whole if lora else 0
+        frozen_tower = tower.parameters if lora or not setting.train_tower else 0
+        self.tower_cache = setting.tower_cache if frozen_tower else 0  # bytes
+        frozen = shape.parameters - frozen_tower if lora else 0
         adapters = setting.lora_rank * shape.adapters
-        root = shape.root - (tower.rest if whole else 0)
-        self.trained = adapters * shape.layers if lora else shape.parameters - whole
+        root = shape.root - (tower.rest if frozen_tower else 0)
+        self.trained = adapters * shape.layers if lora else shape.parameters - frozen_tower
         self.frozen_host = d * frozen // n if setting.offload else 0  # bytes
-        self.frozen_device = d * whole + d * frozen // n - self.frozen_host  # bytes
+        self.frozen_device = d * frozen_tower + d * frozen // n - self.frozen_host  # bytes
         self.root_trained = 0 if lora else root
         self.layer_trained = adapters if lora else shape.layer
         self.embedding_trained = 0 if lora else shape.vocabulary * shape.hidden
-        self.tower_layer = 0 if whole else tower.layer
+        self.tower_layer = 0 if frozen_tower else tower.layer
         gathers = n > 1 or not lora or setting.offload
         self.root = root if gathers else 0
         self.layer = (shape.layer if gathers else 0) + (adapters if lora else 0)
         self.total = self.root + shape.layers * self.layer + tower.layers * self.tower_layer
         self.gather_buffer = d * self.layer if n > 1 else 0  # bytes; with one shard there is no buffer
-        # Bytes at the first layer of a pass, beside the gathered root. The root's all-gather buffer is freed only after
-        # the layer is copied out of its own buffer, so both buffers and the gathered layer exist.
+        # Bytes at the first layer of a pass, in addition to the gathered root. The root's all-gather buffer is freed
+        # only after the layer is copied out of its own buffer, so both buffers and the gathered layer exist.
         self.first_layer = d * (self.root + 2 * (self.tower_layer or self.layer)) if n > 1 else 0
-        self._set_reference(shape, whole)
+        self._set_reference(shape, frozen_tower)
 
-    def _set_reference(self, shape: Shape, whole: int) -> None:
-        """Bytes of a reference with weights of its own, sharded and gathered; it shares a frozen tower."""
-        s, rest = self.setting, shape.tower.rest if shape.tower and whole else 0
-        copy = s.reference == "copy"
+    def _set_reference(self, shape: Shape, frozen_tower: int) -> None:
+        """Bytes of a reference with weights of its own, sharded and gathered; a frozen tower is the policy's."""
+        s, rest = self.setting, shape.tower.rest if shape.tower and frozen_tower else 0
+        copy, total = s.reference == "copy", s.dtype * (shape.parameters - frozen_tower)
         gathers = copy and (s.shards > 1 or s.offload_reference)
-        self.reference = s.dtype * (shape.parameters - whole) // s.shards if copy else 0
-        layer = shape.layer if whole or not shape.tower else shape.tower.layer  # of the first unit
+        self.reference = total // s.shards if copy else 0
+        layer = shape.layer if frozen_tower or not shape.tower else shape.tower.layer  # of the first unit
         root, prefetches = s.dtype * (shape.root - rest), s.shards > 1
         resharding = root + s.dtype * shape.layer * (1 + prefetches)
-        self.reference_gathered = (resharding if s.reshard else s.dtype * (shape.parameters - whole)) if gathers else 0
+        self.reference_gathered = (resharding if s.reshard else total) if gathers else 0
         self.reference_first_layer = root + 2 * s.dtype * layer if gathers and s.reshard and prefetches else 0
 
     def sharded(self, elements: int) -> int:
-        """Bytes on the device of this rank's shard of so many elements in the master dtype; 0 if offloaded."""
+        """Bytes on the device of this rank's shard of `elements` in the master dtype; 0 if offloaded."""
         return 0 if self.setting.offload else self.setting.master * elements // self.setting.shards
 
     def gathered(self) -> int:
@@ -244,12 +244,12 @@ def _backward(shape: Shape, work: Work, units: UnitSizes) -> Iterator[dict[str, 
         "activations": decoder + tokens * shape.hidden * (FLOAT + 2 * d) + 2 * d * work.scored * shape.hidden,
         "logits": _head(shape, work),
     }
-    yield {  # a decoder layer, while gradients of the one after it are reduced
+    yield {  # a decoder layer, while gradients of the layer after it are reduced
         "gathered": units.gathered(),
         "gradients": embedding + (d + FLOAT) * units.layer_trained - missing,
         "activations": decoder + recomputed + tokens * shape.gradients(d),
     }
-    yield {  # the embeddings: gradients by way of the head, of completion tokens and of prompt tokens
+    yield {  # the embeddings: gradients from the LM head, from completion tokens and from prompt tokens
         "gathered": d * units.root,
         "gradients": (2 if shape.tied else 3) * embedding - missing_outside,
         "activations": in_tower + 2 * inputs,
@@ -264,7 +264,7 @@ def _backward(shape: Shape, work: Work, units: UnitSizes) -> Iterator[dict[str, 
 
 
 def _root_reduction(work: Work, units: UnitSizes) -> int:
-    """Bytes beside the sharded gradients while the root unit's gradients are reduced in float32.
+    """Bytes in addition to the sharded gradients while the root unit's gradients are reduced in float32.
 
     First the unsharded gradient (d bytes) and its float32 copy; then that copy and this rank's shard of the sum. With
     one micro-batch the shard is the gradient that `plan` counts; with several it is added to that of earlier ones.

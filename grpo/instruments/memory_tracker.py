@@ -1,4 +1,4 @@
-"""Measures the bytes of all tensor storages that are alive, on any device, with fake tensors too."""
+"""Measures the bytes of all existing tensor storages, on any device, fake tensors included."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class MemoryTracker(TorchDispatchMode):
     """Counts the bytes of storages that operators return while it is active, until each storage is freed.
 
     A storage that several tensors share counts once. FSDP resizes the storages of gathered weights; that counts too.
-    live: bytes alive now. peak: the highest value of `live` since the last `phase` began. peaks: by phase, in bytes.
+    live: their bytes now. peak: the highest value of `live` since the last `phase` began. peaks: by phase, in bytes.
     """
 
     def __init__(self) -> None:

@@ -1,6 +1,6 @@
-"""What a run reports: metrics.jsonl, a console line with the time left, TensorBoard.
+"""The log of a run: metrics.jsonl, a console line with the remaining time, TensorBoard.
 
-Steps count from 1: step n is the n-th update. What is measured before the first update is logged as step 0.
+Steps count from 1. An evaluation before the first step is logged as step 0.
 """
 
 import json
@@ -37,9 +37,9 @@ class Metrics:
             self._path.parent.mkdir(parents=True, exist_ok=True)
 
     def truncate(self, step: int) -> None:
-        """Drop every line of a step >= `step`, the first one of a resumed run; truncate(0) drops all.
+        """Drop every line of a step >= `step`, the first step of a resumed run; truncate(0) drops all.
 
-        An incomplete last line, left by a crash, is dropped too. To be called before the first log. The time per step
+        An incomplete last line, left by a crash, is dropped too. Must be called before the first log. The time per step
         is measured from this call on.
         """
         if not self._writes:
@@ -83,7 +83,7 @@ class Metrics:
             self._board = None
 
     def _append(self, record: dict[str, Any]) -> None:
-        # Opened for each line, so that the line is on disk whatever happens next.
+        # Opened and closed for each line, so that a later crash does not lose it.
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
 
@@ -95,14 +95,14 @@ class Metrics:
 
 
 class Clock:
-    """Where the time of a step goes, on this rank: `lap("rollout")` ends a phase, which began with the lap before."""
+    """The seconds of each phase of a step on this rank: `lap("rollout")` ends the phase that began at the last lap."""
 
     def __init__(self, device: torch.device):
         self._device = device
         self.start()
 
     def start(self) -> None:
-        """Begin a step."""
+        """Start a step."""
         self._seconds: dict[str, float] = {}
         self._started = self._lapped = time.perf_counter()
 
@@ -121,7 +121,7 @@ class Clock:
 
 
 def speed(values: dict[str, float], *, rate: float) -> dict[str, float]:
-    """How fast a step went, given its `tokens`, `macs` and `seconds/step`; `rate` is multiply-adds per second."""
+    """The speed of a step, from its `tokens`, `macs` and `seconds/step`; `rate` is multiply-adds per second."""
     seconds = values["seconds/step"]
     return {
         "speed/tokens_per_second": values["tokens"] / seconds,
@@ -138,7 +138,7 @@ def peak_gib(device: torch.device) -> float:
 
 
 def restart_peak(device: torch.device) -> None:
-    """Let `peak_gib` start from the current memory, on a GPU."""
+    """Reset the peak that `peak_gib` returns, on a GPU."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -149,10 +149,10 @@ class _Console:
     def __init__(self, total_steps: int, show: tuple[str, ...]):
         self._total = total_steps
         self._show = show
-        self._live = sys.stdout.isatty()
+        self._is_terminal = sys.stdout.isatty()
         self._times = deque([time.monotonic()], maxlen=PACE_STEPS + 1)  # when each of the latest steps ended
         self._printed = -math.inf  # when the latest plain line was printed
-        self._pending: str | None = None  # a line not yet printed (plain), or not yet ended (terminal)
+        self._pending: str | None = None  # not yet printed (plain), or printed without newline (terminal)
 
     def start(self) -> None:
         self._times.clear()
@@ -162,7 +162,7 @@ class _Console:
         now = time.monotonic()
         self._times.append(now)
         self._pending = self._line(step, values)
-        if self._live:
+        if self._is_terminal:
             width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be overwritten
             print(f"\r\x1b[K{self._pending[:width]}", end="", flush=True)
         elif now - self._printed >= PLAIN_INTERVAL or step >= self._total:
@@ -178,7 +178,7 @@ class _Console:
 
     def _flush(self) -> None:
         if self._pending is not None:
-            print("" if self._live else self._pending, flush=True)
+            print("" if self._is_terminal else self._pending, flush=True)
         self._pending = None
 
     def _line(self, step: int, values: dict[str, float]) -> str:

@@ -1,4 +1,4 @@
-"""A step on disk, for inspection, and the check that writes one when a number is not finite."""
+"""Saving the batch of a step for inspection, which `check_finite` does if the loss or the gradient is not finite."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class NonFiniteError(UserError, RuntimeError):
 def check_finite(
     values: dict[str, float], batch: Batch, *, step: int, rank: int, examples: Sequence[Any], directory: Path
 ) -> None:
-    """Raise NonFiniteError if a value is not finite, after writing the batch of the step into `directory`."""
+    """Raise NonFiniteError if a value is not finite, after saving the step's batch in `directory`."""
     broken = [name for name, value in values.items() if not math.isfinite(value)]
     if not broken:
         return
@@ -32,9 +32,9 @@ def check_finite(
     write_step(path, batch, step=step, rank=rank, examples=names)
     origins = dict.fromkeys(f"{field} of {names[row // batch.group_size]}" for field, row in nonfinite_rows(batch))
     raise NonFiniteError(
-        f"step {step + 1}, rank {rank}: {' and '.join(broken)} is not finite, examples {', '.join(names)}; in the "
-        f"batch: {', '.join(list(origins)[:5]) or 'all numbers are finite'}; it is kept in {path}, to be read with "
-        "hark.grpo.instruments.trace.read_step; this update was not made"
+        f"step {step + 1}, rank {rank}: {' and '.join(broken)} must be finite; examples {', '.join(names)}; not finite "
+        f"in the batch: {', '.join(list(origins)[:5]) or 'nothing'}; the batch is saved in {path}, to be read with "
+        "hark.grpo.instruments.trace.read_step; the weights were not updated"
     )
 
 
@@ -55,7 +55,7 @@ def read_step(path: Path, device: torch.device | str = "cpu") -> tuple[Batch, di
 
 
 def nonfinite_rows(batch: Batch) -> Iterator[tuple[str, int]]:
-    """Names of a batch's fields, and the rows in which they hold a number that is not finite."""
+    """Each (field name, row) of a batch with a number that is not finite."""
     for field in dataclasses.fields(batch):
         value = getattr(batch, field.name)
         if torch.is_tensor(value) and value.is_floating_point():

@@ -1,1 +1,1 @@
-"""What runs the algorithm on many devices: collectives, sharding, checkpoints, CUDA graphs."""
+"""Running on many devices: collectives, sharding, checkpoints, CUDA graphs."""

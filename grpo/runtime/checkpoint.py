@@ -26,7 +26,7 @@ from hark.models.lora import adapter_delta, adapter_tensors, is_adapter, whole, 
 from hark.models.policy import Policy
 
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
-TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # frozen weights are those of model.path
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # frozen weights are read from model.path
 SHARD_BYTES = "5GB"  # of one safetensors file of an export
 # Files of a checkpoint directory that an export does not copy: the weights, which it writes anew.
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
@@ -48,9 +48,9 @@ def save_checkpoint(
 ) -> None:
     """Write `directory/step-NNNNNN` after `step` finished steps: trained weights and the optimizer's state.
 
-    Every rank writes its shards. The directory gets its name when all is written, so a crash leaves no partial
-    checkpoint under it. The newest `keep` checkpoints are kept whole; of older ones nothing is kept, or, with
-    `keep_weights`, the weights.
+    Every rank writes its shards. The directory is renamed to its final name when all files are written, so a crash
+    leaves no partial checkpoint of that name. The newest `keep` checkpoints are kept; older ones are deleted, or, with
+    `keep_weights`, only their optimizer's state is.
     """
     final = directory / f"step-{step:06d}"
     partial = directory / f"{final.name}.partial"
@@ -71,7 +71,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(directory: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
-    """Load the newest whole checkpoint in `directory`, saved by any number of ranks; gives its finished steps.
+    """Load the newest complete checkpoint in `directory`, saved by any number of ranks; returns its finished steps.
 
     Raises CheckpointError if there is none, or if it is of a model with other tensors.
     """
@@ -85,7 +85,7 @@ def load_checkpoint(directory: Path, policy: Policy, optimizer: torch.optim.Opti
         dcp.load(moments, checkpoint_id=usable[-1] / OPTIMIZER)
     set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments, options=TRAINED)
     for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update(own)  # the configuration's, not the checkpoint's
+        group.update(own)  # keep those of the configuration
     return step
 
 
@@ -119,14 +119,14 @@ def export(policy: Policy, target: Path, world: World, *, dtype: torch.dtype = t
     for name, tensor in policy.model.state_dict(keep_vars=True).items():
         if name in tied or is_adapter(name):
             continue
-        delta = adapter_delta(policy, name)  # a collective, and the next line too
+        delta = adapter_delta(policy, name)  # a collective, like `whole` in the next line
         trained = whole(tensor) if tensor.requires_grad else None
         if world.is_main:
             with stored.opened(name) as original:
                 value = original[...] if trained is None else trained
             value = value if delta is None else value.to(delta) + delta
-            keep = not isinstance(tensor, torch.nn.Parameter)  # a buffer may hold integers
-            state[policy.hub_name(name)] = value.cpu().clone() if keep else value.to("cpu", dtype, copy=True)
+            is_buffer = not isinstance(tensor, torch.nn.Parameter)  # a buffer keeps its dtype, which may be integer
+            state[policy.hub_name(name)] = value.cpu().clone() if is_buffer else value.to("cpu", dtype, copy=True)
     if world.is_main:
         with _replaced(target) as partial:
             for file in policy.directory.iterdir():
@@ -166,14 +166,14 @@ def _set_dtype(path: Path, dtype: torch.dtype) -> None:
 
 @contextmanager
 def _readable(checkpoint: Path, policy: Policy) -> Iterator[int]:
-    """The checkpoint's step; an error in reading it, inside the block, becomes a CheckpointError."""
+    """Check a checkpoint and yield its step; reading errors, inside the block too, become CheckpointErrors."""
     try:
         saved = json.loads((checkpoint / "hark.json").read_text())
         _compare(checkpoint, saved["tensors"], _signature(policy))
         yield saved["step"]
     except (OSError, ValueError, KeyError, CheckpointException) as error:
         raise CheckpointError(
-            f"{checkpoint} cannot be read ({error}); expected a whole checkpoint; delete it to use the one before, "
+            f"{checkpoint} cannot be read ({error}); expected a complete checkpoint; delete it to use the one before, "
             "if there is one"
         ) from error
 
@@ -188,6 +188,6 @@ def _compare(path: Path, saved: dict[str, list[int]], own: dict[str, list[int]])
         name = differing[0]
         raise CheckpointError(
             f"{path} is a checkpoint of another model: {len(differing)} tensors differ, the first is {name}, "
-            f"{saved.get(name, 'absent')} there and {own.get(name, 'absent')} in model.path; "
+            f"{saved.get(name, 'absent')} in the checkpoint and {own.get(name, 'absent')} in model.path; "
             "use the model.path of that run, or another run.directory"
         )

@@ -1,4 +1,4 @@
-"""The processes of a run, what they exchange, and a meter of how much that is and how long it takes."""
+"""The processes of a run, their collectives, and a meter of the bytes and the time of these."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ import torch.distributed as dist
 
 from hark.grpo.config import ConfigError
 
-TIMEOUT = timedelta(hours=1)  # of one collective; rank 0 may be writing an export of many gigabytes meanwhile
+TIMEOUT = timedelta(hours=1)  # of one collective; ranks wait while rank 0 writes an export of many gigabytes
 GIB = 2**30
 
 Timestamp: TypeAlias = "float | torch.cuda.Event"  # the host's clock, or an event in a stream of the GPU
 
 
 class CollectiveMeter:
-    """Counts the bytes and the time of this rank's collectives since `start`.
+    """Measures the time of this rank's collectives since `start`, and counts the bytes that those of FSDP receive.
 
-    The time is that in which at least one collective was running, waiting for slower ranks included. On the CPU it is
-    the time of the calls. On a GPU it is taken by events in the stream, and most of it passes beside computation.
+    The time is that during which at least one collective was running, including the wait for slower ranks. On the CPU
+    it is the time of the calls. On a GPU it is measured by events in the stream, and mostly overlaps computation.
     """
 
     def __init__(self, device: torch.device):
@@ -35,20 +35,20 @@ class CollectiveMeter:
         self.start()
 
     def start(self) -> None:
-        """Begin a step."""
+        """Reset the counts."""
         self.bytes = 0.0
         self._spans: list[tuple[Timestamp, Timestamp]] = []
         self._started = self.now()
 
     @contextmanager
     def measure(self, received: float = 0.0) -> Iterator[None]:
-        """Count the time of the block and so many received bytes."""
+        """Add the time of the block and the bytes that it received."""
         began = self.now()
         yield
         self.add(began, received)
 
     def add(self, began: Timestamp, received: float) -> None:
-        """Count the time from `began` until now and so many received bytes."""
+        """Add the time from `began` until now and the bytes received in it."""
         self._spans.append((began, self.now()))
         self.bytes += received
 
@@ -81,7 +81,7 @@ class CollectiveMeter:
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others."""
+    """The rank of this process, the number of processes, and the device and the meter of this one."""
 
     rank: int
     size: int
@@ -98,7 +98,7 @@ class World:
 
 @contextmanager
 def joined_world(*, threads: int = 0) -> Iterator[World]:
-    """Join the processes that torchrun started, or be a world of one process without torchrun."""
+    """Join the processes that torchrun started; without torchrun, form a world of one process."""
     if threads:
         torch.set_num_threads(threads)
     device = _device()
@@ -111,7 +111,7 @@ def joined_world(*, threads: int = 0) -> Iterator[World]:
     try:
         yield World(dist.get_rank(), size, device)
     except BaseException:
-        # To destroy the group waits for the other ranks, which may be waiting for this one. torchrun ends them all.
+        # Destroying the group would wait for other ranks, which may be waiting for this one. torchrun ends them all.
         if size == 1:
             dist.destroy_process_group()
         raise
@@ -119,14 +119,14 @@ def joined_world(*, threads: int = 0) -> Iterator[World]:
 
 
 def _device() -> torch.device:
-    """This process's own GPU, or the CPU of a machine without one."""
+    """This process's GPU, or the CPU on a machine without GPUs."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     local = int(os.environ.get("LOCAL_RANK", 0))
     if local >= torch.cuda.device_count():
         raise ConfigError(
-            f"process {local} of this machine has no GPU, there are {torch.cuda.device_count()}; "
-            "start as many processes as GPUs, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+            f"process {local} of this machine has no GPU; there are {torch.cuda.device_count()}; "
+            "start one process per GPU, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
         )
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
@@ -135,8 +135,7 @@ def _device() -> torch.device:
 def reduce_sums(values: dict[str, Any], world: World) -> dict[str, float]:
     """Sum every value over the ranks in one all-reduce, in float64.
 
-    A global mean is a sum and a count, reduced together and then divided. Every rank must pass the same names
-    (ValueError).
+    For a mean over all ranks, sum numerator and denominator in one call. Raises ValueError if their names differ.
     """
     names = sorted(values)
     if world.size == 1:

@@ -1,6 +1,6 @@
-"""How the host keeps a GPU busy while completions are decoded: no waiting, few tensor sizes, recorded steps.
+"""What keeps a GPU busy during decoding: copies without waiting, few tensor sizes, and CUDA graphs.
 
-On the CPU none of this does anything.
+On the CPU, copies are plain reads and writes, sizes are not rounded, and CUDA graphs are not used.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import TypeVar
 
 import torch
 
-WARM_UP_CALLS = 3  # calls with some sizes before a call with these sizes is recorded
+WARM_UP_CALLS = 3  # plain calls with the same sizes before a call with them is recorded
 
 Inputs = TypeVar("Inputs", bound="tuple[torch.Tensor, ...]")  # a named tuple of tensors
 Sizes = TypeVar("Sizes", bound=Hashable)
 
 
 def send(values: Sequence[int], device: torch.device) -> torch.Tensor:
-    """Integers as a tensor on the device; to a GPU by way of pinned memory, so that the host does not wait."""
+    """Integers as a tensor on the device; to a GPU through pinned memory, so that the host does not wait."""
     tensor = torch.tensor(values, dtype=torch.long)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
@@ -26,15 +26,15 @@ def send(values: Sequence[int], device: torch.device) -> torch.Tensor:
 def round_up(count: int, most: int, device: torch.device, least: int = 1) -> int:
     """A size for `count` items: on a GPU the next power of two, from `least` to `most`; on the CPU `count` itself.
 
-    With few different sizes, few steps have to be recorded.
+    With few different sizes, few CUDA graphs have to be recorded.
     """
     return count if device.type != "cuda" else min(most, max(least, 1 << (count - 1).bit_length()))
 
 
 class DelayedFlags:
-    """Reads a tensor of booleans to the host; on a GPU each call gives the values of the call before.
+    """Reads a tensor of booleans to the host; on a GPU each call returns the values at the previous call.
 
-    So the host never waits for the GPU's current work. The first call on a GPU gives True everywhere.
+    The host thus never waits for the GPU's current work. The first call on a GPU returns True everywhere.
     """
 
     def __init__(self, flags: torch.Tensor):
@@ -57,14 +57,14 @@ class DelayedFlags:
 
 
 class CudaGraphs:
-    """Calls a function of tensors and sizes, and records it as one CUDA graph for each value of the sizes.
+    """Calls a function of tensors and sizes, and records it as a CUDA graph, one for each value of the sizes.
 
-    The function must give the same result when it is called twice with the same inputs, must not wait for the GPU, and
-    must find the other tensors that it reads at the same addresses in every call. The first calls with some sizes are
-    plain calls: libraries need them to initialise, and a recording costs more than a call. The next call is recorded
-    and replayed, later ones are replayed. All graphs share one memory pool, so nothing allocated in a graph may be read
-    after it. The function is passed to each call and not kept, because its owner may own this object: the cycle would
-    keep the owner's memory until Python's garbage collection.
+    The function must not wait for the GPU, and must find the other tensors that it reads at the same addresses in every
+    call. The first calls with the same sizes are plain calls: libraries initialise in them, and a recording costs more
+    than a call. The next call is recorded and replayed, later ones are replayed. All graphs share one memory pool, so
+    tensors allocated in a graph must not be read after its replay. The function is passed to each call and not stored:
+    it may refer to the owner of this object, and the reference cycle would keep the owner's memory allocated until
+    Python's garbage collection.
     """
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class CudaGraphs:
             return
         if sizes not in self._graphs:
             graph = torch.cuda.CUDAGraph()
-            # By default a call of CUDA by any thread, such as NCCL's watchdog, would end the recording.
+            # By default a CUDA call in any other thread, such as NCCL's watchdog, would abort the recording.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 function(inputs, sizes)
             self._graphs[sizes] = graph, inputs

@@ -1,4 +1,4 @@
-"""FSDP2: how a policy is sharded, and `gathered()`: whole weights without collectives, for sampling."""
+"""FSDP2: how a policy is sharded, and `gathered()`, which gathers all weights once for sampling."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup, Work
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-# Not exported, but here in torch 2.11 to 2.13.
+# Private in torch; present in 2.11 to 2.13.
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 
 from hark.grpo.config import ConfigError
@@ -21,10 +21,10 @@ from hark.models.policy import Policy
 
 
 def device_mesh(world: World, replicas: int = 1) -> DeviceMesh:
-    """The ranks to shard over; with several replicas (replicate, shard), where each row of ranks holds a whole model.
+    """The ranks to shard over; with several replicas a (replicate, shard) mesh, each row of which holds one replica.
 
-    Neighbouring ranks, which are on one machine, share a model, so that only gradients are sent between replicas.
-    Raises ConfigError if the ranks cannot be divided by the replicas.
+    Neighbouring ranks, on one machine if possible, form a replica. Between replicas only gradients are sent.
+    Raises ConfigError if the number of ranks is not a multiple of `replicas`.
     """
     if world.size % replicas:
         raise ConfigError(f"sharding.replicas is {replicas}; it must divide the number of processes, {world.size}")
@@ -49,24 +49,24 @@ def shard(
     token weights contain every normalisation.
     reshard: free a layer's gathered weights after its forward and gather them again for its backward.
     offload: keep the sharded weights, their gradients and the optimizer's state in host memory.
-    meter: counts the collectives of the policy.
+    meter: measures the collectives of the policy.
     A frozen tower is not sharded: each rank holds all of it. Its outputs are cached, and the ranks may have cached
-    different clips, so it must not take part in collectives. Where one rank holds a whole copy of the model, no frozen
-    weight is handed to FSDP.
+    different clips, so its forward must not issue collectives. With one shard and no offloading, FSDP ignores all
+    frozen weights.
     """
-    alone = mesh.size(mesh.ndim - 1) == 1 and not offload
-    whole = {p for p in policy.parameters() if not p.requires_grad} if alone else whole_weights(policy)
-    units = [*(layer for layer in policy.layers() if not whole.issuperset(layer.parameters())), policy]
-    half = None if dtype == torch.float32 else dtype
+    one_shard = mesh.size(mesh.ndim - 1) == 1 and not offload
+    ignored = {p for p in policy.parameters() if not p.requires_grad} if one_shard else whole_weights(policy)
+    units = [*(layer for layer in policy.layers() if not ignored.issuperset(layer.parameters())), policy]
+    cast = None if dtype == torch.float32 else dtype
     for unit in units:
         sharded = fully_shard(
             unit,
             mesh=mesh,
             # The root's inputs are prompts, masks and the sampler's settings, none of which may be cast.
-            mp_policy=MixedPrecisionPolicy(half, reduce_dtype=torch.float32, cast_forward_inputs=unit is not policy),
+            mp_policy=MixedPrecisionPolicy(cast, reduce_dtype=torch.float32, cast_forward_inputs=unit is not policy),
             offload_policy=CPUOffloadPolicy(pin_memory=policy.device.type == "cuda") if offload else OffloadPolicy(),
             reshard_after_forward=reshard and unit is not policy,
-            ignored_params=whole,
+            ignored_params=ignored,
         )
         if mesh.size() > 1:  # one rank divides by 1 anyway, and a factor would cost a copy
             sharded.set_gradient_divide_factor(1.0)
@@ -77,14 +77,14 @@ def shard(
 
 
 def whole_weights(policy: Policy) -> set[nn.Parameter]:
-    """The weights that are not sharded although others are: those of a frozen tower."""
+    """The weights that each rank holds in full although others are sharded: those of a frozen tower."""
     tower = None if policy.tower_cache is None else policy.tower
     return set() if tower is None else set(tower.parameters())
 
 
 @contextmanager
 def gathered(policy: Policy) -> Iterator[None]:
-    """Gather all weights. Inside, forward passes issue no collectives, so the ranks may differ in their passes."""
+    """Gather all weights. Forward passes inside issue no collectives, so ranks may do different numbers of them."""
     units = [module for module in policy.modules() if isinstance(module, FSDPModule)]
     for unit in units:
         unit.unshard()
@@ -105,7 +105,7 @@ def release(policy: Policy) -> None:
 
 
 def _measure_collectives(unit: FSDPModule, meter: CollectiveMeter, replicas: int) -> None:
-    """Let FSDP call collectives that a meter counts."""
+    """Make FSDP use collectives that a meter measures."""
     reduction = _ReduceScatter(meter, replicas)
     unit.set_custom_all_gather(_AllGather(meter))
     unit.set_custom_reduce_scatter(reduction)
@@ -131,7 +131,7 @@ class _ReduceScatter(DefaultReduceScatter):
         self._meter, self._replicas = meter, replicas
 
     def allocate(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self._began = self._meter.now()  # FSDP allocates the output last before it calls the reduce-scatter
+        self._began = self._meter.now()  # FSDP allocates the output just before it calls the reduce-scatter
         return super().allocate(*args, **kwargs)
 
     def __call__(

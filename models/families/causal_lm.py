@@ -15,7 +15,7 @@ from hark.models.policy import Policy, Prompt, pad_ids
 
 
 class CausalLMPolicy(Policy):
-    """Any `AutoModelForCausalLM` checkpoint. It takes text and refuses audio."""
+    """Any `AutoModelForCausalLM` checkpoint. It takes text only; audio is an error."""
 
     def __init__(self, model: nn.Module, path: Path):
         from transformers import AutoTokenizer
@@ -33,7 +33,7 @@ class CausalLMPolicy(Policy):
         return self.model.get_decoder()
 
     def prepare(self, text: str, waveform: np.ndarray | None) -> Prompt:
-        """The chat template around the text, or the text alone if the tokenizer has no template.
+        """The chat template around the text, or only the text if the tokenizer has no template.
 
         Raises DataError for a waveform.
         """

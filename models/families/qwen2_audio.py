@@ -42,7 +42,7 @@ QWEN2_AUDIO_7B: dict[str, Any] = {
     "audio_token_index": 151646,
 }
 
-CONV_REACH = 2  # mel frames behind the end of a clip that the tower's two convolutions read
+CONV_REACH = 2  # mel frames after the end of a clip that the tower's two convolutions read
 
 Count = TypeVar("Count", int, torch.Tensor)  # of one clip, or of several
 
@@ -139,7 +139,7 @@ class Qwen2AudioPolicy(Policy):
         found = (ids == self.audio_id).nonzero().flatten().tolist()
         if len(found) != 1:
             raise DataError(
-                f"{len(found)} audio placeholders in the prompt of one clip; expected 1; is one in the question's text?"
+                f"{len(found)} audio placeholders in the prompt of one clip; expected 1; does the question contain one?"
             )
         return torch.cat([ids[: found[0]], ids.new_full((embeddings,), self.audio_id), ids[found[0] + 1 :]])
 
@@ -147,7 +147,7 @@ class Qwen2AudioPolicy(Policy):
         self.model.model.audio_tower, self.tower_cache = other.tower, other.tower_cache
 
     def _encode_audio(self, prompts: Sequence[Prompt]) -> torch.Tensor:
-        """The tower's outputs of all clips, concatenated: (audio embeddings, tower width); cached if it is frozen."""
+        """The tower's outputs for all clips, concatenated: (audio embeddings, tower width); cached if it is frozen."""
         if self.tower_cache is None:
             return self._encode_clips(prompts)
         return torch.cat([self.tower_cache.get(p.audio_digest, partial(self._encode_clips, (p,))) for p in prompts])
@@ -156,7 +156,7 @@ class Qwen2AudioPolicy(Policy):
         """Run the tower on all clips as one batch: (audio embeddings, tower width).
 
         The tower's own forward in transformers takes clips padded to 3000 frames, 30 s, and masks the padding in its
-        layers. So the clip's frames and the two behind them that the convolutions read are enough for the same values.
+        layers. So the clip's frames and the two after them, which the convolutions read, give the same values.
         """
         tower = self.tower
         frames = torch.tensor([prompt.frames for prompt in prompts], device=self.device)
