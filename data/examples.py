@@ -31,7 +31,7 @@ class Example:
     sub_category: str = ""
     difficulty: str = ""
     truth: str = ""  # a benchmark's answer given as text; `answer` is None then
-    seconds: float | None = field(default=None, compare=False)  # length of the clip, once its header was read
+    seconds: float | None = field(default=None, compare=False)  # length of the clip; None until its header was read
 
     @property
     def answer_text(self) -> str:

@@ -8,8 +8,8 @@ import torch
 
 PADDED_SAMPLES = 480_000  # 30 s at 16 kHz, to which WhisperFeatureExtractor pads with zeros
 MAX_FREQUENCY = 8000.0  # Hz, upper edge of the last mel band
-FLOOR = 1e-10  # smaller powers are set to this one
-DYNAMIC_RANGE = 8.0  # decades; values further below the maximum are raised to this distance
+FLOOR = 1e-10  # smaller powers are set to this value
+DYNAMIC_RANGE = 8.0  # decades; values more than this below the maximum are set to maximum - DYNAMIC_RANGE
 
 
 def log_mel(

@@ -35,7 +35,7 @@ CANDIDATES = 4  # longest clips, and longest texts, that are prepared to find th
 
 @dataclasses.dataclass(frozen=True)
 class _Slot(Generic[Prompt]):
-    """One prompt of a step, with the bad examples that were skipped to get it, by their index."""
+    """One prompt of a step, and the bad examples that it replaces, by their index."""
 
     example: Example
     prompt: Prompt
@@ -116,7 +116,7 @@ class Loader(Generic[Prompt]):
         return slot.example, slot.prompt
 
     def close(self) -> None:
-        """Stop preparing. Call it at the end of a run, or use the loader in a `with` block."""
+        """Stop the threads. Call this at the end of a run, or use the loader in a `with` block."""
         self._cancel()
         self._threads.shutdown(cancel_futures=True)
 
@@ -246,8 +246,8 @@ def check_audio(
 class BadLog:
     """Writes skipped examples to a JSON-lines file: file ("train.jsonl:17"), id and reason. Each is written at once.
 
-    An existing file is appended to, so neither a crash nor a resumed run loses or repeats a line. A rank does not see
-    what other ranks add during the run: if two ranks skip the same example, it is listed twice.
+    An existing file is appended to, so neither a crash nor a resumed run loses or repeats a line. A rank does not
+    read what other ranks add during the run: if two ranks skip the same example, it is listed twice.
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""Which examples a step uses, how their choices are shuffled, what seeds their completions, and which are held out.
+"""Which examples a step uses, the order of their choices, the keys of their completions, and which are held out.
 
 All are pure functions of the seed, the step and the examples; the number of ranks does not matter.
 """
@@ -108,7 +108,7 @@ def shuffle_choices(example: Example, *, seed: int, step: int) -> Example:
 def hold_out(examples: Sequence[Example], count: int, seed: int) -> tuple[list[Example], list[Example]]:
     """Hold out at least `count` examples for validation: (training, held out), each in file order.
 
-    Whole clips are held out, so that no clip is on both sides; an example without audio counts as a clip of its own.
+    Whole clips are held out, so that no clip is in both parts; an example without audio counts as a clip of its own.
     Which clips are held out depends only on the seed and on their paths relative to their common directory, not on the
     order of the file and not on where the data is stored. Raises DataError if nothing is left to train on.
     """

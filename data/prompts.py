@@ -35,7 +35,7 @@ def _check_fields(name: str, text: str, *, allowed: set[str], needed: set[str]) 
         raise ValueError(f"template {name} {text!r} names {sorted(fields)}; expected {sorted(allowed)} in braces")
 
 
-# The three prompts of R1-AQA (Li et al. 2025, arXiv:2503.11197), word for word.
+# The three prompts of R1-AQA (Li et al. 2025, arXiv:2503.11197), unchanged.
 TEMPLATES: dict[str, Template] = {
     "plain": Template(ASK),
     "answer": Template(

@@ -1,7 +1,7 @@
 """Hark: GRPO for audio language models in plain PyTorch.
 
-These functions make a GRPO step without a configuration file; docs/library.md shows one. They are imported at first
-use, so that `import hark` and the parts of `hark.data` that need no torch stay fast.
+With these functions you can write a GRPO step without a configuration file, as docs/library.md shows. They are imported
+when they are first used, so that `import hark` and the modules of `hark.data` that need no torch do not import it.
 """
 
 from importlib import import_module
@@ -31,7 +31,7 @@ _MODULES = {
 }
 
 
-if not TYPE_CHECKING:  # a type checker would accept any name of a module that has __getattr__
+if not TYPE_CHECKING:  # with __getattr__, a type checker would accept any name
 
     def __getattr__(name: str) -> Any:
         if name not in _MODULES:

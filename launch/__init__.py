@@ -1,1 +1,1 @@
-"""The commands, one file per verb."""
+"""The programs of Hark, one file each; `hark VERB` runs them."""

@@ -1,4 +1,4 @@
-"""The command `hark`: one verb for each program in launch/.
+"""The command `hark`: each verb runs one program of launch/.
 
 hark VERB ...                   runs `python -m hark.launch.VERB ...`
 hark VERB --processes N ...     runs it on N processes of this machine, as torchrun would
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 
 class Verb(NamedTuple):
-    """A program: its module in hark.launch, one line on what it does, and whether several processes can share it."""
+    """A program: its module in hark.launch, what it does in one line, and whether it can run on several processes."""
 
     module: str
     does: str
@@ -28,20 +28,20 @@ class Verb(NamedTuple):
 VERBS = {
     "train": Verb("train", "train a policy by GRPO", on_ranks=True),
     "sft": Verb("sft", "fine-tune a policy on the right answers", on_ranks=True),
-    "evaluate": Verb("evaluate", "answer a benchmark greedily, and report", on_ranks=True),
+    "evaluate": Verb("evaluate", "answer a benchmark's questions greedily, and report the accuracy", on_ranks=True),
     "grade": Verb("grade", "grade a file of answers by a benchmark's rule, without a model"),
-    "choose": Verb("choose", "choose a run's checkpoint on its validation questions", on_ranks=True),
+    "choose": Verb("choose", "select a run's checkpoint on its validation questions", on_ranks=True),
     "export": Verb("export", "write a checkpoint as a Hugging Face directory, or its adapters", on_ranks=True),
     "plan": Verb("plan", "predict the peak memory of a training run"),
     "convert": Verb("convert", "convert a published data set to JSON lines"),
-    "check-data": Verb("check_data", "report what a file of questions and its clips hold, and every fault"),
+    "check-data": Verb("check_data", "check a file of questions and its clips, and report their figures"),
     "build-mini": Verb("build_mini", "write the demo's data set and its small model"),
     "demo": Verb("demo", "run the whole demo: data, warm start, GRPO, evaluation"),
     "benchmark": Verb("studies.benchmark", "compare a step with the R1-AQA procedure, on the CPU"),
-    "benchmark-gpu": Verb("studies.benchmark_gpu", "compare a step with the R1-AQA procedure and the limits of a GPU"),
-    "scaling": Verb("studies.scaling", "measure how the cost of a step grows"),
+    "benchmark-gpu": Verb("studies.benchmark_gpu", "the same on a GPU, and compare with the GPU's limits"),
+    "scaling": Verb("studies.scaling", "measure the cost of a step for different sizes and numbers of ranks"),
 }
-# Their command line is a configuration or a run, read by load_config; argparse prints the help of all others.
+# Verbs whose arguments are read by load_config and not by argparse, so that their help is printed here.
 WITHOUT_PARSER = ("train", "sft", "choose")
 
 
@@ -55,13 +55,13 @@ def main(argv: list[str] | None = None) -> None:
     if name in WITHOUT_PARSER and {"-h", "--help"} & set(rest):
         print(help_of(name))
     elif processes is not None:
-        environment = {"OMP_NUM_THREADS": "1"} | os.environ  # torchrun sets 1 too, with a long warning
+        environment = {"OMP_NUM_THREADS": "1"} | os.environ  # as torchrun does, but without its warning
         words = launcher(name, processes, rest)
         sys.stdout.flush()
         os.execve(words[0], words, environment)
     else:
         sys.argv = [f"hark {name}", *rest]
-        runpy.run_module(module_of(name), run_name="__main__")  # errors become one line as when it is run by itself
+        runpy.run_module(module_of(name), run_name="__main__")  # as __main__, so that errors are printed as one line
 
 
 def parse(argv: list[str]) -> tuple[str, int | None, list[str]]:
@@ -75,8 +75,8 @@ def parse(argv: list[str]) -> tuple[str, int | None, list[str]]:
     options, rest = parser.parse_known_args(rest)
     if options.processes is not None:
         if not VERBS[name].on_ranks:
-            able = ", ".join(name for name, verb in VERBS.items() if verb.on_ranks)
-            sys.exit(f"error: --processes: {name} runs in one process; those that share their work are {able}")
+            parallel = ", ".join(name for name, verb in VERBS.items() if verb.on_ranks)
+            sys.exit(f"error: --processes: {name} runs in one process; only these run on several: {parallel}")
         if options.processes < 1:
             sys.exit(f"error: --processes must be at least 1, not {options.processes}")
     return name, options.processes, rest
@@ -95,7 +95,7 @@ def launcher(name: str, processes: int, rest: list[str]) -> list[str]:
 def overview() -> str:
     """The verbs with one line each."""
     width = max(map(len, VERBS))
-    able = ", ".join(name for name, verb in VERBS.items() if verb.on_ranks)
+    parallel = ", ".join(name for name, verb in VERBS.items() if verb.on_ranks)
     return "\n".join(
         [
             "usage: hark VERB ...",
@@ -103,7 +103,7 @@ def overview() -> str:
             *(f"  {name:{width}}  {verb.does}" for name, verb in VERBS.items()),
             "",
             "`hark VERB --help` describes the arguments of a verb.",
-            f"`hark VERB --processes N ...` starts N processes on this machine, one per GPU ({able}).",
+            f"`hark VERB --processes N ...` starts N processes on this machine, one per GPU ({parallel}).",
         ]
     )
 
@@ -112,7 +112,7 @@ def help_of(name: str) -> str:
     """The help of a verb whose arguments are a configuration: its module's docstring, and all options."""
     from hark.launch.common.config_file import usage
 
-    # Read from the source, because to import the module takes seconds, for torch.
+    # Read from the source, because importing the module also imports torch, which takes seconds.
     spec = find_spec(module_of(name))
     assert spec and spec.origin
     source = Path(spec.origin).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Decode every clip of a file of questions and report what the file holds; fails if any question cannot be used.
+"""Decode every clip of a file of questions and report its figures; fails if any question cannot be used.
 
     python launch/check_data.py FILE [--audio-root DIRECTORY] [--max-seconds 30] [--benchmark] [--json OUT]
 
@@ -19,7 +19,7 @@ from hark.data.examples import load_examples
 from hark.data.sources.survey import inspect_all, survey
 from hark.launch.common.entry import run
 
-SHOWN = 5  # questions of each fault on the console; the JSON has all
+SHOWN = 5  # questions that the console names for each fault; the JSON file has all
 WIDTH = 27  # characters of a figure's name
 
 

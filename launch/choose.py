@@ -1,10 +1,10 @@
-"""Choose a checkpoint of a run on its validation questions; only the chosen one is shown the test.
+"""Select a checkpoint of a run on its validation questions; only the selected one answers data.test.
 
     python launch/choose.py RUN [section.key=value ...]
     torchrun --nproc-per-node GPUS launch/choose.py RUN [section.key=value ...]
 
 RUN is the run.directory of a training run with checkpoint.weights=true and data.validation or data.held_out. Prints a
-table over its checkpoints and writes RUN/choice.json, and the test's files in RUN/chosen where data.test is set.
+table of its checkpoints and writes RUN/choice.json and, if data.test is set, its evaluation to RUN/chosen.
 """
 
 from dataclasses import replace
@@ -35,17 +35,17 @@ def main(argv: list[str]) -> None:
     config = load_config(
         [str(directory / "config.yaml"), f"run.directory={directory}", "sharding.replicas=1", *argv[1:]]
     )
-    there = checkpoints(directory / "checkpoints")
-    if not there:
+    saved = checkpoints(directory / "checkpoints")
+    if not saved:
         raise CheckpointError(f"{directory / 'checkpoints'}: no checkpoints; expected a run with checkpoint.every")
     if config.data.validation is None and not config.data.held_out:
-        raise ConfigError("neither data.validation nor data.held_out is set; one gives the questions to choose by")
+        raise ConfigError("neither data.validation nor data.held_out is set; one must give the questions to choose by")
     with joined_world(threads=config.run.threads) as world:
         announce(config, world)
         policy = make_policy(config, world)
         _, questions = training_examples(config, world, policy)
         shares = {}
-        for checkpoint in there:
+        for checkpoint in saved:
             load_weights(checkpoint, policy)
             rows = validation_rows(config, world, policy, questions)
             if rows is not None:
@@ -55,10 +55,10 @@ def main(argv: list[str]) -> None:
             record = {str(step): s._asdict() | {"accuracy": s.accuracy} for step, s in shares.items()}
             write_json(directory / "choice.json", {"step": chosen, "validation": record})
             print(table(shares, chosen))
-            print(f"to keep it: python launch/export.py {directory} --step {chosen}", flush=True)
+            print(f"to export it: python launch/export.py {directory} --step {chosen}", flush=True)
         if config.data.test is not None:
-            load_weights(next(path for path in there if step_of(path) == chosen), policy)
-            # Beside the run's own files, so that an evaluation of model.path there does not overwrite it.
+            load_weights(next(path for path in saved if step_of(path) == chosen), policy)
+            # In a directory of its own, so that launch/evaluate.py with the same run.directory does not overwrite it.
             config = replace(config, run=replace(config.run, directory=str(directory / "chosen")))
             answer_test(config, world, policy, name=f"checkpoint {chosen} of {directory}")
 

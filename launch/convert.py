@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
     source, output = find_source(arguments.source), arguments.output
     if arguments.drop_view and source.is_visual is None:
         raise DataError(
-            f"--drop-view: {arguments.source} does not say which questions are about the view; only avqa does"
+            f"--drop-view: {arguments.source} does not say which questions are about the picture; only avqa does"
         )
     if output.exists() and not arguments.force:
         raise DataError(f"{output}: exists already; name another file, or overwrite it with --force")
@@ -47,7 +47,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("input", type=Path, metavar="INPUT", help="JSON or JSON lines")
     parser.add_argument("output", type=Path, metavar="OUTPUT.jsonl")
     parser.add_argument("--audio", type=Path, metavar="DIRECTORY", help="directory of the clips (INPUT's directory)")
-    parser.add_argument("--drop-view", action="store_true", help="leave out questions about the picture (avqa)")
+    parser.add_argument("--drop-view", action="store_true", help="leave out questions about picture or colour (avqa)")
     parser.add_argument("--strict", action="store_true", help="fail if a row cannot be converted")
     parser.add_argument("--force", action="store_true", help="overwrite OUTPUT")
     return parser.parse_args(argv)
@@ -57,17 +57,17 @@ def report(result: Conversion, listed: Path) -> None:
     print(f"{result.read:8} rows read")
     print(f"{len(result.records):8} questions")
     if result.visual:
-        print(f"{result.visual:8} about the view or a colour, dropped")
+        print(f"{result.visual:8} about the picture or a colour, dropped")
     for kind, count in result.kinds.most_common():
         print(f"{count:8} left out: {kind}")
     if result.missing:
         first = ", ".join(list(result.missing)[:SHOWN])
         print(f"{len(result.missing):8} clips are missing, first {first}")
     if result.renamed:
-        print(f"{result.renamed:8} repeated ids got a number, as in id#2")
+        print(f"{result.renamed:8} repeated ids have a number added, as in id#2")
     unanswered = sum(record["answer"] is None for record in result.records)
     if unanswered:
-        print(f"{unanswered:8} of the questions have no answer")
+        print(f"{unanswered:8} of the questions have no known answer")
     if result.bad:
         print(f"rows that were left out are listed in {listed}")
 

@@ -1,4 +1,4 @@
-"""Run the whole demo: build data and model, warm start, GRPO, supervised baseline, evaluation, and a table.
+"""Run the whole demo: build data and model, warm start, GRPO, supervised fine-tuning, evaluation, and a table.
 
     python launch/demo.py
 
@@ -63,14 +63,14 @@ def show(*command: str | Path) -> None:
     """Print a command and run it; if it fails, exit with its status."""
     words = [os.path.relpath(word) if isinstance(word, Path) else str(word) for word in command]
     print("\n$", " ".join(["python", *words[1:]]), flush=True)
-    # One thread per process. torchrun would set the same, with a long warning.
+    # One thread per process, as torchrun sets it, but without its warning.
     result = subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
     if result.returncode:
         sys.exit(result.returncode)
 
 
 def as_long_as(grpo: Config) -> tuple[str, ...]:
-    """Overrides that give supervised fine-tuning GRPO's number of examples and its learning-rate schedule."""
+    """Overrides that give supervised fine-tuning GRPO's number of examples and its schedule."""
     sft = load_config([str(SFT_CONFIG)])
     steps = grpo.optim.steps * grpo.optim.prompts_per_step // sft.optim.prompts_per_step
     return f"optim.steps={steps}", f"optim.schedule={grpo.optim.schedule}", "evaluation.every=0"

@@ -22,13 +22,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
         allow_abbrev=False,
         description="Answer the questions of data.test greedily and grade them by the rule of evaluation.benchmark.\n"
         "Writes evaluation.json and the benchmark's answer file in run.directory.",
-        epilog="launch/grade.py grades answers that exist already.",
+        epilog="launch/grade.py grades an existing file of answers.",
     )
     parser.add_argument("words", nargs="*", metavar="CONFIG [section.key=value ...]", help="as for launch/train.py")
     add = parser.add_argument
-    add("--silent", action="store_true", help="ask again with each clip replaced by silence of its length")
-    add("--shuffled-audio", action="store_true", help="ask again with each question given another question's clip")
-    add("--shuffle-choices", action="store_true", help="ask again with the choices in another order")
+    add("--silent", action="store_true", help="answer again with each clip replaced by silence of the same length")
+    add("--shuffled-audio", action="store_true", help="answer again with the clip of another question")
+    add("--shuffle-choices", action="store_true", help="answer again with the choices in another order")
     return parser.parse_intermixed_args(argv)
 
 

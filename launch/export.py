@@ -1,4 +1,4 @@
-"""Write a checkpoint of a run as a Hugging Face directory, adapters merged, or the adapters alone.
+"""Write a checkpoint of a run as a Hugging Face directory with adapters merged, or the adapters alone.
 
     python launch/export.py RUN [--step N] [--to DIRECTORY] [--dtype float32|bfloat16] [--adapters]
     torchrun --nproc-per-node GPUS launch/export.py RUN ...
@@ -50,12 +50,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def find(directory: Path, step: int | None) -> Path:
     """The checkpoint after a step, or the newest."""
-    there = {step_of(checkpoint): checkpoint for checkpoint in checkpoints(directory)}
-    if not there:
+    saved = {step_of(checkpoint): checkpoint for checkpoint in checkpoints(directory)}
+    if not saved:
         raise CheckpointError(f"{directory}: no checkpoints; expected the run.directory of a run with checkpoint.every")
-    if step is not None and step not in there:
-        raise CheckpointError(f"{directory}: no checkpoint after step {step}; there is {', '.join(map(str, there))}")
-    return there[max(there) if step is None else step]
+    if step is not None and step not in saved:
+        raise CheckpointError(f"{directory}: no checkpoint after step {step}; the run has {', '.join(map(str, saved))}")
+    return saved[max(saved) if step is None else step]
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def main(argv: list[str]) -> None:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", metavar="FILE")
-    parser.add_argument("--benchmark", choices=BENCHMARKS, default="mmau", help="whose rule grades (mmau)")
+    parser.add_argument("--benchmark", choices=BENCHMARKS, default="mmau", help="benchmark whose rule is used (mmau)")
     parser.add_argument("--json", metavar="OUT", help="write the figures and the grade of each row to this file")
     return parser.parse_args(argv)
 

@@ -1,9 +1,9 @@
-"""Predict the peak memory of a training run by part and phase, and which changes make it fit.
+"""Predict the peak memory of a training run, by part and by phase, and find changes with which it fits.
 
     python launch/plan.py CONFIG [section.key=value ...] [--gpus 8] [--memory 80] [--seconds 10] [--text 60]
                           [--sft] [--shape qwen2-audio-7b] [--json OUT]
 
-Only the model's config.json is read: it needs no GPU and no weights. grpo/instruments/memory.py says what is counted.
+Of the model only config.json is read; no GPU and no weights are needed. grpo/instruments/memory.py says what counts.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     options, words = parse(argv)
     config = load_config(words)
     planned = Run(config, options.gpus, options.seconds or config.data.max_seconds, options.text, options.sft)
-    lora = lora_of(config) or config.lora  # also without adapters, their size is needed to advise them
+    lora = lora_of(config) or config.lora  # needed without adapters too, because adding them is one of the changes
     shape = shape_of(build_from_config(_model_config(config, options.shape)), targets=lora.targets)
     result, limit = predict(shape, planned), USABLE * options.memory * GIB
     print(describe(shape, planned, result, options.memory))
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The flags, and the configuration with its overrides."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpus", type=int, default=int(os.environ.get("WORLD_SIZE", 8)))
+    parser.add_argument("--gpus", type=int, default=int(os.environ.get("WORLD_SIZE", 8)), help="all GPUs of the run")
     parser.add_argument("--memory", type=float, default=80.0, help="memory of one GPU, GiB")
     parser.add_argument("--seconds", type=float, help="length of the clips; default data.max_seconds")
     parser.add_argument("--text", type=int, default=60, help="tokens of a prompt, without its audio")
@@ -167,7 +167,7 @@ def remedies(shape: Shape, planned: Run, limit: float) -> list[dict]:
 
 
 def _candidates(planned: Run) -> Iterator[Change]:
-    """All possible changes, cheapest first: those that cost time, then those to the algorithm, then more GPUs."""
+    """All changes that are tried, cheapest first; the first ones cost time or precision, the last is more GPUs."""
     config, gpus = planned.config, planned.gpus
     for section, key, value in (
         ("sharding", "reshard", True),
@@ -222,10 +222,9 @@ def _words(change: Change) -> str:
 
 def advice(changes: list[dict], limit: float) -> str:
     if not changes:
-        return (
-            f"no set of changes tried here brings it under {limit / GIB:.1f} GiB; choose a smaller model or more GPUs"
-        )
-    lines = [f"each of these lines brings it under {limit / GIB:.1f} GiB, cheapest first:"]
+        result = f"no set of the changes that were tried brings the peak under {limit / GIB:.1f} GiB"
+        return f"{result}; choose a smaller model or more GPUs"
+    lines = [f"each of these lines brings the peak under {limit / GIB:.1f} GiB, cheapest first:"]
     return "\n".join(lines + [f"  {' '.join(c['change']):72} -> {c['peak'] / GIB:6.2f} GiB" for c in changes])
 
 

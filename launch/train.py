@@ -20,7 +20,7 @@ from hark.models.policy import Policy
 def main(argv: list[str]) -> None:
     config = load_config(argv)
     if config.rollout.group_size < 2:
-        raise ConfigError("rollout.group_size must be at least 2: an advantage is relative to siblings")
+        raise ConfigError("rollout.group_size must be at least 2: an advantage is relative to the group's mean")
     train(config, make_trainer)
 
 

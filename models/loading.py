@@ -119,7 +119,7 @@ def family_of(config: Any, *, where: str) -> type[Policy]:
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise PolicyError(
             f"{where}: no policy for model type {config.model_type!r}; supported are {', '.join(sorted(FAMILIES))} "
-            "and most text-only causal language models; see 'Make it yours' in README.md"
+            "and most text-only causal language models; see docs/extending.md"
         )
     return CausalLMPolicy
 

@@ -139,7 +139,7 @@ def test_drop_view_leaves_out_what_has_to_be_seen_without_calling_it_bad(tmp_pat
     ]
     records, bad = run(tmp_path, "avqa", *rows, options=["--drop-view", "--strict"])
     assert [record["id"] for record in records] == ["2"] and bad == []
-    assert "2 about the view or a colour, dropped" in capsys.readouterr().out
+    assert "2 about the picture or a colour, dropped" in capsys.readouterr().out
     assert len(run(tmp_path, "avqa", *rows, options=["--force"])[0]) == 3
     with pytest.raises(DataError, match="--drop-view: mmau does not say"):
         run(tmp_path, "mmau", MMAU, options=["--drop-view", "--force"])
@@ -150,7 +150,7 @@ def test_a_benchmarks_unknown_answers_are_null_and_its_choices_may_coincide(tmp_
     rows = [{**MMAU, "answer": ""}, {**MMAU, "id": "2", "choices": ["Man", "man", "Woman"], "answer": "man"}]
     records, bad = run(tmp_path, "mmau", *rows)
     assert [record["answer"] for record in records] == [None, 1] and bad == []
-    assert "1 of the questions have no answer" in capsys.readouterr().out
+    assert "1 of the questions have no known answer" in capsys.readouterr().out
     examples, _ = load_examples(tmp_path / "out.jsonl", benchmark=True)
     assert [example.answer for example in examples] == [None, 1]
 
@@ -159,7 +159,7 @@ def test_ids_that_name_clips_are_told_apart_and_a_benchmarks_never_changed(tmp_p
     clip(tmp_path, "Yabc.flac")
     records, bad = run(tmp_path, "audio_flamingo", FLAMINGO, FLAMINGO, {**FLAMINGO, "id": "other"}, FLAMINGO)
     assert [record["id"] for record in records] == ["Yabc", "Yabc#2", "other", "Yabc#3"] and bad == []
-    assert "2 repeated ids got a number" in capsys.readouterr().out
+    assert "2 repeated ids have a number added" in capsys.readouterr().out
     clip(tmp_path, "3fe64f3d.wav")
     records, bad = run(tmp_path, "mmau", MMAU, MMAU, options=["--force"])
     assert [record["id"] for record in records] == ["3fe64f3d"]

@@ -191,7 +191,10 @@ def test_with_skip_bad_it_is_counted_listed_and_left_out(what, config, tmp_path,
     (line,) = listed.read_text().splitlines()
     assert json.loads(line)["file"] == "train.jsonl:3"
     said = capsys.readouterr().out
-    assert f"1 bad examples skipped, listed in {listed}" in said or f"1 more turned out bad, listed in {listed}" in said
+    assert (
+        f"1 bad examples skipped, listed in {listed}" in said
+        or f"1 more bad examples skipped, listed in {listed}" in said
+    )
 
 
 @pytest.mark.parametrize(

@@ -64,12 +64,12 @@ class Benchmark:
 
     rule: Rule
     key: str  # of the prediction in a row of the answer file
-    also: tuple[str, ...] = ()  # keys that other versions of the script read instead
+    also: tuple[str, ...] = ()  # other keys, which other versions of the script read
     record: Record = mmau_record
     left_out: Callable[[object], bool] | None = None  # which predictions the script does not count; None: no script
     default: str | None = None  # what the script takes as the prediction of a row without one
-    lettered: bool = False  # the script reads a letter, so that a choice is written as "B. rain"
-    lines: bool = False  # the answer file is JSON lines, else a JSON array
+    lettered: bool = False  # the script reads a letter, so a choice is written as "B. rain"
+    lines: bool = False  # whether the answer file has JSON lines; else it is a JSON array
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -103,7 +103,7 @@ def find_benchmark(name: str) -> Benchmark:
 
 
 def prediction_of(completion: str, choices: Sequence[str], benchmark: Benchmark) -> str:
-    """The answer in a completion, as it is graded and written; empty where its tags are not well-formed.
+    """The answer in a completion, as it is graded and written; empty if its answer tags are not well-formed.
 
     For a benchmark with letters, an answer that equals a choice is written with the choice's letter.
     """
@@ -124,7 +124,7 @@ def judged(example: Example, completion: str, benchmark: Benchmark) -> bool | No
 
 
 def official_share(answers: Iterable[tuple[Example, str]], benchmark: Benchmark) -> Share:
-    """What the official script would count as right, and how many rows it would count, of (example, completion)."""
+    """The share of right answers by the official script, of the (example, completion) pairs that it counts."""
     results = [
         benchmark.official(
             prediction_of(completion, example.choices, benchmark), example.choices, answer_text(example) or ""

@@ -1,4 +1,4 @@
-"""Rules that answer without the audio; their accuracies are what any result has to be compared with."""
+"""Rules that answer without the audio. A model that uses the audio must have a higher accuracy than each of them."""
 
 from collections.abc import Callable, Sequence
 

@@ -1,4 +1,4 @@
-"""Grades the predictions in a file, whatever made them. Plain Python, no model and no framework is imported."""
+"""Grades the predictions in a file, of any model. Plain Python, no model and no framework is imported."""
 
 import reprlib
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from hark.data.examples import Example
 from hark.data.json_files import as_text, read_rows, write_json
 
 PREDICTIONS = ("model_prediction", "model_output", "answer_prediction", "prediction", "response")  # the first counts
-SHOWN = 5  # rows named on the console; the JSON has all
+SHOWN = 5  # rows that the console names; the JSON file has all
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class AnswerRow:
 
     where: str  # "answers.json[3]" or "answers.jsonl:3"
     id: str | int
-    choices: tuple[Value, ...]  # for choice_a to choice_d always four, "" for a missing one
+    choices: tuple[Value, ...]  # always four if the keys are choice_a to choice_d, "" for a missing one
     answer: Value  # None or "" where the benchmark does not publish it
     prediction: Value  # None where the row has none
     official_prediction: Value  # the value that the official script reads, None where it finds none
@@ -46,7 +46,7 @@ def grade_file(path: str, *, benchmark: str, out: str | None) -> None:
         keys = ", ".join(dict.fromkeys((*found.keys, *PREDICTIONS)))
         print(f"{missing} rows have no prediction and count as wrong; the keys that are read are {keys}")
     _name(answers, rows, lambda answer, row: row["correct"] is None, "have no right answer and are left out")
-    _name(answers, rows, lambda answer, row: _outside(answer), "have an answer that is none of their choices")
+    _name(answers, rows, lambda answer, row: _is_no_choice(answer), "have an answer that is none of their choices")
     if others:
         _name(answers, rows, lambda answer, row: row["official"] is None, f"are left out by the script of {benchmark}")
     print(table(rows, examples, others) if share(rows).total else "no row has a right answer: nothing can be graded")
@@ -63,13 +63,15 @@ def _name(answers: list[AnswerRow], rows: list[dict], chosen: Callable[[AnswerRo
 
 
 def grade(answers: Sequence[AnswerRow], benchmark: Benchmark) -> list[dict]:
-    """One row per answer, in order: `correct` (None where the right answer is not known), and `official`, which is
-    what the official script counts (None where it leaves the row out).
+    """One row per answer, in order.
+
+    correct: None if the right answer is not known. official: whether the official script counts the row as right, None
+    if it leaves the row out.
     """
     rows = []
     for answer in answers:
         prediction = as_text(answer.prediction) or ""
-        correct = None if _hidden(answer) else benchmark.rule(prediction, answer.choices, answer.answer)
+        correct = None if _is_unknown(answer) else benchmark.rule(prediction, answer.choices, answer.answer)
         row = row_of(answer, prediction=prediction, correct=correct, stopped=None)
         rows.append(row | {"official": benchmark.official(answer.official_prediction, answer.choices, answer.answer)})
     return rows
@@ -77,18 +79,18 @@ def grade(answers: Sequence[AnswerRow], benchmark: Benchmark) -> list[dict]:
 
 def as_example(answer: AnswerRow) -> Example | None:
     """The question for the baselines; None where its right answer is not known or none of the choices."""
-    if _hidden(answer) or _outside(answer):
+    if _is_unknown(answer) or _is_no_choice(answer):
         return None
     given = [choice for choice in answer.choices if choice not in (None, "")]
     return Example(str(answer.id), None, "", tuple(map(str, given)), index_of(answer.answer, given))
 
 
-def _hidden(answer: AnswerRow) -> bool:
+def _is_unknown(answer: AnswerRow) -> bool:
     return answer.answer in (None, "")
 
 
-def _outside(answer: AnswerRow) -> bool:
-    return not _hidden(answer) and index_of(answer.answer, answer.choices) is None
+def _is_no_choice(answer: AnswerRow) -> bool:
+    return not _is_unknown(answer) and index_of(answer.answer, answer.choices) is None
 
 
 # Reading ------------------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ class Share(NamedTuple):
 
 
 def row_of(question: Any, *, prediction: str, correct: bool | None, stopped: bool | None) -> dict:
-    """The row of a question in a report: its id and COLUMNS ("" where it has none), and what became of it.
+    """The row of a question in a report: its id and COLUMNS ("" where it has none), its prediction and its grade.
 
     correct: None where the right answer is not known. stopped: whether the completion ended with a stop token; None
     where that is not known.

@@ -1,6 +1,6 @@
 """The rules by which the benchmarks decide whether a prediction is right. Plain Python, no framework is imported.
 
-The rules are those of the official scripts; a test compares them row by row:
+The rules are those of the official scripts, with which a test compares them row by row:
 MMAU, Sakshi et al. 2024, arXiv:2410.19168: evaluation.py of github.com/Sakshi113/MMAU;
 MMAR, Ma et al. 2025, arXiv:2505.13032: code/evaluation.py of github.com/ddlBoJack/MMAR, which has the rule of MMAU;
 MMSU, Wang et al. 2025, arXiv:2506.04779: mmsu_evaluation.py of github.com/dingdongwang/MMSU.
@@ -55,7 +55,7 @@ def words(value: Value) -> set[str]:
 
 
 def mmau(prediction: str, choices: Sequence[Value], answer: Value) -> bool:
-    """Holds all words of the answer, and no word that only wrong choices have; order and repetition do not matter."""
+    """The prediction has all words of the answer and no word that only wrong choices have, in any order and number."""
     given, right = words(prediction), words(answer)
     wrong = set().union(*(words(choice) - right for choice in choices))
     return bool(given) and right <= given and given.isdisjoint(wrong)
@@ -77,7 +77,7 @@ def letter_of(prediction: str) -> str | None:
     return next((character for character in (text[:1], text[-2:-1]) if character in LETTERS), None)
 
 
-# Which rows the official scripts leave out of the total, by the prediction as it is in the file; None if there is none.
+# Whether the official script leaves a row out of the total, by the value of its prediction (None: the row has none).
 
 
 def without_prediction(prediction: object) -> bool:

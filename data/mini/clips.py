@@ -1,4 +1,4 @@
-"""What the demo's questions share: the `Skill` class, and functions that arrange sounds into clips.
+"""The `Skill` class, of which each is a kind of question, and functions that arrange sounds into clips.
 
 A waveform is a float array of samples at SAMPLE_RATE.
 """
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.random import Generator
 
 SAMPLE_RATE = 16_000  # Hz
-FADE = 0.01  # seconds, long enough that a cut makes no audible click
+FADE = 0.01  # seconds; prevents an audible click at a cut
 PEAK = 0.9  # of full scale, before the random gain
 GAIN = (-6.0, 0.0)  # dB
 # Changes of loudness: (time as a share of the clip, level in dB) of each corner of the envelope.

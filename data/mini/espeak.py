@@ -38,7 +38,7 @@ class Speaker:
         if self._sample_rate <= 0:
             raise OSError(f"espeak_Initialize returned {self._sample_rate}, expected a sample rate in Hz")
         self._chunks: list[np.ndarray] = []
-        self._callback = CALLBACK(self._collect)  # a reference, so that ctypes does not free it
+        self._callback = CALLBACK(self._collect)  # kept, because ctypes frees a callback without a reference
         self._library.espeak_SetSynthCallback(self._callback)
 
     def _collect(self, wave: Any, length: int, _events: Any) -> int:

@@ -11,8 +11,8 @@ from hark.data.mini.clips import SAMPLE_RATE, samples
 
 FONT = "TimGM6mb.sf2"
 
-# family: (General MIDI programs for training, programs of the test split). All programs sound like their family; for
-# each program of the test split there is a similar one for training.
+# family: (General MIDI programs for training, programs of the test split). All sound like an instrument of the family,
+# and each program of the test split has a similar one for training.
 FAMILIES = {
     "piano": ((0, 1), (3,)),
     "organ": ((16, 18, 19), (17,)),

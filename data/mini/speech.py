@@ -1,6 +1,6 @@
 """The speech questions of the demo: spoken number, number of words, language, second number, sum of two numbers.
 
-The question about a sung vowel belongs to them as well; it needs no speech synthesizer.
+The question about a sung vowel is one of them; it needs no speech synthesizer.
 """
 
 import numpy as np

@@ -1,6 +1,6 @@
-"""Published data sets that can be converted to the R1-AQA format: one module each, and the table of them.
+"""Published data sets that can be converted to the R1-AQA format: one module for each, and the table SOURCES.
 
-The module of a source has a function from a row to a Question. Add your own to SOURCES.
+Each module has a function from a row to a Question. To add a data set, add an entry to SOURCES.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ class Source:
 
     dataset: str  # the `dataset_name` of its questions
     question: Callable[[dict], Question]
-    benchmark: bool = False  # equal choices and unknown answers are kept, and ids are never changed
+    benchmark: bool = False  # keep equal choices, unknown answers and missing clips; never change ids
     is_visual: Callable[[dict], bool] | None = None  # whether a row's question is about the picture of a video
 
 

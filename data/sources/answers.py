@@ -19,7 +19,7 @@ HEADING = re.compile(
 def find_answer(answer: str, choices: Sequence[str]) -> int:
     """The index of the choice that an answer names: by its text, else by its letter ("B", "(B)", "B. text").
 
-    Texts are compared exactly first, then normalised. A letter with a text must be followed by the text of its choice.
+    Texts are compared exactly first, then normalised. A text that follows the letter must be that of its choice.
     SourceError where the answer names no choice, or several different ones.
     """
     for same in (str.strip, normalise):

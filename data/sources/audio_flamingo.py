@@ -3,8 +3,8 @@
 Confirmed by NVIDIA/audio-flamingo: an array of {id, sound, duration, conversations}, where a human asks
 "<sound>\\nQuestion" and gpt answers; by its AF_Reasoning_Eval: options as "(A) one. (B) two." on one line or several,
 answers as "(B) two", and "Output the answer with <SUMMARY>, ... tags." after the options; ids are names of clips, so
-several rows may have the same id. Not confirmed: how each part of AF-Think words its conclusion. A row whose answer is
-not found is listed as left out, and so are open questions and conversations of several turns or clips.
+several rows may have the same id. Not confirmed: in which words each part of AF-Think concludes. A row whose
+answer is not found, an open question, and a conversation with several questions or clips are left out and listed.
 """
 
 import re

@@ -3,7 +3,7 @@
 Confirmed by the card of inclusionAI/AudioMCQ and by NeMo-RL's reader of the subset: `source_dataset`, `id`,
 `question_type`, `audio_path` relative to the data set's directory, `question`, `choices`, `answer` as the text of a
 choice. Not confirmed: that rows have `audio-contribution` (weak or strong), and that ids differ between source data
-sets; the converter numbers repeated ids. The reasoning in the rows is not used.
+sets; the converter numbers repeated ids. The reasoning in the rows is ignored.
 """
 
 from hark.data.sources.answers import find_answer, unlabelled

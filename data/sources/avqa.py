@@ -1,7 +1,7 @@
 """AVQA (Yang et al., ACM Multimedia 2022): train_qa.json, val_qa.json; the questions that R1-AQA trains on.
 
 Confirmed by the README of R1-AQA: the keys below, `answer` as an index, and the clip "-HG3Omg_89c_30.wav" for the
-`video_name` "-HG3Omg_89c_000030". In AVQA's own repository the clip is "-HG3Omg_89c_000030.wav". Both are looked for.
+`video_name` "-HG3Omg_89c_000030". In AVQA's own repository the clip is "-HG3Omg_89c_000030.wav". Both names are tried.
 """
 
 import re

@@ -143,6 +143,5 @@ def write_bad(result: Conversion, path: Path) -> None:
     if result.bad:
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = "".join(bad.json_line() for bad in result.bad)
-        path.write_text(
-            lines, encoding="utf-8", errors="backslashreplace"
-        )  # a bad row's id may hold half of a surrogate pair
+        # A bad row's id may hold half of a surrogate pair, which UTF-8 cannot encode.
+        path.write_text(lines, encoding="utf-8", errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""What all sources share: the question that a row is converted to, and reading a row's values."""
+"""The question that a row of a source is converted to, and functions that read the values of a row."""
 
 import reprlib
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from hark.data.json_files import as_text
 
 @dataclass(frozen=True)
 class Question:
-    """The question of one row, before its clip is looked for."""
+    """The question of one row, before its clip is searched for."""
 
     id: str
     clips: tuple[str, ...]  # possible names of the clip's file, the likeliest first; the suffix may be missing
     text: str
     choices: list[str]
-    answer: int | str | None  # a text if a benchmark's answer is none of the choices
+    answer: int | str | None  # an index; in a benchmark also the text of no choice, or None if unknown
     task: str = ""
     category: str = ""
     sub_category: str = ""

@@ -24,10 +24,10 @@ FAULTS: dict[type[AudioError], str] = {
 
 @dataclass(frozen=True)
 class Clip:
-    """What the header and the samples of one clip say."""
+    """The header and the length of one clip, and its fault if it cannot be used."""
 
     header: Header | None  # None where the file cannot be opened
-    seconds: float | None  # of the decoded samples; of a silent or over-long clip by its header; None if not known
+    seconds: float | None  # of the decoded samples; for a silent or over-long clip, of the header; None if unknown
     fault: str = ""  # one of FAULTS' values, or ""
     reason: str = ""
 

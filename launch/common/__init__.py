@@ -1,1 +1,1 @@
-"""What the verbs share: how a command ends, and what a configuration describes, loaded."""
+"""Code that the programs share: reading a configuration, loading its model and questions, training and evaluation."""

@@ -1,4 +1,4 @@
-"""Asks the questions of data.test, once as they are and once for each control, and writes the results."""
+"""Answers the questions of data.test, once unchanged and once for each control, and writes the results."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def answer_benchmark(argv: list[str], *, silent: bool, audio: bool, choices: boo
 
 
 def refuse_another(config: Config) -> None:
-    """Refuse to write over the evaluation of another model, or on another test."""
+    """Raise ConfigError if run.directory holds the evaluation of another model or of another test."""
     path = Path(config.run.directory) / "evaluation.json"
     if not path.exists():
         return
@@ -61,7 +61,7 @@ def answer_test(
     audio: bool = False,
     choices: bool = False,
 ) -> None:
-    """Let a loaded policy answer the test; `name` is what the report calls it."""
+    """Answer data.test with a loaded policy and write the report, which calls the policy `name`."""
     if (silent or audio) and policy.sample_rate is None:
         raise ConfigError(f"{name} takes text only; --silent and --shuffled-audio need sound")
     questions, usable = checked_questions(config, world, policy)
@@ -111,9 +111,9 @@ def answers(
     rows = evaluate(policy, batches, to_row, world, **evaluation_settings(config))
     if rows is None:
         return None
-    asked = {row["id"]: row for row in rows}
+    answered = {row["id"]: row for row in rows}
     # A line that cannot be read (BadExample) may have the id of a question that was answered.
-    return [isinstance(q, Example) and asked.get(q.id) or blank_row(q) for q in questions]
+    return [isinstance(q, Example) and answered.get(q.id) or blank_row(q) for q in questions]
 
 
 def with_shuffled_audio(examples: Sequence[Example], *, seed: int) -> list[Example]:
@@ -128,15 +128,16 @@ def with_shuffled_audio(examples: Sequence[Example], *, seed: int) -> list[Examp
     clips: dict[Path | None, list[Example]] = {}
     for example in sorted(examples, key=key):
         clips.setdefault(example.audio_path, []).append(example)
-    # Examples of one clip are neighbours in `row`. A shift by the size of the largest such group leaves each group.
-    row = [example for members in clips.values() for example in members]
+    # Examples of one clip are adjacent in `ordered`. Each gets the clip of the example `shift` places later, which is
+    # outside of its group, because no group is larger than `shift`.
+    ordered = [example for members in clips.values() for example in members]
     shift = max(map(len, clips.values()), default=0)
-    givers = {example.id: row[(index + shift) % len(row)] for index, example in enumerate(row)}
-    return [dataclasses.replace(example, audio_path=givers[example.id].audio_path) for example in examples]
+    paths = {e.id: ordered[(index + shift) % len(ordered)].audio_path for index, e in enumerate(ordered)}
+    return [dataclasses.replace(example, audio_path=paths[example.id]) for example in examples]
 
 
 def report(
-    config: Config, asked: str, questions: Sequence[Question], rows: list[dict], controls: dict[str, list[dict] | None]
+    config: Config, model: str, questions: Sequence[Question], rows: list[dict], controls: dict[str, list[dict] | None]
 ) -> None:
     """Print the table; write all figures, the configuration and the rows, and the benchmark's answer file."""
     directory, name = Path(config.run.directory), config.evaluation.benchmark
@@ -149,21 +150,21 @@ def report(
     result = {"benchmark": name} | figures(rows, examples, others)
     write_json(directory / "evaluation.json", result | {"config": dataclasses.asdict(config), "rows": rows})
     path = write_answers(directory / "answers", pairs, BENCHMARKS[name])
-    print(f"{asked} on {len(rows)} questions of {config.data.test}, by the rule of {name}:")
-    hidden, blank = (sum(row[key] is None for row in rows) for key in ("correct", "stopped"))
+    print(f"{model} on {len(rows)} questions of {config.data.test}, by the rule of {name}:")
+    unknown, blank = (sum(row[key] is None for row in rows) for key in ("correct", "stopped"))
     if blank:
-        print(f"{blank} could not be asked: their predictions are empty, and wrong")
-    if hidden < len(rows):
+        print(f"{blank} could not be asked; their predictions are empty and count as wrong")
+    if unknown < len(rows):
         print(table(rows, examples, others))
-    if hidden:
+    if unknown:
         print(
-            f"{hidden} of {len(rows)} questions have no known answer and cannot be scored; they are in the answer file"
+            f"{unknown} of {len(rows)} questions have no known answer and are not graded; they are in the answer file"
         )
     print(f"answers in {path}, all figures in {directory / 'evaluation.json'}", flush=True)
 
 
 def strict_share(questions: Sequence[Question], rows: Sequence[dict]) -> Share:
-    """The same answers by the matcher of the accuracy reward."""
+    """The share of right answers by the rule of the accuracy reward."""
     right = [
         judged(question, row["prediction"], BENCHMARKS["strict"]) if isinstance(question, Example) else row["correct"]
         for question, row in zip(questions, rows, strict=True)

@@ -66,7 +66,7 @@ def find_config(word: str) -> str:
     if word not in config_names():
         raise ConfigError(
             f"{word}: no such file (working directory {os.getcwd()}), and no configuration of that name; "
-            f"there are {', '.join(config_names())}"
+            f"the package has {', '.join(config_names())}"
         )
     return str(CONFIGS / f"{word}.yaml")
 
@@ -129,11 +129,11 @@ def _check_together(config: Config, *, source: str) -> None:
             f"not {config.optim.warmup_steps}"
         )
     if config.lora.path is not None and config.lora.rank:
-        raise ConfigError(f"{source}: lora.rank and lora.path are both set; saved adapters bring their own rank")
+        raise ConfigError(f"{source}: lora.rank and lora.path are both set; saved adapters have a rank already")
     if not config.lora.targets:
         raise ConfigError(f"{source}: lora.targets is empty; it names the layers that get an adapter")
     if config.model.master_dtype == "bfloat16" and config.model.dtype != "bfloat16":
-        raise ConfigError(f"{source}: model.master_dtype=bfloat16 needs model.dtype=bfloat16: it is computed in that")
+        raise ConfigError(f"{source}: model.master_dtype=bfloat16 needs model.dtype=bfloat16, in which to compute")
     if config.data.held_out and config.data.validation is not None:
         raise ConfigError(
             f"{source}: data.held_out and data.validation are both set; validation questions come from one of them"
@@ -296,7 +296,7 @@ def _float(value: Any) -> float:
 def _str(value: Any) -> str:
     """A string; a leading ~ is the home directory, which no shell expands after `key=`."""
     if not isinstance(value, str) or not value:
-        raise ConfigError("a string that is not empty (quote it if it looks like something else)")
+        raise ConfigError("a string that is not empty (quote it if YAML reads it as another type)")
     return os.path.expanduser(value)
 
 

@@ -1,4 +1,4 @@
-"""How a command begins and ends."""
+"""Runs a program, prints its errors and ends the process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hark import UserError
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Call `main` with the command line, then end the process; an error of the user is one line, not a traceback."""
+    """Call `main` with the command line, then end the process. A UserError is printed as one line, not a traceback."""
     status = 0
     try:
         main(sys.argv[1:])
@@ -19,7 +19,7 @@ def run(main: Callable[[list[str]], None]) -> None:
         print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr)
         status = 1
     # Not by sys.exit: FSDP holds references to the process group until the interpreter is finalised. A gloo thread may
-    # then abort the process (seen in 3 of 25 starts), and NCCL may wait for ranks that have failed.
+    # then abort the process (observed in 3 of 25 runs), and NCCL may wait for ranks that have failed.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -18,23 +18,24 @@ from hark.models.policy import Lora, Policy
 
 def make_policy(config: Config, world: World, *, train: bool = True) -> Policy:
     """The policy of model.path with its adapters, sharded over the world."""
-    lora = lora_of(config) if train or config.lora.path else None  # new adapters are of use only in training
+    lora = lora_of(config) if train or config.lora.path else None  # new adapters change nothing before training
     mesh = device_mesh(world, config.sharding.replicas)
     return _load(config, world, config.model.path, mesh, lora=lora, offload=config.sharding.offload, train=train)
 
 
 def make_reference(config: Config, world: World, policy: Policy) -> Policy | WithoutAdapters | None:
-    """The frozen policy of the KL term, or None where beta is 0.
+    """The frozen policy of the KL term, or None if loss.beta is 0.
 
-    Where the policy without its adapters is the same, it is that; else a copy, in host memory if so configured.
+    For adapters on model.path it is the policy without its adapters. Otherwise it is a model of its own, with
+    sharding.offload_reference in host memory.
     """
     path = config.model.reference or config.model.path
     if config.loss.beta == 0:
         return None
     if policy.lora is not None and path == config.model.path:
         return WithoutAdapters(policy)
+    # It uses the policy's mesh, because a second mesh would create further communicators.
     assert policy.mesh is not None
-    # The policy's mesh, because a second mesh of replicas would create further communicators.
     offload = config.sharding.offload_reference
     reference = _load(config, world, path, policy.mesh, lora=None, offload=offload, train=False)
     if policy.tower_cache is not None and path == config.model.path:
@@ -74,13 +75,13 @@ def _load(
     return policy
 
 
-def _report_loading(policy: Policy, path: str, kind: str, grown: float, world: World) -> None:
-    peaks = gather_rows([grown], world)
+def _report_loading(policy: Policy, path: str, kind: str, increase: float, world: World) -> None:
+    peaks = gather_rows([increase], world)
     if peaks is not None:
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in policy.parameters()]
         count, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
         print(
             f"{kind} {path}: {count / 1e6:.4g} M parameters, {trained / 1e6:.3g} M to train; the peak of host memory "
-            f"grew by {', '.join(f'{peak:.2f}' for peak in peaks)} GiB while loading on {world.size} ranks",
+            f"rose by {', '.join(f'{peak:.2f}' for peak in peaks)} GiB while loading on {world.size} ranks",
             flush=True,
         )

@@ -1,4 +1,4 @@
-"""The questions that a configuration names, as prompts to train on and to evaluate; and their rewards."""
+"""The questions that a configuration names, as prompts for training and evaluation, and the rewards."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hark.grpo.evaluate import evaluate
 from hark.grpo.runtime.collectives import World
 from hark.models.policy import Policy, Prompt
 
-# Batches of an evaluation that the sampler gets at once, so that a finished answer makes room for the next question.
+# How many times evaluation.batch prompts the sampler gets in one call; as answers end, it starts the next prompts.
 ROUNDS = 4
 
 
@@ -37,7 +37,7 @@ def training_examples(config: Config, world: World, policy: Policy) -> tuple[lis
 
 
 def training_loader(config: Config, world: World, policy: Policy, examples: Sequence[Example]) -> Loader:
-    """Prepares the prompts of each step."""
+    """The loader, which prepares the prompts of each step."""
     return Loader(
         examples,
         policy.prepare,
@@ -56,13 +56,13 @@ def training_loader(config: Config, world: World, policy: Policy, examples: Sequ
 
 
 def validation_figures(config: Config, world: World, policy: Policy, examples: Sequence[Example]) -> dict[str, float]:
-    """Greedy accuracy on the examples, in all and by task; empty on all ranks but 0."""
+    """Greedy accuracy on the examples, over all and by task; empty on all ranks but 0."""
     rows = validation_rows(config, world, policy, examples)
     return {} if rows is None else accuracies(rows, "task")
 
 
 def validation_rows(config: Config, world: World, policy: Policy, examples: Sequence[Example]) -> list[dict] | None:
-    """Greedy answers to the first evaluation.limit examples, judged: one row each on rank 0, None on the others."""
+    """Greedy answers to the first evaluation.limit examples, graded: one row each on rank 0, None on the others."""
     batches = evaluation_share(
         config, world, policy, examples[: config.evaluation.limit],
         waveform=waveform_of(config, policy), on_bad=bad_log(config).add,

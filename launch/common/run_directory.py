@@ -11,7 +11,7 @@ import yaml
 from hark.grpo.config import Config, ConfigError
 
 # Options that must not change when a run is resumed: those of the model, of what is trained, and of the order of the
-# data. Others, such as rates and rewards, may be changed by whoever resumes it.
+# data. All others, such as the learning rate and the reward weights, may change.
 FIXED = (
     ("run", "seed"),
     ("model", "path"),
@@ -45,7 +45,7 @@ def _refuse_another_run(config: Config, directory: Path) -> None:
     for name, old, new in changed(before, config, FIXED):
         raise ConfigError(
             f"{name} is {new!r}, but the run in {directory} was started with {old!r}; "
-            "resume it with that, or start another run.directory"
+            "resume it with that value, or choose another run.directory"
         )
 
 

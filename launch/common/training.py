@@ -1,4 +1,4 @@
-"""A training run, from its configuration to its end."""
+"""Trains what a configuration describes."""
 
 from __future__ import annotations
 
@@ -27,11 +27,14 @@ def train(config: Config, make_trainer: Callable[..., Learner]) -> None:
         with training_loader(config, world, policy, examples) as loader:
             loop.train(make_trainer(config, world, policy, data=loader, validate=validate))
             if loader.bad:
-                print(f"{len(loader.bad)} more turned out bad, listed in {bad_log(config).path}", flush=True)
+                print(
+                    f"{len(loader.bad)} more bad examples skipped, listed in {bad_log(config).path}",
+                    flush=True,
+                )
 
 
 def announce(config: Config, world: World) -> None:
-    """Print the resolved configuration, after a check of the names of its template and rewards."""
+    """Check the names of the template and the rewards, then print the whole configuration."""
     find_template(config.data.template)
     for name in config.reward.weights:
         find_reward(name)
@@ -55,4 +58,4 @@ def check_training(config: Config, world: World) -> None:
         )
     evaluates = config.evaluation.every or config.evaluation.before
     if evaluates and config.data.validation is None and not config.data.held_out:
-        raise ConfigError("evaluation is asked for, but neither data.validation nor data.held_out gives questions")
+        raise ConfigError("evaluation.every or evaluation.before is set, but neither data.validation nor data.held_out")

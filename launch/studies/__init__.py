@@ -1,1 +1,1 @@
-"""Measurements behind the figures of docs/."""
+"""Programs that measure the figures of docs/benchmark.md and docs/scaling.md."""

@@ -3,8 +3,8 @@
 Each prompt is padded to 30 s and computed once per completion: in `generate`, in the audio tower, in the reference
 pass, in the forward and in the backward. Logits over the vocabulary are computed at every position. The file shares no
 code with grpo/ or models/, so that tests can use it as an independent reference. Three things differ from R1-AQA, so
-that the numbers can be equal: audio is repeated in the order of the rows, the prompt is not cut for the loss, and the
-placeholder is never sampled.
+that both can give equal numbers: audio is repeated in the order of the rows, the prompt is not cut for the loss, and
+the placeholder is never sampled.
 
     N prompts   G completions per prompt   B = N * G rows, b = n * G + g   P prompt tokens   T completion tokens
 """

@@ -3,13 +3,13 @@
     python launch/studies/benchmark.py [--shape A|B|both] [--prompts 1 4] [--group 8] [--new-tokens 24]
                                        [--threads 1 2] [--repeat 3] [--micro-batch 1] [--quick] [--json FILE]
 
-The model is a Qwen2-Audio with 42 M random float32 weights. Its clips have 10 s (shape A) or 30 s (shape B). Baseline
-and Hark take turns, and the medians over the turns are compared. Both have the same weights and score the same tokens.
-If a logprob or gradient differs by more than 1e-4, the program fails. --micro-batch is the number of prompts that both
-sides score at a time. --quick measures shape A with one prompt in one turn and takes less than a minute.
+The model is a Qwen2-Audio with 42 M random float32 weights. Clips last 10 s (shape A) or 30 s (shape B). Baseline
+and Hark run alternately, and the medians over these turns are compared. Both have the same weights and score the same
+tokens. If a logprob or gradient differs by more than 1e-4, the program fails. --micro-batch is the number of prompts
+that both sides score at a time. --quick measures shape A with one prompt in one turn and takes less than a minute.
 
-Memory is the peak of the bytes of live tensors in one step: weights, reference, gradients and optimizer state
-included, temporary buffers inside kernels not. It is measured in a step of its own before the timed ones.
+Memory is the peak of the bytes of all tensors in one step, with weights, reference, gradients and optimizer state but
+without temporary buffers inside kernels. It is measured in a separate step before the timed ones.
 
 launch/studies/benchmark_gpu.py compares a step with the limits of a GPU.
 """
@@ -46,6 +46,7 @@ from hark.launch.studies.sides import (
     with_update,
 )
 
+# Values that Hark should reach; they are printed above the results and not checked.
 TARGETS = {
     "A": dict(rollout_speedup=5.0, score_speedup=8.0, step_speedup=7.0, limit_share=0.5, memory_ratio=1 / 3),
     "B": dict(rollout_speedup=5.5, score_speedup=7.5, step_speedup=7.0, limit_share=0.5, memory_ratio=1 / 4),
@@ -124,7 +125,7 @@ def compare(directory: Path, work: Work, threads: Sequence[int], repeat: int) ->
 
 
 def peak_memory(side: Any, drawn: Rollout) -> int:
-    """The peak of the bytes of live tensors in a step of a side. This step is also the side's warm-up."""
+    """The peak of the bytes of all tensors in a step of a side. This step is also the side's warm-up."""
     with MemoryTracker() as tracker:
         tracker.add([*side.model.parameters(), *side.reference_model.parameters()])
         for parameter in side.model.parameters():

@@ -5,7 +5,7 @@
                                            [--new-tokens 24] [--micro-batch 4] [--repeat 3] [--json FILE]
 
 Random weights of Qwen2-Audio-7B's shape, 8.4 billion, are created on the device and never written to a file. The policy
-and the reference have separate weights; the baseline computes with the same tensors as they do. Clips have 10 s (shape
+and the reference have separate weights; the baseline computes with the same tensors as they do. Clips last 10 s (shape
 A) or 30 s (shape B). For each shape and number of prompts it reports:
 
     completions/s  of a whole step: rollout, reference, forward and backward, and AdamW's update if it fits in memory
@@ -14,8 +14,9 @@ A) or 30 s (shape B). For each shape and number of prompts it reports:
     matmul         necessary multiply-adds of forward and backward per second, relative to the best measured matmul rate
 
 The update is the same work on both sides and is timed once. The baseline generates for 4 prompts at a time and scores
-the group of one prompt at a time, because its G copies of everything need the memory. If the numbers of the two sides
-differ by more than the rounding of the dtype explains, the program fails. It has not been run on a GPU yet.
+the group of one prompt at a time, because it computes each prompt G times and needs the memory for that. If the numbers
+of the two sides differ by more than the rounding of the dtype explains, the program fails. The program has not been run
+on a GPU yet.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class Models:
 
 
 class DeviceHarkSide(HarkSide):
-    """A step of Hark with models that exist already."""
+    """A step of Hark with the models of `Models`."""
 
     def __init__(self, models: Models, work: Work):
         self.work, self.policy, self.frozen = work, models.policy, models.frozen
@@ -105,7 +106,7 @@ class DeviceHarkSide(HarkSide):
 
 
 class DeviceBaselineSide(BaselineSide):
-    """A step of the R1-AQA procedure with models that exist already."""
+    """A step of the R1-AQA procedure with the models of `Models`."""
 
     def __init__(self, models: Models, work: Work, prompts: Sequence[Prompt]):
         self.work = replace(work, micro_batch=1)
@@ -267,7 +268,7 @@ def cache_bytes(cost: Cost, prompts: Sequence[Prompt], work: Work, itemsize: int
 
 
 def peak_bytes(device: torch.device, models: Models, function: Callable[[], Any]) -> int:
-    """Peak bytes of live tensors during a call, weights included."""
+    """Peak bytes of all tensors during a call, weights included."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         function()
@@ -414,7 +415,7 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
     if result["speedups"]:
         yield f"  {'faster':10}" + "".join(f"{result['speedups'][phase]:10.2f} x" for phase in phases)
         logprob, gradient = result["differences"]
-        verdict = "within the rounding of the dtype" if result["equal"] else "TOO MUCH"
+        verdict = "within the rounding of the dtype" if result["equal"] else "MORE THAN ROUNDING"
         yield f"  logprobs differ by {logprob:.1e}, gradients by {gradient:.1e}: {verdict}"
     over_weights, over_all = result["decode_over_weights"], result["decode_over_weights_and_cache"]
     yield (

@@ -1,12 +1,12 @@
-"""Measure how the time of a step grows with its sizes and with the number of ranks, on the CPU: docs/scaling.md.
+"""Measure the time of a step for different sizes and numbers of ranks, on the CPU; docs/scaling.md has the results.
 
     python launch/studies/scaling.py [--json FILE] [--plot FILE.svg] [--table FILE.md] [--repeat 3] [--threads 1]
                                      [--group-size 2 4 8 ...] [--seconds 1 2 ...] [--new-tokens 8 ...]
                                      [--prompts 1 2 ...] [--ranks 1 2 4]
 
 The model is that of launch/studies/benchmark.py. The base step has one prompt with a clip of 10 s and 8 completions of
-24 tokens. Each curve varies one of these sizes and keeps the others. Then launch/studies/weak_scaling.py measures the
-base step on each number of ranks. Beside the times, the tables show the multiply-adds that the step needs
+24 tokens. Each curve varies one of these sizes and keeps the others fixed. Then launch/studies/weak_scaling.py measures
+the base step on each number of ranks. Beside the times, the tables show the multiply-adds that the step needs
 (grpo/instruments/flops.py), and how many it would need if each completion had a row of its own with the prompt in it.
 
 The tables are printed. --table writes them into a page, between two marker lines. With the default values, one turn
@@ -148,7 +148,7 @@ def measure_ranks(directory: Path, ranks: int, repeat: int) -> dict[str, float]:
     figures = directory / "ranks.json"
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
     script = (str(Path(__file__).with_name("weak_scaling.py")), str(directory), "--json", str(figures))
-    # torchrun would set the same, with a long warning.
+    # As torchrun sets it, but without its warning.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, *torchrun, *script, "--repeat", str(repeat)], env=environment, check=True)
     return json.loads(figures.read_text())
@@ -172,10 +172,10 @@ def tables(result: dict[str, Any]) -> str:
 
 
 def conditions(result: dict[str, Any]) -> str:
-    on, threads = result["machine"], result["threads"]
+    on, threads, repeat = result["machine"], result["threads"], result["repeat"]
     return (
         f"{on['cpu']}, {on['cores']} cores, {threads} thread{'s' * (threads > 1)}, torch {on['torch']}, transformers "
-        f"{on['transformers']}, float32; medians of {result['repeat']}; "
+        f"{on['transformers']}, float32; {'one turn' if repeat == 1 else f'medians of {repeat} turns'}; "
         f"the best matmul rate of the run is {result['matmul_gmacs_per_second']:.1f} · 10⁹ multiply-adds/s."
     )
 
@@ -210,7 +210,7 @@ def note_on_cores(result: dict[str, Any]) -> Iterator[str]:
     cores = result["machine"]["cores"]
     most = max(figures["ranks"] for figures in result["ranks"])
     if most > cores:
-        yield f"Each rank has one thread. More ranks than the {cores} cores share them and wait for one another."
+        yield f"Each rank has one thread. More than {cores} ranks share the {cores} cores and wait for one another."
 
 
 def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

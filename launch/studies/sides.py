@@ -1,6 +1,6 @@
-"""A step of GRPO by Hark and by the R1-AQA procedure, in phases that can be timed, and what all studies need beside it.
+"""A step of GRPO by Hark and by the R1-AQA procedure, in phases that can be timed, and helpers of all studies.
 
-The other files of launch/studies measure these steps; this file imports none of them.
+The other files of launch/studies measure these steps. Of them, this file imports only baseline.py.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class HarkSide:
         # The audio placeholder is never sampled. As the only stop token, it makes every completion run to the limit.
         self.policy.model.generation_config.eos_token_id = self.policy.audio_id
         self.prompts = tuple(self.policy.prepare(QUESTION, waveform) for waveform in work.waveforms())
-        # At learning rate 0 an update costs the same, and the weights stay equal for all turns.
+        # With learning rate 0 an update takes the same time, and the weights are the same in all turns.
         self.optimizer = build_optimizer(self.policy, weight_decay=0.0, betas=(0.9, 0.999))
         self.model, self.reference_model = self.policy.model, self.frozen.model
 
@@ -172,7 +172,7 @@ class BaselineSide:
 def build_model(directory: Path, size: Size) -> None:
     """Write a Qwen2-Audio of the given size with random weights, with the tokenizer and processor of the demo's model.
 
-    The tokenizer has fewer tokens than the model, which does no harm because no completion is turned into text.
+    The tokenizer has fewer tokens than the model. That is possible because completions are not turned into text.
     """
     from transformers import AutoConfig, Qwen2AudioForConditionalGeneration
 
@@ -228,7 +228,7 @@ def timed_passes(side: Any, drawn: Rollout) -> tuple[dict[str, float], torch.Ten
 
 
 def with_update(side: Any, seconds: dict[str, float]) -> dict[str, float]:
-    """The seconds of a whole step: those of its passes, and of an optimizer step with the gradients that they left."""
+    """The seconds of a whole step: those of its passes, and of an optimizer step with their gradients."""
     seconds = seconds | {"optimizer": timed(torch.device("cpu"), side.optimizer_step)[0]}
     return seconds | {"step": sum(seconds.values())}
 
