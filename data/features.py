@@ -37,7 +37,7 @@ def log_mel(
     padded = torch.nn.functional.pad(waveform, (0, zeros))
     spectrum = torch.stft(padded, n_fft, hop, window=_window(n_fft), return_complex=True)
     power = spectrum[:, : padded_samples // hop].abs() ** 2  # (n_fft // 2 + 1, frames with a sample)
-    log = (_mel_filters(n_mels, n_fft, sample_rate) @ power).clamp(min=FLOOR).log10()
+    log = (mel_filters(n_mels, n_fft, sample_rate) @ power).clamp(min=FLOOR).log10()
     # The maximum is over all frames that contain a sample, also those after the last one that is returned.
     log = torch.maximum(log, log.max() - DYNAMIC_RANGE)
     frames = -(-len(waveform) // hop)
@@ -50,7 +50,7 @@ def _window(n_fft: int) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=8)
-def _mel_filters(n_mels: int, n_fft: int, sample_rate: int) -> torch.Tensor:
+def mel_filters(n_mels: int, n_fft: int, sample_rate: int) -> torch.Tensor:
     """Triangles of equal area on Slaney's mel scale: linear below 1 kHz, logarithmic above.
 
     Computed in float64 as in transformers. torchaudio's melscale_fbanks uses float32: with 128 mels some weights are

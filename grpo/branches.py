@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from hark.grpo.distribution import draw_tokens, log_distribution
-from hark.grpo.runtime.cuda import CudaGraphs, DelayedFlags, round_up, send
+from hark.grpo.runtime.cuda import DelayedFlags, recorder, round_up, send
 from hark.grpo.tree import Layout, branches_layout, prompt_layout, tree_masks
 from hark.grpo.types import Rollout
 from hark.models.attention import DecodeAttention, PrefillAttention
@@ -92,7 +92,7 @@ class Branches:
         longest = max(len(prompt.ids) for prompt in prompts)
         self.cache = GroupCache(rows, longest, rows * group_size, limit - 1)
         self._read_running = DelayedFlags(self.running)
-        self._graphs = CudaGraphs() if graphs and device.type == "cuda" else None
+        self._graphs = recorder(device) if graphs else None
         self._branches: list[Branch] = []  # in the order of the cache
         self._prompt_of_row: list[int | None] = []  # None where the row is free
 
@@ -123,9 +123,9 @@ class Branches:
         sizes = self._sizes()
         plan = self._plan(sizes)
         if self._graphs is None:
-            self._step(plan, sizes)
+            self.feed(plan, sizes)
         else:
-            self._graphs(self._step, plan, sizes)
+            self._graphs(self.feed, plan, sizes)
         for branch in self._branches:
             branch.tokens += 1
 
@@ -182,7 +182,7 @@ class Branches:
         assert n is not None  # a row is free only when none of its branches is left
         return self.prompts[n]
 
-    def _step(self, plan: DecodePlan, sizes: Sizes) -> None:
+    def feed(self, plan: DecodePlan, sizes: Sizes) -> None:
         """Feed the last token of each branch, and draw the next one. Repeating the call changes nothing."""
         position = (plan.prompt_length + plan.step)[:, None]
         fed = Layout(torch.zeros_like(position), position, torch.ones_like(position, dtype=torch.bool))

@@ -50,7 +50,7 @@ def sample(
     if temperature > 0:
         if keys is None:
             raise ValueError("sampling at a temperature above 0 needs one key per prompt")
-        uniforms = torch.cat([_uniforms(key, group_size, max_new_tokens) for key in keys]).to(policy.device)
+        uniforms = torch.cat([uniform_numbers(key, group_size, max_new_tokens) for key in keys]).to(policy.device)
     branches = Branches(
         policy,
         prompts,
@@ -73,7 +73,7 @@ def sample(
     return branches.rollout()
 
 
-def _uniforms(key: Sequence[int], group_size: int, steps: int) -> torch.Tensor:
+def uniform_numbers(key: Sequence[int], group_size: int, steps: int) -> torch.Tensor:
     """Uniform numbers (G, T) float64 in [0, 1): a function of the key, the same on every platform.
 
     One random stream fills the rows in order. A larger G therefore keeps the numbers of the first completions; another

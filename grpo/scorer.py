@@ -62,7 +62,7 @@ def _predicting_states(
     steps = tokens.shape[1] - 1
     fed = policy.embed_tokens(tokens[:, :-1]).reshape(count, group_size * steps, width)
     row = prompt_layout(lengths, longest) + branches_layout(lengths, group_size, steps)
-    masks, attention = _row_attention(policy, row, longest, group_size)
+    masks, attention = row_attention(policy, row, longest, group_size)
     hidden = policy.decode(torch.cat([embeddings, fed], dim=1), masks, row.position, attention)
     first = hidden[torch.arange(count, device=lengths.device), lengths - 1]
     first = first[:, None, None].expand(-1, group_size, -1, -1)  # (N, G, 1, D)
@@ -70,7 +70,7 @@ def _predicting_states(
     return torch.cat([first, rest], dim=2).flatten(0, 1)
 
 
-def _row_attention(
+def row_attention(
     policy: Policy, row: Layout, prompt: int, group_size: int
 ) -> tuple[dict[str, torch.Tensor] | None, AttentionFunction | None]:
     """The masks of rows, None if none are needed, and the attention function, None for the default.

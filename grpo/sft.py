@@ -49,7 +49,7 @@ class SupervisedTrainer(Learner[Batch]):
         return supervised_loss(logprobs, micro.weights)
 
     def longest_batch(self, prompts: tuple[Prompt, ...]) -> Batch:
-        longest = max(self.data.examples, key=lambda example: len(self.target(example)))
+        longest = max(self.data.examples, key=lambda example: len(self.policy.completion_ids(self.target(example))))
         return self._batch([longest] * len(prompts), prompts)[0]
 
     def _batch(self, examples: Sequence[Any], prompts: tuple[Prompt, ...]) -> tuple[Batch, float]:

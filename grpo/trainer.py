@@ -69,33 +69,20 @@ class Trainer(Learner[PolicyBatch]):
         advantages = group_advantages(rewards, group_size=self.group_size, scale=self.config.loss.advantage)
         self.clock.lap("reward")
 
-        batch = PolicyBatch(
-            prompts=rollout.prompts,
-            group_size=self.group_size,
-            tokens=rollout.tokens,
-            mask=rollout.mask,
-            weights=self.weights(rollout.mask, tokens),
-            old_logprobs=rollout.logprobs,
-            ref_logprobs=ref_logprobs,
-            advantages=advantages,
-        )
+        batch = self.batch(rollout, ref_logprobs, advantages, tokens)
         updates = [self.update(batch, step, examples) for _ in range(self.config.loss.inner_epochs)]
         # The gap is from the first update. In later ones the weights differ from those that sampled.
         sums = updates[-1] | {"sampler_gap": updates[0]["sampler_gap"]}
         return self.report(sums, columns, rewards, rollout, batch) | {"tokens": tokens}
 
-    def draw(self, prompts: tuple[Prompt, ...], keys: Sequence[Key], **changed: Any) -> Rollout:
-        """Sample completions of prompts with the settings of the configuration, except those in `changed`."""
+    def draw(self, prompts: tuple[Prompt, ...], keys: Sequence[Key], *, stop: bool = True) -> Rollout:
+        """Sample completions of prompts with the settings of the configuration; without `stop`, to the token limit."""
         rollout = self.config.rollout
-        settings: dict[str, Any] = {
-            "group_size": rollout.group_size,
-            "max_new_tokens": rollout.max_new_tokens,
-            "temperature": rollout.temperature,
-            "batch": rollout.batch,
-            "graphs": rollout.cuda_graphs,
-        }
         with gathered(self.policy):
-            return sample(self.policy, prompts, keys=keys, **(settings | changed))
+            return sample(
+                self.policy, prompts, keys=keys, group_size=rollout.group_size, max_new_tokens=rollout.max_new_tokens,
+                temperature=rollout.temperature, batch=rollout.batch, graphs=rollout.cuda_graphs, stop=stop,
+            )  # fmt: skip
 
     @torch.no_grad()
     def reference_logprobs(self, rollout: Rollout) -> torch.Tensor | None:
@@ -113,6 +100,21 @@ class Trainer(Learner[PolicyBatch]):
         if isinstance(self.reference, Policy):
             release(self.reference)
         return logprobs
+
+    def batch(
+        self, rollout: Rollout, ref_logprobs: torch.Tensor | None, advantages: torch.Tensor, tokens: float
+    ) -> PolicyBatch:
+        """The inputs of the loss; `tokens` is the number of completion tokens over all ranks."""
+        return PolicyBatch(
+            prompts=rollout.prompts,
+            group_size=rollout.group_size,
+            tokens=rollout.tokens,
+            mask=rollout.mask,
+            weights=self.weights(rollout.mask, tokens),
+            old_logprobs=rollout.logprobs,
+            ref_logprobs=ref_logprobs,
+            advantages=advantages,
+        )
 
     def loss(self, micro: PolicyBatch, logprobs: torch.Tensor) -> tuple[torch.Tensor, MetricSums]:
         loss, sums = policy_loss(
@@ -153,13 +155,6 @@ class Trainer(Learner[PolicyBatch]):
 
     def longest_batch(self, prompts: tuple[Prompt, ...]) -> PolicyBatch:
         rollout = self.draw(prompts, [(n,) for n in range(len(prompts))], stop=False)
-        return PolicyBatch(
-            prompts=prompts,
-            group_size=self.group_size,
-            tokens=rollout.tokens,
-            mask=rollout.mask,
-            weights=self.weights(rollout.mask, rollout.mask.numel() * self.world.size),
-            old_logprobs=rollout.logprobs,
-            ref_logprobs=self.reference_logprobs(rollout),
-            advantages=torch.ones(len(rollout.tokens), device=self.world.device),  # 0 would give no gradient
-        )
+        advantages = torch.ones(len(rollout.tokens), device=self.world.device)  # 0 would give no gradient
+        tokens = rollout.mask.numel() * self.world.size
+        return self.batch(rollout, self.reference_logprobs(rollout), advantages, tokens)

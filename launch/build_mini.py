@@ -8,12 +8,12 @@ random weights.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from hark.data.examples import load_examples
 from hark.data.mini.build import build
 from hark.data.prompts import render, target
+from hark.launch.common.entry import run
 from hark.models.mini import build_mini
 
 TEMPLATE = "answer"
@@ -35,4 +35,4 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(main)

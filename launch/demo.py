@@ -17,6 +17,7 @@ from pathlib import Path
 
 from hark.grpo.config import Config
 from hark.launch.common.config_file import load_config
+from hark.launch.common.entry import run
 
 ROOT = Path("runs/mini")
 LAUNCH = Path(__file__).parent
@@ -115,4 +116,4 @@ def table(summary: dict) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(main)

@@ -161,7 +161,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "grpo/types.py": (
         ("cut to the shortest completion", "[rows].sum(dim=1).max()", "[rows].sum(dim=1).min()", "test_types"),
         ("shortest rows first", "-lengths[group]", "lengths[group]", "test_types"),
-        ("one completion fed", "self.group_size * (longest - 1)", "(longest - 1)", "test_types"),
+        ("one completion fed", "self.group_size * (steps - 1)", "(steps - 1)", "test_types"),
         ("only praise has a gradient", "advantages.ne(0)", "advantages.gt(0)", "test_skipping test_types"),
     ),
     "grpo/evaluate.py": (
@@ -302,7 +302,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("draws in four bytes", "20 * n * work", "12 * n * work", "test_memory"),
     ),
     "grpo/instruments/communication.py": (
-        ("gathered once", "updates * (2 if reshard else 1)", "updates", "test_communication"),
+        ("gathered once", "passes * (2 if reshard else 1)", "passes", "test_communication"),
     ),
     "models/attention.py": (
         ("scores unscaled", "alpha=scaling", "alpha=1.0", "test_parity"),

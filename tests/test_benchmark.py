@@ -107,7 +107,7 @@ def test_the_study_for_gpus_notices_completions_that_see_one_another(monkeypatch
         return scorer.tree_masks(policy.windows, row, row, prompt=prompt), None
 
     monkeypatch.setattr(scorer, "branches_layout", one_branch)
-    monkeypatch.setattr(scorer, "_row_attention", whole_rows)
+    monkeypatch.setattr(scorer, "row_attention", whole_rows)
     assert not any(result["equal"] for result in gpu_study(torch.bfloat16))
 
 

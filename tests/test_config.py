@@ -145,10 +145,10 @@ def test_a_tilde_is_the_home_directory(load, monkeypatch):
 
 
 def test_a_list_of_strings_is_checked_item_by_item():
-    assert config_module._convert(["a", "b"], list[str]) == ["a", "b"]
+    assert config_module.convert(["a", "b"], list[str]) == ["a", "b"]
     for wrong in ("a", ["a", 1], None):
         with pytest.raises(ConfigError):
-            config_module._convert(wrong, list[str])
+            config_module.convert(wrong, list[str])
 
 
 @pytest.mark.parametrize(

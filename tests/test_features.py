@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hark.data.features import _mel_filters, log_mel
+from hark.data.features import log_mel, mel_filters
 from hark.data.torchaudio_compat import torchaudio
 
 # Lengths around every edge: shorter than a window, around a hop, and where the 30 s padding begins to run out.
@@ -50,7 +50,7 @@ def test_the_filterbank_is_torchaudios_slaney_bank(whisper):
         201, 0.0, 8000.0, n_mels, 16_000, norm="slaney", mel_scale="slaney"
     ).T
     # Weights are up to 0.03; theirs is computed in float32.
-    torch.testing.assert_close(_mel_filters(n_mels, 400, 16_000), theirs, atol=3e-7, rtol=0)
+    torch.testing.assert_close(mel_filters(n_mels, 400, 16_000), theirs, atol=3e-7, rtol=0)
 
 
 def test_a_longer_padding_means_zeros_and_not_reflection_after_30_seconds(whisper):

@@ -40,9 +40,9 @@ def without_extras(monkeypatch):
     """None in sys.modules makes an import fail as if the package were not installed."""
     for package in ("tinysoundfont", "espeakng_loader"):
         monkeypatch.setitem(sys.modules, package, None)
-    soundfont._synth.cache_clear()
+    soundfont.player.cache_clear()
     yield
-    soundfont._synth.cache_clear()
+    soundfont.player.cache_clear()
 
 
 def assert_complete(directory: Path, sizes: dict[str, int]) -> None:
@@ -140,9 +140,9 @@ def test_without_the_extras_all_tasks_remain_and_the_missing_are_named(tmp_path,
 def test_a_missing_soundfont_is_named_after_the_package_that_carries_it(monkeypatch):
     pytest.importorskip("tinysoundfont")
     monkeypatch.setattr(soundfont, "FONT", "absent.sf2")
-    soundfont._synth.cache_clear()
+    soundfont.player.cache_clear()
     assert mini.available_skills()[1][:1] == ["pretty_midi"]
-    soundfont._synth.cache_clear()
+    soundfont.player.cache_clear()
 
 
 def test_the_summary_counts_what_was_written(tmp_path):
@@ -157,9 +157,9 @@ def test_a_size_that_is_no_multiple_of_four_is_refused(tmp_path):
 
 
 def test_shares_keep_the_total_and_the_proportions():
-    assert mini._shares(10, [1, 1, 1]) == [4, 3, 3]
-    assert mini._shares(9, [2, 1]) == [6, 3]
-    assert sum(mini._shares(200, [2, 2, 2, 3])) == 200
+    assert mini.shares(10, [1, 1, 1]) == [4, 3, 3]
+    assert mini.shares(9, [2, 1]) == [6, 3]
+    assert sum(mini.shares(200, [2, 2, 2, 3])) == 200
 
 
 def test_onsets_keep_their_distance_and_do_not_tell_the_count():

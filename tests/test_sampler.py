@@ -15,7 +15,7 @@ from hark.grpo.distribution import draw_tokens
 from hark.grpo.runtime.collectives import World
 from hark.grpo.runtime.cuda import CudaGraphs, DelayedFlags, round_up
 from hark.grpo.runtime.sharding import device_mesh, gathered, shard
-from hark.grpo.sampler import _uniforms, sample
+from hark.grpo.sampler import sample, uniform_numbers
 from hark.models.attention import DecodeAttention
 from hark.models.cache import GroupCache
 from hark.models.loading import load_policy
@@ -91,7 +91,7 @@ def test_what_is_decoded_is_what_is_kept_and_what_is_attended_to_is_a_prompt_and
 def test_a_step_waits_for_nothing_that_the_device_computes(case, monkeypatch):
     """On fake tensors any number that a step wanted to know would be an error; so a GPU could run it by itself."""
     inside = []
-    step = Branches._step
+    step = Branches.feed
 
     def fake(self, plan, sizes):
         step(self, plan, sizes)
@@ -99,15 +99,15 @@ def test_a_step_waits_for_nothing_that_the_device_computes(case, monkeypatch):
             step(self, DecodePlan(*(torch.empty(field.shape, dtype=field.dtype) for field in plan)), sizes)
         inside.append(sizes)
 
-    monkeypatch.setattr(Branches, "_step", fake)
+    monkeypatch.setattr(Branches, "feed", fake)
     draw(case)
     assert inside
 
 
 def test_a_step_done_twice_is_done_once(case, monkeypatch):
     """So the run that makes libraries ready for recording it on a GPU may be a step of the rollout."""
-    expected, step = draw(case, group_size=8), Branches._step
-    monkeypatch.setattr(Branches, "_step", lambda self, *args: [step(self, *args), step(self, *args)])
+    expected, step = draw(case, group_size=8), Branches.feed
+    monkeypatch.setattr(Branches, "feed", lambda self, *args: [step(self, *args), step(self, *args)])
     rollout = draw(case, group_size=8)
     assert groups(rollout) == groups(expected) and torch.equal(rollout.stopped, expected.stopped)
 
@@ -201,13 +201,8 @@ def test_a_step_recorded_once_and_repeated_draws_the_same(case, monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr("hark.grpo.runtime.cuda.WARM_UP_CALLS", 1)
     expected = draw(case, max_new_tokens=24, batch=2)
-    cuda, begin = torch.device("cuda"), Branches.prefill
-
-    def recorded(self, chosen):
-        self._graphs = self._graphs or CudaGraphs()
-        begin(self, chosen)
-
-    monkeypatch.setattr(Branches, "prefill", recorded)
+    cuda = torch.device("cuda")
+    monkeypatch.setattr("hark.grpo.branches.recorder", lambda device: CudaGraphs())
     monkeypatch.setattr(
         "hark.grpo.branches.round_up", lambda count, most, _, **least: round_up(count, most, cuda, **least)
     )
@@ -217,7 +212,7 @@ def test_a_step_recorded_once_and_repeated_draws_the_same(case, monkeypatch):
         for policy in (case.policy, sharded):
             tapes.clear()
             with gathered(policy):
-                rollout = draw(replace(case, policy=policy), max_new_tokens=24, batch=2)
+                rollout = draw(replace(case, policy=policy), max_new_tokens=24, batch=2, graphs=True)
             assert sum(tape.replays for tape in tapes) > 2 * len(tapes) > 2, "some are repeated"
             assert groups(rollout) == groups(expected)
             torch.testing.assert_close(rollout.logprobs, expected.logprobs, atol=1e-5, rtol=1e-5)  # as in parity
@@ -288,7 +283,7 @@ def test_a_token_without_probability_is_never_drawn_and_a_rare_one_is():
 
 def test_uniforms_are_the_same_on_every_machine():
     # Philox is a published algorithm: these digits are its, not this computer's.
-    assert _uniforms((1, 2, 3), 1, 2).tolist() == [[0.7198955456932165, 0.012702050455707714]]
+    assert uniform_numbers((1, 2, 3), 1, 2).tolist() == [[0.7198955456932165, 0.012702050455707714]]
 
 
 def test_sampling_without_keys_is_refused(case):

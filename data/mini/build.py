@@ -73,14 +73,14 @@ def _set_order(skills: list[Skill], sets: int, seed: list[int]) -> list[Skill]:
     """The skill of each set, in random order: each task equally often, within a task in proportion to the weights."""
     tasks = list(dict.fromkeys(skill.task for skill in skills))
     order: list[Skill] = []
-    for task, share in zip(tasks, _shares(sets, [1.0] * len(tasks)), strict=True):
+    for task, share in zip(tasks, shares(sets, [1.0] * len(tasks)), strict=True):
         group = [skill for skill in skills if skill.task == task]
-        for skill, times in zip(group, _shares(share, [skill.weight for skill in group]), strict=True):
+        for skill, times in zip(group, shares(share, [skill.weight for skill in group]), strict=True):
             order += [skill] * times
     return [order[index] for index in default_rng(seed).permutation(len(order))]
 
 
-def _shares(total: int, weights: list[float]) -> list[int]:
+def shares(total: int, weights: list[float]) -> list[int]:
     """`total` split in proportion to the weights, by the largest-remainder method."""
     exact = [total * weight / sum(weights) for weight in weights]
     shares = [int(share) for share in exact]

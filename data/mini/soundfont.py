@@ -24,7 +24,7 @@ FAMILIES = {
 
 
 @lru_cache(maxsize=1)
-def _synth() -> tuple[Any, int]:
+def player() -> tuple[Any, int]:
     """The synthesizer and the id of the loaded font; ImportError if either package is missing."""
     import tinysoundfont
 
@@ -38,12 +38,12 @@ def _synth() -> tuple[Any, int]:
 
 def check() -> None:
     """Raise ImportError, with the package as its `name`, if a package is missing."""
-    _synth()
+    player()
 
 
 def play(program: int, notes: list[tuple[float, float, int]], seconds: float) -> np.ndarray:
     """A clip of `seconds` with the notes (start and duration in seconds, MIDI pitch) played by one program."""
-    synth, font = _synth()
+    synth, font = player()
     synth.program_select(0, font, 0, program)
     events = [(samples(start), 1, pitch) for start, _, pitch in notes]
     events += [(samples(start + duration), 0, pitch) for start, duration, pitch in notes]

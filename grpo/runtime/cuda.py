@@ -31,6 +31,11 @@ def round_up(count: int, most: int, device: torch.device, least: int = 1) -> int
     return count if device.type != "cuda" else min(most, max(least, 1 << (count - 1).bit_length()))
 
 
+def recorder(device: torch.device) -> CudaGraphs | None:
+    """Records a function as CUDA graphs on a GPU; None on the CPU, which has none."""
+    return CudaGraphs() if device.type == "cuda" else None
+
+
 class DelayedFlags:
     """Reads a tensor of booleans to the host; on a GPU each call returns the values at the previous call.
 

@@ -105,7 +105,7 @@ def _build(entries: dict[str, Entry], *, source: str) -> Config:
     for name, entry in entries.items():
         section, key = name.split(".")
         try:
-            values[section][key] = _convert(entry.value, HINTS[name])
+            values[section][key] = convert(entry.value, HINTS[name])
         except ConfigError as error:
             raise ConfigError(f"{entry.where}: {name} must be {error}, not {entry.value!r}") from None
     for section, kind in SECTIONS.items():
@@ -233,13 +233,13 @@ def _nearest(name: str, candidates: list[str]) -> str:
 # Each raises ConfigError with only what was expected; _build adds the place, the key and the value that was found.
 
 
-def _convert(value: Any, hint: Any) -> Any:
+def convert(value: Any, hint: Any) -> Any:
     """`value` as YAML gave it, checked and converted to the type `hint`."""
     if _is_optional(hint):
-        return None if value is None else _convert(value, _inner(hint))
+        return None if value is None else convert(value, _inner(hint))
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return _within(_convert(value, args[0]), args[1])
+        return _within(convert(value, args[0]), args[1])
     if origin is Literal:
         if value not in args:
             raise ConfigError(f"one of {', '.join(args)}")
@@ -303,10 +303,10 @@ def _str(value: Any) -> str:
 def _list(value: Any, item: Any) -> list:
     if not isinstance(value, list):
         raise ConfigError("a list")
-    return [_convert(element, item) for element in value]
+    return [convert(element, item) for element in value]
 
 
 def _mapping(value: Any, item: Any) -> dict:
     if not isinstance(value, dict) or not value or not all(isinstance(key, str) for key in value):
         raise ConfigError("a mapping of at least one name to a number")
-    return {key: _convert(element, item) for key, element in value.items()}
+    return {key: convert(element, item) for key, element in value.items()}
