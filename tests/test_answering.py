@@ -71,6 +71,13 @@ def test_a_question_that_cannot_be_asked_is_wrong_and_stays_in_its_place(config,
     assert "3 could not be asked" in said and "by the rule of mmau" in said and "by the strict rule" in said
 
 
+def test_a_test_in_one_json_array_is_answered_in_its_order(config, tmp_path):
+    lines = (tmp_path / "test.jsonl").read_text().splitlines()
+    (tmp_path / "test.json").write_text(f"[{', '.join(lines)}]")
+    ask([str(config), f"data.test={tmp_path}/test.json"])
+    assert [row["id"] for row in result(tmp_path)["rows"]] == IDS
+
+
 def test_a_limit_counts_questions_of_the_file_and_not_those_that_can_be_asked(config, tmp_path):
     ask([str(config), "evaluation.limit=3"])
     assert [row["id"] for row in result(tmp_path)["rows"]] == IDS[:3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -116,7 +117,7 @@ def checked_questions(config: Config, world: World, policy: Policy) -> tuple[lis
     assert config.data.test is not None
     examples, bad = read_examples(config, policy, config.data.test, benchmark=True)
     questions: list[Example | BadExample] = [*examples, *bad]
-    questions.sort(key=lambda question: int(question.line.rpartition(":")[2]))
+    questions.sort(key=lambda question: int(re.findall(r"\d+", question.line)[-1]))  # test.jsonl:17 or test.json[17]
     questions = questions[: config.evaluation.limit]
     usable, unusable = check_clips(config, [question for question in questions if isinstance(question, Example)])
     bad = [question for question in questions if isinstance(question, BadExample)]
