@@ -417,9 +417,7 @@ def test_a_checkpoint_of_other_shapes_under_the_same_names_is_refused(settings, 
         policy = make_policy(load_config([*words, f"model.path={tmp_path}/wider"]), world)
         load_checkpoint(tmp_path / "run" / "checkpoints", policy, torch.optim.AdamW(policy.parameters()))
 
-    with pytest.raises(
-        CheckpointError, match=r"tensors differ, the first is .*\[.*\] in the checkpoint"
-    ):
+    with pytest.raises(CheckpointError, match=r"tensors differ, the first is .*\[.*\] in the checkpoint"):
         on_ranks(1, resume)
 
 
