@@ -12,7 +12,7 @@ demo: .venv/sounds
 test: .venv/sounds .venv/test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-# Do the tests notice faults? About ten minutes; prints which test noticed each, and fails if none did.
+# Do the tests notice faults? About ten minutes; prints which test notices each, and fails if one is not noticed.
 mutants: .venv/test
 	$(BIN)/python -m tests.mutants
 

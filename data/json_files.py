@@ -9,10 +9,10 @@ from hark.data.errors import DataError
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict | DataError]]:
-    """(place, row) for each row of a JSON array ("file.json[17]", from 0) or of JSON lines ("file.jsonl:17", from 1).
+    """(where, row) for each row of a JSON array ("file.json[17]", from 0) or of JSON lines ("file.jsonl:17", from 1).
 
     A file whose first character is [ is an array. Blank lines are skipped but counted. For a row that is not a JSON
-    object, `row` is a DataError whose message does not name the place. Raises DataError if the file cannot be read, or
+    object, `row` is a DataError whose message does not say where. Raises DataError if the file cannot be read, or
     if an array is not valid JSON.
     """
     path = Path(path)

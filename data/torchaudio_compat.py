@@ -2,8 +2,8 @@
 
 torchaudio 2.11 has one compiled extension, built for one CUDA version. With a CPU build of torch, or with another CUDA
 build, the extension does not load and `import torchaudio` raises. The processors of transformers break as well, because
-transformers imports torchaudio if it is installed. Hark uses torchaudio only for resampling, which
-does not need the extension: if it does not load, torchaudio is imported again with a stub for the module that loads it.
+transformers imports torchaudio if it is installed. Hark uses torchaudio only for resampling, which does not need the
+extension: if it does not load, torchaudio is imported again with a stub for the module that loads it.
 """
 
 import sys

@@ -1,4 +1,4 @@
 """The algorithm.
 
-Reading order: types, tree, distribution, sampler, branches, scorer, advantage, loss, learner, trainer.
+Reading order: types, tree, distribution, sampler, branches, scorer, advantage, loss, trainer, learner.
 """

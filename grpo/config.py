@@ -14,7 +14,7 @@ from hark import UserError
 
 
 class ConfigError(UserError, ValueError):
-    """A configuration that cannot be used; the message names the place, the `section.key` and what was expected."""
+    """A configuration that cannot be used; the message names file and line, the `section.key` and what was expected."""
 
 
 class Bound(NamedTuple):

@@ -81,7 +81,7 @@ class Learner(Generic[Kind]):
         raise NotImplementedError
 
     def update(self, batch: Kind, step: int, examples: Sequence[Any]) -> dict[str, float]:
-        """Do one optimizer step on a batch; returns this rank's term of each metric, a sum over ranks."""
+        """Do one optimizer step on a batch; returns this rank's term of each metric, which is their sum over ranks."""
         sums = self.accumulate(batch)
         self.clock.lap("forward_backward")
         norm = clip_gradients(self.policy, self.config.optim.clip_norm)

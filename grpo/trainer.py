@@ -71,7 +71,7 @@ class Trainer(Learner[PolicyBatch]):
 
         batch = self.batch(rollout, ref_logprobs, advantages, tokens)
         updates = [self.update(batch, step, examples) for _ in range(self.config.loss.inner_epochs)]
-        # The gap is from the first update. In later ones the weights differ from those that sampled.
+        # The gap is that of the first update, which scores with the weights that sampled; later ones do not.
         sums = updates[-1] | {"sampler_gap": updates[0]["sampler_gap"]}
         return self.report(sums, columns, rewards, rollout, batch) | {"tokens": tokens}
 

@@ -1,1 +1,1 @@
-"""The programs of Hark, one file each; `hark VERB` runs them."""
+"""The programs of Hark, one file each; `hark COMMAND` runs them."""

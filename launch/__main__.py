@@ -1,7 +1,7 @@
-"""The command `hark`: each verb runs one program of launch/.
+"""The program `hark`: each of its commands runs one program of launch/.
 
-hark VERB ...                   runs `python -m hark.launch.VERB ...`
-hark VERB --processes N ...     runs it on N processes of this machine, as torchrun would
+hark COMMAND ...                  runs `python -m hark.launch.COMMAND ...`
+hark COMMAND --processes N ...    runs it on N processes of this machine, as torchrun would
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 
-class Verb(NamedTuple):
+class Command(NamedTuple):
     """A program: its module in hark.launch, what it does in one line, and whether it can run on several processes."""
 
     module: str
@@ -25,28 +25,28 @@ class Verb(NamedTuple):
     on_ranks: bool = False
 
 
-VERBS = {
-    "train": Verb("train", "train a policy by GRPO", on_ranks=True),
-    "sft": Verb("sft", "fine-tune a policy on the right answers", on_ranks=True),
-    "evaluate": Verb("evaluate", "answer a benchmark's questions greedily, and report the accuracy", on_ranks=True),
-    "grade": Verb("grade", "grade a file of answers by a benchmark's rule, without a model"),
-    "choose": Verb("choose", "select a run's checkpoint on its validation questions", on_ranks=True),
-    "export": Verb("export", "write a checkpoint as a Hugging Face directory, or its adapters", on_ranks=True),
-    "plan": Verb("plan", "predict the peak memory of a training run"),
-    "convert": Verb("convert", "convert a published data set to JSON lines"),
-    "check-data": Verb("check_data", "check a file of questions and its clips, and report their figures"),
-    "build-mini": Verb("build_mini", "write the demo's data set and its small model"),
-    "demo": Verb("demo", "run the whole demo: data, warm start, GRPO, evaluation"),
-    "benchmark": Verb("studies.benchmark", "compare a step with the R1-AQA procedure, on the CPU"),
-    "benchmark-gpu": Verb("studies.benchmark_gpu", "the same on a GPU, and compare with the GPU's limits"),
-    "scaling": Verb("studies.scaling", "measure the cost of a step for different sizes and numbers of ranks"),
+COMMANDS = {
+    "train": Command("train", "train a policy by GRPO", on_ranks=True),
+    "sft": Command("sft", "fine-tune a policy on the right answers", on_ranks=True),
+    "evaluate": Command("evaluate", "answer a benchmark's questions greedily, and report the accuracy", on_ranks=True),
+    "grade": Command("grade", "grade a file of answers by a benchmark's rule, without a model"),
+    "choose": Command("choose", "select a run's checkpoint on its validation questions", on_ranks=True),
+    "export": Command("export", "write a checkpoint as a Hugging Face directory, or its adapters", on_ranks=True),
+    "plan": Command("plan", "predict the peak memory of a training run"),
+    "convert": Command("convert", "convert a published data set to JSON lines"),
+    "check-data": Command("check_data", "check a file of questions and its clips, and report their figures"),
+    "build-mini": Command("build_mini", "write the demo's data set and its small model"),
+    "demo": Command("demo", "run the whole demo: data, warm start, GRPO, evaluation"),
+    "benchmark": Command("studies.benchmark", "compare a step with the R1-AQA procedure, on the CPU"),
+    "benchmark-gpu": Command("studies.benchmark_gpu", "the same on a GPU, and compare with the GPU's limits"),
+    "scaling": Command("studies.scaling", "measure the cost of a step for different sizes and numbers of ranks"),
 }
-# Verbs whose arguments are read by load_config and not by argparse, so that their help is printed here.
+# Commands whose arguments are read by load_config and not by argparse, so that their help is printed here.
 WITHOUT_PARSER = ("train", "sft", "choose")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the verb that the command line names."""
+    """Run the command that the arguments name."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(overview())
@@ -65,17 +65,17 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str]) -> tuple[str, int | None, list[str]]:
-    """The verb, the number of processes if one is given, and the arguments of the verb. A mistake ends the program."""
+    """The command, the number of processes if one is given, and the command's arguments. A mistake ends the program."""
     name, *rest = argv
-    if name not in VERBS:
-        nearest = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.0)[0]
-        sys.exit(f"error: unknown verb {name}; the nearest is {nearest}; `hark --help` lists all of them")
+    if name not in COMMANDS:
+        nearest = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
+        sys.exit(f"error: unknown command {name}; the nearest is {nearest}; `hark --help` lists all of them")
     parser = argparse.ArgumentParser(prog=f"hark {name}", add_help=False, allow_abbrev=False)
     parser.add_argument("--processes", type=int, metavar="N")
     options, rest = parser.parse_known_args(rest)
     if options.processes is not None:
-        if not VERBS[name].on_ranks:
-            parallel = ", ".join(name for name, verb in VERBS.items() if verb.on_ranks)
+        if not COMMANDS[name].on_ranks:
+            parallel = ", ".join(name for name, command in COMMANDS.items() if command.on_ranks)
             sys.exit(f"error: --processes: {name} runs in one process; only these run on several: {parallel}")
         if options.processes < 1:
             sys.exit(f"error: --processes must be at least 1, not {options.processes}")
@@ -83,33 +83,33 @@ def parse(argv: list[str]) -> tuple[str, int | None, list[str]]:
 
 
 def module_of(name: str) -> str:
-    return f"hark.launch.{VERBS[name].module}"
+    return f"hark.launch.{COMMANDS[name].module}"
 
 
 def launcher(name: str, processes: int, rest: list[str]) -> list[str]:
-    """The command that runs a verb on several processes of this machine."""
+    """The command line that runs a command on several processes of this machine."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return [sys.executable, *torchrun, "-m", module_of(name), *rest]
 
 
 def overview() -> str:
-    """The verbs with one line each."""
-    width = max(map(len, VERBS))
-    parallel = ", ".join(name for name, verb in VERBS.items() if verb.on_ranks)
+    """The commands with one line each."""
+    width = max(map(len, COMMANDS))
+    parallel = ", ".join(name for name, command in COMMANDS.items() if command.on_ranks)
     return "\n".join(
         [
-            "usage: hark VERB ...",
+            "usage: hark COMMAND ...",
             "",
-            *(f"  {name:{width}}  {verb.does}" for name, verb in VERBS.items()),
+            *(f"  {name:{width}}  {command.does}" for name, command in COMMANDS.items()),
             "",
-            "`hark VERB --help` describes the arguments of a verb.",
-            f"`hark VERB --processes N ...` starts N processes on this machine, one per GPU ({parallel}).",
+            "`hark COMMAND --help` describes the arguments of a command.",
+            f"`hark COMMAND --processes N ...` starts N processes on this machine, one per GPU ({parallel}).",
         ]
     )
 
 
 def help_of(name: str) -> str:
-    """The help of a verb whose arguments are a configuration: its module's docstring, and all options."""
+    """The help of a command whose arguments are a configuration: its module's docstring, and all options."""
     from hark.launch.common.config_file import usage
 
     # Read from the source, because importing the module also imports torch, which takes seconds.

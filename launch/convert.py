@@ -3,7 +3,7 @@
     python launch/convert.py SOURCE INPUT OUTPUT.jsonl [--audio DIRECTORY] [--drop-view] [--strict] [--force]
 
 SOURCE is avqa, avqa_processed, audiomcq, audio_flamingo, mmau, mmar or mmsu; data/sources/SOURCE.py describes INPUT.
-Rows that cannot be converted are counted, and listed in OUTPUT.bad.jsonl with their place and reason.
+Rows that cannot be converted are counted, and listed in OUTPUT.bad.jsonl with row and reason.
 """
 
 import argparse

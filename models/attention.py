@@ -177,15 +177,15 @@ class DecodeAttention:
     a step depends only on the branches in it.
 
     step: (B,) index of each new token in its branch.
-    cell: (B,) position of each branch in a grid of R rows (prompts) by G branches, row * G + branch of the group.
-    grid: (R * G,) the inverse: which of the B branches is in each cell; any valid index in an empty cell.
+    cell: (B,) index of each branch in a grid of R rows (prompts) by G branches, row * G + branch of the group.
+    branch_of_cell: (R * G,) the inverse: which of the B branches is in each cell; any valid index in an empty cell.
     rows, prompt, steps: how many rows, prompt tokens and branch tokens of the cache are read.
     """
 
     cache: GroupCache
     step: Tensor
     cell: Tensor
-    grid: Tensor
+    branch_of_cell: Tensor
     rows: int
     prompt: int
     steps: int
@@ -201,7 +201,7 @@ class DecodeAttention:
             cached[branches, :, self.step] = new[:, :, 0]
             own.append(cached[:count, :, : self.steps])
         prompt_keys, prompt_values = (t[: self.rows, :, : self.prompt] for t in self.cache.prompts(module.layer_idx))
-        query = query.reshape(count, heads, -1, query.shape[-1])  # query heads of one key head are adjacent
+        query = query.reshape(count, heads, -1, query.shape[-1])  # `shared` adjacent query heads per key head
         prompt_scores = self._from_rows(_scores(self._to_rows(query), prompt_keys))
         scores = torch.cat([prompt_scores, _scores(query, own[0])], dim=-1)  # (B, key heads, shared, P + T)
         weights = torch.add(mask, scores, alpha=scaling).softmax(dim=-1).to(query.dtype)
@@ -210,12 +210,12 @@ class DecodeAttention:
 
     def _to_rows(self, tensor: Tensor) -> Tensor:
         """Regroup (B, key heads, shared, X), one per branch, as (R, key heads, G * shared, X), one per prompt."""
-        cells = tensor[self.grid].unflatten(0, (self.rows, -1))
+        cells = tensor[self.branch_of_cell].unflatten(0, (self.rows, -1))
         return cells.transpose(1, 2).flatten(2, 3)
 
     def _from_rows(self, tensor: Tensor) -> Tensor:
         """The inverse of `_to_rows`: (R, key heads, G * shared, X) to (B, key heads, shared, X)."""
-        cells = tensor.unflatten(2, (len(self.grid) // self.rows, -1))
+        cells = tensor.unflatten(2, (len(self.branch_of_cell) // self.rows, -1))
         return cells.transpose(1, 2).flatten(0, 1)[self.cell]
 
 

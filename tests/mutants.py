@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("data", "grpo", "launch", "models")
 JOBS = 2  # copies in which tests run at the same time
 LIMIT = 180  # seconds for the tests of a mutant: a fault may make a loop endless
-# Imported once; each run of tests is a fork. Of the tree only the first, by which torchaudio can be imported: forks
-# import it all anew, from their copies.
+# Imported once, before the processes that run tests are forked. Of Hark only the first, which makes torchaudio
+# importable: each fork imports Hark anew, from its copy.
 PRELOAD = (
     "hark.data.torchaudio_compat",
     "torch.distributed.fsdp",
@@ -36,7 +36,7 @@ PRELOAD = (
 
 @dataclass(frozen=True)
 class Mutant:
-    """A fault: `old`, which stands exactly once in `file`, becomes `new`. tests: those that should notice."""
+    """A fault: `old`, which occurs exactly once in `file`, becomes `new`. tests: those that should notice."""
 
     file: str
     name: str
@@ -450,7 +450,7 @@ def _run_all(mutants: Sequence[Mutant], copies: Sequence[Path]) -> list[Result]:
 
 
 def mutated(mutant: Mutant) -> str:
-    """The text of the file with the fault. Raises ValueError where the old text does not stand in it exactly once."""
+    """The text of the file with the fault. Raises ValueError where the old text does not occur in it exactly once."""
     text = (ROOT / mutant.file).read_text()
     if mutant.old and text.count(mutant.old) != 1:
         raise ValueError(

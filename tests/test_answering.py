@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from hark.data.benchmarks.answer_files import BENCHMARKS, judged
+from hark.data.benchmarks.answer_files import BENCHMARKS, graded
 from hark.data.benchmarks.rules import mmau
 from hark.data.examples import Example, load_examples
 from hark.grpo.config import ConfigError
@@ -21,7 +21,7 @@ from hark.launch import grade
 from hark.launch.common.answering import answer_benchmark, answers, with_shuffled_audio
 from hark.launch.common.config_file import load_config
 from hark.launch.common.policies import make_policy
-from hark.launch.common.questions import checked_questions, evaluation_share, waveform_of
+from hark.launch.common.questions import checked_questions, rank_batches, waveform_of
 from tests.clips import write_questions
 from tests.ranks import on_ranks
 
@@ -101,7 +101,7 @@ def everyone(world: World, config_path: str, out: str) -> None:
     policy = make_policy(config, world)
     questions, usable = checked_questions(config, world, policy)
     load = waveform_of(config, policy)
-    batches = evaluation_share(config, world, policy, usable, waveform=load, on_bad=lambda bad: None)
+    batches = rank_batches(config, world, policy, usable, waveform=load, on_bad=lambda bad: None)
     asked = exchange_rows([example.id for batch in batches for example, _ in batch], world)
     assert len(asked) == len(set(asked)) == 5, "no question is asked twice"
     rows = answers(config, world, policy, questions, usable, load)
@@ -129,9 +129,9 @@ def test_controls_change_what_they_say_and_ask_only_what_could_be_asked(config, 
             asked[-1].append((example, sound))
             return sound
 
-        return evaluation_share(config, world, policy, examples, waveform=heard, on_bad=on_bad)
+        return rank_batches(config, world, policy, examples, waveform=heard, on_bad=on_bad)
 
-    monkeypatch.setattr("hark.launch.common.answering.evaluation_share", remember)
+    monkeypatch.setattr("hark.launch.common.answering.rank_batches", remember)
     answer_benchmark([str(config)], silent=True, audio=True, choices=True)
     main, silent, audio, choices = asked
     ids = [identity for identity, could in zip(IDS, ASKED, strict=True) if could]
@@ -200,7 +200,7 @@ def test_an_answer_that_is_no_choice_is_judged_by_its_words_where_the_rule_does(
     example = load_examples(path, benchmark=True)[0][0]
     assert (example.answer, example.truth) == (None, "a bell ringing")
     completion = "<answer>Ringing: a bell</answer>"
-    right = {name: judged(example, completion, benchmark) for name, benchmark in BENCHMARKS.items()}
+    right = {name: graded(example, completion, benchmark) for name, benchmark in BENCHMARKS.items()}
     assert right == {"strict": False, "mmau": True, "mmar": True, "mmsu": False}
     ask([str(config), f"data.test={path}", "evaluation.benchmark=mmau"])
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())

@@ -14,7 +14,7 @@ import pytest
 from hark.data.benchmarks.answer_files import (
     BENCHMARKS,
     find_benchmark,
-    judged,
+    graded,
     official_share,
     prediction_of,
     write_answers,
@@ -157,16 +157,16 @@ QUESTION = Example("q", None, "What?", ("wind", "rain", "Dogs", "a bell"), 1, "s
 
 def test_what_is_judged_is_the_inside_of_the_only_answer_element():
     for name, benchmark in BENCHMARKS.items():
-        assert judged(QUESTION, "<think>wind?</think> <answer>rain</answer>", benchmark) is True, name
-        assert judged(QUESTION, "<answer>rain</answer><answer>rain</answer>", benchmark) is False, name
-        assert judged(QUESTION, "", benchmark) is False, name
-    assert judged(QUESTION, "It is rain", BENCHMARKS["mmau"]) is True
+        assert graded(QUESTION, "<think>wind?</think> <answer>rain</answer>", benchmark) is True, name
+        assert graded(QUESTION, "<answer>rain</answer><answer>rain</answer>", benchmark) is False, name
+        assert graded(QUESTION, "", benchmark) is False, name
+    assert graded(QUESTION, "It is rain", BENCHMARKS["mmau"]) is True
 
 
 def test_a_choice_is_handed_to_mmsu_with_its_letter_and_nothing_else_is():
     benchmark = BENCHMARKS["mmsu"]
     assert prediction_of("<answer>Rain.</answer>", QUESTION.choices, benchmark) == "B. rain"
-    assert judged(QUESTION, "dogs", benchmark) is False, "by its letter, C, though it begins with a D"
+    assert graded(QUESTION, "dogs", benchmark) is False, "by its letter, C, though it begins with a D"
     assert prediction_of("It is rain", QUESTION.choices, benchmark) == "It is rain"
     assert prediction_of("B", QUESTION.choices, benchmark) == "B"
     assert prediction_of("rain", ("wind", "rain", "rain"), benchmark) == "B. rain", "equal choices have equal answers"

@@ -33,7 +33,7 @@ def run(settings, tmp_path):
 def test_a_run_is_chosen_from_and_its_test_reported_once(run, tmp_path, capsys):
     sft.main(run)
     assert len(checkpoints(tmp_path / "run" / "checkpoints")) == 2
-    assert len(checkpoints(tmp_path / "run" / "checkpoints", whole=True)) == 1, "the optimizer of the newest alone"
+    assert len(checkpoints(tmp_path / "run" / "checkpoints", resumable=True)) == 1, "the optimizer of the newest alone"
     capsys.readouterr()
     test = write_questions(tmp_path / "test", 3, name="test")
     choose.main([str(tmp_path / "run"), f"data.test={test}", "evaluation.benchmark=mmau"])

@@ -1,4 +1,4 @@
-"""The command `hark`: every verb is there, mistakes are one line, and `--processes` starts torchrun's launcher."""
+"""The command `hark`: every command is there, mistakes are one line, and `--processes` starts torchrun's launcher."""
 
 import ast
 import os
@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 
 from hark.launch import __main__ as cli
-from hark.launch.__main__ import VERBS, main, module_of, parse
+from hark.launch.__main__ import COMMANDS, main, module_of, parse
 
-VERBS_ON_RANKS = ["train", "sft", "evaluate", "choose", "export"]
+COMMANDS_ON_RANKS = ["train", "sft", "evaluate", "choose", "export"]
 
 
 def hark(*words: str, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "hark.launch", *words], cwd=cwd, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("name", VERBS)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_verb_is_a_module_with_a_main_that_takes_the_command_line(name):
     tree = ast.parse(Path(find_spec(module_of(name)).origin).read_text())
     (function,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main"]
@@ -31,15 +31,15 @@ def test_every_verb_is_a_module_with_a_main_that_takes_the_command_line(name):
 def test_help_lists_every_verb_with_one_line(argv, capsys):
     main(argv)
     printed = capsys.readouterr().out
-    for name, verb in VERBS.items():
-        assert [line for line in printed.splitlines() if line.split() == [name, *verb.does.split()]]
+    for name, command in COMMANDS.items():
+        assert [line for line in printed.splitlines() if line.split() == [name, *command.does.split()]]
 
 
 @pytest.mark.parametrize(
     ("typed", "nearest"), [("trian", "train"), ("evalute", "evaluate"), ("check_data", "check-data")]
 )
 def test_an_unknown_verb_names_the_nearest(typed, nearest):
-    with pytest.raises(SystemExit, match=f"unknown verb {typed}; the nearest is {nearest};"):
+    with pytest.raises(SystemExit, match=f"unknown command {typed}; the nearest is {nearest};"):
         main([typed])
 
 
@@ -83,12 +83,12 @@ def test_processes_starts_the_launcher_with_the_other_arguments(words, monkeypat
     assert environment["OMP_NUM_THREADS"] == os.environ.get("OMP_NUM_THREADS", "1")
 
 
-@pytest.mark.parametrize("name", VERBS)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_processes_is_for_the_verbs_that_share_their_work(name):
-    if name in VERBS_ON_RANKS:
+    if name in COMMANDS_ON_RANKS:
         assert parse([name, "--processes", "2", "x"]) == (name, 2, ["x"])
     else:
-        with pytest.raises(SystemExit, match=f"{name} runs in one process; .*{', '.join(VERBS_ON_RANKS)}"):
+        with pytest.raises(SystemExit, match=f"{name} runs in one process; .*{', '.join(COMMANDS_ON_RANKS)}"):
             parse([name, "--processes", "2", "x"])
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-import hark.launch.common.config_file as config_module
 from hark.grpo.config import Config, ConfigError, to_yaml
+from hark.launch.common import config_file
 from hark.launch.common.config_file import load_config
 
 MINIMAL = "run: {directory: out}\nmodel: {path: mini}\n"
@@ -145,10 +145,10 @@ def test_a_tilde_is_the_home_directory(load, monkeypatch):
 
 
 def test_a_list_of_strings_is_checked_item_by_item():
-    assert config_module.convert(["a", "b"], list[str]) == ["a", "b"]
+    assert config_file.convert(["a", "b"], list[str]) == ["a", "b"]
     for wrong in ("a", ["a", 1], None):
         with pytest.raises(ConfigError):
-            config_module.convert(wrong, list[str])
+            config_file.convert(wrong, list[str])
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_a_missing_file_is_named_with_the_working_directory(tmp_path, monkeypatc
 def test_a_bare_name_is_a_configuration_of_the_package_from_any_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = load_config(["r1_aqa", "optim.steps=7"])
-    assert config == load_config([str(config_module.CONFIGS / "r1_aqa.yaml"), "optim.steps=7"])
+    assert config == load_config([str(config_file.CONFIGS / "r1_aqa.yaml"), "optim.steps=7"])
     assert config.run.directory == "runs/r1_aqa" and config.optim.steps == 7
 
 
@@ -237,7 +237,7 @@ def test_an_unknown_name_lists_those_there_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="no configuration of that name; the package has mini, .*r1_aqa") as error:
         load_config(["r1"])
-    assert all(path.stem in str(error.value) for path in config_module.CONFIGS.glob("*.yaml"))
+    assert all(path.stem in str(error.value) for path in config_file.CONFIGS.glob("*.yaml"))
 
 
 @pytest.mark.parametrize("word", ["./mini", "configs/mini", "mini.yaml", "mini.yml"])
@@ -252,7 +252,7 @@ def test_help_names_every_option_with_its_default_and_meaning(capsys):
         load_config(["mini", "--help"])
     assert end.value.code == 0
     lines = {line.split("=")[0].strip(): line for line in capsys.readouterr().out.splitlines() if "=" in line}
-    for name in config_module.HINTS:
+    for name in config_file.HINTS:
         assert re.search(r"=\S.*  \S", lines[name]), f"{name} has no default or no meaning"
     assert "rollout.group_size=8 " in lines["rollout.group_size"]
     assert "completions per prompt" in lines["rollout.group_size"]

@@ -19,7 +19,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from hark.grpo.config import ConfigError
-from hark.launch.__main__ import VERBS, launcher, module_of, parse
+from hark.launch.__main__ import COMMANDS, launcher, module_of, parse
 from hark.launch.common.config_file import CONFIGS, load_config
 from hark.launch.studies.scaling import BEGIN, END
 
@@ -89,7 +89,7 @@ def commands(text: str) -> Iterator[str]:
     lines += [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", without_blocks(plain))]
     for line in lines:
         first, _, rest = line.partition(" ")
-        if (first in PROGRAMS or re.fullmatch(r"launch/[\w/]+\.py", first)) and rest and "VERB" not in line:
+        if (first in PROGRAMS or re.fullmatch(r"launch/[\w/]+\.py", first)) and rest and "COMMAND" not in line:
             yield line
 
 
@@ -123,11 +123,11 @@ def without_brackets(command: str) -> str:
 def check(first: str, words: list[str], scratch: Path) -> None:
     """Raise what the program would raise at its arguments."""
     if first == "hark":
-        verb, processes, rest = parse(words)
+        command, processes, rest = parse(words)
         if processes is not None:
-            words = launcher(verb, processes, rest)[3:]
-            assert get_args_parser().parse_args(words).training_script == module_of(verb)
-        accept(verb, rest, scratch)
+            words = launcher(command, processes, rest)[3:]
+            assert get_args_parser().parse_args(words).training_script == module_of(command)
+        accept(command, rest, scratch)
         return
     if first == "torchrun":
         options = get_args_parser().parse_args(words)
@@ -138,33 +138,33 @@ def check(first: str, words: list[str], scratch: Path) -> None:
         if find_spec(words[1]) is None:
             raise LookupError(f"no module {words[1]}")
         return
-    accept(verb_of(words[0]), words[1:], scratch)
+    accept(command_of(words[0]), words[1:], scratch)
 
 
-def verb_of(script: str) -> str:
-    """The verb of a path such as launch/train.py."""
+def command_of(script: str) -> str:
+    """The command of a path such as launch/train.py."""
     if not (ROOT / script).exists():
         raise LookupError(f"no program {script}")
     module = script.removesuffix(".py").replace("/", ".")
-    verbs = [verb for verb in VERBS if module_of(verb) == f"hark.{module}"]
-    if not verbs:
-        raise LookupError(f"{script} is not a verb")
-    return verbs[0]
+    commands = [command for command in COMMANDS if module_of(command) == f"hark.{module}"]
+    if not commands:
+        raise LookupError(f"{script} is not a command")
+    return commands[0]
 
 
-def accept(verb: str, words: list[str], scratch: Path) -> None:
-    """Let the parser of a verb read its arguments."""
-    module = import_module(module_of(verb))
-    if verb in ("train", "sft"):
+def accept(command: str, words: list[str], scratch: Path) -> None:
+    """Let the parser of a command read its arguments."""
+    module = import_module(module_of(command))
+    if command in ("train", "sft"):
         load_config(words)
-    elif verb == "choose":
+    elif command == "choose":
         run, *overrides = words
         load_config(["r1_aqa", *overrides])
-    elif verb == "evaluate":
+    elif command == "evaluate":
         load_config(module.parse(words).words)
-    elif verb == "plan":
+    elif command == "plan":
         load_config(module.parse(words)[1])
-    elif verb == "scaling":
+    elif command == "scaling":
         (scratch / "FILE.md").write_text(f"{BEGIN}\n{END}\n")
         module.parse([str(scratch / word) if word == "FILE.md" else word for word in words])
     else:
@@ -188,7 +188,7 @@ def test_commands_are_found_in_blocks_comments_and_sentences():
     """Guards against a page that passes because nothing is found on it."""
     found = {page.name: list(commands(page.read_text())) for page in PAGES}
     assert len(found["README.md"]) >= 18 and len(found["r1-aqa.md"]) >= 10 and len(found["r1_aqa.yaml"]) == 4
-    assert {command.split()[1] for command in found["README.md"] if command.startswith("hark ")} == set(VERBS)
+    assert {command.split()[1] for command in found["README.md"] if command.startswith("hark ")} == set(COMMANDS)
     assert sum(len(links(page.read_text())) for page in PAGES) > 80
 
 
@@ -207,7 +207,7 @@ def test_every_page_is_linked_from_the_readme_which_stays_short():
         ("as grpo/sampling.py does", "grpo/sampling.py: no such file"),
         ("`make demos`", "`make demos`: no target demos"),
         ("```\nmake tset  # the tests\n```", "no target tset"),
-        ("`hark trian CONFIG`", "unknown verb trian; the nearest is train"),
+        ("`hark trian CONFIG`", "unknown command trian; the nearest is train"),
         ("`hark plan --processes 2 CONFIG`", "plan runs in one process"),
         ("`hark train r1_aqq`", "no configuration of that name"),
         ("`hark train CONFIG optim.lrr=1`", "the nearest key is optim.lr"),

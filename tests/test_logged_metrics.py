@@ -187,7 +187,7 @@ def test_every_figure_of_a_step_is_the_one_worked_out_by_hand(beta, settings, tm
     loss.backward()
     gradients = [p.grad for p in hand.hf.parameters() if p.grad is not None]
 
-    taught = [n for n in range(16) if beta or n // GROUP != 2]  # without a reference equal rewards teach nothing
+    scored = [n for n in range(16) if beta or n // GROUP != 2]  # without a reference, groups of equal rewards are not
     gaps = [
         [abs(a - b) for a, b in zip(row, old, strict=True)] for row, (_, _, old) in zip(sampled, hand.rows, strict=True)
     ]
@@ -200,8 +200,8 @@ def test_every_figure_of_a_step_is_the_one_worked_out_by_hand(beta, settings, tm
         "equal_reward_share": 1 / 4,
         "skipped_share": 0.0 if beta else 1 / 4,
         "loss": loss.item(),
-        "clip_share": mean_over_tokens([clipped[n] for n in taught]),
-        "entropy": mean_over_tokens([now[n][1] for n in taught]),
+        "clip_share": mean_over_tokens([clipped[n] for n in scored]),
+        "entropy": mean_over_tokens([now[n][1] for n in scored]),
         "grad_norm": math.sqrt(sum(gradient.square().sum().item() for gradient in gradients)),
         "lr": RATE,
         "tokens": sum(lengths),
@@ -213,7 +213,7 @@ def test_every_figure_of_a_step_is_the_one_worked_out_by_hand(beta, settings, tm
         assert line.pop(name) == pytest.approx(value, **NEAR), name
 
     # The gap is rounding: no value of its own, but of its size.
-    gap = mean_over_tokens([gaps[n] for n in taught])
+    gap = mean_over_tokens([gaps[n] for n in scored])
     assert 0 < line.pop("sampler_gap") < 1e-5 and gap < 1e-5
     seconds = {name: line.pop(name) for name in list(line) if name.startswith("seconds/")}
     assert line.pop("speed/tokens_per_second") == pytest.approx(sum(lengths) / seconds["seconds/step"])

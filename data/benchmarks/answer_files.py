@@ -115,7 +115,7 @@ def prediction_of(completion: str, choices: Sequence[str], benchmark: Benchmark)
     return text
 
 
-def judged(example: Example, completion: str, benchmark: Benchmark) -> bool | None:
+def graded(example: Example, completion: str, benchmark: Benchmark) -> bool | None:
     """Whether a completion is right by the benchmark's rule; None where the right answer is not known."""
     answer = answer_text(example)
     if answer is None:

@@ -97,7 +97,7 @@ def _is_no_choice(answer: AnswerRow) -> bool:
 
 
 def read_answers(path: str | Path, benchmark: Benchmark) -> list[AnswerRow]:
-    """The rows of a JSON array or of JSON lines; DataError with place, fault and remedy."""
+    """The rows of a JSON array or of JSON lines; DataError that says where, what and how to fix it."""
     records = []
     for where, record in read_rows(path):
         if isinstance(record, DataError):

@@ -1,7 +1,7 @@
 """Builds the demo's data set: a few thousand short clips with questions that a person can answer by listening.
 
 Examples come in sets of four with the same question, the same choices in the same order and the same duration; in each
-of the four clips another choice is right. A model that ignores the audio therefore answers exactly 1/4 correctly.
+of the four clips another choice is right. A model that ignores the audio therefore answers at most 1/4 correctly.
 The sources of the test split (voices, instruments, recordings, timbres) do not occur in the other two splits.
 """
 
@@ -50,7 +50,7 @@ def build(directory: str | Path, *, seed: int = 0, train: int = 2400, validation
 
 
 def available_skills() -> tuple[list[Skill], list[str]]:
-    """The skills that the installed packages allow, with a newly loaded espeak-ng, and missing packages."""
+    """The skills that the installed packages allow, with a newly loaded espeak-ng; names of missing packages."""
     skills, missing = mini_sound.skills(), []
     try:
         orchestra = mini_music.sampled_orchestra()

@@ -1,4 +1,4 @@
-"""The `Skill` class, of which each is a kind of question, and functions that arrange sounds into clips.
+"""`Skill`, which describes one kind of question, and functions that arrange sounds into clips.
 
 A waveform is a float array of samples at SAMPLE_RATE.
 """

@@ -65,7 +65,7 @@ def save_checkpoint(
         (partial / "hark.json").write_text(json.dumps({"step": step, "tensors": _signature(policy)}))
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        for old in checkpoints(directory, whole=True)[:-keep]:
+        for old in checkpoints(directory, resumable=True)[:-keep]:
             shutil.rmtree(old / OPTIMIZER if keep_weights else old)
     dist.barrier()
 
@@ -75,7 +75,7 @@ def load_checkpoint(directory: Path, policy: Policy, optimizer: torch.optim.Opti
 
     Raises CheckpointError if there is none, or if it is of a model with other tensors.
     """
-    usable = checkpoints(directory, whole=True)
+    usable = checkpoints(directory, resumable=True)
     if not usable:
         raise CheckpointError(f"{directory}: no checkpoint to resume from; run without run.resume=true to start afresh")
     settings = [{key: group[key] for key in ("betas", "weight_decay")} for group in optimizer.param_groups]
@@ -96,10 +96,10 @@ def load_weights(checkpoint: Path, policy: Policy) -> None:
         dcp.load(get_model_state_dict(policy, options=TRAINED), checkpoint_id=checkpoint / WEIGHTS)
 
 
-def checkpoints(directory: Path, *, whole: bool = False) -> list[Path]:
-    """Finished checkpoints, oldest first; `whole`: only those that still have the optimizer's state."""
+def checkpoints(directory: Path, *, resumable: bool = False) -> list[Path]:
+    """Finished checkpoints, oldest first; `resumable`: only those that still have the optimizer's state."""
     finished = (path for path in directory.glob("step-*") if (path / "hark.json").exists() and not path.suffix)
-    return sorted(path for path in finished if (path / OPTIMIZER).exists() or not whole)
+    return sorted(path for path in finished if (path / OPTIMIZER).exists() or not resumable)
 
 
 def step_of(checkpoint: Path) -> int:

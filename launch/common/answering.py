@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hark.data.benchmarks.answer_files import BENCHMARKS, judged, official_share, write_answers
+from hark.data.benchmarks.answer_files import BENCHMARKS, graded, official_share, write_answers
 from hark.data.benchmarks.report import Share, blank_row, figures, row_of, share, table
 from hark.data.examples import BadExample, Example
 from hark.data.json_files import write_json
@@ -21,7 +21,7 @@ from hark.grpo.evaluate import evaluate
 from hark.grpo.runtime.collectives import World, exchange_rows, joined_world
 from hark.launch.common.config_file import load_config
 from hark.launch.common.policies import make_policy
-from hark.launch.common.questions import bad_log, checked_questions, evaluation_settings, evaluation_share, waveform_of
+from hark.launch.common.questions import bad_log, checked_questions, evaluation_settings, rank_batches, waveform_of
 from hark.launch.common.run_directory import changed
 from hark.launch.common.training import announce
 from hark.models.policy import Policy
@@ -103,10 +103,10 @@ def answers(
     A question that is not among the examples, or whose clip cannot be used, has an empty prediction, which is wrong.
     """
     benchmark = BENCHMARKS[config.evaluation.benchmark]
-    batches = evaluation_share(config, world, policy, examples, waveform=waveform, on_bad=on_bad)
+    batches = rank_batches(config, world, policy, examples, waveform=waveform, on_bad=on_bad)
 
     def to_row(example: Example, completion: str, stopped: bool) -> dict:
-        return row_of(example, prediction=completion, correct=judged(example, completion, benchmark), stopped=stopped)
+        return row_of(example, prediction=completion, correct=graded(example, completion, benchmark), stopped=stopped)
 
     rows = evaluate(policy, batches, to_row, world, **evaluation_settings(config))
     if rows is None:
@@ -166,7 +166,7 @@ def report(
 def strict_share(questions: Sequence[Question], rows: Sequence[dict]) -> Share:
     """The share of right answers by the rule of the accuracy reward."""
     right = [
-        judged(question, row["prediction"], BENCHMARKS["strict"]) if isinstance(question, Example) else row["correct"]
+        graded(question, row["prediction"], BENCHMARKS["strict"]) if isinstance(question, Example) else row["correct"]
         for question, row in zip(questions, rows, strict=True)
     ]
     return share([{"correct": correct} for correct in right])

@@ -64,7 +64,7 @@ def validation_figures(config: Config, world: World, policy: Policy, examples: S
 
 def validation_rows(config: Config, world: World, policy: Policy, examples: Sequence[Example]) -> list[dict] | None:
     """Greedy answers to the first evaluation.limit examples, graded: one row each on rank 0, None on the others."""
-    batches = evaluation_share(
+    batches = rank_batches(
         config, world, policy, examples[: config.evaluation.limit],
         waveform=waveform_of(config, policy), on_bad=bad_log(config).add,
     )  # fmt: skip
@@ -76,7 +76,7 @@ def validation_rows(config: Config, world: World, policy: Policy, examples: Sequ
     return evaluate(policy, batches, to_row, world, **evaluation_settings(config))
 
 
-def evaluation_share(
+def rank_batches(
     config: Config,
     world: World,
     policy: Policy,
@@ -167,7 +167,7 @@ def waveform_of(config: Config, policy: Policy) -> Callable[[Example], np.ndarra
     def waveform(example: Example) -> np.ndarray:
         if rate is None:
             raise DataError("the example has audio, but this policy reads text only; choose a model that takes audio")
-        assert example.audio_path is not None  # no function is called for an example without a clip
+        assert example.audio_path is not None  # the loader calls it for examples with a clip only
         return load_waveform(
             example.audio_path, sample_rate=rate, max_seconds=data.max_seconds, long_clips=data.long_clips
         )

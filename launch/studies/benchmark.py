@@ -3,10 +3,11 @@
     python launch/studies/benchmark.py [--shape A|B|both] [--prompts 1 4] [--group 8] [--new-tokens 24]
                                        [--threads 1 2] [--repeat 3] [--micro-batch 1] [--quick] [--json FILE]
 
-The model is a Qwen2-Audio with 42 M random float32 weights. Clips last 10 s (shape A) or 30 s (shape B). Baseline
-and Hark run alternately, and the medians over these turns are compared. Both have the same weights and score the same
-tokens. If a logprob or gradient differs by more than 1e-4, the program fails. --micro-batch is the number of prompts
-that both sides score at a time. --quick measures shape A with one prompt in one turn and takes less than a minute.
+The model is a Qwen2-Audio with 42 M random float32 weights. Clips last 10 s (shape A) or 30 s (shape B). Baseline and
+Hark run alternately; one run of each is a turn, and the medians over the turns are compared. Both have the same weights
+and score the same tokens. If a logprob or gradient differs by more than 1e-4, the program fails. --micro-batch is the
+number of prompts that both sides score at a time. --quick measures shape A with one prompt in one turn and takes less
+than a minute.
 
 Memory is the peak of the bytes of all tensors in one step, with weights, reference, gradients and optimizer state but
 without temporary buffers inside kernels. It is measured in a separate step before the timed ones.

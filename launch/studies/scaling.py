@@ -9,8 +9,8 @@ The model is that of launch/studies/benchmark.py. The base step has one prompt w
 the base step on each number of ranks. Beside the times, the tables show the multiply-adds that the step needs
 (grpo/instruments/flops.py), and how many it would need if each completion had a row of its own with the prompt in it.
 
-The tables are printed. --table writes them into a page, between two marker lines. With the default values, one turn
-(--repeat 1) takes about five minutes on two cores.
+The tables are printed. --table writes them into a page, between two marker lines. With the default values and
+--repeat 1, it takes about five minutes on two cores.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--ranks", type=int, nargs="*", default=RANKS, help="numbers of processes; each process has the same work"
     )
     parser.add_argument("--threads", type=int, default=1, help="threads for the curves; a rank always has one")
-    parser.add_argument("--repeat", type=int, default=3, help="turns; their median is reported")
+    parser.add_argument("--repeat", type=int, default=3, help="steps; their median is reported")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves; needs matplotlib")
     parser.add_argument("--table", type=Path, metavar="FILE", help="replace the tables in this page")
@@ -175,7 +175,7 @@ def conditions(result: dict[str, Any]) -> str:
     on, threads, repeat = result["machine"], result["threads"], result["repeat"]
     return (
         f"{on['cpu']}, {on['cores']} cores, {threads} thread{'s' * (threads > 1)}, torch {on['torch']}, transformers "
-        f"{on['transformers']}, float32; {'one turn' if repeat == 1 else f'medians of {repeat} turns'}; "
+        f"{on['transformers']}, float32; {'each step timed once' if repeat == 1 else f'medians of {repeat} steps'}; "
         f"the best matmul rate of the run is {result['matmul_gmacs_per_second']:.1f} · 10⁹ multiply-adds/s."
     )
 
