@@ -16,6 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+from hark.launch.common.torchrun import environment, torchrun
+
 
 class Command(NamedTuple):
     """A program: its module in hark.launch, what it does in one line, and whether it can run on several processes."""
@@ -55,10 +57,9 @@ def main(argv: list[str] | None = None) -> None:
     if name in WITHOUT_PARSER and {"-h", "--help"} & set(rest):
         print(help_of(name))
     elif processes is not None:
-        environment = {"OMP_NUM_THREADS": "1"} | os.environ  # as torchrun does, but without its warning
         words = launcher(name, processes, rest)
         sys.stdout.flush()
-        os.execve(words[0], words, environment)
+        os.execve(words[0], words, environment())
     else:
         sys.argv = [f"hark {name}", *rest]
         runpy.run_module(module_of(name), run_name="__main__")  # as __main__, so that errors are printed as one line
@@ -88,8 +89,7 @@ def module_of(name: str) -> str:
 
 def launcher(name: str, processes: int, rest: list[str]) -> list[str]:
     """The command line that runs a command on several processes of this machine."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [sys.executable, *torchrun, "-m", module_of(name), *rest]
+    return [*torchrun(processes), "-m", module_of(name), *rest]
 
 
 def overview() -> str:

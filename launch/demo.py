@@ -18,6 +18,7 @@ from pathlib import Path
 from hark.grpo.config import Config
 from hark.launch.common.config_file import load_config
 from hark.launch.common.entry import run
+from hark.launch.common.torchrun import environment, torchrun
 
 ROOT = Path("runs/mini")
 LAUNCH = Path(__file__).parent
@@ -31,11 +32,11 @@ def main(argv: list[str]) -> None:
     grpo = load_config([str(GRPO_CONFIG)])
     shutil.rmtree(ROOT, ignore_errors=True)
     show(sys.executable, LAUNCH / "build_mini.py", ROOT)
-    torchrun("sft.py", SFT_CONFIG)
-    torchrun("train.py", GRPO_CONFIG)
-    torchrun("sft.py", SFT_CONFIG, f"model.path={ROOT}/warm/model", f"run.directory={ROOT}/sft", *as_long_as(grpo))
+    on_two_ranks("sft.py", SFT_CONFIG)
+    on_two_ranks("train.py", GRPO_CONFIG)
+    on_two_ranks("sft.py", SFT_CONFIG, f"model.path={ROOT}/warm/model", f"run.directory={ROOT}/sft", *as_long_as(grpo))
     for name in ("warm", "grpo", "sft"):
-        torchrun(
+        on_two_ranks(
             "evaluate.py",
             GRPO_CONFIG,
             f"model.path={ROOT}/{name}/model",
@@ -52,20 +53,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def torchrun(script: str, config: Path, *overrides: str) -> None:
+def on_two_ranks(script: str, config: Path, *overrides: str) -> None:
     """Run a launch script on two processes."""
-    show(
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        LAUNCH / script, config, *overrides,
-    )  # fmt: skip
+    show(*torchrun(2), LAUNCH / script, config, *overrides)
 
 
 def show(*command: str | Path) -> None:
     """Print a command and run it; if it fails, exit with its status."""
     words = [os.path.relpath(word) if isinstance(word, Path) else str(word) for word in command]
     print("\n$", " ".join(["python", *words[1:]]), flush=True)
-    # One thread per process, as torchrun sets it, but without its warning.
-    result = subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
+    result = subprocess.run(words, env=environment())
     if result.returncode:
         sys.exit(result.returncode)
 

@@ -27,10 +27,7 @@ def train(config: Config, make_trainer: Callable[..., Learner]) -> None:
         with training_loader(config, world, policy, examples) as loader:
             loop.train(make_trainer(config, world, policy, data=loader, validate=validate))
             if loader.bad:
-                print(
-                    f"{len(loader.bad)} more bad examples skipped, listed in {bad_log(config).path}",
-                    flush=True,
-                )
+                print(f"{len(loader.bad)} more bad examples skipped, listed in {bad_log(config).path}", flush=True)
 
 
 def announce(config: Config, world: World) -> None:

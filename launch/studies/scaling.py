@@ -18,9 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -34,6 +32,7 @@ from hark.data.json_files import write_json
 from hark.grpo.instruments.flops import best_matmul_rate, cost_of, macs
 from hark.grpo.types import Rollout
 from hark.launch.common.entry import run
+from hark.launch.common.torchrun import environment, torchrun
 from hark.launch.studies.sides import (
     BASE,
     HarkSide,
@@ -146,11 +145,9 @@ def necessary(side: HarkSide, drawn: Rollout) -> tuple[int, int]:
 def measure_ranks(directory: Path, ranks: int, repeat: int) -> dict[str, float]:
     """The figures of launch/studies/weak_scaling.py on a number of processes."""
     figures = directory / "ranks.json"
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
     script = (str(Path(__file__).with_name("weak_scaling.py")), str(directory), "--json", str(figures))
-    # As torchrun sets it, but without its warning.
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *torchrun, *script, "--repeat", str(repeat)], env=environment, check=True)
+    words = [*torchrun(ranks), *script, "--repeat", str(repeat)]
+    subprocess.run(words, env=environment() | {"OMP_NUM_THREADS": "1"}, check=True)  # each rank has one thread
     return json.loads(figures.read_text())
 
 
