@@ -40,7 +40,7 @@ class SupervisedTrainer(Learner[Batch]):
     def step(self, step: int) -> dict[str, float]:
         examples, prompts, _ = zip(*self.data.step(step), strict=True)
         self.clock.lap("load")
-        batch, tokens = self._batch(examples, prompts)
+        batch, tokens = self._batch([self.target(example) for example in examples], prompts)
         sums = self.update(batch, step, examples)
         macs = self.macs(batch).step(rollout=False, reference=False)
         return reduce_sums(sums | {"macs": macs}, self.world) | {"tokens": tokens}
@@ -49,12 +49,13 @@ class SupervisedTrainer(Learner[Batch]):
         return supervised_loss(logprobs, micro.weights)
 
     def longest_batch(self, prompts: tuple[Prompt, ...]) -> Batch:
-        longest = max(self.data.examples, key=lambda example: len(self.policy.completion_ids(self.target(example))))
+        texts = dict.fromkeys(map(self.target, self.data.examples))  # examples share answers
+        longest = max(texts, key=lambda text: len(self.policy.completion_ids(text)))
         return self._batch([longest] * len(prompts), prompts)[0]
 
-    def _batch(self, examples: Sequence[Any], prompts: tuple[Prompt, ...]) -> tuple[Batch, float]:
-        """A batch with the examples' answers as completions, and the number of their tokens over all ranks."""
-        answers = [self.policy.completion_ids(self.target(example)) for example in examples]
+    def _batch(self, texts: Sequence[str], prompts: tuple[Prompt, ...]) -> tuple[Batch, float]:
+        """A batch with the texts as completions, and the number of their tokens over all ranks."""
+        answers = [self.policy.completion_ids(text) for text in texts]
         tokens = pad_sequence(answers, batch_first=True, padding_value=self.policy.pad_id).to(self.world.device)
         lengths = torch.tensor([len(answer) for answer in answers], device=self.world.device)
         mask = torch.arange(tokens.shape[1], device=self.world.device) < lengths[:, None]
