@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from hark import UserError
@@ -94,10 +92,12 @@ def probe(learner: Learner) -> None:
 
 
 def _longest_evaluation(learner: Learner, prompt: Prompt) -> None:
-    rollout, batch = learner.config.rollout, learner.config.evaluation.batch
-    settings: dict[str, Any] = {"max_new_tokens": rollout.max_new_tokens, "graphs": rollout.cuda_graphs}
+    rollout, prompts = learner.config.rollout, (prompt,) * learner.config.evaluation.batch
     with gathered(learner.policy):
-        sample(learner.policy, (prompt,) * batch, group_size=1, temperature=0, stop=False, **settings)
+        sample(
+            learner.policy, prompts, group_size=1, max_new_tokens=rollout.max_new_tokens, temperature=0,
+            graphs=rollout.cuda_graphs, stop=False,
+        )  # fmt: skip
 
 
 def _evaluate(learner: Learner, metrics: Metrics, done: int) -> None:

@@ -41,27 +41,17 @@ def sample(
     A sharded policy must be `gathered`, because ranks may do different numbers of steps. Raises PolicyError if `graphs`
     is set and the policy does not support it.
     """
-    if graphs and policy.dynamic_rope_type:
-        raise PolicyError(
-            f"rollout.cuda_graphs: {type(policy.model).__name__} has rotary frequencies of type "
-            f"{policy.dynamic_rope_type!r}, which change with the longest position; set rollout.cuda_graphs=false"
-        )
+    if graphs:
+        _check_recordable(policy)
     uniforms = None
     if temperature > 0:
         if keys is None:
             raise ValueError("sampling at a temperature above 0 needs one key per prompt")
         uniforms = torch.cat([uniform_numbers(key, group_size, max_new_tokens) for key in keys]).to(policy.device)
     branches = Branches(
-        policy,
-        prompts,
-        group_size=group_size,
-        limit=max_new_tokens,
-        temperature=temperature,
-        uniforms=uniforms,
-        rows=min(batch or len(prompts), len(prompts)),
-        stop=stop,
-        graphs=graphs,
-    )
+        policy, prompts, group_size=group_size, limit=max_new_tokens, temperature=temperature, uniforms=uniforms,
+        rows=min(batch or len(prompts), len(prompts)), stop=stop, graphs=graphs,
+    )  # fmt: skip
     # The longest first, so that prompts decoded together have similar lengths and the memory peak comes early.
     waiting = deque(sorted(range(len(prompts)), key=lambda n: -len(prompts[n].ids)))
     while waiting or branches.alive:
@@ -81,3 +71,12 @@ def uniform_numbers(key: Sequence[int], group_size: int, steps: int) -> torch.Te
     """
     bits = np.random.Philox(np.random.SeedSequence(list(key)))
     return torch.from_numpy(np.random.Generator(bits).random((group_size, steps)))
+
+
+def _check_recordable(policy: Policy) -> None:
+    """Refuse CUDA graphs for a decoder whose rotary frequencies are not constant."""
+    if policy.dynamic_rope_type:
+        raise PolicyError(
+            f"rollout.cuda_graphs: {type(policy.model).__name__} has rotary frequencies of type "
+            f"{policy.dynamic_rope_type!r}, which change with the longest position; set rollout.cuda_graphs=false"
+        )
