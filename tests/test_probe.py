@@ -167,6 +167,21 @@ def test_the_probe_of_supervised_training_takes_the_longest_answer(settings, tmp
     on_ranks(1, run)
 
 
+def test_the_longest_answer_has_the_most_tokens_and_not_the_most_characters(settings, tmp_path):
+    snow, story = "\u2603" * 8, "rain and a long story"  # 8 characters of 3 bytes each; 21 characters
+    questions = write_questions(tmp_path, 4, line2={"multi_choice": [snow, story], "answer": 0})
+    config = load_config([*settings, f"run.directory={tmp_path}/run", f"data.train={questions}"])
+
+    def run(world: World) -> None:
+        trainer = build(world, config, SupervisedTrainer, target=lambda e: snow if e.id == "train-1" else story)
+        lengths = {text: len(trainer.policy.completion_ids(text)) for text in (snow, story)}
+        assert lengths[snow] > lengths[story]
+        _, prompt = trainer.data.longest()
+        assert trainer.longest_batch((prompt,)).tokens.shape == (1, lengths[snow])
+
+    on_ranks(1, run)
+
+
 def test_moments_that_do_not_fit_are_said_like_all_else(settings, tmp_path, monkeypatch):
     config = load_config([*settings, f"run.directory={tmp_path}/run"])
 
