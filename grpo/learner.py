@@ -14,6 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 from hark.grpo.config import Config
+from hark.grpo.instruments.console import Completion
 from hark.grpo.instruments.flops import Macs, cost_of, macs
 from hark.grpo.instruments.metrics import Clock
 from hark.grpo.instruments.trace import check_finite
@@ -75,6 +76,10 @@ class Learner(Generic[Kind]):
     def loss(self, micro: Kind, logprobs: torch.Tensor) -> tuple[torch.Tensor, MetricSums]:
         """The loss of a micro-batch, and metrics to be summed over micro-batches and ranks."""
         raise NotImplementedError
+
+    def completions(self) -> list[Completion]:
+        """Some completions of this rank's latest step, for the console; none if nothing is sampled."""
+        return []
 
     def longest_batch(self, prompts: tuple[Prompt, ...]) -> Kind:
         """A batch of these prompts with the longest completions that can occur."""

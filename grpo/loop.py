@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import torch
 
 from hark import UserError
 from hark.grpo.config import to_yaml
+from hark.grpo.instruments.diagnosis import Diagnosis
 from hark.grpo.instruments.flops import best_matmul_rate
 from hark.grpo.instruments.metrics import Metrics, peak_gib, restart_peak, speed
 from hark.grpo.learner import Learner
 from hark.grpo.optimizer import allocate_moments
-from hark.grpo.runtime.checkpoint import export, export_adapters, load_checkpoint, save_checkpoint
+from hark.grpo.runtime.checkpoint import (
+    checkpoints,
+    export,
+    export_adapters,
+    load_checkpoint,
+    save_checkpoint,
+    step_of,
+)
 from hark.grpo.runtime.collectives import reduce_sums
+from hark.grpo.runtime.out_of_memory import is_out_of_memory
 from hark.grpo.runtime.sharding import gathered
 from hark.grpo.sampler import sample
 from hark.models.policy import Prompt
@@ -33,9 +44,25 @@ def train(learner: Learner) -> None:
     metrics = Metrics(learner.directory, rank=world.rank, total_steps=config.optim.steps, show=learner.shown)
     start = load_checkpoint(learner.directory / "checkpoints", learner.policy, optimizer) if config.run.resume else 0
     if world.is_main:
-        (learner.directory / "config.yaml").write_text(to_yaml(config))
+        (learner.directory / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        print(f"all settings are in {learner.directory / 'config.yaml'}", flush=True)
     metrics.truncate(start + 1 if start else 0)
     learner.data.prepare(start)
+    try:
+        with closing(metrics):
+            do_steps(learner, metrics, start=start, rate=rate)
+        if config.checkpoint.export:
+            export(learner.policy, learner.directory / "model", world)
+            if learner.policy.lora is not None:
+                export_adapters(learner.policy, learner.directory / "adapters", world)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(how_to_resume(learner, done=metrics.step)) from None
+
+
+def do_steps(learner: Learner, metrics: Metrics, *, start: int, rate: float) -> None:
+    """The steps from `start` on, each with what is due after it; `rate` is multiply-adds per second of all ranks."""
+    config, world, optimizer = learner.config, learner.world, learner.optimizer
+    diagnosis = Diagnosis()
     if start == 0 and config.evaluation.before:
         _evaluate(learner, metrics, done=0)
     for step in range(start, config.optim.steps):
@@ -47,6 +74,10 @@ def train(learner: Learner) -> None:
         values |= learner.clock.seconds() | world.meter.measured()
         done = step + 1
         metrics.log(done, values | speed(values, rate=rate))
+        for warning in diagnosis.step(values):
+            metrics.warn(warning)
+        if _is_due(done, config.run.show_every, config.optim.steps):
+            metrics.show_completions(done, learner.completions())
         if _is_due(done, config.checkpoint.every, config.optim.steps):
             save_checkpoint(
                 learner.directory / "checkpoints", done, learner.policy, optimizer, world,
@@ -54,11 +85,18 @@ def train(learner: Learner) -> None:
             )  # fmt: skip
         if _is_due(done, config.evaluation.every, config.optim.steps):
             _evaluate(learner, metrics, done)
-    metrics.close()
-    if config.checkpoint.export:
-        export(learner.policy, learner.directory / "model", world)
-        if learner.policy.lora is not None:
-            export_adapters(learner.policy, learner.directory / "adapters", world)
+
+
+def how_to_resume(learner: Learner, *, done: int) -> str:
+    """What an interrupted run says at its end."""
+    saved = checkpoints(learner.directory / "checkpoints", resumable=True)
+    if saved:
+        newest = step_of(saved[-1])
+        return f"interrupted after step {done}; run.resume=true continues from the newest checkpoint, that of step {newest}"
+    return (
+        f"interrupted after step {done}, before the first checkpoint (checkpoint.every), so this run cannot be resumed; "
+        f"delete {learner.directory} to start it again"
+    )
 
 
 def probe(learner: Learner) -> None:
@@ -75,10 +113,12 @@ def probe(learner: Learner) -> None:
             _longest_evaluation(learner, prompt)
         batch = learner.longest_batch(prompts)
         learner.accumulate(batch)
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         raise MemoryProbeError(
             f"out of memory on rank {world.rank} with {example.line or example.id}, a prompt of {len(prompt.ids)} "
-            f"tokens, the longest in the data ({error}); launch/plan.py with the same arguments says what to change"
+            f"tokens, the longest in the data ({error}); `hark plan` with the same arguments says what to change"
         ) from error
     learner.optimizer.zero_grad()
     learner.optimizer.state.clear()

@@ -9,6 +9,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from hark.grpo.config import Config
+from hark.grpo.instruments.console import PACE
 from hark.grpo.learner import Learner, TrainingData
 from hark.grpo.loss import MetricSums, supervised_loss
 from hark.grpo.runtime.collectives import World, reduce_sums
@@ -22,7 +23,7 @@ class SupervisedTrainer(Learner[Batch]):
     target: returns the text of the completion to learn for an example.
     """
 
-    shown = ("loss", "entropy", "grad_norm")
+    shown = ("loss", "entropy", "grad_norm", PACE)
 
     def __init__(
         self,

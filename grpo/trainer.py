@@ -10,6 +10,7 @@ import torch
 
 from hark.grpo.advantage import equal_rewards, group_advantages, weighted_rewards
 from hark.grpo.config import Config
+from hark.grpo.instruments.console import PACE, Completion
 from hark.grpo.learner import Key, Learner, TrainingData
 from hark.grpo.loss import MetricSums, policy_loss
 from hark.grpo.runtime.collectives import World, reduce_sums
@@ -30,7 +31,10 @@ class Trainer(Learner[PolicyBatch]):
     reference: the frozen policy of the KL term; None if loss.beta is 0.
     """
 
-    shown = ("reward", "reward/accuracy", "kl", "entropy", "loss", "grad_norm", "sampler_gap")
+    shown = (
+        "reward", "reward/accuracy", "equal_reward_share", "reward/format", "completion_tokens",
+        "kl", "entropy", "loss", "grad_norm", PACE, "sampler_gap",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -47,6 +51,7 @@ class Trainer(Learner[PolicyBatch]):
         self.rewards, self.reference = rewards, reference
         self.group_size = config.rollout.group_size
         self._reward_thread = ThreadPoolExecutor(1, "rewards")
+        self._latest: tuple[Sequence[Any], Sequence[str], Sequence[float]] = ([], [], [])
 
     def step(self, step: int) -> dict[str, float]:
         examples, prompts, keys = zip(*self.data.step(step), strict=True)
@@ -67,6 +72,7 @@ class Trainer(Learner[PolicyBatch]):
         columns = pending.result().to(self.world.device)  # (B, K)
         rewards = weighted_rewards(columns, list(self.config.reward.weights.values()))
         advantages = group_advantages(rewards, group_size=self.group_size, scale=self.config.loss.advantage)
+        self._latest = repeated, completions, rewards.tolist()  # for the console
         self.clock.lap("reward")
 
         batch = self.batch(rollout, ref_logprobs, advantages, tokens)
@@ -152,6 +158,11 @@ class Trainer(Learner[PolicyBatch]):
         scored = means.pop("scored")  # the total weight of the scored tokens; 1 if no group was skipped
         of_scored = {name: means.pop(name) for name in ("clip_share", "entropy", "sampler_gap")}
         return means | ({name: value / scored for name, value in of_scored.items()} if scored else {})
+
+    def completions(self) -> list[Completion]:
+        """Three completions of the latest step, of different groups if there are three."""
+        rows = list(zip(*self._latest, strict=True))[:: max(len(self._latest[0]) // 3, 1)]
+        return [Completion(example.question, text, reward) for example, text, reward in rows[:3]]
 
     def longest_batch(self, prompts: tuple[Prompt, ...]) -> PolicyBatch:
         rollout = self.draw(prompts, [(n,) for n in range(len(prompts))], stop=False)

@@ -7,16 +7,13 @@ hark COMMAND --processes N ...    runs it on N processes of this machine, as tor
 from __future__ import annotations
 
 import argparse
-import ast
 import difflib
-import os
 import runpy
 import sys
-from importlib.util import find_spec
-from pathlib import Path
 from typing import NamedTuple
 
-from hark.launch.common.torchrun import environment, torchrun
+from hark.launch.common.entry import run
+from hark.launch.common.torchrun import launch
 
 
 class Command(NamedTuple):
@@ -43,26 +40,23 @@ COMMANDS = {
     "benchmark-gpu": Command("studies.benchmark_gpu", "the same on a GPU, and compare with the GPU's limits"),
     "scaling": Command("studies.scaling", "measure the cost of a step for different sizes and numbers of ranks"),
 }
-# Commands whose arguments are read by load_config and not by argparse, so that their help is printed here.
-WITHOUT_PARSER = ("train", "sft", "choose")
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
+    """The program `hark`."""
+    run(command)
+
+
+def command(argv: list[str]) -> None:
     """Run the command that the arguments name."""
-    argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(overview())
         return
     name, processes, rest = parse(argv)
-    if name in WITHOUT_PARSER and {"-h", "--help"} & set(rest):
-        print(help_of(name))
-    elif processes is not None:
-        words = launcher(name, processes, rest)
-        sys.stdout.flush()
-        os.execve(words[0], words, environment())
-    else:
-        sys.argv = [f"hark {name}", *rest]
-        runpy.run_module(module_of(name), run_name="__main__")  # as __main__, so that errors are printed as one line
+    if processes is not None and not {"-h", "--help"} & set(rest):
+        raise SystemExit(launch(processes, words_of(name, rest)))
+    sys.argv = [f"hark {name}", *rest]
+    runpy.run_module(module_of(name), run_name="__main__")
 
 
 def parse(argv: list[str]) -> tuple[str, int | None, list[str]]:
@@ -87,9 +81,9 @@ def module_of(name: str) -> str:
     return f"hark.launch.{COMMANDS[name].module}"
 
 
-def launcher(name: str, processes: int, rest: list[str]) -> list[str]:
-    """The command line that runs a command on several processes of this machine."""
-    return [*torchrun(processes), "-m", module_of(name), *rest]
+def words_of(name: str, rest: list[str]) -> list[str]:
+    """The words after `python` that run a command: as `hark` does, so that errors of its imports are caught too."""
+    return ["-m", "hark.launch", name, *rest]
 
 
 def overview() -> str:
@@ -106,17 +100,6 @@ def overview() -> str:
             f"`hark COMMAND --processes N ...` starts N processes on this machine, one per GPU ({parallel}).",
         ]
     )
-
-
-def help_of(name: str) -> str:
-    """The help of a command whose arguments are a configuration: its module's docstring, and all options."""
-    from hark.launch.common.config_file import usage
-
-    # Read from the source, because importing the module also imports torch, which takes seconds.
-    spec = find_spec(module_of(name))
-    assert spec and spec.origin
-    source = Path(spec.origin).read_text(encoding="utf-8")
-    return usage(ast.get_docstring(ast.parse(source)))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from hark.grpo.config import ConfigError
 from hark.grpo.runtime.checkpoint import CheckpointError, checkpoints, load_weights, step_of
 from hark.grpo.runtime.collectives import exchange_rows, joined_world
 from hark.launch.common.answering import answer_test
-from hark.launch.common.config_file import load_config, usage
+from hark.launch.common.config_file import help_if_asked, load_config
 from hark.launch.common.entry import run
 from hark.launch.common.policies import make_policy
 from hark.launch.common.questions import training_examples, validation_rows
@@ -26,9 +26,7 @@ WIDTH = 8  # of the column of steps
 
 
 def main(argv: list[str]) -> None:
-    if {"-h", "--help"} & set(argv):
-        print(usage(__doc__))
-        return
+    help_if_asked(argv, __doc__)
     if not argv or "=" in argv[0]:
         raise ConfigError("the first argument must be the run.directory of a run: RUN [section.key=value ...]")
     directory = Path(argv[0])

@@ -16,6 +16,7 @@ from hark.grpo.runtime.checkpoint import CheckpointError, checkpoints, export, e
 from hark.grpo.runtime.collectives import joined_world
 from hark.launch.common.config_file import load_config
 from hark.launch.common.entry import run
+from hark.launch.common.exports import announce_export
 from hark.launch.common.policies import make_policy
 
 
@@ -36,6 +37,8 @@ def main(argv: list[str]) -> None:
             export(policy, target, world, dtype=getattr(torch, arguments.dtype))
         if world.is_main:
             print(f"{checkpoint} -> {target}")
+            if not arguments.adapters:
+                announce_export(target)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

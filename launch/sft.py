@@ -11,13 +11,14 @@ from hark.data.prompts import target
 from hark.grpo.config import Config
 from hark.grpo.runtime.collectives import World
 from hark.grpo.sft import SupervisedTrainer
-from hark.launch.common.config_file import load_config
+from hark.launch.common.config_file import help_if_asked, load_config
 from hark.launch.common.entry import run
 from hark.launch.common.training import train
 from hark.models.policy import Policy
 
 
 def main(argv: list[str]) -> None:
+    help_if_asked(argv, __doc__)
     train(load_config(argv), make_trainer)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from hark.grpo.config import Config, ConfigError
 from hark.grpo.runtime.collectives import World
 from hark.grpo.trainer import Trainer
-from hark.launch.common.config_file import load_config
+from hark.launch.common.config_file import help_if_asked, load_config
 from hark.launch.common.entry import run
 from hark.launch.common.policies import make_reference
 from hark.launch.common.questions import rewards_of
@@ -18,6 +18,7 @@ from hark.models.policy import Policy
 
 
 def main(argv: list[str]) -> None:
+    help_if_asked(argv, __doc__)
     config = load_config(argv)
     if config.rollout.group_size < 2:
         raise ConfigError("rollout.group_size must be at least 2: an advantage is relative to the group's mean")

@@ -19,8 +19,9 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from hark.grpo.config import ConfigError
-from hark.launch.__main__ import COMMANDS, launcher, module_of, parse
+from hark.launch.__main__ import COMMANDS, module_of, parse, words_of
 from hark.launch.common.config_file import CONFIGS, load_config
+from hark.launch.common.torchrun import torchrun
 from hark.launch.studies.scaling import BEGIN, END
 
 ROOT = Path(__file__).parents[1]
@@ -125,8 +126,7 @@ def check(first: str, words: list[str], scratch: Path) -> None:
     if first == "hark":
         command, processes, rest = parse(words)
         if processes is not None:
-            words = launcher(command, processes, rest)[3:]
-            assert get_args_parser().parse_args(words).training_script == module_of(command)
+            get_args_parser().parse_args([*torchrun(processes)[3:], *words_of(command, rest)])
         accept(command, rest, scratch)
         return
     if first == "torchrun":

@@ -1,4 +1,4 @@
-"""The log of a run: metrics.jsonl, a console line with the remaining time, TensorBoard.
+"""The log of a run: metrics.jsonl, the console, TensorBoard.
 
 Steps count from 1. An evaluation before the first step is logged as step 0.
 """
@@ -7,32 +7,29 @@ import json
 import math
 import os
 import resource
-import shutil
 import sys
 import time
-from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-PLAIN_INTERVAL = 5.0  # seconds between lines where stdout is not a terminal
-PACE_STEPS = 20  # the pace, and with it the time left, is the mean over this many steps
-BAR_WIDTH = 10  # characters
+from hark.grpo.instruments.console import Completion, Console
 
 
 class Metrics:
     """The log of one run in `directory`. Rank 0 writes it; on other ranks each method does nothing.
 
-    show: names of the values on the console line, in order; a name that a step does not have is left out.
+    show: names of the values on the console line, the most important first; one that a step does not have is left out.
     """
 
     def __init__(self, directory: str | Path, *, rank: int, total_steps: int, show: tuple[str, ...] = ()):
         self._writes = rank == 0
         self._path = Path(directory) / "metrics.jsonl"
-        self._step = 0
+        self.step = 0  # the latest that is logged
         self._board: Any = None
-        self._console = _Console(total_steps, show)
+        self._console = Console(total_steps, show)
         if self._writes:
             self._path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -42,10 +39,10 @@ class Metrics:
         An incomplete last line, left by a crash, is dropped too. Must be called before the first log. The time per step
         is measured from this call on.
         """
+        self.step = max(step - 1, 0)
         if not self._writes:
             return
         self._console.start()
-        self._step = max(step - 1, 0)
         self._board = _open_board(self._path.parent, purge_step=step)
         if not self._path.exists():
             return
@@ -56,9 +53,9 @@ class Metrics:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Record one finished step (1 .. total_steps); a non-finite value is null in the file."""
+        self.step = step
         if not self._writes:
             return
-        self._step = step
         values = {name: float(value) for name, value in values.items()}
         self._append({"step": step, **values})
         self._to_board(step, values)
@@ -68,16 +65,26 @@ class Metrics:
         """Record an event, such as an evaluation, at values["step"] or else at the last logged step."""
         if not self._writes:
             return
-        values = {"step": self._step, **values}
+        values = {"step": self.step, **values}
         self._append({"event": name, **values})
         shown = {key: value for key, value in values.items() if _is_number(value) and key != "step"}
         self._to_board(values["step"], {f"{name}/{key}": value for key, value in shown.items()})
         self._console.event(name, values["step"], shown)
 
+    def warn(self, text: str) -> None:
+        """Print a warning."""
+        if self._writes:
+            self._console.print(f"warning: {text}")
+
+    def show_completions(self, step: int, completions: Sequence[Completion]) -> None:
+        """Print completions of a step."""
+        if self._writes and completions:
+            self._console.completions(step, completions)
+
     def close(self) -> None:
         """Print the last step if it is not printed yet, and close TensorBoard's file."""
         if self._writes:
-            self._console.close()
+            self._console.flush()
         if self._board is not None:
             self._board.close()
             self._board = None
@@ -143,53 +150,6 @@ def restart_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-class _Console:
-    """On a terminal one line that is overwritten; elsewhere a new line every few seconds, and for the last step."""
-
-    def __init__(self, total_steps: int, show: tuple[str, ...]):
-        self._total = total_steps
-        self._show = show
-        self._is_terminal = sys.stdout.isatty()
-        self._times = deque([time.monotonic()], maxlen=PACE_STEPS + 1)  # when each of the latest steps ended
-        self._printed = -math.inf  # when the latest plain line was printed
-        self._pending: str | None = None  # not yet printed (plain), or printed without newline (terminal)
-
-    def start(self) -> None:
-        self._times.clear()
-        self._times.append(time.monotonic())
-
-    def step(self, step: int, values: dict[str, float]) -> None:
-        now = time.monotonic()
-        self._times.append(now)
-        self._pending = self._line(step, values)
-        if self._is_terminal:
-            width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be overwritten
-            print(f"\r\x1b[K{self._pending[:width]}", end="", flush=True)
-        elif now - self._printed >= PLAIN_INTERVAL or step >= self._total:
-            self._flush()
-            self._printed = now
-
-    def event(self, name: str, step: int, values: dict[str, float]) -> None:
-        self._flush()
-        print("  ".join([f"{name} at step {step}", *_named(values)]), flush=True)
-
-    def close(self) -> None:
-        self._flush()
-
-    def _flush(self) -> None:
-        if self._pending is not None:
-            print("" if self._is_terminal else self._pending, flush=True)
-        self._pending = None
-
-    def _line(self, step: int, values: dict[str, float]) -> str:
-        pace = (self._times[-1] - self._times[0]) / (len(self._times) - 1)
-        done = min(BAR_WIDTH, BAR_WIDTH * step // max(self._total, 1))
-        head = f"step {step}/{self._total} [{'#' * done}{'.' * (BAR_WIDTH - done)}]"
-        shown = _named({name: values[name] for name in self._show if name in values})
-        left = _clock(pace * max(self._total - step, 0))
-        return "  ".join([head, *shown, f"{_number(pace)} s/step", f"left {left}"])
-
-
 def _open_board(directory: Path, purge_step: int | None = None) -> Any:
     """TensorBoard's writer; where the package is not installed, one that writes nothing."""
     try:
@@ -226,19 +186,3 @@ def _finite(value: Any) -> Any:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _named(values: dict[str, float]) -> list[str]:
-    return [f"{name} {_number(value)}" for name, value in values.items()]
-
-
-def _number(value: float) -> str:
-    """Three digits, without an exponent where the number is readable without one."""
-    return f"{value:.0f}" if 1e3 <= abs(value) < 1e7 else f"{value:.3g}"
-
-
-def _clock(seconds: float) -> str:
-    """m:ss, or h:mm:ss from one hour on."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

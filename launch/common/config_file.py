@@ -10,13 +10,12 @@ import inspect
 import math
 import os
 import re
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import yaml
 
-from hark.grpo.config import Bound, Config, ConfigError
+from hark.grpo.config import Bound, Config, ConfigError, default_of, flow
 
 CONFIGS = Path(__file__).parents[1] / "configs"  # configurations of the package, found by their names
 SECTIONS: dict[str, type] = get_type_hints(Config)
@@ -39,12 +38,8 @@ class Entry(NamedTuple):
 def load_config(argv: list[str]) -> Config:
     """Read `CONFIG [section.key=value ...]`; later overrides win. Raises ConfigError.
 
-    CONFIG is a YAML file, or the name of a configuration that comes with the package. `--help` prints the docstring of
-    the program with all options and ends it.
+    CONFIG is a YAML file, or the name of a configuration that comes with the package.
     """
-    if {"-h", "--help"} & set(argv):
-        print(usage(sys.modules["__main__"].__doc__))
-        raise SystemExit(0)
     if not argv or "=" in argv[0] and not Path(argv[0]).is_file():
         raise ConfigError("the first argument must be the configuration: CONFIG [section.key=value ...]")
     path = find_config(argv[0])
@@ -76,9 +71,16 @@ def config_names() -> list[str]:
     return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
+def help_if_asked(argv: list[str], text: str | None) -> None:
+    """With `--help`, print the help of a program whose arguments are a configuration, and end it."""
+    if {"-h", "--help"} & set(argv):
+        print(usage(text))
+        raise SystemExit(0)
+
+
 def usage(text: str | None) -> str:
-    """The help of a program whose arguments are a configuration: its docstring, the configurations and all options."""
-    lines = [inspect.cleandoc(text or "CONFIG [section.key=value ...]"), ""]
+    """A program's docstring, the configurations of the package, and all options."""
+    lines = [inspect.cleandoc(text or ""), ""]
     if "CONFIG" in lines[0]:
         lines += [f"CONFIG is a YAML file or one of {', '.join(config_names())}.", ""]
     lines.append("Options, with their defaults:")
@@ -92,11 +94,7 @@ def usage(text: str | None) -> str:
 
 def _option(name: str, f: dataclasses.Field, comment: str) -> str:
     """One line of the help: `section.key=default  comment`."""
-    if _is_required(f):
-        default = "REQUIRED"
-    else:
-        value = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        default = yaml.safe_dump(value, default_flow_style=True, width=math.inf).split("\n")[0]
+    default = "REQUIRED" if _is_required(f) else flow(default_of(f))
     return f"  {name + '=' + default:40}  {comment}".rstrip()
 
 
@@ -119,7 +117,7 @@ def _build(entries: dict[str, Entry], *, source: str) -> Config:
 
 
 def _is_required(f: dataclasses.Field) -> bool:
-    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    return default_of(f) is dataclasses.MISSING
 
 
 def _check_together(config: Config, *, source: str) -> None:

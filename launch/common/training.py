@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from hark.data.prompts import find_template
 from hark.data.rewards import find_reward
 from hark.grpo import loop
-from hark.grpo.config import Config, ConfigError, to_yaml
+from hark.grpo.config import Config, ConfigError, differences
 from hark.grpo.learner import Learner
 from hark.grpo.runtime.collectives import World, joined_world
+from hark.launch.common.exports import announce_export
 from hark.launch.common.policies import make_policy
 from hark.launch.common.questions import bad_log, training_examples, training_loader, validation_figures
 from hark.launch.common.run_directory import check_run_directory
@@ -26,17 +28,20 @@ def train(config: Config, make_trainer: Callable[..., Learner]) -> None:
         validate = partial(validation_figures, config, world, policy, held_out) if held_out else None
         with training_loader(config, world, policy, examples) as loader:
             loop.train(make_trainer(config, world, policy, data=loader, validate=validate))
+            if config.checkpoint.export and world.is_main:
+                announce_export(Path(config.run.directory) / "model")
             if loader.bad:
                 print(f"{len(loader.bad)} more bad examples skipped, listed in {bad_log(config).path}", flush=True)
 
 
 def announce(config: Config, world: World) -> None:
-    """Check the names of the template and the rewards, then print the whole configuration."""
+    """Check the names of the template and the rewards, then print what the configuration changes of the defaults."""
     find_template(config.data.template)
     for name in config.reward.weights:
         find_reward(name)
     if world.is_main:
-        print(to_yaml(config), end="", flush=True)
+        print("settings that differ from the defaults:")
+        print("\n".join(f"  {line}" for line in differences(config)), flush=True)
 
 
 def check_training(config: Config, world: World) -> None:

@@ -1,0 +1,133 @@
+"""What a run prints: a line per step that fits the terminal, events, warnings and completions."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+import textwrap
+import time
+from collections import deque
+from collections.abc import Sequence
+from itertools import starmap
+from typing import NamedTuple
+
+PLAIN_INTERVAL = 5.0  # seconds between lines where stdout is not a terminal
+PACE_STEPS = 20  # the pace, and with it the time left, is the mean over this many steps
+BAR_WIDTH = 10  # characters
+LONGEST_QUESTION, LONGEST_COMPLETION = 100, 400  # characters that are printed of each
+INDENT, GAP = "    ", " ... "
+PACE = "s/step"  # the name of the pace among the values of a line
+LABELS = {"equal_reward_share": "equal", "completion_tokens": "length"}  # else what follows the last "/" of the name
+
+
+class Completion(NamedTuple):
+    """A sampled answer to a question, and its reward."""
+
+    question: str
+    text: str
+    reward: float
+
+
+class Console:
+    """On a terminal one line that is overwritten; elsewhere a new line every few seconds, and for the last step.
+
+    show: names of the values on the line, the most important first. A terminal gets as many as fit in its width.
+    """
+
+    def __init__(self, total_steps: int, show: tuple[str, ...]):
+        self._total = total_steps
+        self._show = show
+        self._is_terminal = sys.stdout.isatty()
+        self._times = deque([time.monotonic()], maxlen=PACE_STEPS + 1)  # when each of the latest steps ended
+        self._printed = -math.inf  # when the latest plain line was printed
+        self._pending: str | None = None  # not yet printed (plain), or printed without newline (terminal)
+
+    def start(self) -> None:
+        """Measure the time per step from now on."""
+        self._times.clear()
+        self._times.append(time.monotonic())
+
+    def step(self, step: int, values: dict[str, float]) -> None:
+        """Show the values of a finished step."""
+        now = time.monotonic()
+        self._times.append(now)
+        self._pending = self._line(step, values)
+        if self._is_terminal:
+            print(f"\r\x1b[K{self._pending}", end="", flush=True)
+        elif now - self._printed >= PLAIN_INTERVAL or step >= self._total:
+            self.flush()
+            self._printed = now
+
+    def event(self, name: str, step: int, values: dict[str, float]) -> None:
+        """Print a line of its own with all values."""
+        self.print("  ".join([f"{name} at step {step}", *starmap(_field, values.items())]))
+
+    def completions(self, step: int, shown: Sequence[Completion]) -> None:
+        """Print completions with their questions and rewards."""
+        self.print(f"completions of step {step}:")
+        for question, text, reward in shown:
+            head = f"  reward {_number(reward)}  "
+            print(head + excerpt(question, min(LONGEST_QUESTION, self._width() - len(head))))
+            text = excerpt(text, LONGEST_COMPLETION) or "(empty)"
+            print(textwrap.fill(text, self._width(), initial_indent=INDENT, subsequent_indent=INDENT), flush=True)
+
+    def print(self, text: str) -> None:
+        """Print a line of its own, after the line of the latest step."""
+        self.flush()
+        print(text, flush=True)
+
+    def flush(self) -> None:
+        """Print the line of the latest step if it is not printed yet, and end it."""
+        if self._pending is not None:
+            print("" if self._is_terminal else self._pending, flush=True)
+        self._pending = None
+
+    def _width(self) -> int:
+        """Characters of a line: a terminal's columns but one, because a line that wraps could not be overwritten."""
+        return shutil.get_terminal_size().columns - 1 if self._is_terminal else sys.maxsize
+
+    def _line(self, step: int, values: dict[str, float]) -> str:
+        pace = (self._times[-1] - self._times[0]) / (len(self._times) - 1)
+        done = min(BAR_WIDTH, BAR_WIDTH * step // max(self._total, 1))
+        line = f"step {step}/{self._total} [{'#' * done}{'.' * (BAR_WIDTH - done)}]"
+        values = values | {PACE: pace}
+        fields = [f"left {_clock(pace * max(self._total - step, 0))}"]
+        fields += [_field(_label(name), values[name]) for name in self._show if name in values]
+        for field in fields:
+            if len(line) + 2 + len(field) > self._width():
+                break
+            line += f"  {field}"
+        return line
+
+
+def excerpt(text: str, longest: int) -> str:
+    """A text on one line, its middle left out if it is longer.
+
+    Control characters are escaped, because they could steer a terminal, and what stdout's encoding lacks.
+    """
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text.strip())
+    encoding = sys.stdout.encoding or "utf-8"
+    text = text.encode(encoding, "backslashreplace").decode(encoding)
+    half = (longest - len(GAP)) // 2
+    return text if len(text) <= longest else text[:half] + GAP + text[-half:]
+
+
+def _field(label: str, value: float) -> str:
+    return f"{label} {_number(value)}"
+
+
+def _label(name: str) -> str:
+    return LABELS.get(name, name.rpartition("/")[2])
+
+
+def _number(value: float) -> str:
+    """Three digits, without an exponent where the number is readable without one."""
+    return f"{value:.0f}" if 1e3 <= abs(value) < 1e7 else f"{value:.3g}"
+
+
+def _clock(seconds: float) -> str:
+    """m:ss, or h:mm:ss from one hour on."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

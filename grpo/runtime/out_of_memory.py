@@ -1,0 +1,15 @@
+"""Recognises the errors of all allocators that say that memory is exhausted."""
+
+import errno
+
+# torch raises OutOfMemoryError on a GPU, but a plain RuntimeError from its CPU allocator and from cuBLAS.
+MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be allocated: by torch on any device, numpy, Python or the system."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(message in str(error) for message in MESSAGES)
+    )
