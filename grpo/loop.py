@@ -22,7 +22,7 @@ from hark.grpo.runtime.checkpoint import (
     step_of,
 )
 from hark.grpo.runtime.collectives import reduce_sums
-from hark.grpo.runtime.out_of_memory import is_out_of_memory
+from hark.grpo.runtime.out_of_memory import is_out_of_memory, reason
 from hark.grpo.runtime.sharding import gathered
 from hark.grpo.sampler import sample
 from hark.models.policy import Prompt
@@ -91,12 +91,10 @@ def how_to_resume(learner: Learner, *, done: int) -> str:
     """What an interrupted run says at its end."""
     saved = checkpoints(learner.directory / "checkpoints", resumable=True)
     if saved:
-        newest = step_of(saved[-1])
-        return f"interrupted after step {done}; run.resume=true continues from the newest checkpoint, that of step {newest}"
-    return (
-        f"interrupted after step {done}, before the first checkpoint (checkpoint.every), so this run cannot be resumed; "
-        f"delete {learner.directory} to start it again"
-    )
+        how = f"run.resume=true continues from the checkpoint of step {step_of(saved[-1])}"
+    else:
+        how = f"there is no checkpoint yet (checkpoint.every); to start again, delete {learner.directory}"
+    return f"interrupted after step {done}; {how}"
 
 
 def probe(learner: Learner) -> None:
@@ -118,7 +116,7 @@ def probe(learner: Learner) -> None:
             raise
         raise MemoryProbeError(
             f"out of memory on rank {world.rank} with {example.line or example.id}, a prompt of {len(prompt.ids)} "
-            f"tokens, the longest in the data ({error}); `hark plan` with the same arguments says what to change"
+            f"tokens, the longest in the data ({reason(error)}); `hark plan` with the same arguments says what fits"
         ) from error
     learner.optimizer.zero_grad()
     learner.optimizer.state.clear()

@@ -1,16 +1,17 @@
-"""The command `hark`: every command is there, mistakes are one line, and `--processes` starts torchrun's launcher."""
+"""The command `hark`: every command is there, mistakes are one line, and `--processes` runs it on several processes."""
 
 import ast
 import os
 import subprocess
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from hark.launch import __main__ as cli
-from hark.launch.__main__ import COMMANDS, main, module_of, parse
+from hark.launch.__main__ import COMMANDS, command, module_of, parse
 
 COMMANDS_ON_RANKS = ["train", "sft", "evaluate", "choose", "export"]
 
@@ -29,10 +30,10 @@ def test_every_verb_is_a_module_with_a_main_that_takes_the_command_line(name):
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
 def test_help_lists_every_verb_with_one_line(argv, capsys):
-    main(argv)
+    command(argv)
     printed = capsys.readouterr().out
-    for name, command in COMMANDS.items():
-        assert [line for line in printed.splitlines() if line.split() == [name, *command.does.split()]]
+    for name, entry in COMMANDS.items():
+        assert [line for line in printed.splitlines() if line.split() == [name, *entry.does.split()]]
 
 
 @pytest.mark.parametrize(
@@ -40,27 +41,40 @@ def test_help_lists_every_verb_with_one_line(argv, capsys):
 )
 def test_an_unknown_verb_names_the_nearest(typed, nearest):
     with pytest.raises(SystemExit, match=f"unknown command {typed}; the nearest is {nearest};"):
-        main([typed])
+        command([typed])
 
 
 @pytest.mark.parametrize("name", ["train", "sft", "choose"])
-def test_the_help_of_a_verb_without_a_parser_is_its_docstring_and_all_options(name, capsys):
-    main([name, "--help"])
+def test_the_help_of_a_verb_with_a_configuration_is_its_docstring_and_all_options(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        import_module(module_of(name)).main(["mini", "--help"])
     printed = capsys.readouterr().out
-    assert f"launch/{name}.py" in printed and "optim.lr=1.0e-06" in printed
+    assert not end.value.code and f"launch/{name}.py" in printed and "optim.lr=1.0e-06" in printed
 
 
-def test_the_help_of_a_program_is_the_same_without_the_command(tmp_path):
+def test_the_help_of_a_program_is_the_same_without_the_command_and_for_several_processes(tmp_path):
     script = Path(find_spec("hark.launch.train").origin)
     by_itself = subprocess.run([sys.executable, script, "--help"], cwd=tmp_path, capture_output=True, text=True)
-    assert by_itself.returncode == 0 and by_itself.stdout == hark("train", "--help", cwd=tmp_path).stdout
+    assert by_itself.returncode == 0
+    assert by_itself.stdout == hark("train", "--processes", "2", "--help", cwd=tmp_path).stdout
+
+
+@pytest.mark.parametrize("words", [["--help"], ["grade", "--help"]])
+def test_a_reader_that_ends_early_is_no_error(words, tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    result = subprocess.run(
+        [sys.executable, "-m", "hark.launch", *words], cwd=tmp_path, stdout=writing, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writing)
+    assert result.stderr == ""
 
 
 def test_a_verb_gets_its_arguments_and_its_name(monkeypatch):
     seen = []
     monkeypatch.setattr(cli.runpy, "run_module", lambda module, run_name: seen.append((module, run_name, sys.argv)))
     monkeypatch.setattr(sys, "argv", ["hark"])
-    main(["check-data", "questions.jsonl", "--benchmark"])
+    command(["check-data", "questions.jsonl", "--benchmark"])
     assert seen == [("hark.launch.check_data", "__main__", ["hark check-data", "questions.jsonl", "--benchmark"])]
 
 
@@ -73,14 +87,12 @@ def test_a_mistake_is_one_line_and_a_status(tmp_path):
 @pytest.mark.parametrize(
     "words", [["--processes", "8", "r1_aqa", "optim.lr=1"], ["r1_aqa", "optim.lr=1", "--processes=8"]]
 )
-def test_processes_starts_the_launcher_with_the_other_arguments(words, monkeypatch):
+def test_processes_runs_the_verb_with_the_other_arguments(words, monkeypatch):
     started = []
-    monkeypatch.setattr(os, "execve", lambda path, words, environment: started.append((words, environment)))
-    main(["train", *words])
-    ((command, environment),) = started
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "8"]
-    assert command == [sys.executable, *torchrun, "-m", "hark.launch.train", "r1_aqa", "optim.lr=1"]
-    assert environment["OMP_NUM_THREADS"] == os.environ.get("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(cli, "launch", lambda *args: started.append(args) or 3)
+    with pytest.raises(SystemExit) as end:
+        command(["train", *words])
+    assert started == [(8, ["-m", "hark.launch", "train", "r1_aqa", "optim.lr=1"])] and end.value.code == 3
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -98,5 +110,5 @@ def test_less_than_one_process_is_refused():
 
 
 def test_the_command_itself_imports_no_torch(tmp_path):
-    code = "import sys, hark.launch.__main__ as cli; cli.main(['--help']); assert 'torch' not in sys.modules"
+    code = "import sys, hark.launch.__main__ as cli; cli.command(['--help']); assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True).returncode == 0

@@ -2,14 +2,16 @@
 
 import dataclasses
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 
-from hark.grpo.config import Config, ConfigError, to_yaml
+from hark.grpo.config import Config, ConfigError, differences, to_yaml
 from hark.launch.common import config_file
-from hark.launch.common.config_file import load_config
+from hark.launch.common.config_file import help_if_asked, load_config
+from hark.launch.common.nearest import OTHER_NAMES
 
 MINIMAL = "run: {directory: out}\nmodel: {path: mini}\n"
 
@@ -156,6 +158,8 @@ def test_a_list_of_strings_is_checked_item_by_item():
     [
         ("rollouts:\n  group_size: 4\n", "c.yaml:3: unknown section rollouts; the nearest section is rollout"),
         ("rollout:\n  groups: 4\n", "c.yaml:4: unknown key rollout.groups; the nearest key is rollout.group_size"),
+        ("learning_rate: 1e-4\n", "c.yaml:3: unknown key learning_rate; the nearest key is optim.lr"),
+        ("optim: 1\n", "c.yaml:3: optim must be a mapping"),
         ("optim:\n  beta: 0\n", "c.yaml:4: unknown key optim.beta; the nearest key is loss.beta"),
     ],
 )
@@ -167,11 +171,9 @@ def test_an_unknown_name_in_the_file_names_the_nearest_and_its_line(load, text, 
     ("override", "nearest"),
     [
         ("rollout.temprature=1", "the nearest key is rollout.temperature"),
-        ("rolout.temperature=1", "the nearest section is rollout"),
-        ("--optim.lr=1", "the nearest section is optim"),
-        ("reward.weights.accuracy=1", "the nearest key is reward.weights"),
-        ("optim=1", "unknown key optim"),
-        ("temperature=1", "unknown section temperature"),
+        ("rolout.temperature=1", "unknown key rolout.temperature; the nearest key is rollout.temperature"),
+        ("optim=1", "optim is a section; its keys are optim.steps, optim.prompts_per_step, "),
+        ("temperature=1", "unknown key temperature; the nearest key is rollout.temperature"),
         ("optim.lr", "an override is written section.key=value"),
         ("optim.lr=[1", "not YAML"),
     ],
@@ -180,6 +182,43 @@ def test_a_wrong_override_names_itself_and_the_nearest(load, override, nearest):
     message = refused(load, MINIMAL, override)
     assert message.startswith(f"override {override}: ")
     assert nearest in message
+
+
+MEANT = {
+    "optim.lr": "optim.learning_rate learning_rate --optim.lr lr",
+    "optim.prompts_per_step or optim.micro_batch": "batch_size optim.batch_size train.batch_size",
+    "optim.micro_batch": "per_device_train_batch_size optim.gradient_accumulation_steps micro_batch_size",
+    "optim.steps": "epochs optim.num_train_epochs max_steps optim.stepz",
+    "optim.clip_norm": "max_grad_norm optim.grad_clip",
+    "optim.warmup_steps": "optim.warmup warmup_ratio",
+    "rollout.group_size": "num_generations rollout.n rollout.num_generations group-size",
+    "rollout.max_new_tokens": "max_tokens max_length rollout.max_completion_length",
+    "rollout.temperature": "optim.temperature rollout.temp",
+    "loss.beta": "kl kl_coef loss.kl_coef optim.beta",
+    "loss.clip_low or loss.clip_high": "epsilon clip_range",
+    "lora.rank": "lora.r lora_r",
+    "data.train": "train_file data.train_path dataset",
+    "data.validation": "data.valid val_file",
+    "run.directory": "output_dir run.output_dir run.dir",
+    "model.path": "model_name_or_path model.name",
+    "model.recompute": "gradient_checkpointing",
+    "evaluation.batch": "evaluation.batch_size eval_batch_size",
+    "evaluation.every": "eval_steps",
+    "checkpoint.every": "save_steps",
+    "reward.weights": "rewards reward.accuracy reward.weights.accuracy",
+}
+
+
+@pytest.mark.parametrize(("name", "meant"), [(name, key) for key, names in MEANT.items() for name in names.split()])
+def test_a_name_of_another_program_finds_the_option_that_it_means(load, name, meant):
+    assert refused(load, MINIMAL, f"{name}=1").endswith(f"; the nearest key is {meant}")
+
+
+def test_other_names_stand_at_options_that_there_are():
+    assert OTHER_NAMES.keys() <= config_file.HINTS.keys()
+    assert not {name for names in OTHER_NAMES.values() for name in names.split()} & {
+        key.partition(".")[2] for key in config_file.HINTS
+    } - {"batch", "path", "every"}, "a name that is an option's own is found without the table"
 
 
 @pytest.mark.parametrize("required", ["run.directory", "model.path"])
@@ -221,6 +260,39 @@ def test_a_missing_file_is_named_with_the_working_directory(tmp_path, monkeypatc
     assert str(tmp_path) in str(error.value)
 
 
+def test_a_directory_is_not_called_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("some/run").mkdir(parents=True)
+    Path("some/run/config.yaml").write_text(MINIMAL)
+    with pytest.raises(ConfigError, match="^some: a directory; expected a YAML file$"):
+        load_config(["some"])
+    with pytest.raises(ConfigError, match=r"it holds a run: CONFIG is some/run/config.yaml, with run.resume=true"):
+        load_config(["some/run"])
+
+
+def test_a_file_that_cannot_be_read_is_not_called_missing(load, monkeypatch):
+    def denied(*args, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", denied)
+    with pytest.raises(ConfigError, match=r"^c.yaml: cannot be read \(Permission denied\)"):
+        load(MINIMAL)
+
+
+def test_what_differs_from_the_defaults_makes_the_same_configuration_again(load):
+    words = [
+        "optim.lr=3e-7",
+        "reward.weights={größe: 1e-3}",
+        "run.resume=true",
+        "data.train=a b.jsonl",
+        "rollout.batch=2",
+    ]
+    config = load(MINIMAL, *words)
+    lines = differences(config)
+    assert lines[:2] == ["run.directory=out run.resume=true", "model.path=mini"] and len(lines) == 6
+    assert load("", *shlex.split(" ".join(lines))) == config
+
+
 def test_a_bare_name_is_a_configuration_of_the_package_from_any_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = load_config(["r1_aqa", "optim.steps=7"])
@@ -249,7 +321,7 @@ def test_a_word_with_a_directory_or_a_suffix_is_a_path_only(word, tmp_path, monk
 
 def test_help_names_every_option_with_its_default_and_meaning(capsys):
     with pytest.raises(SystemExit) as end:
-        load_config(["mini", "--help"])
+        help_if_asked(["mini", "--help"], "Train.")
     assert end.value.code == 0
     lines = {line.split("=")[0].strip(): line for line in capsys.readouterr().out.splitlines() if "=" in line}
     for name in config_file.HINTS:

@@ -20,7 +20,7 @@ from torch.distributed.run import get_args_parser
 
 from hark.grpo.config import ConfigError
 from hark.launch.__main__ import COMMANDS, module_of, parse, words_of
-from hark.launch.common.config_file import CONFIGS, load_config
+from hark.launch.common.config_file import CONFIGS, help_if_asked, load_config
 from hark.launch.common.torchrun import torchrun
 from hark.launch.studies.scaling import BEGIN, END
 
@@ -155,6 +155,8 @@ def command_of(script: str) -> str:
 def accept(command: str, words: list[str], scratch: Path) -> None:
     """Let the parser of a command read its arguments."""
     module = import_module(module_of(command))
+    if command in ("train", "sft", "choose"):
+        help_if_asked(words, module.__doc__)
     if command in ("train", "sft"):
         load_config(words)
     elif command == "choose":

@@ -1,6 +1,5 @@
 """grpo.metrics: every step stands once in the file, only rank 0 writes, and sums over ranks are exact."""
 
-import io
 import json
 import math
 import sys
@@ -10,18 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import hark.grpo.instruments.metrics as metrics_module
+from hark.grpo.instruments.console import Completion
 from hark.grpo.instruments.metrics import Metrics
 from hark.grpo.runtime.collectives import World, reduce_max, reduce_sums
 from tests.ranks import on_ranks
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """The time in seconds, which a test moves by hand."""
-    now = types.SimpleNamespace(seconds=0.0)
-    monkeypatch.setattr(metrics_module, "time", types.SimpleNamespace(monotonic=lambda: now.seconds))
-    return now
 
 
 @pytest.fixture
@@ -75,7 +66,10 @@ def test_only_rank_0_writes(tmp_path, capsys):
     metrics.truncate(0)
     metrics.log(2, {"reward": 1.0})
     metrics.log_event("evaluation", {"accuracy": 1.0})
+    metrics.warn("careful")
+    metrics.show_completions(2, [Completion("Which?", "rain", 1.0)])
     metrics.close()
+    assert metrics.step == 2
     assert not (tmp_path / "run").exists()
     assert capsys.readouterr().out == ""
 
@@ -150,83 +144,6 @@ def test_tensors_and_ints_are_logged_as_floats(tmp_path):
     assert lines(tmp_path) == [{"step": 1, "tokens": 3.0, "loss": 0.5}]
 
 
-def test_the_console_line_has_bar_values_pace_and_time_left(tmp_path, capsys, clock):
-    metrics = Metrics(tmp_path, rank=0, total_steps=200, show=("reward", "kl", "loss"))
-    for step in range(1, 101):
-        clock.seconds += 1.5
-        metrics.log(step, {"loss": -0.01, "reward": 0.6123, "hidden": 1.0})
-    metrics.close()
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last == "step 100/200 [#####.....]  reward 0.612  loss -0.01  1.5 s/step  left 2:30"
-
-
-def test_the_pace_forgets_the_first_slow_step(tmp_path, capsys, clock):
-    metrics = Metrics(tmp_path, rank=0, total_steps=100)
-    clock.seconds = 500.0
-    for step in range(1, 101):
-        clock.seconds += 2.0
-        metrics.log(step, {})
-    assert "  2 s/step  left 0:00" in capsys.readouterr().out.splitlines()[-1]
-
-
-def test_a_console_that_is_no_terminal_gets_a_line_every_few_seconds_and_the_last(tmp_path, capsys, clock):
-    metrics = Metrics(tmp_path, rank=0, total_steps=100)
-    for step in range(1, 101):
-        clock.seconds += 1.0
-        metrics.log(step, {})
-    steps = [int(line.split()[1].split("/")[0]) for line in capsys.readouterr().out.splitlines()]
-    assert steps == [*range(1, 100, 5), 100]
-
-
-def test_a_run_that_stops_early_still_prints_its_last_step(tmp_path, capsys, clock):
-    metrics = logged(tmp_path, [1, 2, 3])
-    metrics.close()
-    metrics.close()
-    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["1/10", "3/10"]
-
-
-def test_an_event_prints_its_numbers_after_the_step_it_belongs_to(tmp_path, capsys, clock):
-    metrics = logged(tmp_path, [1, 2])
-    metrics.log_event("evaluation", {"accuracy": 0.25, "examples": 1000, "note": "x", "done": True})
-    out = capsys.readouterr().out.splitlines()
-    assert out[1].startswith("step 2/10")
-    assert out[2] == "evaluation at step 2  accuracy 0.25  examples 1000"
-
-
-def test_a_terminal_gets_one_updating_line_cut_to_its_width(tmp_path, monkeypatch, clock):
-    terminal = io.StringIO()
-    terminal.isatty = lambda: True
-    monkeypatch.setattr(sys, "stdout", terminal)
-    monkeypatch.setenv("COLUMNS", "30")
-    metrics = logged(tmp_path, [1, 2], show=("reward",))
-    metrics.log_event("evaluation", {"accuracy": 0.5})
-    metrics.log(3, {})
-    metrics.close()
-    first, second, third = terminal.getvalue().split("\r\x1b[K")[1:]
-    assert first == "step 1/10 [#.........]  rewar"
-    assert second.split("\n")[1:] == ["evaluation at step 2  accuracy 0.5", ""]
-    assert third.startswith("step 3/10") and third.endswith("\n")
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0:00"), (59.6, "1:00"), (151, "2:31"), (3599.4, "59:59"), (3600, "1:00:00"), (1e6, "277:46:40")],
-)
-def test_time_left_is_minutes_or_hours(seconds, text, tmp_path, clock, capsys):
-    metrics = Metrics(tmp_path, rank=0, total_steps=2)
-    clock.seconds += seconds
-    metrics.log(1, {})
-    assert capsys.readouterr().out.endswith(f"  left {text}\n")
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(0.00312, "0.00312"), (1e-6, "1e-06"), (999.4, "999"), (12345.6, "12346"), (1e9, "1e+09")]
-)
-def test_numbers_are_short(value, text, tmp_path, capsys):
-    Metrics(tmp_path, rank=0, total_steps=2, show=("loss",)).log(1, {"loss": value})
-    assert f"  loss {text}  " in capsys.readouterr().out
-
-
 def test_tensorboard_gets_steps_and_events_where_it_is_installed(tmp_path, no_tensorboard, board):
     metrics = logged(tmp_path, [])
     metrics.truncate(3)
@@ -268,12 +185,3 @@ def test_reduce_sums_over_two_ranks_is_one_exact_call_that_checks_the_names(tmp_
         assert result["float64_calls"] == [True]
         assert result["largest"] == 7
         assert f"this one passed {name}" in result["error"]
-
-
-def test_the_pace_leaves_out_what_came_before_the_first_step(tmp_path, capsys, monkeypatch):
-    clock = iter([0.0, 100.0, 103.0])  # made, started, one step done
-    monkeypatch.setattr("hark.grpo.instruments.metrics.time.monotonic", lambda: next(clock))
-    metrics = Metrics(tmp_path, rank=0, total_steps=2)
-    metrics.truncate(0)
-    metrics.log(1, {})
-    assert "3 s/step" in capsys.readouterr().out

@@ -14,11 +14,18 @@ from typing import NamedTuple
 
 PLAIN_INTERVAL = 5.0  # seconds between lines where stdout is not a terminal
 PACE_STEPS = 20  # the pace, and with it the time left, is the mean over this many steps
-BAR_WIDTH = 10  # characters
+BAR_WIDTH = 8  # characters
 LONGEST_QUESTION, LONGEST_COMPLETION = 100, 400  # characters that are printed of each
 INDENT, GAP = "    ", " ... "
 PACE = "s/step"  # the name of the pace among the values of a line
-LABELS = {"equal_reward_share": "equal", "completion_tokens": "length"}  # else what follows the last "/" of the name
+LABELS = {  # of names on the line, short so that all fit in 160 columns
+    "reward/accuracy": "acc",
+    "equal_reward_share": "equal",
+    "reward/format": "format",
+    "completion_tokens": "len",
+    "grad_norm": "grad",
+    "sampler_gap": "gap",
+}
 
 
 class Completion(NamedTuple):
@@ -93,11 +100,11 @@ class Console:
         line = f"step {step}/{self._total} [{'#' * done}{'.' * (BAR_WIDTH - done)}]"
         values = values | {PACE: pace}
         fields = [f"left {_clock(pace * max(self._total - step, 0))}"]
-        fields += [_field(_label(name), values[name]) for name in self._show if name in values]
+        fields += [_field(LABELS.get(name, name), values[name]) for name in self._show if name in values]
         for field in fields:
-            if len(line) + 2 + len(field) > self._width():
+            if len(line) + 1 + len(field) > self._width():
                 break
-            line += f"  {field}"
+            line += f" {field}"
         return line
 
 
@@ -117,13 +124,12 @@ def _field(label: str, value: float) -> str:
     return f"{label} {_number(value)}"
 
 
-def _label(name: str) -> str:
-    return LABELS.get(name, name.rpartition("/")[2])
-
-
 def _number(value: float) -> str:
-    """Three digits, without an exponent where the number is readable without one."""
-    return f"{value:.0f}" if 1e3 <= abs(value) < 1e7 else f"{value:.3g}"
+    """At most three digits, with an exponent only where the number is not readable without one."""
+    size = abs(value)
+    if 1e3 <= size < 1e7:
+        return f"{value:.0f}"
+    return f"{value:.0e}" if 0 < size < 1e-3 else f"{round(value, 3):.3g}"
 
 
 def _clock(seconds: float) -> str:

@@ -19,9 +19,9 @@ class Symptom(NamedTuple):
 SYMPTOMS = (
     Symptom(
         lambda values: values.get("equal_reward_share", 0) > ALL,
-        "all rewards of every group have been equal, so there is no advantage to learn from; if they are low, fine-tune "
-        "on right answers first (`hark sft`), raise rollout.group_size or rollout.temperature, or choose a reward that "
-        "is easier to get; if they are high, the questions are too easy",
+        "all rewards of every group have been equal, which leaves nothing to learn; if they are low, fine-tune "
+        "on right answers first (`hark sft`), raise rollout.group_size or rollout.temperature, or add a reward that is "
+        "easier to get; if they are high, the questions are too easy",
     ),
     Symptom(
         lambda values: values.get("stopped_share", 1) <= FEW,

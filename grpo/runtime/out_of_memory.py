@@ -1,6 +1,7 @@
 """Recognises the errors of all allocators that say that memory is exhausted."""
 
 import errno
+import re
 
 # torch raises OutOfMemoryError on a GPU, but a plain RuntimeError from its CPU allocator and from cuBLAS.
 MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -13,3 +14,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(message in str(error) for message in MESSAGES)
     )
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error's message, without the place in torch's source; its name if it has no message."""
+    first = str(error).strip().partition("\n")[0]
+    return re.sub(r"^\[enforce fail at .*?\] .*?\. ", "", first) or type(error).__name__

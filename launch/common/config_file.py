@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, ge
 import yaml
 
 from hark.grpo.config import Bound, Config, ConfigError, default_of, flow
+from hark.launch.common.nearest import nearest
 
 CONFIGS = Path(__file__).parents[1] / "configs"  # configurations of the package, found by their names
 SECTIONS: dict[str, type] = get_type_hints(Config)
@@ -58,12 +59,14 @@ def find_config(word: str) -> str:
     """
     if Path(word).is_file() or os.path.dirname(word) or Path(word).suffix:
         return word
-    if word not in config_names():
-        raise ConfigError(
-            f"{word}: no such file (working directory {os.getcwd()}), and no configuration of that name; "
-            f"the package has {', '.join(config_names())}"
-        )
-    return str(CONFIGS / f"{word}.yaml")
+    if word in config_names():
+        return str(CONFIGS / f"{word}.yaml")
+    if Path(word).is_dir():  # reading it says what it is
+        return word
+    raise ConfigError(
+        f"{word}: no such file (working directory {os.getcwd()}), and no configuration of that name; "
+        f"the package has {', '.join(config_names())}"
+    )
 
 
 def config_names() -> list[str]:
@@ -143,23 +146,37 @@ def _check_together(config: Config, *, source: str) -> None:
 
 def _read_file(path: str) -> dict[str, Entry]:
     """Every `section.key` of a YAML file with its line; unknown and repeated names are errors."""
-    if not Path(path).is_file():
-        raise ConfigError(f"{path}: no such file (working directory {os.getcwd()})")
     try:
         loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
         root = loader.get_single_node()
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: a directory; {_of_directory(Path(path))}") from None
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file (working directory {os.getcwd()})") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from None
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     entries = {}
     for section, section_node in _pairs(root, path, "the file"):
         where = f"{path}:{section.start_mark.line + 1}"
         if section.value not in SECTIONS:
+            if not isinstance(section_node, yaml.MappingNode):
+                _known(section.value, where)  # a key without its section
             raise ConfigError(f"{where}: unknown section {section.value}; {_nearest_section(section.value)}")
         for key, node in _pairs(section_node, path, section.value):
             where = f"{path}:{key.start_mark.line + 1}"
             name = _known(f"{section.value}.{key.value}", where)
             entries[name] = Entry(_construct(loader, node, path, name), where)
     return entries
+
+
+def _of_directory(path: Path) -> str:
+    """What to write instead of a directory, in which a run may be."""
+    config = path / "config.yaml"
+    if config.is_file():
+        return f"it holds a run: CONFIG is {config}, with run.resume=true to continue the run"
+    return "expected a YAML file"
 
 
 def _pairs(node: yaml.Node | None, path: str, name: str) -> list[tuple[yaml.Node, yaml.Node]]:
@@ -209,22 +226,17 @@ def _read_override(text: str) -> tuple[str, Entry]:
 
 def _known(name: str, where: str) -> str:
     """The name itself if it is a `section.key` of the configuration."""
-    if name in HINTS:
-        return name
-    section, _, key = name.partition(".")
-    if section not in SECTIONS:
-        raise ConfigError(f"{where}: unknown section {section}; {_nearest_section(section)}")
-    elsewhere = [known for known in HINTS if known.endswith(f".{key}")]
-    here = [known for known in HINTS if known.startswith(f"{section}.")]
-    raise ConfigError(f"{where}: unknown key {name}; the nearest key is {_nearest(name, elsewhere or here)}")
+    if name in SECTIONS:
+        keys = ", ".join(known for known in HINTS if known.startswith(f"{name}."))
+        raise ConfigError(f"{where}: {name} is a section; its keys are {keys}")
+    if name not in HINTS:
+        raise ConfigError(f"{where}: unknown key {name}; the nearest key is {nearest(name, HINTS)}")
+    return name
 
 
 def _nearest_section(name: str) -> str:
-    return f"the nearest section is {_nearest(name, list(SECTIONS))}, of {', '.join(SECTIONS)}"
-
-
-def _nearest(name: str, candidates: list[str]) -> str:
-    return difflib.get_close_matches(name, candidates, n=1, cutoff=0.0)[0]
+    near = difflib.get_close_matches(name, list(SECTIONS), n=1, cutoff=0.0)[0]
+    return f"the nearest section is {near}, of {', '.join(SECTIONS)}"
 
 
 # Conversion ---------------------------------------------------------------------------------------------------------

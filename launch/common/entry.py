@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hark import UserError
-from hark.grpo.runtime.out_of_memory import is_out_of_memory
+from hark.grpo.runtime.out_of_memory import is_out_of_memory, reason
 
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended: 128 + SIGINT
 
@@ -48,9 +48,9 @@ def _status(main: Callable[[list[str]], None]) -> int:
         raise
     except Exception as error:
         if is_out_of_memory(error):
-            status = _report(f"error: out of memory ({_first_line(error)}); `hark plan` says what to change")
+            status = _report(f"error: out of memory ({reason(error)}); `hark plan` says what to change")
         else:
-            status = _report(f"{traceback.format_exc().rstrip()}")
+            status = _report(traceback.format_exc().rstrip())
     sys.stdout.flush()
     return status
 
@@ -74,7 +74,3 @@ def _is_first() -> bool:
     except OSError:  # two reports are better than none
         return True
     return True
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
