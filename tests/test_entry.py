@@ -32,8 +32,8 @@ def main(argv):
     if what == "memory":
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
     if what == "interrupt":
-        os.write(1, b"ready\\n")
         try:
+            os.write(1, b"ready\\n")
             time.sleep(60)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("interrupted after step 3") from None
