@@ -6,10 +6,13 @@ import dataclasses
 import re
 import shutil
 import threading
+import types
+from traceback import StackSummary
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException
 
 from hark.data.examples import load_examples
 from hark.data.rewards import RewardError
@@ -21,6 +24,7 @@ from hark.grpo.instruments import diagnosis
 from hark.grpo.instruments.console import LONGEST_COMPLETION, excerpt
 from hark.grpo.instruments.trace import NonFiniteError, read_step, write_step
 from hark.grpo.loss import policy_loss, token_weights
+from hark.grpo.runtime import checkpoint
 from hark.grpo.runtime.checkpoint import CheckpointError, load_checkpoint
 from hark.grpo.runtime.collectives import World
 from hark.grpo.sampler import sample
@@ -463,6 +467,28 @@ def test_an_interrupted_run_says_after_which_step_and_how_to_go_on(every, said, 
 
     with pytest.raises(KeyboardInterrupt, match=said):
         on_ranks(1, run)
+
+
+@pytest.mark.parametrize(
+    ("cause", "kind", "said"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt, "interrupted after step 1; there is no checkpoint yet"),
+        (
+            OSError(28, "No space left on device"),
+            CheckpointError,
+            "000001.partial cannot be written .*No space left",
+        ),
+    ],
+)
+def test_what_stops_a_save_surfaces_as_itself(cause, kind, said, settings, tmp_path, monkeypatch):
+    """torch raises it within a CheckpointException, which is no Exception."""
+
+    def save(state, checkpoint_id):
+        raise CheckpointException("save", {0: (cause, StackSummary())})
+
+    monkeypatch.setattr(checkpoint, "dcp", types.SimpleNamespace(save=save))
+    with pytest.raises(kind, match=said):
+        on_ranks(1, train, [*settings, f"run.directory={tmp_path}/run", "checkpoint.every=1"])
 
 
 def test_three_completions_of_different_groups_are_shown_with_their_own_rewards(settings, tmp_path, capsys):

@@ -46,9 +46,9 @@ def _status(main: Callable[[list[str]], None]) -> int:
         status = _report(f"error: {error}")
     except SystemExit as end:  # argparse has printed its message
         status = end.code if isinstance(end.code, int) else _report(end.code) if end.code else 0
-    except BrokenPipeError:
+    except (BrokenPipeError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:  # some of torch's errors are no Exception
         if is_out_of_memory(error):
             status = _report(f"error: out of memory ({reason(error)}); `hark plan` says what to change")
         else:
