@@ -12,7 +12,8 @@ import numpy as np
 import soundfile
 import torch
 
-from hark.data.errors import AudioError, MissingClipError, SilentClipError, SkippedClipError
+from hark.data.cut_off import shortfall
+from hark.data.errors import AudioError, CutClipError, MissingClipError, SilentClipError, SkippedClipError
 from hark.data.torchaudio_compat import torchaudio
 
 SILENCE_PEAK = 1e-4  # of full scale: -80 dB, three steps of 16-bit audio
@@ -36,7 +37,7 @@ def load_waveform(path: str | Path, *, sample_rate: int, max_seconds: float, lon
 
     long_clips: what to do with a clip longer than `max_seconds`: raise AudioError ("error"), return exactly the first
     `max_seconds` of its resampled waveform ("crop"), or raise SkippedClipError ("skip"). Missing, unreadable, empty,
-    silent and non-finite audio raises AudioError. Of a long clip only the first `max_seconds` are decoded.
+    silent, cut off and non-finite audio raises AudioError. Of a long clip only the first `max_seconds` are decoded.
     """
     _check_long_clips(long_clips)
     with _opened(path) as file:
@@ -59,24 +60,6 @@ def load_waveform(path: str | Path, *, sample_rate: int, max_seconds: float, lon
     return waveform
 
 
-def probe(path: str | Path, *, max_seconds: float, long_clips: str = "error") -> float:
-    """The length of a clip in seconds, at most `max_seconds` if it will be cropped; read from its header if possible.
-
-    Raises as `load_waveform` does where the clip cannot be opened, is empty or is too long.
-    """
-    _check_long_clips(long_clips)
-    with _opened(path) as file:
-        limit, frames = _frames(max_seconds, file.samplerate), file.frames
-        if frames == 0:
-            raise _no_samples(path)
-        # The length in a compressed file's header may be an estimate: count samples before the clip is refused.
-        if frames > limit:
-            frames = limit if long_clips == "crop" else len(_decode(file, max_seconds + CROP_MARGIN))
-        if frames > limit:
-            raise _too_long(path, file, max_seconds, long_clips)
-        return frames / file.samplerate
-
-
 def read_header(path: str | Path) -> Header:
     """The header of a file; AudioError if it cannot be opened."""
     with _opened(path) as file:
@@ -89,17 +72,21 @@ def _opened(path: str | Path) -> Iterator[soundfile.SoundFile]:
     """The opened file. Every error of the decoder, also in later reads of the file, is raised as an AudioError."""
     if not os.path.exists(path):
         raise MissingClipError(f"{path}: no such file; expected a clip there; check audio_path and audio_root")
-    if not os.path.isfile(path) or not os.access(path, os.R_OK):
-        raise AudioError(f"{path}: not a file that may be read; expected a clip; check the path and its permissions")
+    if not os.path.isfile(path):
+        raise AudioError(f"{path}: is a directory or no regular file; expected a clip; check audio_path and audio_root")
+    if not os.access(path, os.R_OK):
+        raise AudioError(f"{path}: may not be read by this user; expected a clip; change its permissions")
     if os.path.getsize(path) == 0:
         raise AudioError(f"{path}: is empty (0 bytes); expected a clip; copy it again")
+    if missing := shortfall(path):
+        raise _cut_off(path, missing)
     try:
         with soundfile.SoundFile(path) as file:
             yield file
     # soundfile raises TypeError for headerless formats, which it recognises by the suffix.
     except (soundfile.SoundFileError, TypeError) as error:
         raise AudioError(
-            f"{path}: cannot be decoded ({error}); expected wav, flac, ogg or mp3; "
+            f"{path}: cannot be decoded{_detail(error)}; expected wav, flac, ogg or mp3; "
             "copy it again if it is cut off, else convert it, e.g. with ffmpeg"
         ) from error
 
@@ -109,7 +96,24 @@ def _decode(file: soundfile.SoundFile, seconds: float) -> np.ndarray:
 
     Reads into an allocated array: soundfile would otherwise allocate the header's length, which may be wrong.
     """
-    return file.read(out=np.empty((_frames(seconds, file.samplerate), file.channels), dtype=np.float32))
+    samples = np.empty((_frames(seconds, file.samplerate), file.channels), dtype=np.float32)
+    try:
+        return file.read(out=samples)
+    except soundfile.SoundFileError as error:
+        if file.format != "FLAC":
+            raise
+        # The decoder fails in the same way where the file ends and where it is damaged.
+        raise _cut_off(file.name, "decoding fails before the end that its header promises") from error
+
+
+def _cut_off(path: str | Path, missing: str) -> CutClipError:
+    return CutClipError(f"{path}: is cut off ({missing}); expected the whole clip; copy or encode it again")
+
+
+def _detail(error: Exception) -> str:
+    """The decoder's words in parentheses, if it has any."""
+    words = str(error).strip()
+    return f" ({words})" if words else ""
 
 
 def _frames(seconds: float, rate: int) -> int:

@@ -14,7 +14,7 @@ class DataError(UserError, ValueError):
 
 
 class AudioError(DataError):
-    """An audio file is missing, unreadable, empty, silent, not finite or too long."""
+    """An audio file is missing, unreadable, empty, silent, cut off, not finite or too long."""
 
 
 class MissingClipError(AudioError):
@@ -23,6 +23,10 @@ class MissingClipError(AudioError):
 
 class SilentClipError(AudioError):
     """The peak of a clip is below the threshold of silence."""
+
+
+class CutClipError(AudioError):
+    """A file ends before the sound that its header promises."""
 
 
 class SkippedClipError(AudioError):

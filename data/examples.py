@@ -31,7 +31,7 @@ class Example:
     sub_category: str = ""
     difficulty: str = ""
     truth: str = ""  # a benchmark's answer given as text; `answer` is None then
-    seconds: float | None = field(default=None, compare=False)  # length of the clip; None until its header was read
+    seconds: float | None = field(default=None, compare=False)  # length of the clip; None until it was decoded
 
     @property
     def answer_text(self) -> str:
@@ -96,7 +96,7 @@ def load_examples(
             examples.append(example)
     if not examples:
         first = f"all {len(bad)} are bad, first {bad[0].line}: {bad[0].reason}" if bad else "the file is empty"
-        raise DataError(f"{path.name}: no examples: {first}; expected JSON objects with {', '.join(KEYS)}")
+        raise DataError(f"{path}: no examples: {first}; expected JSON objects with {', '.join(KEYS)}")
     return examples, bad
 
 

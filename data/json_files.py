@@ -1,6 +1,7 @@
 """Reads and writes JSON and JSON-lines files; every error is a DataError of one line."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from hark.data.errors import DataError
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict | DataError]]:
-    """(where, row) for each row of a JSON array ("file.json[17]", from 0) or of JSON lines ("file.jsonl:17", from 1).
+    """(where, row) for each row of a JSON array ("a/b.json[17]", from 0) or of JSON lines ("a/b.jsonl:17", from 1).
 
     A file whose first character is [ is an array. Blank lines are skipped but counted. For a row that is not a JSON
     object, `row` is a DataError whose message does not say where. Raises DataError if the file cannot be read, or
@@ -20,8 +21,17 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict | DataError]]:
         with path.open("rb") as file:
             start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}); expected JSON or JSON lines") from error
+        raise DataError(f"{path}: {_problem(path, error)}; expected a file of JSON or JSON lines") from error
     yield from _array_rows(path) if start.startswith(b"[") else _line_rows(path)
+
+
+def _problem(path: Path, error: OSError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"no such file (working directory {os.getcwd()})"
+    if path.is_dir():
+        inside = ", ".join(sorted(file.name for file in path.glob("*.json*"))[:5])
+        return f"is a directory{f' that holds {inside}' if inside else ''}"
+    return f"cannot be read ({error.strerror or error})"
 
 
 def _array_rows(path: Path) -> Iterator[tuple[str, dict | DataError]]:
@@ -30,7 +40,7 @@ def _array_rows(path: Path) -> Iterator[tuple[str, dict | DataError]]:
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     for index, row in enumerate(rows):
-        yield f"{path.name}[{index}]", row if isinstance(row, dict) else _not_an_object(row)
+        yield f"{path}[{index}]", row if isinstance(row, dict) else _not_an_object(row)
 
 
 def _line_rows(path: Path) -> Iterator[tuple[str, dict | DataError]]:
@@ -42,7 +52,7 @@ def _line_rows(path: Path) -> Iterator[tuple[str, dict | DataError]]:
                 row = _decoded(raw)
             except DataError as error:
                 row = error
-            yield f"{path.name}:{number}", row if isinstance(row, (dict, DataError)) else _not_an_object(row)
+            yield f"{path}:{number}", row if isinstance(row, (dict, DataError)) else _not_an_object(row)
 
 
 def _decoded(raw: bytes) -> Any:

@@ -14,8 +14,7 @@ from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
-from hark.data.audio import probe
-from hark.data.errors import AudioError, DataError, SkippedClipError
+from hark.data.errors import DataError, SkippedClipError
 from hark.data.examples import BadExample, Example
 from hark.data.order import completion_key, digest, occurrences, rank_slice, shuffle_choices, step_indices
 from hark.data.parallel import in_threads
@@ -213,34 +212,6 @@ def evaluation_batches(
         good = [result for result in made if not isinstance(result, BadExample)]
         if good:
             yield good
-
-
-def check_audio(
-    examples: Sequence[Example], *, max_seconds: float, long_clips: str, skip_bad: bool, workers: int
-) -> tuple[list[Example], list[BadExample]]:
-    """Read every clip's header before a run starts: (good examples with `seconds` filled in, bad examples).
-
-    Without `skip_bad`, a bad clip raises AudioError with the number of bad clips and the first five. Clips that the
-    settings skip for their length are left out either way. If no example is good, that is always an AudioError.
-    """
-
-    def checked(example: Example) -> Example | AudioError:
-        if example.audio_path is None:
-            return example
-        try:
-            seconds = probe(example.audio_path, max_seconds=max_seconds, long_clips=long_clips)
-        except AudioError as error:
-            return error
-        return dataclasses.replace(example, seconds=seconds)
-
-    results = list(in_threads(checked, examples, workers=workers))
-    good = [result for result in results if isinstance(result, Example)]
-    bad = [pair for pair in zip(examples, results, strict=True) if isinstance(pair[1], AudioError)]
-    fatal = [pair for pair in bad if not (skip_bad or isinstance(pair[1], SkippedClipError))]
-    if fatal or not good:
-        named = [f"\n  {example.line}: {error}" for example, error in (fatal or bad)[:5]]
-        raise AudioError(f"{len(fatal or bad)} of {len(examples)} clips cannot be used, first:{''.join(named)}")
-    return good, [BadExample(example.line, example.id, str(error)) for example, error in bad]
 
 
 class BadLog:

@@ -14,7 +14,7 @@ from hark.grpo.learner import Learner, TrainingData
 from hark.grpo.loss import MetricSums, supervised_loss
 from hark.grpo.runtime.collectives import World, reduce_sums
 from hark.grpo.types import Batch
-from hark.models.policy import Policy, Prompt
+from hark.models.policy import Policy, Prompt, completion_lengths
 
 
 class SupervisedTrainer(Learner[Batch]):
@@ -50,8 +50,7 @@ class SupervisedTrainer(Learner[Batch]):
         return supervised_loss(logprobs, micro.weights)
 
     def longest_batch(self, prompts: tuple[Prompt, ...]) -> Batch:
-        texts = dict.fromkeys(map(self.target, self.data.examples))  # examples share answers
-        longest = max(texts, key=lambda text: len(self.policy.completion_ids(text)))
+        longest = next(iter(completion_lengths(self.policy.tokenizer, map(self.target, self.data.examples))))
         return self._batch([longest] * len(prompts), prompts)[0]
 
     def _batch(self, texts: Sequence[str], prompts: tuple[Prompt, ...]) -> tuple[Batch, float]:

@@ -1,5 +1,8 @@
 """Decode every clip of a file of questions and report its figures; fails if any question cannot be used.
 
+What was found in a clip is remembered: until its file changes, neither this program nor training decodes it again to
+check it.
+
     python launch/check_data.py FILE [--audio-root DIRECTORY] [--max-seconds 30] [--benchmark] [--json OUT]
 
 --benchmark accepts what is an error in training data: choices that are equal when normalised, and unknown answers.
@@ -8,17 +11,21 @@
 import argparse
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from hark.data.benchmarks.baselines import BASELINES
 from hark.data.benchmarks.report import NAMES
+from hark.data.clips import Clip, Rules, inspect_all, memory_of
 from hark.data.errors import DataError
-from hark.data.examples import load_examples
-from hark.data.sources.survey import inspect_all, survey
+from hark.data.examples import Example, load_examples
+from hark.data.sources.survey import survey
 from hark.launch.common.entry import run
+from hark.launch.common.progress import counted
 
+SAMPLE_RATE = 16_000  # Hz, of all supported models
 SHOWN = 5  # questions that the console names for each fault; the JSON file has all
 WIDTH = 27  # characters of a figure's name
 
@@ -29,7 +36,7 @@ def main(argv: list[str]) -> None:
     examples, bad = load_examples(
         arguments.file, audio_root=arguments.audio_root, skip_bad=True, benchmark=arguments.benchmark
     )
-    clips = inspect_all(examples, max_seconds=arguments.max_seconds, workers=arguments.workers)
+    clips = decode(examples, max_seconds=arguments.max_seconds, workers=arguments.workers)
     figures = survey(examples, bad, clips)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -38,6 +45,18 @@ def main(argv: list[str]) -> None:
     if unusable:
         raise DataError(f"{arguments.file}: {unusable} of {len(examples) + len(bad)} questions cannot be used")
     print("all questions can be used")
+
+
+def decode(examples: Sequence[Example], *, max_seconds: float, workers: int) -> list[Clip]:
+    """The clip of each example; a clip that several questions share is decoded once."""
+    rules = Rules(SAMPLE_RATE, max_seconds)
+    memory = memory_of(rules)
+    paths = list(dict.fromkeys(example.audio_path for example in examples if example.audio_path))
+    clips = inspect_all(paths, rules, workers=workers, memory=memory)
+    found = dict(counted(clips, len(paths), "clips checked"))
+    if memory.problem:
+        print(memory.advice())
+    return [found[example.audio_path] for example in examples if example.audio_path]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -19,8 +19,9 @@ from hark.launch.common.answering import answer_test
 from hark.launch.common.config_file import help_if_asked, load_config
 from hark.launch.common.entry import run
 from hark.launch.common.policies import make_policy
-from hark.launch.common.questions import training_examples, validation_rows
+from hark.launch.common.questions import checked_questions, training_examples, validation_rows
 from hark.launch.common.training import announce
+from hark.models.loading import read_family
 
 WIDTH = 8  # of the column of steps
 
@@ -40,8 +41,12 @@ def main(argv: list[str]) -> None:
         raise ConfigError("neither data.validation nor data.held_out is set; one must give the questions to choose by")
     with joined_world(threads=config.run.threads) as world:
         announce(config, world)
+        family = read_family(config.model.path)
+        _, questions = training_examples(config, world, family)
+        # In a directory of its own, so that launch/evaluate.py with the same run.directory does not overwrite it.
+        final = replace(config, run=replace(config.run, directory=str(directory / "chosen")))
+        asked = checked_questions(final, world, family) if config.data.test is not None else None
         policy = make_policy(config, world)
-        _, questions = training_examples(config, world, policy)
         shares = {}
         for checkpoint in saved:
             load_weights(checkpoint, policy)
@@ -54,11 +59,9 @@ def main(argv: list[str]) -> None:
             write_json(directory / "choice.json", {"step": chosen, "validation": record})
             print(table(shares, chosen))
             print(f"to export it: python launch/export.py {directory} --step {chosen}", flush=True)
-        if config.data.test is not None:
+        if asked is not None:
             load_weights(next(path for path in saved if step_of(path) == chosen), policy)
-            # In a directory of its own, so that launch/evaluate.py with the same run.directory does not overwrite it.
-            config = replace(config, run=replace(config.run, directory=str(directory / "chosen")))
-            answer_test(config, world, policy, name=f"checkpoint {chosen} of {directory}")
+            answer_test(final, world, policy, *asked, name=f"checkpoint {chosen} of {directory}")
 
 
 def best(shares: dict[int, Share]) -> int:

@@ -3,18 +3,25 @@
     python launch/plan.py CONFIG [section.key=value ...] [--gpus 8] [--memory 80] [--seconds 10] [--text 60]
                           [--sft] [--shape qwen2-audio-7b] [--json OUT]
 
-Of the model only config.json is read; no GPU and no weights are needed. grpo/instruments/memory.py says what counts.
+Of the model only config.json and the tokenizer are read; no GPU and no weights are needed. The lengths of clips and texts
+are those of data.train, or else of data.test, if that file is there. grpo/instruments/memory.py says what counts.
 """
 
 import argparse
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from hark.data.audio import read_header
+from hark.data.errors import AudioError
+from hark.data.examples import Example, load_examples
 from hark.data.json_files import write_json
+from hark.data.loader import CANDIDATES
+from hark.data.parallel import in_threads
+from hark.data.prompts import render
 from hark.grpo.config import Config, ConfigError
 from hark.grpo.instruments.memory import PARTS, Plan, Setting, Work, plan
 from hark.grpo.instruments.shape import Shape, shape_of
@@ -22,9 +29,10 @@ from hark.launch.common.config_file import load_config
 from hark.launch.common.entry import run
 from hark.launch.common.policies import lora_of
 from hark.models.families.qwen2_audio import QWEN2_AUDIO_7B, audio_tokens
-from hark.models.loading import build_from_config, read_config
+from hark.models.loading import build_from_config, load_tokenizer, read_config
+from hark.models.policy import PolicyError, text_ids
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 USABLE = 0.95  # share of the device memory; the CUDA context, workspaces and fragmentation take the rest
 MACHINE = 8  # GPUs that share the host memory of one machine
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -33,19 +41,24 @@ SHAPES = {"qwen2-audio-7b": QWEN2_AUDIO_7B}
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A configuration on a number of GPUs, with clips of `seconds` and prompts of `text` tokens beside the audio."""
+    """A configuration on a number of GPUs, with clips of `seconds` and prompts of `text` tokens beside the audio.
+
+    source: where these two lengths come from, in words.
+    """
 
     config: Config
     gpus: int
     seconds: float
     text: int
     sft: bool = False
+    source: str = ""
 
 
 def main(argv: list[str]) -> None:
     options, words = parse(argv)
     config = load_config(words)
-    planned = Run(config, options.gpus, options.seconds or config.data.max_seconds, options.text, options.sft)
+    seconds, text, source = lengths(config, options)
+    planned = Run(config, options.gpus, seconds, text, options.sft, source)
     lora = lora_of(config) or config.lora  # needed without adapters too, because adding them is one of the changes
     shape = shape_of(build_from_config(_model_config(config, options.shape)), targets=lora.targets)
     result, limit = predict(shape, planned), USABLE * options.memory * GIB
@@ -63,14 +76,73 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, default=int(os.environ.get("WORLD_SIZE", 8)), help="all GPUs of the run")
     parser.add_argument("--memory", type=float, default=80.0, help="memory of one GPU, GiB")
-    parser.add_argument("--seconds", type=float, help="length of the clips; default data.max_seconds")
-    parser.add_argument("--text", type=int, default=60, help="tokens of a prompt, without its audio")
+    parser.add_argument("--seconds", type=float, help="length of the clips; default: the data's longest")
+    parser.add_argument("--text", type=int, help="tokens of a prompt, without its audio; default: the data's longest")
     parser.add_argument("--sft", action="store_true", help="plan launch/sft.py instead of launch/train.py")
     parser.add_argument(
         "--shape", choices=sorted(SHAPES), help="a known model, instead of the config.json of model.path"
     )
     parser.add_argument("--json", metavar="OUT", help="write the figures, in bytes, to this file")
     return parser.parse_known_args(argv)
+
+
+# How long the prompts are ----------------------------------------------------------------------------------------------
+
+TEXT = 60  # tokens of a prompt without its audio, where there is no data
+CHAT = 25  # tokens that a chat template adds to a text
+LETTERS = 3  # per token, where the tokenizer cannot be loaded; English texts have more
+
+
+def lengths(config: Config, options: argparse.Namespace) -> tuple[float, int, str]:
+    """Seconds of the longest clip and tokens of the longest text, and where they come from; flags come first."""
+    seconds, text = options.seconds, options.text
+    path, examples = (None, []) if seconds and text else planned_examples(config)
+    sources = ["--seconds" if seconds else "", "--text" if text else ""]
+    if seconds is None:
+        found = longest_clip(examples, config)
+        seconds, sources[0] = (found, f"{path}") if found else (config.data.max_seconds, "data.max_seconds")
+    if text is None:
+        text, sources[1] = (longest_text(examples, config), f"{path}") if examples else (TEXT, "assumed")
+    if sources[0] == sources[1]:
+        return seconds, text, f"the longest of {path}"
+    clip, words = (f"the longest of {source}" if source == path else source for source in sources)
+    return seconds, text, f"clips: {clip}; texts: {words}"
+
+
+def planned_examples(config: Config) -> tuple[str | None, list[Example]]:
+    """The first file of questions that is there, and its examples."""
+    path = next((file for file in (config.data.train, config.data.test) if file and Path(file).is_file()), None)
+    if path is None:
+        return None, []
+    root = config.data.audio_root
+    return path, load_examples(path, audio_root=root, require_audio=False, skip_bad=True, benchmark=True)[0]
+
+
+def longest_clip(examples: Sequence[Example], config: Config) -> float | None:
+    """The length that the headers of the clips give, at most data.max_seconds; None if no header can be read."""
+
+    def seconds(path: Path) -> float:
+        try:
+            return read_header(path).seconds or 0.0
+        except AudioError:  # training says what is wrong with it
+            return 0.0
+
+    paths = dict.fromkeys(example.audio_path for example in examples if example.audio_path)
+    longest = max(in_threads(seconds, paths, workers=os.cpu_count() or 1), default=0.0)
+    return min(longest, config.data.max_seconds) or None
+
+
+def longest_text(examples: Sequence[Example], config: Config) -> int:
+    """Tokens of the longest text with its chat template, estimated from its letters if there is no tokenizer."""
+    texts = sorted({render(example, config.data.template) for example in examples}, key=len)
+    try:
+        tokenizer = load_tokenizer(config.model.path)
+    except PolicyError:
+        return CHAT + -(-len(texts[-1]) // LETTERS)
+    return CHAT + max(len(text_ids(tokenizer, text)) for text in texts[-CANDIDATES:])
+
+
+# What it needs ---------------------------------------------------------------------------------------------------------
 
 
 def _model_config(config: Config, shape: str | None) -> Any:
@@ -122,25 +194,37 @@ def predict(shape: Shape, planned: Run) -> Plan:
 
 
 def describe(shape: Shape, planned: Run, result: Plan, memory: float) -> str:
-    """A table of GiB, one line per part and one column per phase."""
+    """A table of memory, one line per part and one column per phase."""
     phases = list(result.phases)
-    where = f"{planned.gpus} GPU{'s' * (planned.gpus > 1)}, clips of {planned.seconds:g} s"
+    unit, name = (GIB, "GiB") if result.peak >= GIB else (MIB, "MiB")
+    clips = f"clips of {planned.seconds:.3g} s and " if shape.tower else ""
     lines = [
-        f"{shape.parameters / 1e9:.2f} B parameters, {where}; GiB per GPU",
+        f"{_count(shape.parameters)} parameters, {planned.gpus} GPU{'s' * (planned.gpus > 1)}; {name} per GPU",
+        f"{clips}texts of {planned.text} tokens ({planned.source})",
         "",
         f"{'':12}" + "".join(f"{phase:>12}" for phase in phases),
     ]
     for part in PARTS:
-        cells = [result.phases[phase][part] / GIB for phase in phases]
+        cells = [result.phases[phase][part] / unit for phase in phases]
         if any(cells):
             lines.append(f"{part:12}" + "".join(f"{cell:12.2f}" for cell in cells))
-    lines.append(f"{'total':12}" + "".join(f"{result.total(phase) / GIB:12.2f}" for phase in phases))
+    lines.append(f"{'total':12}" + "".join(f"{result.total(phase) / unit:12.2f}" for phase in phases))
     fits = "fits" if result.peak <= USABLE * memory * GIB else "does not fit"
-    lines += ["", f"peak {result.peak / GIB:.2f} GiB in {result.worst}: {fits} {100 * USABLE:g} % of {memory:g} GiB"]
+    limit = f"{size(USABLE * memory * GIB)} ({100 * USABLE:g} % of {memory:g} GiB)"
+    lines += ["", f"peak {size(result.peak)} in {result.worst}: {fits} in {limit}"]
     if result.host:
         ranks = min(planned.gpus, MACHINE)
-        lines.append(f"host memory {result.host * ranks / GIB:.1f} GiB per machine of {ranks} GPUs")
+        lines.append(f"host memory {size(result.host * ranks)} per machine of {ranks} GPU{'s' * (ranks > 1)}")
     return "\n".join(lines)
+
+
+def size(count: float) -> str:
+    """Bytes in words: "38.74 GiB", "9.5 MiB"."""
+    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / MIB:.3g} MiB"
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.3g} M"
 
 
 # What to change -------------------------------------------------------------------------------------------------------
@@ -222,10 +306,12 @@ def _words(change: Change) -> str:
 
 def advice(changes: list[dict], limit: float) -> str:
     if not changes:
-        result = f"no set of the changes that were tried brings the peak under {limit / GIB:.1f} GiB"
-        return f"{result}; choose a smaller model or more GPUs"
-    lines = [f"each of these lines brings the peak under {limit / GIB:.1f} GiB, cheapest first:"]
-    return "\n".join(lines + [f"  {' '.join(c['change']):72} -> {c['peak'] / GIB:6.2f} GiB" for c in changes])
+        return (
+            f"no set of the changes that were tried brings the peak to {size(limit)} or less; choose a smaller model, "
+            "shorter clips, or GPUs with more memory"
+        )
+    lines = [f"each of these lines brings the peak to {size(limit)} or less, cheapest first:"]
+    return "\n".join(lines + [f"  {' '.join(c['change']):72} -> {size(c['peak']):>10}" for c in changes])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from unittest import mock
 
 import torch
@@ -26,6 +26,13 @@ from hark.models.policy import Lora, Policy, PolicyError
 
 # config.model_type -> policy class; text-only causal language models need no entry.
 FAMILIES: dict[str, type[Policy]] = {"qwen2_audio": Qwen2AudioPolicy}
+SUPPORTED = (
+    f"expected an audio language model ({', '.join(sorted(FAMILIES))}) or a text-only causal language model "
+    "(...ForCausalLM); see docs/extending.md"
+)
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKENIZERS = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json"}
+PROCESSORS = {"preprocessor_config.json", "processor_config.json"}
 
 
 def load_policy(
@@ -73,10 +80,11 @@ def load_policy(
 
 def build_policy(directory: Path) -> Policy:
     """The policy of a checkpoint directory, with its parameters on the meta device."""
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
-    config = AutoConfig.from_pretrained(directory)
+    config = read_config(directory)
     family = family_of(config, where=str(directory))
+    _check_files(directory, family)
     with meta_parameters():
         model = family.build(config)
     if (directory / "generation_config.json").exists():
@@ -86,19 +94,43 @@ def build_policy(directory: Path) -> Policy:
     return policy
 
 
+def read_family(path: str | Path) -> type[Policy]:
+    """The policy class of a checkpoint, found before anything of it is built or a weight is read.
+
+    Raises PolicyError for what `load_policy` would refuse: no checkpoint, no policy for its model, a missing file.
+    """
+    family = family_of(read_config(path), where=str(path))
+    if Path(path).is_dir():  # what else is on the hub is seen when it is downloaded
+        _check_files(Path(path), family)
+    return family
+
+
 def read_config(path: str | Path) -> Any:
     """The transformers config of a local directory or a hub name; reads config.json only.
 
-    Raises PolicyError if there is none.
+    Raises PolicyError if there is none, or if it is not that of a model.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
+    if _is_local(path):
+        kind = _model_type(Path(path))
+        if kind not in CONFIG_MAPPING:
+            raise PolicyError(f"{path}: no policy for model type {kind!r}; {SUPPORTED}")
     try:
         return AutoConfig.from_pretrained(path)
     except Exception as error:
-        raise PolicyError(
-            f"{path}: no config.json could be read there, nor on the hub by that name ({error})"
-        ) from error
+        where = f"{Path(path) / 'config.json'}: cannot be used" if _is_local(path) else _not_on_hub(path)
+        raise PolicyError(f"{where} ({_first_line(error)})") from error
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a checkpoint, without its model. Raises PolicyError if it cannot be loaded."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:
+        raise PolicyError(f"{path}: its tokenizer cannot be loaded ({_first_line(error)}); copy it again") from error
 
 
 def build_from_config(config: Any) -> Policy:
@@ -111,36 +143,91 @@ def build_from_config(config: Any) -> Policy:
 
 
 def family_of(config: Any, *, where: str) -> type[Policy]:
-    """The policy class for a transformers config. Raises PolicyError if there is none for its model type."""
+    """The policy class for a transformers config. Raises PolicyError if there is none for its model."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if config.model_type in FAMILIES:
         return FAMILIES[config.model_type]
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise PolicyError(
-            f"{where}: no policy for model type {config.model_type!r}; supported are {', '.join(sorted(FAMILIES))} "
-            "and most text-only causal language models; see docs/extending.md"
-        )
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ())
+    decoders = (known,) if isinstance(known, str) else known
+    saved = config.architectures[0] if config.architectures else None
+    # transformers has a causal variant of many encoders and of Whisper's decoder, which such a checkpoint does not fit.
+    if not decoders or config.is_encoder_decoder or saved not in (None, *decoders):
+        kind = f"model type {config.model_type!r}" + (f" ({saved})" if saved else "")
+        raise PolicyError(f"{where}: no policy for {kind}; {SUPPORTED}")
     return CausalLMPolicy
 
 
-def _directory(path: str | Path) -> Path:
-    directory = Path(path)
-    if not directory.is_dir():
-        if str(path).count("/") != 1 or str(path).startswith((".", "/")):
-            raise PolicyError(
-                f"{path}: no such directory (working directory {os.getcwd()}); expected a Hugging Face checkpoint "
-                "directory or a hub name"
-            )
-        from huggingface_hub import snapshot_download
+def _is_local(path: str | Path) -> bool:
+    """Whether a path is a directory, and not a name on the hub. Raises PolicyError if it can be neither."""
+    if Path(path).is_dir():
+        return True
+    if Path(path).exists():
+        raise PolicyError(f"{path}: is a file; expected the directory of a Hugging Face checkpoint: {Path(path).parent}?")
+    if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
+        raise PolicyError(
+            f"{path}: no such directory (working directory {os.getcwd()}); expected a Hugging Face checkpoint "
+            "directory or a hub name"
+        )
+    return False
 
-        try:
-            directory = Path(snapshot_download(str(path)))
-        except Exception as error:
-            raise PolicyError(f"{path}: no such directory, and no model on the hub by that name ({error})") from error
-    if not (directory / "config.json").exists():
-        raise PolicyError(f"{directory}: config.json is missing; expected a Hugging Face checkpoint directory")
-    return directory
+
+def _not_on_hub(path: str | Path) -> str:
+    return f"{path}: no such directory, and no model on the hub by that name"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _model_type(directory: Path) -> str:
+    """The model type in a directory's config.json."""
+    path = directory / "config.json"
+    if not path.exists():
+        adapters = "adapter_config.json" if (directory / "adapter_config.json").exists() else None
+        hint = "; it holds adapters: set lora.path to it, and model.path to their model" if adapters else ""
+        raise PolicyError(f"{directory}: config.json is missing; expected a Hugging Face checkpoint directory{hint}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"{path}: not readable as JSON ({_first_line(error)}); copy it again") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise PolicyError(f"{path}: has no model_type; expected the config.json of a transformers model")
+    return config["model_type"]
+
+
+def _check_files(directory: Path, family: type[Policy]) -> None:
+    """Raise PolicyError if a directory lacks weights, a tokenizer, or the processor of a model that takes audio."""
+    names = {path.name for path in directory.iterdir()}
+    copy = "copy it from the checkpoint that the model was made from"
+    if not names & {SINGLE, INDEX}:
+        _no_weights(directory, names)
+    if not names & TOKENIZERS:
+        raise PolicyError(f"{directory}: has no tokenizer (tokenizer.json, tokenizer_config.json); {copy}")
+    if family.sample_rate is not None and not names & PROCESSORS:
+        raise PolicyError(f"{directory}: has no audio processor ({' or '.join(sorted(PROCESSORS))}); {copy}")
+
+
+def _no_weights(directory: Path, names: set[str]) -> NoReturn:
+    other = min((name for name in names if name.endswith((".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"))), default="")
+    if other:
+        raise PolicyError(
+            f"{directory}: holds its weights as {other}; expected {SINGLE}; load it with transformers' from_pretrained "
+            "and save it with save_pretrained"
+        )
+    raise PolicyError(f"{directory}: holds neither {SINGLE} nor {INDEX}; expected one of them")
+
+
+def _directory(path: str | Path) -> Path:
+    """The directory of a checkpoint, downloaded if it is a name on the hub."""
+    if _is_local(path):
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path)))
+    except Exception as error:
+        raise PolicyError(f"{_not_on_hub(path)} ({_first_line(error)})") from error
 
 
 @contextmanager
@@ -230,16 +317,13 @@ class StoredTensors:
 
 def _tensor_files(directory: Path) -> dict[str, Path]:
     """Stored tensor name -> the safetensors file that holds it."""
-    index = directory / "model.safetensors.index.json"
+    index = directory / INDEX
     if index.exists():
         try:
             return {name: directory / file for name, file in json.loads(index.read_text())["weight_map"].items()}
         except (ValueError, KeyError) as error:
             raise PolicyError(f"{index}: cannot be read ({error}); expected a weight_map; copy it again") from error
-    single = directory / "model.safetensors"
-    if not single.exists():
-        raise PolicyError(f"{directory}: holds neither model.safetensors nor {index.name}; expected one of them")
-    return _tensors_of(single)
+    return _tensors_of(directory / SINGLE)
 
 
 def _tensors_of(path: Path) -> dict[str, Path]:

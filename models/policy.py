@@ -265,7 +265,7 @@ class Policy(nn.Module):
         """Ids (T,) of `text` as a completion, with the stop token that the chat template puts at the end of a turn."""
         template = self.tokenizer.chat_template or ""
         ends = [stop for stop in self.stop_ids if self.tokenizer.convert_ids_to_tokens(stop) in template]
-        return torch.tensor([*self.tokenizer(text, add_special_tokens=False)["input_ids"], (ends or self.stop_ids)[0]])
+        return torch.tensor([*text_ids(self.tokenizer, text), (ends or self.stop_ids)[0]])
 
     def completion_texts(self, tokens: torch.Tensor, mask: torch.Tensor) -> list[str]:
         """Texts of B completions, given as tokens (B, T) and mask (B, T), without the stop token.
@@ -315,6 +315,17 @@ def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(bind_current_pass(forward), *args, use_reentrant=False, **kwargs)
+
+
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text as it stands in a completion, without a stop token."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def completion_lengths(tokenizer: Any, texts: Iterable[str]) -> dict[str, int]:
+    """The tokens of each distinct text as a completion, with its stop token, the longest first."""
+    lengths = {text: len(text_ids(tokenizer, text)) + 1 for text in dict.fromkeys(texts)}
+    return dict(sorted(lengths.items(), key=lambda pair: -pair[1]))
 
 
 def pad_ids(prompts: Sequence[Prompt], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,9 @@ import torch
 
 # The tests run on the CPU even if the machine has a GPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# The memory of clips is a file of this session.
+CACHE = tempfile.TemporaryDirectory()
+os.environ["XDG_CACHE_HOME"] = CACHE.name
 
 from hark.data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
 from hark.grpo.instruments import flops

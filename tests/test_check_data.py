@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import soundfile
 
+from hark.data import clips
 from hark.data.errors import DataError
-from hark.data.sources import survey
 from hark.launch import check_data
 from tests.clips import write_questions
 
@@ -54,10 +54,12 @@ def test_lengths_rates_and_channels_are_those_of_the_decoded_clips(tmp_path):
 
 
 def test_a_shared_clip_is_decoded_once(tmp_path, monkeypatch):
-    decoded, load = [], survey.load_waveform
-    monkeypatch.setattr(survey, "load_waveform", lambda path, **k: decoded.append(path.name) or load(path, **k))
-    check(write(tmp_path, 4, line4={"audio_path": "train-2.wav"}))
+    decoded, load = [], clips.load_waveform
+    monkeypatch.setattr(clips, "load_waveform", lambda path, **k: decoded.append(path.name) or load(path, **k))
+    path = write(tmp_path, 4, line4={"audio_path": "train-2.wav"})
+    figures = check(path)
     assert sorted(decoded) == ["train-0.wav", "train-1.wav", "train-2.wav"]
+    assert check(path) == figures and len(decoded) == 3, "and its figures are remembered"
 
 
 def test_answers_are_counted_by_place_with_what_guessing_scores(tmp_path):
@@ -81,24 +83,27 @@ def spoil(directory: Path) -> None:
     (directory / "train-4.wav").write_bytes(b"no sound")
     soundfile.write(directory / "train-5.wav", np.zeros(8000), 16_000)
     soundfile.write(directory / "train-6.wav", noise(4.0, 16_000), 16_000)
+    whole = (directory / "train-2.wav").read_bytes()
+    (directory / "train-2.wav").write_bytes(whole[: len(whole) // 2])
 
 
 def test_each_fault_is_listed_with_its_line_and_fails_the_check(tmp_path, capsys):
     path = write(tmp_path, 9, line8={"answer": 7}, line9={"audio_path": "train-3.wav"})
     spoil(tmp_path)
-    with pytest.raises(DataError, match="6 of 9 questions cannot be used"):
+    with pytest.raises(DataError, match="7 of 9 questions cannot be used"):
         check_data.main([str(path), "--max-seconds", "3"])
     said = capsys.readouterr().out
     figures = check(path, "--max-seconds", "3")
-    places = {name: [fault["file"] for fault in faults] for name, faults in figures["faults"].items()}
+    places = {name: [Path(fault["file"]).name for fault in faults] for name, faults in figures["faults"].items()}
     assert places == {
         "bad line": ["train.jsonl:8"], "missing": ["train.jsonl:4", "train.jsonl:9"], "silent": ["train.jsonl:6"],
-        "over-long": ["train.jsonl:7"], "broken": ["train.jsonl:5"],
+        "over-long": ["train.jsonl:7"], "cut off": ["train.jsonl:3"], "broken": ["train.jsonl:5"],
     }  # fmt: skip
     for reason in (
         "train.jsonl:4: ",
         "no such file",
         "is silent",
+        "is cut off",
         "is 4.00 s long",
         "cannot be decoded",
         "out of range",
@@ -137,4 +142,4 @@ def test_the_command_says_what_it_found_and_exits_by_it(tmp_path):
     assert good.returncode == 0 and "all questions can be used" in good.stdout, good.stderr
     spoil(tmp_path)
     bad = run()
-    assert bad.returncode == 1 and bad.stderr == f"error: {path}: 3 of 8 questions cannot be used\n"
+    assert bad.returncode == 1 and bad.stderr == f"error: {path}: 4 of 8 questions cannot be used\n"

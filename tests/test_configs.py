@@ -78,4 +78,4 @@ def test_by_the_planner_it_fits_the_hardware_it_names(name, capsys):
     gpus, sft = re.search(rf"launch/plan.py launch/configs/{name}.yaml --gpus (\d)( --sft)?", text).groups()
     words = [str(CONFIGS / f"{name}.yaml"), "--gpus", gpus, "--shape", "qwen2-audio-7b"]
     plan.main([*words, "--sft"] if sft else words)
-    assert "fits 95 % of 80 GiB" in capsys.readouterr().out
+    assert "fits in 76.00 GiB (95 % of 80 GiB)" in capsys.readouterr().out

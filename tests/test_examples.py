@@ -22,7 +22,8 @@ def write(tmp_path, *records):
 def test_a_line_of_r1_aqa_becomes_an_example_with_the_clip_beside_the_file(tmp_path):
     (example,), bad = load_examples(write(tmp_path, GOOD))
     assert bad == []
-    assert (example.id, example.dataset, example.task, example.line) == ("183", "AVQA", "", "train.jsonl:1")
+    assert (example.id, example.dataset, example.task) == ("183", "AVQA", "")
+    assert example.line == f"{tmp_path}/train.jsonl:1", "a path that can be opened"
     assert example.audio_path == tmp_path / "clips" / "a.wav"
     assert (example.choices, example.answer, example.answer_text) == (("Car", "Dog", "Bell"), 1, "Dog")
 
@@ -37,7 +38,7 @@ def test_a_missing_key_names_the_line_the_key_and_what_a_line_needs(tmp_path):
     with pytest.raises(DataError) as error:
         load_examples(write(tmp_path, GOOD, bad))
     assert str(error.value) == (
-        'train.jsonl:2: "audio_path" is missing; each line needs id, audio_path, question_text, multi_choice, answer'
+        f'{tmp_path}/train.jsonl:2: "audio_path" is missing; each line needs id, audio_path, question_text, multi_choice, answer'
     )
 
 
@@ -59,13 +60,13 @@ def test_a_missing_key_names_the_line_the_key_and_what_a_line_needs(tmp_path):
         ({"audio_path": None}, '"audio_path" is missing'),
         ({"id": [1]}, '"id" is [1]'),
         ({"category": 5}, '"category" is 5; expected text'),
-        ({"id": "183"}, "\"id\" '183' was used at train.jsonl:1"),
+        ({"id": "183"}, "\"id\" '183' was used at "),
     ],
 )
 def test_a_wrong_value_is_an_error_that_names_it(tmp_path, change, message):
     with pytest.raises(DataError) as error:
         load_examples(write(tmp_path, GOOD, {**GOOD, "id": 184, **change}))
-    assert str(error.value).startswith("train.jsonl:2: ") and message in str(error.value)
+    assert str(error.value).startswith(f"{tmp_path}/train.jsonl:2: ") and message in str(error.value)
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", "nonsense"])
@@ -100,14 +101,14 @@ def test_bytes_that_are_not_utf8_are_an_error_of_their_line(tmp_path):
 
 def test_skip_bad_returns_the_bad_lines_beside_the_good_and_counts_blank_lines(tmp_path):
     examples, bad = load_examples(write(tmp_path, GOOD, "", {**GOOD, "id": 7, "answer": 9}, "{"), skip_bad=True)
-    assert [example.line for example in examples] == ["train.jsonl:1"]
-    assert [(one.line, one.id) for one in bad] == [("train.jsonl:3", "7"), ("train.jsonl:4", "")]
+    assert [Path(example.line).name for example in examples] == ["train.jsonl:1"]
+    assert [(Path(one.line).name, one.id) for one in bad] == [("train.jsonl:3", "7"), ("train.jsonl:4", "")]
     assert bad[0].reason.startswith('"answer" is 9')
 
 
 def test_a_bad_line_does_not_use_up_its_id(tmp_path):
     examples, _ = load_examples(write(tmp_path, {**GOOD, "answer": 9}, GOOD), skip_bad=True)
-    assert [example.line for example in examples] == ["train.jsonl:2"]
+    assert [Path(example.line).name for example in examples] == ["train.jsonl:2"]
 
 
 def test_text_only_examples_are_read_only_when_asked_for(tmp_path):
@@ -125,8 +126,10 @@ def test_no_examples_at_all_is_always_an_error(tmp_path, skip_bad):
         load_examples(write(tmp_path), skip_bad=skip_bad)
     with pytest.raises(DataError, match="train.jsonl:1"):
         load_examples(write(tmp_path, "{"), skip_bad=skip_bad)
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="none.jsonl: no such file"):
         load_examples(tmp_path / "none.jsonl", skip_bad=skip_bad)
+    with pytest.raises(DataError, match="is a directory that holds train.jsonl"):
+        load_examples(tmp_path, skip_bad=skip_bad)
 
 
 def test_what_a_question_belongs_to_is_read_and_a_list_is_joined(tmp_path):

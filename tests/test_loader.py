@@ -10,7 +10,7 @@ import soundfile
 
 from hark.data.errors import AudioError, DataError, SkippedClipError
 from hark.data.examples import BadExample, Example
-from hark.data.loader import BadLog, Loader, check_audio, evaluation_batches
+from hark.data.loader import BadLog, Loader, evaluation_batches
 from hark.data.order import step_indices
 
 COUNT = 11
@@ -212,41 +212,6 @@ def test_what_can_never_work_is_refused_when_the_loader_is_made():
              "workers"]))  # fmt: skip
 
 
-def on_disk(tmp_path):
-    soundfile.write(tmp_path / "good.wav", np.full(16_000, 0.1), 16_000)
-    soundfile.write(tmp_path / "long.wav", np.full(48_000, 0.1), 16_000)
-    names = ["good.wav", "missing.wav", "long.wav", None]
-    return [
-        Example(f"id{i}", name and tmp_path / name, "Which?", ("a", "b"), 0, line=f"train.jsonl:{i + 1}")
-        for i, name in enumerate(names)
-    ]
-
-
-def probe_all(data, **changes):
-    return check_audio(data, **{"max_seconds": 2.0, "long_clips": "error", "skip_bad": False, "workers": 2, **changes})
-
-
-def test_the_start_up_check_names_bad_clips_by_their_line(tmp_path):
-    data = on_disk(tmp_path)
-    with pytest.raises(AudioError) as error:
-        probe_all(data)
-    text = str(error.value)
-    assert text.startswith("2 of 4 clips cannot be used")
-    assert "train.jsonl:2: " in text and "no such file" in text and "train.jsonl:3: " in text and "3.00 s" in text
-
-
-def test_the_start_up_check_leaves_out_what_the_settings_skip(tmp_path):
-    data = on_disk(tmp_path)
-    good, bad = probe_all(data, skip_bad=True)
-    assert good == [data[0], data[3]] and [one.line for one in bad] == ["train.jsonl:2", "train.jsonl:3"]
-    good, _ = probe_all(data, skip_bad=True, long_clips="crop")
-    assert good == [data[0], data[2], data[3]]
-    good, bad = probe_all([data[0], data[2]], long_clips="skip")
-    assert good == [data[0]] and [one.id for one in bad] == ["id2"]
-    with pytest.raises(AudioError, match="1 of 1 clips"):
-        probe_all(data[1:2], skip_bad=True)
-
-
 def test_skipped_examples_are_listed_at_once_and_never_twice_also_by_a_resumed_run(tmp_path):
     path = tmp_path / "run" / "bad.jsonl"
     log = BadLog(path)
@@ -348,10 +313,3 @@ def test_evaluation_stops_at_a_bad_example_or_reports_it_and_goes_on():
     drawn = list(batches(waveform=reading(bad={5}), skip_bad=True, on_bad=reported.append))
     assert [position(example) for batch in drawn for example, _ in batch] == [0, 1, 2, 3, 4, 6]
     assert [bad.line for bad in reported] == ["train.jsonl:6"]
-
-
-def test_the_start_up_check_tells_the_length_of_each_clip(tmp_path):
-    data = on_disk(tmp_path)
-    good, _ = probe_all([data[0], data[2], data[3]], max_seconds=4.0)
-    assert [example.seconds for example in good] == [1.0, 3.0, None]
-    assert good == [data[0], data[2], data[3]], "a measurement makes no other question of it"

@@ -2,56 +2,13 @@
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
 from statistics import fmean, median
 
-from hark.data.audio import Header, load_waveform, read_header
 from hark.data.benchmarks.baselines import baseline_figures
-from hark.data.errors import AudioError, MissingClipError, SilentClipError, SkippedClipError
+from hark.data.clips import FAULTS, Clip
 from hark.data.examples import BadExample, Example
-from hark.data.parallel import in_threads
 
-SAMPLE_RATE = 16_000  # Hz, of all supported models
 LENGTHS = (1, 2, 5, 10, 20, 30, 60, 120, 300)  # seconds, upper ends of the histogram's bins
-# The name of each fault by its error; subclasses come before their base class.
-FAULTS: dict[type[AudioError], str] = {
-    MissingClipError: "missing",
-    SilentClipError: "silent",
-    SkippedClipError: "over-long",
-    AudioError: "broken",
-}
-
-
-@dataclass(frozen=True)
-class Clip:
-    """The header and the length of one clip, and its fault if it cannot be used."""
-
-    header: Header | None  # None where the file cannot be opened
-    seconds: float | None  # of the decoded samples; for a silent or over-long clip, of the header; None if unknown
-    fault: str = ""  # one of FAULTS' values, or ""
-    reason: str = ""
-
-
-def inspect(example: Example, *, max_seconds: float) -> Clip:
-    """Decode the clip of an example, as training would."""
-    header, path = None, example.audio_path
-    assert path is not None
-    try:
-        header = read_header(path)
-        waveform = load_waveform(path, sample_rate=SAMPLE_RATE, max_seconds=max_seconds, long_clips="skip")
-    except AudioError as error:
-        fault = next(name for kind, name in FAULTS.items() if isinstance(error, kind))
-        seconds = header.seconds if header and fault in ("silent", "over-long") else None
-        return Clip(header, seconds, fault, str(error))
-    return Clip(header, len(waveform) / SAMPLE_RATE)
-
-
-def inspect_all(examples: Sequence[Example], *, max_seconds: float, workers: int) -> list[Clip]:
-    """The clip of each example, in order; a clip that several questions share is decoded once."""
-    first = {example.audio_path: example for example in reversed(examples)}
-    clips = in_threads(lambda example: inspect(example, max_seconds=max_seconds), first.values(), workers=workers)
-    found = dict(zip(first, clips, strict=True))
-    return [found[example.audio_path] for example in examples]
 
 
 def survey(examples: Sequence[Example], bad: Sequence[BadExample], clips: Sequence[Clip]) -> dict:
@@ -89,7 +46,7 @@ def _faults(examples: Sequence[Example], clips: Sequence[Clip]) -> dict[str, lis
     faults: dict[str, list[dict]] = {name: [] for name in FAULTS.values()}
     for example, clip in zip(examples, clips, strict=True):
         if clip.fault:
-            faults[clip.fault].append(BadExample(example.line, example.id, clip.reason).record())
+            faults[clip.fault].append(BadExample(example.line, example.id, f"{example.audio_path}: {clip.reason}").record())
     return faults
 
 

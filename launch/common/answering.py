@@ -24,6 +24,7 @@ from hark.launch.common.policies import make_policy
 from hark.launch.common.questions import bad_log, checked_questions, evaluation_settings, rank_batches, waveform_of
 from hark.launch.common.run_directory import changed
 from hark.launch.common.training import announce
+from hark.models.loading import read_family
 from hark.models.policy import Policy
 
 Question = Example | BadExample
@@ -37,8 +38,12 @@ def answer_benchmark(argv: list[str], *, silent: bool, audio: bool, choices: boo
     refuse_another(config)
     with joined_world(threads=config.run.threads) as world:
         announce(config, world)
+        family = read_family(config.model.path)
+        if (silent or audio) and family.sample_rate is None:
+            raise ConfigError(f"{config.model.path} takes text only; --silent and --shuffled-audio need sound")
+        asked = checked_questions(config, world, family)
         policy = make_policy(config, world, train=False)
-        answer_test(config, world, policy, name=config.model.path, silent=silent, audio=audio, choices=choices)
+        answer_test(config, world, policy, *asked, name=config.model.path, silent=silent, audio=audio, choices=choices)
 
 
 def refuse_another(config: Config) -> None:
@@ -55,16 +60,15 @@ def answer_test(
     config: Config,
     world: World,
     policy: Policy,
+    questions: Sequence[Question],
+    usable: list[Example],
     *,
     name: str,
     silent: bool = False,
     audio: bool = False,
     choices: bool = False,
 ) -> None:
-    """Answer data.test with a loaded policy and write the report, which calls the policy `name`."""
-    if (silent or audio) and policy.sample_rate is None:
-        raise ConfigError(f"{name} takes text only; --silent and --shuffled-audio need sound")
-    questions, usable = checked_questions(config, world, policy)
+    """Answer the usable questions of data.test and write the report, which calls the policy `name`."""
     ask = partial(answers, config, world, policy, questions)
     load, log, bad = waveform_of(config, policy), bad_log(config), []
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -14,27 +15,59 @@ import torch
 from hark.data.audio import load_waveform
 from hark.data.benchmarks.report import accuracies, row_of
 from hark.data.choices import is_correct
-from hark.data.errors import DataError
+from hark.data.clips import Clip, Rules, inspect_all, memory_of, usable
 from hark.data.examples import BadExample, Example, load_examples
-from hark.data.loader import BadLog, Loader, check_audio, evaluation_batches
+from hark.data.loader import BadLog, Loader, evaluation_batches
 from hark.data.order import hold_out
+from hark.data.prompts import target
 from hark.data.rewards import reward_matrix
-from hark.grpo.config import Config
+from hark.grpo.config import Config, ConfigError
 from hark.grpo.evaluate import evaluate
-from hark.grpo.runtime.collectives import World
-from hark.models.policy import Policy, Prompt
+from hark.grpo.runtime.collectives import World, exchange_rows
+from hark.launch.common.progress import counted
+from hark.models.loading import FAMILIES, load_tokenizer
+from hark.models.policy import Policy, Prompt, completion_lengths
 
 # How many times evaluation.batch prompts the sampler gets in one call; as answers end, it starts the next prompts.
 ROUNDS = 4
+# The questions are read before the policy is built; its class tells what they need.
+AnyPolicy: TypeAlias = "Policy | type[Policy]"
 
 
-def training_examples(config: Config, world: World, policy: Policy) -> tuple[list[Example], list[Example]]:
+def training_examples(config: Config, world: World, policy: AnyPolicy) -> tuple[list[Example], list[Example]]:
     """The examples to train on, and those to validate on: data.validation, or held out of data.train."""
     assert config.data.train is not None  # by `check_training`
     examples = checked_examples(config, world, policy, config.data.train)
     if config.data.validation is not None:
         return examples, checked_examples(config, world, policy, config.data.validation)
     return hold_out(examples, config.data.held_out, config.run.seed) if config.data.held_out else (examples, [])
+
+
+def check_lengths(config: Config, examples: Sequence[Example]) -> None:
+    """Raise ConfigError if rollout.max_new_tokens is too small for a right answer, which could then never be given."""
+    too_long = long_answers(config, examples)
+    if too_long:
+        raise ConfigError(too_long)
+
+
+def long_answers(config: Config, examples: Sequence[Example]) -> str:
+    """A sentence about the right answers that do not fit in rollout.max_new_tokens; "" if all of them fit.
+
+    The model's weights are not needed.
+    """
+    limit, template = config.rollout.max_new_tokens, config.data.template
+    answers = {example: target(example, template) for example in examples if example.answer is not None}
+    lengths = completion_lengths(load_tokenizer(config.model.path), answers.values())
+    long = [example for example, text in answers.items() if lengths[text] > limit]
+    if not long:
+        return ""
+    longest = max(long, key=lambda example: lengths[answers[example]])
+    tokens = lengths[answers[longest]]
+    return (
+        f"{len(long)} of {len(examples)} right answers are longer than rollout.max_new_tokens={limit} and could never "
+        f"be given; the longest, {answers[longest]!r} of {longest.line}, has {tokens} tokens with its stop token: set "
+        f"rollout.max_new_tokens to {tokens} or more"
+    )
 
 
 def training_loader(config: Config, world: World, policy: Policy, examples: Sequence[Example]) -> Loader:
@@ -104,46 +137,75 @@ def evaluation_settings(config: Config) -> dict[str, Any]:
     return dict(max_new_tokens=rollout.max_new_tokens, batch=config.evaluation.batch, graphs=rollout.cuda_graphs)
 
 
-def checked_examples(config: Config, world: World, policy: Policy, path: str) -> list[Example]:
-    """The examples of a JSONL file whose clips can be opened; the others are listed in the run directory."""
+def checked_examples(config: Config, world: World, policy: AnyPolicy, path: str) -> list[Example]:
+    """The examples of a JSONL file whose clips can be used; the others are listed in the run directory."""
     examples, bad = read_examples(config, policy, path)
-    examples, unusable = check_clips(config, examples)
+    examples, unusable = check_clips(config, world, policy, examples)
     list_bad(config, world, path, bad + unusable, "bad examples skipped")
     return examples
 
 
-def checked_questions(config: Config, world: World, policy: Policy) -> tuple[list[Example | BadExample], list[Example]]:
+def checked_questions(
+    config: Config, world: World, policy: AnyPolicy
+) -> tuple[list[Example | BadExample], list[Example]]:
     """The first evaluation.limit questions of data.test in file order, and those of them that can be asked."""
     assert config.data.test is not None
     examples, bad = read_examples(config, policy, config.data.test, benchmark=True)
     questions: list[Example | BadExample] = [*examples, *bad]
     questions.sort(key=lambda question: int(re.findall(r"\d+", question.line)[-1]))  # test.jsonl:17 or test.json[17]
     questions = questions[: config.evaluation.limit]
-    usable, unusable = check_clips(config, [question for question in questions if isinstance(question, Example)])
+    usable, unusable = check_clips(config, world, policy, [q for q in questions if isinstance(q, Example)])
     bad = [question for question in questions if isinstance(question, BadExample)]
     list_bad(config, world, config.data.test, bad + unusable, "questions cannot be asked and count as wrong")
+    # No error: a benchmark's figures count every question, and the rules of some accept a part of an answer.
+    too_long = long_answers(config, usable)
+    if too_long and world.is_main:
+        print(f"warning: {too_long}", flush=True)
     return questions, usable
 
 
 def read_examples(
-    config: Config, policy: Policy, path: str, *, benchmark: bool = False
+    config: Config, policy: AnyPolicy, path: str, *, benchmark: bool = False
 ) -> tuple[list[Example], list[BadExample]]:
     """The examples of a JSONL file, and the lines that are skipped by data.skip_bad."""
-    return load_examples(
+    examples, bad = load_examples(
         path,
         audio_root=config.data.audio_root,
         require_audio=policy.sample_rate is not None,
         skip_bad=config.data.skip_bad,
         benchmark=benchmark,
     )
+    with_clip = next((example for example in examples if example.audio_path), None)
+    if policy.sample_rate is None and with_clip:
+        raise ConfigError(
+            f"model.path={config.model.path} is a model that takes text only, and {with_clip.line} has a clip; "
+            f"set model.path to a model that takes audio (model type {', '.join(sorted(FAMILIES))})"
+        )
+    return examples, bad
 
 
-def check_clips(config: Config, examples: Sequence[Example]) -> tuple[list[Example], list[BadExample]]:
-    """The examples whose clips can be opened, and the others."""
-    data = config.data
-    return check_audio(
-        examples, max_seconds=data.max_seconds, long_clips=data.long_clips, skip_bad=data.skip_bad, workers=data.workers
-    )
+def check_clips(
+    config: Config, world: World, policy: AnyPolicy, examples: Sequence[Example]
+) -> tuple[list[Example], list[BadExample]]:
+    """The examples whose clips can be used, and the others; the same on all ranks."""
+    clips = clips_of(config, world, policy, examples)
+    return usable(examples, clips, long_clips=config.data.long_clips, skip_bad=config.data.skip_bad)
+
+
+def clips_of(config: Config, world: World, policy: AnyPolicy, examples: Sequence[Example]) -> dict[Path, Clip]:
+    """What decoding finds in each clip; each rank decodes its share of those that its user's memory does not know."""
+    paths = list(dict.fromkeys(example.audio_path for example in examples if example.audio_path))
+    if policy.sample_rate is None or not paths:
+        return {}
+    rules = Rules(policy.sample_rate, config.data.max_seconds, crop=config.data.long_clips == "crop")
+    memory, mine = memory_of(rules), paths[world.rank :: world.size]
+    workers = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    share = "clips checked" if world.size == 1 else f"clips of the share of rank 0 checked ({len(paths)} in all)"
+    clips = inspect_all(mine, rules, workers=workers, memory=memory)
+    found = list(counted(clips, len(mine), share, show=world.is_main))
+    if memory.problem and world.is_main:
+        print(memory.advice(), flush=True)
+    return dict(exchange_rows(found, world))
 
 
 def list_bad(config: Config, world: World, path: str, bad: Sequence[BadExample], what: str) -> None:
@@ -165,9 +227,7 @@ def waveform_of(config: Config, policy: Policy) -> Callable[[Example], np.ndarra
     data, rate = config.data, policy.sample_rate
 
     def waveform(example: Example) -> np.ndarray:
-        if rate is None:
-            raise DataError("the example has audio, but this policy reads text only; choose a model that takes audio")
-        assert example.audio_path is not None  # the loader calls it for examples with a clip only
+        assert rate is not None and example.audio_path is not None  # by `read_examples`; asked for clips only
         return load_waveform(
             example.audio_path, sample_rate=rate, max_seconds=data.max_seconds, long_clips=data.long_clips
         )

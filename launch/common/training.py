@@ -14,17 +14,30 @@ from hark.grpo.learner import Learner
 from hark.grpo.runtime.collectives import World, joined_world
 from hark.launch.common.exports import announce_export
 from hark.launch.common.policies import make_policy
-from hark.launch.common.questions import bad_log, training_examples, training_loader, validation_figures
+from hark.launch.common.questions import (
+    bad_log,
+    check_lengths,
+    training_examples,
+    training_loader,
+    validation_figures,
+)
 from hark.launch.common.run_directory import check_run_directory
+from hark.models.loading import read_family
 
 
-def train(config: Config, make_trainer: Callable[..., Learner]) -> None:
-    """Train what `make_trainer(config, world, policy, data=, validate=)` makes, on the processes of torchrun."""
+def train(config: Config, make_trainer: Callable[..., Learner], *, judged: bool) -> None:
+    """Train what `make_trainer(config, world, policy, data=, validate=)` makes, on the processes of torchrun.
+
+    judged: whether rewards judge completions to the training examples, whose right answers must then be possible.
+    """
     with joined_world(threads=config.run.threads) as world:
         announce(config, world)
         check_training(config, world)
+        # The data is checked before the weights are read, which takes minutes for a large model.
+        family = read_family(config.model.path)
+        examples, held_out = training_examples(config, world, family)
+        check_lengths(config, examples + held_out if judged else held_out)
         policy = make_policy(config, world)
-        examples, held_out = training_examples(config, world, policy)
         validate = partial(validation_figures, config, world, policy, held_out) if held_out else None
         with training_loader(config, world, policy, examples) as loader:
             loop.train(make_trainer(config, world, policy, data=loader, validate=validate))

@@ -67,7 +67,7 @@ class Qwen2AudioPolicy(Policy):
         ("multi_modal_projector.", "model.multi_modal_projector."),
     )
     audio_id: int
-    sample_rate: int
+    sample_rate = 16_000  # of Whisper's feature extractor, which all of these models share
 
     def __init__(self, model: Any, path: Path):
         from transformers import AutoProcessor
@@ -75,7 +75,9 @@ class Qwen2AudioPolicy(Policy):
         self.processor = AutoProcessor.from_pretrained(path)
         super().__init__(model, self.processor.tokenizer)
         self.audio_id = model.config.audio_token_id
-        self.sample_rate = self.processor.feature_extractor.sampling_rate
+        rate = self.processor.feature_extractor.sampling_rate
+        if rate != self.sample_rate:
+            raise PolicyError(f"{path}: its processor takes audio at {rate} Hz; expected {self.sample_rate} Hz")
         self.suppressed_ids = (self.audio_id,)
         self.max_frames = 2 * model.config.audio_config.max_source_positions
         self.min_frames = next(frames for frames in count(1) if audio_tokens(frames))
