@@ -31,11 +31,14 @@ def normalise(text: str) -> str:
         text = bare
 
 
-def is_correct(completion: str, choices: Sequence[str], answer: int | None) -> bool:
-    """Whether the completion's answer equals the right choice and no other, all normalised; substrings do not count."""
+def choice_of(completion: str, choices: Sequence[str]) -> int | None:
+    """The index of the only choice that the completion's answer equals, all normalised; substrings do not count."""
     extracted = extract_answer(completion)
-    if extracted is None:
-        return False
-    given = normalise(extracted)
-    matches = [index for index, choice in enumerate(choices) if normalise(choice) == given]
-    return given != "" and matches == [answer]
+    given = "" if extracted is None else normalise(extracted)
+    matches = [index for index, choice in enumerate(choices) if given and normalise(choice) == given]
+    return matches[0] if len(matches) == 1 else None
+
+
+def is_correct(completion: str, choices: Sequence[str], answer: int | None) -> bool:
+    """Whether the completion's answer equals the right choice and no other."""
+    return answer is not None and choice_of(completion, choices) == answer

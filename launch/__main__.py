@@ -28,6 +28,8 @@ COMMANDS = {
     "train": Command("train", "train a policy by GRPO", on_ranks=True),
     "sft": Command("sft", "fine-tune a policy on the right answers", on_ranks=True),
     "evaluate": Command("evaluate", "answer a benchmark's questions greedily, and report the accuracy", on_ranks=True),
+    "ask": Command("ask", "ask a model about a clip: answer, probabilities of the choices, samples"),
+    "compare": Command("compare", "compare evaluations of the same questions, with intervals"),
     "grade": Command("grade", "grade a file of answers by a benchmark's rule, without a model"),
     "choose": Command("choose", "select a run's checkpoint on its validation questions", on_ranks=True),
     "export": Command("export", "write a checkpoint as a Hugging Face directory, or its adapters", on_ranks=True),
@@ -38,6 +40,7 @@ COMMANDS = {
     "demo": Command("demo", "run the whole demo: data, warm start, GRPO, evaluation"),
     "benchmark": Command("studies.benchmark", "compare a step with the R1-AQA procedure, on the CPU"),
     "benchmark-gpu": Command("studies.benchmark_gpu", "the same on a GPU, and compare with the GPU's limits"),
+    "pictures": Command("studies.pictures", "draw the pictures of the documentation"),
     "scaling": Command("studies.scaling", "measure the cost of a step for different sizes and numbers of ranks"),
 }
 

@@ -13,13 +13,14 @@ from pathlib import Path
 from hark.data.benchmarks.report import Share, heading, line, share
 from hark.data.json_files import write_json
 from hark.grpo.config import ConfigError
-from hark.grpo.runtime.checkpoint import CheckpointError, checkpoints, load_weights, step_of
+from hark.grpo.runtime.checkpoint import load_weights
 from hark.grpo.runtime.collectives import exchange_rows, joined_world
-from hark.launch.common.answering import answer_test
-from hark.launch.common.config_file import help_if_asked, load_config
+from hark.launch.common.answering import CHOSEN, Subject, answer_test
+from hark.launch.common.config_file import help_if_asked
 from hark.launch.common.entry import run
 from hark.launch.common.policies import make_policy
 from hark.launch.common.questions import checked_questions, training_examples, validation_rows
+from hark.launch.common.trained import Trained, highest, read_run, saved
 from hark.launch.common.training import announce
 from hark.models.loading import read_family
 
@@ -31,42 +32,35 @@ def main(argv: list[str]) -> None:
     if not argv or "=" in argv[0]:
         raise ConfigError("the first argument must be the run.directory of a run: RUN [section.key=value ...]")
     directory = Path(argv[0])
-    config = load_config(
-        [str(directory / "config.yaml"), f"run.directory={directory}", "sharding.replicas=1", *argv[1:]]
-    )
-    saved = checkpoints(directory / "checkpoints")
-    if not saved:
-        raise CheckpointError(f"{directory / 'checkpoints'}: no checkpoints; expected a run with checkpoint.every")
+    config = read_run(directory, argv[1:])
+    found = saved(directory)
     if config.data.validation is None and not config.data.held_out:
         raise ConfigError("neither data.validation nor data.held_out is set; one must give the questions to choose by")
     with joined_world(threads=config.run.threads) as world:
         announce(config, world)
         family = read_family(config.model.path)
         _, questions = training_examples(config, world, family)
-        # In a directory of its own, so that launch/evaluate.py with the same run.directory does not overwrite it.
-        final = replace(config, run=replace(config.run, directory=str(directory / "chosen")))
+        final = replace(config, run=replace(config.run, directory=str(directory / CHOSEN)))
         asked = checked_questions(final, world, family) if config.data.test is not None else None
         policy = make_policy(config, world)
         shares = {}
-        for checkpoint in saved:
+        for step, checkpoint in found.items():
             load_weights(checkpoint, policy)
             rows = validation_rows(config, world, policy, questions)
             if rows is not None:
-                shares[step_of(checkpoint)] = share(rows)
-        (chosen,) = exchange_rows([best(shares)] if world.is_main else [], world)
+                shares[step] = share(rows)
+        chosen = exchange_rows(
+            [highest({step: s.accuracy or 0.0 for step, s in shares.items()})] * bool(shares), world
+        )[0]
         if world.is_main:
             record = {str(step): s._asdict() | {"accuracy": s.accuracy} for step, s in shares.items()}
             write_json(directory / "choice.json", {"step": chosen, "validation": record})
             print(table(shares, chosen))
             print(f"to export it: python launch/export.py {directory} --step {chosen}", flush=True)
         if asked is not None:
-            load_weights(next(path for path in saved if step_of(path) == chosen), policy)
-            answer_test(final, world, policy, *asked, name=f"checkpoint {chosen} of {directory}")
-
-
-def best(shares: dict[int, Share]) -> int:
-    """The step with the highest accuracy, the earliest of equals."""
-    return max(shares, key=lambda step: (shares[step].accuracy, -step))
+            load_weights(found[chosen], policy)
+            trained = Trained(directory, final, found[chosen], chosen)
+            answer_test(Subject(final, trained.name, trained), world, policy, *asked)
 
 
 def table(shares: dict[int, Share], chosen: int) -> str:

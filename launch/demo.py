@@ -36,13 +36,7 @@ def main(argv: list[str]) -> None:
     on_two_ranks("train.py", GRPO_CONFIG)
     on_two_ranks("sft.py", SFT_CONFIG, f"model.path={ROOT}/warm/model", f"run.directory={ROOT}/sft", *as_long_as(grpo))
     for name in ("warm", "grpo", "sft"):
-        on_two_ranks(
-            "evaluate.py",
-            GRPO_CONFIG,
-            f"model.path={ROOT}/{name}/model",
-            f"run.directory={ROOT}/{name}",
-            "--silent",
-        )
+        on_two_ranks("evaluate.py", ROOT / name, f"data.test={grpo.data.test}", "--silent")
     summary = summarise(grpo, seconds=time.monotonic() - started)
     (ROOT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(table(summary))
@@ -53,9 +47,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def on_two_ranks(script: str, config: Path, *overrides: str) -> None:
+def on_two_ranks(script: str, *words: str | Path) -> None:
     """Run a launch script on two processes."""
-    show(*torchrun(2), LAUNCH / script, config, *overrides)
+    show(*torchrun(2), LAUNCH / script, *words)
 
 
 def show(*command: str | Path) -> None:

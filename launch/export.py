@@ -12,31 +12,32 @@ from pathlib import Path
 import torch
 
 from hark.grpo.config import ConfigError
-from hark.grpo.runtime.checkpoint import CheckpointError, checkpoints, export, export_adapters, load_weights, step_of
+from hark.grpo.runtime.checkpoint import export, export_adapters
 from hark.grpo.runtime.collectives import joined_world
-from hark.launch.common.config_file import load_config
 from hark.launch.common.entry import run
 from hark.launch.common.exports import announce_export
-from hark.launch.common.policies import make_policy
+from hark.launch.common.trained import find_trained
 
 
 def main(argv: list[str]) -> None:
     arguments = parse(argv)
-    config = load_config([str(arguments.run / "config.yaml"), f"run.directory={arguments.run}", "sharding.replicas=1"])
-    checkpoint = find(arguments.run / "checkpoints", arguments.step)
+    trained = find_trained(arguments.run, [], step=arguments.step)
+    if trained.checkpoint is None:
+        raise ConfigError(
+            f"{arguments.run} kept no checkpoints; its model is exported already: {arguments.run / 'model'}"
+        )
     kind = "adapters" if arguments.adapters else "model"
-    target = arguments.to or arguments.run / f"{kind}-{step_of(checkpoint):06d}"
-    with joined_world(threads=config.run.threads) as world:
-        policy = make_policy(config, world)
+    target = arguments.to or arguments.run / f"{kind}-{trained.step:06d}"
+    with joined_world(threads=trained.config.run.threads) as world:
+        policy = trained.load(world)
         if arguments.adapters and policy.lora is None:
             raise ConfigError(f"{arguments.run} trained no adapters; leave --adapters out to export its weights")
-        load_weights(checkpoint, policy)
         if arguments.adapters:
             export_adapters(policy, target, world)
         else:
             export(policy, target, world, dtype=getattr(torch, arguments.dtype))
         if world.is_main:
-            print(f"{checkpoint} -> {target}")
+            print(f"{trained.checkpoint} -> {target}")
             if not arguments.adapters:
                 announce_export(target)
 
@@ -49,16 +50,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the written weights")
     parser.add_argument("--adapters", action="store_true", help="write the adapters in PEFT's format, nothing merged")
     return parser.parse_args(argv)
-
-
-def find(directory: Path, step: int | None) -> Path:
-    """The checkpoint after a step, or the newest."""
-    saved = {step_of(checkpoint): checkpoint for checkpoint in checkpoints(directory)}
-    if not saved:
-        raise CheckpointError(f"{directory}: no checkpoints; expected the run.directory of a run with checkpoint.every")
-    if step is not None and step not in saved:
-        raise CheckpointError(f"{directory}: no checkpoint after step {step}; the run has {', '.join(map(str, saved))}")
-    return saved[max(saved) if step is None else step]
 
 
 if __name__ == "__main__":

@@ -43,14 +43,17 @@ class Share(NamedTuple):
         return low, high
 
 
-def row_of(question: Any, *, prediction: str, correct: bool | None, stopped: bool | None) -> dict:
+def row_of(
+    question: Any, *, prediction: str, correct: bool | None, stopped: bool | None, choice: int | None = None
+) -> dict:
     """The row of a question in a report: its id and COLUMNS ("" where it has none), its prediction and its grade.
 
     correct: None where the right answer is not known. stopped: whether the completion ended with a stop token; None
-    where that is not known.
+    where that is not known. choice: the choice that the answer equals; None if it is none of them, or not known.
     """
     columns = {column: getattr(question, column, "") for column in COLUMNS}
-    return {"id": question.id} | columns | {"prediction": prediction, "correct": correct, "stopped": stopped}
+    outcome = {"prediction": prediction, "correct": correct, "stopped": stopped, "choice": choice}
+    return {"id": question.id} | columns | outcome
 
 
 def blank_row(question: Any) -> dict:
@@ -84,6 +87,19 @@ def accuracies(rows: Sequence[dict], *by: str) -> dict[str, float]:
     return {name: figure.accuracy for name, figure in shares.items() if figure.accuracy is not None}
 
 
+def answer_shares(rows: Sequence[dict]) -> dict[str, float]:
+    """The share of answers that are none of the choices, and of those cut off at the longest length; {} without any."""
+    return {name: found.right / found.total for name, found in _answer_counts(rows).items() if found.total}
+
+
+def _answer_counts(rows: Sequence[dict]) -> dict[str, Share]:
+    given = [row for row in rows if row["stopped"] is not None]
+    return {
+        "no_choice_share": Share.of(row["choice"] is None for row in given),
+        "cut_off_share": Share.of(not row["stopped"] for row in given),
+    }
+
+
 def figures(rows: Sequence[dict], examples: Sequence[Example], others: Mapping[str, Share]) -> dict:
     """All figures of a report for its JSON file: flat accuracies and intervals, and `groups` with counts.
 
@@ -94,7 +110,7 @@ def figures(rows: Sequence[dict], examples: Sequence[Example], others: Mapping[s
     for name, other in others.items():
         result |= {f"{name}_{key}": value for key, value in other._asdict().items()}
         result |= {f"{name}_accuracy": other.accuracy, f"{name}_accuracy_interval": other.interval}
-    result |= baseline_figures(examples) | accuracies(rows, *COLUMNS)
+    result |= answer_shares(rows) | baseline_figures(examples) | accuracies(rows, *COLUMNS)
     sections = {column: grouped(rows, column) for column in COLUMNS}
     counts = {column: {value: _counts(group) for value, group in groups.items()} for column, groups in sections.items()}
     return result | {"groups": counts}
@@ -109,6 +125,8 @@ def _counts(group: Share) -> dict:
 NAMES = {
     "official": "by the official script",
     "strict": "by the strict rule",
+    "no_choice_share": "none of the choices",
+    "cut_off_share": "cut off at the longest length",
     "always_first_accuracy": "always the first choice",
     "longest_choice_accuracy": "always the longest choice",
     "chance": "a choice at random",
@@ -126,7 +144,11 @@ def table(rows: Sequence[dict], examples: Sequence[Example], others: Mapping[str
     shown with the difference of their accuracy.
     """
     sections = {column.replace("_", "-"): grouped(rows, column) for column in COLUMNS}
-    names = ["all", *NAMES.values(), *(f"  {value}" for groups in sections.values() for value in groups)]
+    names = [
+        "all",
+        *(f"  {name}" for name in NAMES.values()),
+        *(f"  {value}" for groups in sections.values() for value in groups),
+    ]
     width = max(map(len, names)) + 2
     main = share(rows)
     lines = [heading("", width), line("all", main, width)]
@@ -134,6 +156,9 @@ def table(rows: Sequence[dict], examples: Sequence[Example], others: Mapping[str
     for name, groups in sections.items():
         if groups:
             lines += ["", name, *(line(f"  {value}", group, width) for value, group in groups.items())]
+    counts = {name: found for name, found in _answer_counts(rows).items() if found.total}
+    if counts:
+        lines += ["", "answers", *(line(f"  {NAMES[name]}", found, width) for name, found in counts.items())]
     without = baseline_figures(examples)
     if without:
         lines += ["", "baselines", *(f"{'  ' + NAMES[key]:{width + 13}}{100 * x:8.1f}" for key, x in without.items())]

@@ -1,4 +1,4 @@
-"""Pages of the site that are no files of docs/: README.md, the notebook, and the modules and files that pages link to."""
+"""Makes the pages of the site that are no files of docs/: README.md, the notebook, and those of source files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ LANGUAGES = {".yaml": "yaml", ".py": "python", ".md": "markdown", ".yml": "yaml"
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages."""
-    pages = {"index.md": ROOT / "README.md", **{file.src_uri: DOCS / file.src_uri for file in files.documentation_pages()}}
+    pages = {
+        "index.md": ROOT / "README.md",
+        **{file.src_uri: DOCS / file.src_uri for file in files.documentation_pages()},
+    }
     texts = {uri: rewritten(path.read_text(encoding="utf-8"), path, uri) for uri, path in pages.items()}
     texts |= notebook(files, config)
     texts["reference.md"] = reference()
@@ -40,13 +43,15 @@ def rewritten(text: str, path: Path, uri: str) -> str:
         target = outside(name, path)
         if target is not None:
             return f"{before}{relative(page_of(target), uri)}{after}"
-        if path.parent != DOCS and not name.startswith("http"):  # README.md: docs/demo.md becomes demo.md
-            return f"{before}{name.removeprefix('docs/')}{anchor or ''}{after}"
-        if name.endswith(".ipynb"):
-            return f"{before}{name.removesuffix('.ipynb')}.md{anchor or ''}{after}"
-        return match.group(0)
+        if not name.startswith("http"):  # README.md links to docs/demo.md
+            name = name.removeprefix("docs/").replace(".ipynb", ".md")
+        return f"{before}{name}{anchor or ''}{after}"
 
-    return LINK.sub(link, text).replace("docs/first_hour.ipynb", "first_hour.md").replace("first_hour.ipynb)", "first_hour.md)")
+    return (
+        LINK.sub(link, text)
+        .replace("docs/first_hour.ipynb", "first_hour.md")
+        .replace("first_hour.ipynb)", "first_hour.md)")
+    )
 
 
 def outside(name: str, page: Path) -> Path | None:

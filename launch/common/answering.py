@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from hark.data.benchmarks.answer_files import BENCHMARKS, graded, official_share, write_answers
-from hark.data.benchmarks.report import Share, blank_row, figures, row_of, share, table
+from hark.data.benchmarks.report import NAMES, Share, answer_shares, blank_row, figures, row_of, share, table
+from hark.data.choices import choice_of
 from hark.data.examples import BadExample, Example
 from hark.data.json_files import write_json
 from hark.data.order import shuffle_choices
@@ -21,54 +23,91 @@ from hark.grpo.evaluate import evaluate
 from hark.grpo.runtime.collectives import World, exchange_rows, joined_world
 from hark.launch.common.config_file import load_config
 from hark.launch.common.policies import make_policy
+from hark.launch.common.progress import counted
 from hark.launch.common.questions import bad_log, checked_questions, evaluation_settings, rank_batches, waveform_of
 from hark.launch.common.run_directory import changed
+from hark.launch.common.trained import Trained, find_trained, is_run, read_run
 from hark.launch.common.training import announce
 from hark.models.loading import read_family
 from hark.models.policy import Policy
 
 Question = Example | BadExample
+CHOSEN = "chosen"  # the directory in a run's for what is written about its best model
 
 
-def answer_benchmark(argv: list[str], *, silent: bool, audio: bool, choices: bool) -> None:
+class Subject(NamedTuple):
+    """The model to evaluate: that of a configuration, or one that a run trained."""
+
+    config: Config
+    name: str
+    trained: Trained | None = None
+
+    def load(self, world: World) -> Policy:
+        return make_policy(self.config, world, train=False) if self.trained is None else self.trained.load(world)
+
+
+def subject_of(words: list[str], *, step: int | None, best: bool) -> Subject:
+    """The model that `RUN [section.key=value ...]` or `CONFIG [section.key=value ...]` names."""
+    if not words or not is_run(words[0]):
+        if step is not None or best:
+            raise ConfigError("--step and --best need the run.directory of a training run as the first argument")
+        config = load_config(words)
+        return Subject(config, config.model.path)
+    directory, overrides = Path(words[0]), words[1:]
+    trained = find_trained(directory, overrides, step=step, best=best)
+    if step is not None or best:
+        place = directory / (CHOSEN if best else f"step-{step:06d}")
+        config = read_run(directory, [f"run.directory={place}", *overrides])
+        trained = dataclasses.replace(trained, config=config)
+    return Subject(trained.config, trained.name, trained)
+
+
+def answer_benchmark(subject: Subject, *, silent: bool, audio: bool, choices: bool) -> None:
     """Answer data.test, and again for each control: without sound, with other sound, with choices in another order."""
-    config = load_config(argv)
+    config = subject.config
     if config.data.test is None:
-        raise ConfigError("data.test is missing; it names the JSONL file of the questions to answer")
-    refuse_another(config)
+        raise ConfigError("data.test is missing; it names the JSONL file of the questions to answer: data.test=FILE")
+    refuse_another(subject)
     with joined_world(threads=config.run.threads) as world:
         announce(config, world)
         family = read_family(config.model.path)
         if (silent or audio) and family.sample_rate is None:
             raise ConfigError(f"{config.model.path} takes text only; --silent and --shuffled-audio need sound")
         asked = checked_questions(config, world, family)
-        policy = make_policy(config, world, train=False)
-        answer_test(config, world, policy, *asked, name=config.model.path, silent=silent, audio=audio, choices=choices)
+        policy = subject.load(world)
+        answer_test(subject, world, policy, *asked, silent=silent, audio=audio, choices=choices)
 
 
-def refuse_another(config: Config) -> None:
-    """Raise ConfigError if run.directory holds the evaluation of another model or of another test."""
-    path = Path(config.run.directory) / "evaluation.json"
+def refuse_another(subject: Subject) -> None:
+    """Raise ConfigError if run.directory holds a run of another model, or an evaluation of another model or test."""
+    config, trained = subject.config, subject.trained
+    directory = Path(config.run.directory)
+    if (directory / "metrics.jsonl").exists() and not (trained and directory.samefile(trained.directory)):
+        raise ConfigError(
+            f"{directory} holds a training run, and {subject.name} is not its trained model; `hark evaluate "
+            f"{directory}` evaluates that; for {subject.name} choose another run.directory"
+        )
+    path = directory / "evaluation.json"
     if not path.exists():
         return
-    before = json.loads(path.read_text())["config"]
+    before = json.loads(path.read_text(encoding="utf-8"))["config"]
     for name, old, new in changed(before, config, (("model", "path"), ("lora", "path"), ("data", "test"))):
         raise ConfigError(f"{path} is the evaluation of {name}={old}, not {new}; choose another run.directory")
 
 
 def answer_test(
-    config: Config,
+    subject: Subject,
     world: World,
     policy: Policy,
     questions: Sequence[Question],
     usable: list[Example],
     *,
-    name: str,
     silent: bool = False,
     audio: bool = False,
     choices: bool = False,
 ) -> None:
-    """Answer the usable questions of data.test and write the report, which calls the policy `name`."""
+    """Answer the usable questions of data.test with a loaded policy and write the report."""
+    config = subject.config
     ask = partial(answers, config, world, policy, questions)
     load, log, bad = waveform_of(config, policy), bad_log(config), []
 
@@ -76,20 +115,22 @@ def answer_test(
         log.add(example)
         bad.append(example.id)
 
-    rows = ask(usable, load, on_bad=leave_out)
+    rows = ask(usable, load, "questions", on_bad=leave_out)
     # Controls leave out clips that could not be decoded, so that they differ from the main pass in one respect only.
     bad = exchange_rows(bad, world)
     usable = [example for example in usable if example.id not in bad]
     controls: dict[str, list[dict] | None] = {}
     if silent:
-        controls["silent"] = ask(usable, lambda example: np.zeros_like(load(example)))
+        controls["silent"] = ask(usable, lambda example: np.zeros_like(load(example)), "questions without sound")
     if audio:
-        controls["shuffled_audio"] = ask(with_shuffled_audio(usable, seed=config.run.seed), load)
+        controls["shuffled_audio"] = ask(
+            with_shuffled_audio(usable, seed=config.run.seed), load, "questions with other sound"
+        )
     if choices:
         reordered = [shuffle_choices(example, seed=config.run.seed, step=0) for example in usable]
-        controls["shuffled_choices"] = ask(reordered, load)
+        controls["shuffled_choices"] = ask(reordered, load, "questions with other order")
     if rows is not None:
-        report(config, name, questions, rows, controls)
+        report(subject, questions, rows, controls)
 
 
 def answers(
@@ -99,20 +140,28 @@ def answers(
     questions: Sequence[Question],
     examples: Sequence[Example],
     waveform: Callable[[Example], np.ndarray],
+    what: str,
     *,
     on_bad: Callable[[BadExample], None] = lambda bad: None,
 ) -> list[dict] | None:
     """Answer the examples, whose ids are those of questions: on rank 0 one row per question, in their order.
 
+    what: the name of the examples for the lines that say how many are answered.
+
     A question that is not among the examples, or whose clip cannot be used, has an empty prediction, which is wrong.
     """
     benchmark = BENCHMARKS[config.evaluation.benchmark]
     batches = rank_batches(config, world, policy, examples, waveform=waveform, on_bad=on_bad)
+    count = len(examples[world.rank :: world.size])
+    answered_on = "answered" if world.size == 1 else "answered on rank 0"
+    shown = counted(batches, count, f"{what} {answered_on}", show=world.is_main, size=len)
 
     def to_row(example: Example, completion: str, stopped: bool) -> dict:
-        return row_of(example, prediction=completion, correct=graded(example, completion, benchmark), stopped=stopped)
+        correct = graded(example, completion, benchmark)
+        choice = choice_of(completion, example.choices)
+        return row_of(example, prediction=completion, correct=correct, stopped=stopped, choice=choice)
 
-    rows = evaluate(policy, batches, to_row, world, **evaluation_settings(config))
+    rows = evaluate(policy, shown, to_row, world, **evaluation_settings(config))
     if rows is None:
         return None
     answered = {row["id"]: row for row in rows}
@@ -141,30 +190,57 @@ def with_shuffled_audio(examples: Sequence[Example], *, seed: int) -> list[Examp
 
 
 def report(
-    config: Config, model: str, questions: Sequence[Question], rows: list[dict], controls: dict[str, list[dict] | None]
+    subject: Subject, questions: Sequence[Question], rows: list[dict], controls: dict[str, list[dict] | None]
 ) -> None:
     """Print the table; write all figures, the configuration and the rows, and the benchmark's answer file."""
+    config = subject.config
     directory, name = Path(config.run.directory), config.evaluation.benchmark
     examples = [question for question in questions if isinstance(question, Example)]
     pairs = [(q, row["prediction"]) for q, row in zip(questions, rows, strict=True) if isinstance(q, Example)]
+    again = {control: answered for control, answered in controls.items() if answered is not None}
     others: dict[str, Share] = {}
     if name != "strict":
         others = {"official": official_share(pairs, BENCHMARKS[name]), "strict": strict_share(questions, rows)}
-    others |= {control: share(again) for control, again in controls.items() if again is not None}
-    result = {"benchmark": name} | figures(rows, examples, others)
-    write_json(directory / "evaluation.json", result | {"config": dataclasses.asdict(config), "rows": rows})
+    others |= {control: share(answered) for control, answered in again.items()}
+    result = {"model": subject.name, "step": subject.trained and subject.trained.step, "benchmark": name}
+    result |= figures(rows, examples, others)
+    result |= {f"{control}_{key}": value for control, r in again.items() for key, value in answer_shares(r).items()}
+    record = result | {"config": dataclasses.asdict(config), "rows": with_controls(rows, again)}
+    write_json(directory / "evaluation.json", record)
     path = write_answers(directory / "answers", pairs, BENCHMARKS[name])
-    print(f"{model} on {len(rows)} questions of {config.data.test}, by the rule of {name}:")
+    print(f"{subject.name} on {len(rows)} questions of {config.data.test}, by the rule of {name}:")
     unknown, blank = (sum(row[key] is None for row in rows) for key in ("correct", "stopped"))
     if blank:
         print(f"{blank} could not be asked; their predictions are empty and count as wrong")
     if unknown < len(rows):
         print(table(rows, examples, others))
+        for line in below_chance(result, again):
+            print(line)
     if unknown:
         print(
             f"{unknown} of {len(rows)} questions have no known answer and are not graded; they are in the answer file"
         )
     print(f"answers in {path}, all figures in {directory / 'evaluation.json'}", flush=True)
+
+
+def with_controls(rows: Sequence[dict], controls: dict[str, list[dict]]) -> list[dict]:
+    """The rows, each with its answers under the controls: {"silent": {"prediction": ..., "correct": ...}, ...}."""
+    keys = ("prediction", "correct", "stopped", "choice")
+    return [
+        row | {control: {key: answered[n][key] for key in keys} for control, answered in controls.items()}
+        for n, row in enumerate(rows)
+    ]
+
+
+def below_chance(result: dict, controls: dict[str, list[dict]]) -> Iterator[str]:
+    """Explains each control whose accuracy is below chance: some of its answers are none of the choices."""
+    for control in controls:
+        accuracy, share = result[f"{control}_accuracy"], result.get(f"{control}_no_choice_share")
+        if accuracy is not None and share and accuracy < result["chance"]:
+            yield (
+                f"{NAMES[control]}: {100 * share:.1f} % of these answers are none of the choices and cannot be right, "
+                "so this control can lie below chance"
+            )
 
 
 def strict_share(questions: Sequence[Question], rows: Sequence[dict]) -> Share:

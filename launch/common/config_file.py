@@ -51,6 +51,11 @@ def load_config(argv: list[str]) -> Config:
     return _build(entries, source=path)
 
 
+def config_of(overrides: list[str]) -> Config:
+    """The configuration of overrides alone, without a file; everything else has its default."""
+    return _build(dict(map(_read_override, overrides)), source="the command line")
+
+
 def find_config(word: str) -> str:
     """The path of a configuration: the word itself, or the package's file of that name.
 

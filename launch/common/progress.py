@@ -1,7 +1,7 @@
 """Says how far a long piece of work has come."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -10,15 +10,22 @@ PATIENCE = 3.0  # seconds before the first line
 PAUSE = 10.0  # seconds between two lines
 
 
-def counted(items: Iterable[Item], total: int, what: str, *, show: bool = True) -> Iterator[Item]:
-    """The items; if they take long, a line now and then says how many of `total` have come, and one at the end."""
+def counted(
+    items: Iterable[Item], total: int, what: str, *, show: bool = True, size: Callable[[Item], int] = lambda item: 1
+) -> Iterator[Item]:
+    """The items; if they take long, a line now and then says how many of `total` are done, and one at the end.
+
+    An item counts `size(item)`, and is done when the next one is asked for.
+    """
     began = time.monotonic()
-    due = began + PATIENCE
-    for count, item in enumerate(items, start=1):
+    due, done = began + PATIENCE, 0
+    for item in items:
         yield item
+        done += size(item)
         now = time.monotonic()
-        if show and now >= due:
-            print(f"{count} of {total} {what}", flush=True)
+        if show and now >= due and done < total:
+            left = (now - began) * (total - done) / done
+            print(f"{done} of {total} {what}, {left:.0f} s left", flush=True)
             due = now + PAUSE
     if show and (seconds := time.monotonic() - began) >= PATIENCE:
         print(f"all {total} {what}, in {seconds:.0f} s", flush=True)

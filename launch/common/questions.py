@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from hark.data.audio import load_waveform
-from hark.data.benchmarks.report import accuracies, row_of
-from hark.data.choices import is_correct
+from hark.data.benchmarks.report import accuracies, answer_shares, row_of
+from hark.data.choices import choice_of
 from hark.data.clips import Clip, Rules, inspect_all, memory_of, usable
 from hark.data.examples import BadExample, Example, load_examples
 from hark.data.loader import BadLog, Loader, evaluation_batches
@@ -90,9 +90,9 @@ def training_loader(config: Config, world: World, policy: Policy, examples: Sequ
 
 
 def validation_figures(config: Config, world: World, policy: Policy, examples: Sequence[Example]) -> dict[str, float]:
-    """Greedy accuracy on the examples, over all and by task; empty on all ranks but 0."""
+    """Greedy accuracy on the examples, over all and by task, and `answer_shares`; empty on all ranks but 0."""
     rows = validation_rows(config, world, policy, examples)
-    return {} if rows is None else accuracies(rows, "task")
+    return {} if rows is None else accuracies(rows, "task") | answer_shares(rows)
 
 
 def validation_rows(config: Config, world: World, policy: Policy, examples: Sequence[Example]) -> list[dict] | None:
@@ -103,8 +103,8 @@ def validation_rows(config: Config, world: World, policy: Policy, examples: Sequ
     )  # fmt: skip
 
     def to_row(example: Example, completion: str, stopped: bool) -> dict:
-        correct = is_correct(completion, example.choices, example.answer)
-        return row_of(example, prediction=completion, correct=correct, stopped=stopped)
+        choice = choice_of(completion, example.choices)
+        return row_of(example, prediction=completion, correct=choice == example.answer, stopped=stopped, choice=choice)
 
     return evaluate(policy, batches, to_row, world, **evaluation_settings(config))
 

@@ -1,0 +1,91 @@
+"""The models that a run trained: the checkpoint after a step, with the run's own configuration."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hark.grpo.config import Config, ConfigError
+from hark.grpo.runtime.checkpoint import CheckpointError, checkpoints, load_weights, step_of
+from hark.grpo.runtime.collectives import World
+from hark.launch.common.config_file import load_config
+from hark.launch.common.policies import make_policy
+from hark.models.policy import Policy
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model of a run. checkpoint: None where the run kept none, and `config.model.path` is its exported model."""
+
+    directory: Path
+    config: Config
+    checkpoint: Path | None
+    step: int
+
+    @property
+    def name(self) -> str:
+        return f"step {self.step} of {self.directory}"
+
+    def load(self, world: World) -> Policy:
+        """The policy with the trained weights, sharded over the world."""
+        policy = make_policy(self.config, world, train=self.checkpoint is not None)  # only trained weights are loaded
+        if self.checkpoint is not None:
+            load_weights(self.checkpoint, policy)
+        return policy
+
+
+def is_run(word: str) -> bool:
+    """Whether a word of the command line is the directory of a run and not a configuration or a model."""
+    return (Path(word) / "config.yaml").is_file()
+
+
+def read_run(directory: Path, overrides: list[str]) -> Config:
+    """The configuration of a run, with overrides. Its directory may have been moved, and the number of ranks differ."""
+    if not is_run(str(directory)):
+        what = "no such directory" if not directory.exists() else "holds no config.yaml"
+        raise ConfigError(f"{directory}: {what}; expected the run.directory of `hark train` or `hark sft`")
+    config = directory / "config.yaml"
+    return load_config([str(config), f"run.directory={directory}", "sharding.replicas=1", *overrides])
+
+
+def saved(directory: Path) -> dict[int, Path]:
+    """The checkpoints of a run by their steps, oldest first. Raises CheckpointError if there are none."""
+    found = {step_of(checkpoint): checkpoint for checkpoint in checkpoints(directory / "checkpoints")}
+    if not found:
+        raise CheckpointError(f"{directory}: the run has no checkpoints; train with checkpoint.every above 0")
+    return found
+
+
+def find_trained(directory: Path, overrides: list[str], *, step: int | None = None, best: bool = False) -> Trained:
+    """A model of a run: that after `step`, or the best on the validation questions, or the last.
+
+    What is written about a model that is not the last goes to a directory of its own inside the run's.
+    """
+    config = read_run(directory, overrides)
+    exported = directory / "model"
+    if step is None and not best and exported.is_dir() and not checkpoints(directory / "checkpoints"):
+        model = replace(config.model, path=str(exported))
+        config = replace(config, model=model, lora=replace(config.lora, rank=0, path=None))
+        return Trained(directory, config, None, config.optim.steps)
+    found = saved(directory)
+    step = best_step(directory) if best else max(found) if step is None else step
+    if step not in found:
+        raise CheckpointError(f"{directory}: no checkpoint after step {step}; the run has {', '.join(map(str, found))}")
+    return Trained(directory, config, found[step], step)
+
+
+def best_step(directory: Path) -> int:
+    """The step that `hark choose` selected, or else that of the best validation accuracy in the run's metrics."""
+    if (directory / "choice.json").exists():
+        return json.loads((directory / "choice.json").read_text(encoding="utf-8"))["step"]
+    lines = map(json.loads, (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    accuracy = {line["step"]: line["accuracy"] for line in lines if line.get("event") == "evaluation" and line["step"]}
+    if not accuracy:
+        raise ConfigError(f"{directory}: the run has no validation accuracies; `hark choose {directory}` measures them")
+    return highest(accuracy)
+
+
+def highest(accuracy: dict[int, float]) -> int:
+    """The step with the highest accuracy, the earliest of equals."""
+    return max(accuracy, key=lambda step: (accuracy[step], -step))
