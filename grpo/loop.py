@@ -22,6 +22,7 @@ from hark.grpo.runtime.checkpoint import (
     step_of,
 )
 from hark.grpo.runtime.collectives import reduce_sums
+from hark.grpo.runtime.interrupt import interruptible
 from hark.grpo.runtime.out_of_memory import is_out_of_memory, reason
 from hark.grpo.runtime.sharding import gathered
 from hark.grpo.sampler import sample
@@ -48,15 +49,13 @@ def train(learner: Learner) -> None:
         print(f"all settings are in {learner.directory / 'config.yaml'}", flush=True)
     metrics.truncate(start + 1 if start else 0)
     learner.data.prepare(start)
-    try:
+    with interruptible(lambda: how_to_resume(learner, done=metrics.step)):
         with closing(metrics):
             do_steps(learner, metrics, start=start, rate=rate)
         if config.checkpoint.export:
             export(learner.policy, learner.directory / "model", world)
             if learner.policy.lora is not None:
                 export_adapters(learner.policy, learner.directory / "adapters", world)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(how_to_resume(learner, done=metrics.step)) from None
 
 
 def do_steps(learner: Learner, metrics: Metrics, *, start: int, rate: float) -> None:

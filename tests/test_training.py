@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shutil
+import signal
 import threading
 import types
 from traceback import StackSummary
@@ -484,7 +486,12 @@ def test_what_stops_a_save_surfaces_as_itself(cause, kind, said, settings, tmp_p
     """torch raises it within a CheckpointException, which is no Exception."""
 
     def save(state, checkpoint_id):
-        raise CheckpointException("save", {0: (cause, StackSummary())})
+        try:
+            if kind is KeyboardInterrupt:
+                os.kill(os.getpid(), signal.SIGINT)
+            raise cause
+        except BaseException as error:
+            raise CheckpointException("save", {0: (error, StackSummary())}) from error
 
     monkeypatch.setattr(checkpoint, "dcp", types.SimpleNamespace(save=save))
     with pytest.raises(kind, match=said):

@@ -181,15 +181,13 @@ def _readable(checkpoint: Path, policy: Policy) -> Iterator[int]:
 
 @contextmanager
 def _writable(partial: Path) -> Iterator[None]:
-    """Turn torch's errors of writing, which no `except Exception` catches, into CheckpointErrors or what they hide."""
+    """Turn torch's errors of writing, which are no Exceptions, into CheckpointErrors."""
     try:
         yield
     except CheckpointException as error:
-        causes = [cause for cause, _ in error.failures.values()]
-        if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
-            raise KeyboardInterrupt from None
+        cause, _ = next(iter(error.failures.values()))
         raise CheckpointError(
-            f"{partial} cannot be written ({causes[0]}); make room there, then continue from the checkpoint before, if "
+            f"{partial} cannot be written ({cause}); make room there, then continue from the checkpoint before, if "
             "there is one, with run.resume=true"
         ) from error
 
