@@ -120,7 +120,7 @@ def read_config(path: str | Path) -> Any:
         return AutoConfig.from_pretrained(path)
     except Exception as error:
         where = f"{Path(path) / 'config.json'}: cannot be used" if _is_local(path) else _not_on_hub(path)
-        raise PolicyError(f"{where} ({_first_line(error)})") from error
+        raise PolicyError(f"{where} ({_in_short(error)})") from error
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -130,7 +130,7 @@ def load_tokenizer(path: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:
-        raise PolicyError(f"{path}: its tokenizer cannot be loaded ({_first_line(error)}); copy it again") from error
+        raise PolicyError(f"{path}: its tokenizer cannot be loaded ({_in_short(error)}); copy it again") from error
 
 
 def build_from_config(config: Any) -> Policy:
@@ -176,8 +176,9 @@ def _not_on_hub(path: str | Path) -> str:
     return f"{path}: no such directory, and no model on the hub by that name"
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _in_short(error: Exception) -> str:
+    """What an error says, on one line of at most 200 characters."""
+    return " ".join((str(error) or type(error).__name__).split())[:200]
 
 
 def _model_type(directory: Path) -> str:
@@ -190,7 +191,7 @@ def _model_type(directory: Path) -> str:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise PolicyError(f"{path}: not readable as JSON ({_first_line(error)}); copy it again") from error
+        raise PolicyError(f"{path}: not readable as JSON ({_in_short(error)}); copy it again") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise PolicyError(f"{path}: has no model_type; expected the config.json of a transformers model")
     return config["model_type"]
@@ -227,7 +228,7 @@ def _directory(path: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(path)))
     except Exception as error:
-        raise PolicyError(f"{_not_on_hub(path)} ({_first_line(error)})") from error
+        raise PolicyError(f"{_not_on_hub(path)} ({_in_short(error)})") from error
 
 
 @contextmanager
