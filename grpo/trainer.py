@@ -51,7 +51,7 @@ class Trainer(Learner[PolicyBatch]):
         self.rewards, self.reference = rewards, reference
         self.group_size = config.rollout.group_size
         self._reward_thread = ThreadPoolExecutor(1, "rewards")
-        self._latest: tuple[Sequence[Any], Sequence[str], Sequence[float]] = ([], [], [])
+        self._latest: tuple[Sequence[Any], Sequence[str], torch.Tensor] = ([], [], torch.empty(0))
 
     def step(self, step: int) -> dict[str, float]:
         examples, prompts, keys = zip(*self.data.step(step), strict=True)
@@ -72,7 +72,7 @@ class Trainer(Learner[PolicyBatch]):
         columns = pending.result().to(self.world.device)  # (B, K)
         rewards = weighted_rewards(columns, list(self.config.reward.weights.values()))
         advantages = group_advantages(rewards, group_size=self.group_size, scale=self.config.loss.advantage)
-        self._latest = repeated, completions, rewards.tolist()  # for the console
+        self._latest = repeated, completions, rewards
         self.clock.lap("reward")
 
         batch = self.batch(rollout, ref_logprobs, advantages, tokens)
@@ -161,8 +161,9 @@ class Trainer(Learner[PolicyBatch]):
 
     def completions(self) -> list[Completion]:
         """Three completions of the latest step, of different groups if there are three."""
-        rows = list(zip(*self._latest, strict=True))[:: max(len(self._latest[0]) // 3, 1)]
-        return [Completion(example.question, text, reward) for example, text, reward in rows[:3]]
+        examples, completions, rewards = self._latest
+        rows = range(0, len(completions), max(len(completions) // 3, 1))[:3]
+        return [Completion(examples[row].question, completions[row], float(rewards[row])) for row in rows]
 
     def longest_batch(self, prompts: tuple[Prompt, ...]) -> PolicyBatch:
         rollout = self.draw(prompts, [(n,) for n in range(len(prompts))], stop=False)

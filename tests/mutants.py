@@ -245,7 +245,33 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
             "done % every == 0",
             "test_training.py::test_the_last_step_is_saved_and_evaluated_whatever_the_rhythm",
         ),
+        (
+            "an interrupted run without a word",
+            "raise KeyboardInterrupt(how_to_resume(learner, done=metrics.step)) from None",
+            "raise",
+            "test_training.py::test_an_interrupted_run_says_after_which_step_and_how_to_go_on",
+        ),
         ("moments of the probe kept", "learner.optimizer.state.clear()", "pass", "test_probe"),
+    ),
+    "grpo/runtime/out_of_memory.py": (
+        (
+            "numpy's memory is no memory",
+            "return isinstance(error, MemoryError)",
+            "return False",
+            "test_entry test_probe",
+        ),
+    ),
+    "launch/common/entry.py": (
+        ("one error for each process", "touch(exist_ok=False)", "touch(exist_ok=True)", "test_entry"),
+        ("an interrupted program succeeds", "status = INTERRUPTED", "status = 0", "test_entry"),
+    ),
+    "launch/common/torchrun.py": (
+        ("status of a killed process", "return 128 - failure.exitcode", "return 1", "test_entry"),
+        ("torchrun's own report", "logging.disable()", "pass", "test_entry"),
+    ),
+    "launch/common/nearest.py": (
+        ("no other names", 'OTHER_NAMES.get(option, "")', '""', "test_config"),
+        ("other names of any section", "(_of(section, other), _of(section, within), other)", "(other,)", "test_config"),
     ),
     "grpo/runtime/sharding.py": (
         (
@@ -292,6 +318,15 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "grpo/instruments/metrics.py": (
         ("a step logged twice", "_step_of(line) < step", "_step_of(line) <= step", "test_metrics"),
         ("memory in other units", "else peak / 2**20", "else peak / 2**30", "test_logged_metrics"),
+    ),
+    "grpo/instruments/console.py": (
+        ("line that wraps", "columns - 1 if", "columns + 1 if", "test_console"),
+        ("a field too many", "len(line) + 1 + len(field)", "len(line)", "test_console"),
+        ("control characters printed", "c if c.isprintable() else", "c if c else", "test_console"),
+    ),
+    "grpo/instruments/diagnosis.py": (
+        ("warned at each step", "if lasted == PATIENCE", "if lasted >= PATIENCE", "test_diagnosis"),
+        ("never over", "if symptom.shows(values) else 0", "if symptom.shows(values) else lasted", "test_diagnosis"),
     ),
     "grpo/instruments/flops.py": (
         ("attention of a tower linear", "positions**2 * self.tower_pair", "positions * self.tower_pair", "test_flops"),

@@ -140,8 +140,10 @@ def test_time_left_is_minutes_or_hours(seconds, text, clock, capsys):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (0.4167, "0.417"), (-0.0012, "-0.001"), (1.2e-6, "1e-06"), (999.4, "999"), (12345.6, "12346"), (1e9, "1e+09")]
-    + [(float("nan"), "nan"), (float("-inf"), "-inf")],
+    [
+        (0, "0"), (0.4167, "0.417"), (-0.0012, "-0.001"), (1.2e-6, "1e-06"), (999.4, "999"), (12345.6, "12346"),
+        (1e9, "1e+09"), (float("nan"), "nan"), (float("-inf"), "-inf"),
+    ],
 )  # fmt: skip
 def test_numbers_are_short(value, text, capsys):
     Console(2, ("loss", PACE)).step(1, {"loss": value})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +53,8 @@ def test_torchrun_trains_evaluates_and_exports_on_two_processes(config, tmp_path
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
     result = run(*torchrun, LAUNCH / "train.py", config, "checkpoint.every=1")
     assert result.returncode == 0, result.stderr
-    assert "group_size: 2" in result.stdout and "step 2/2" in result.stdout
+    assert "  rollout.group_size=2 rollout.max_new_tokens=4\n" in result.stdout and "step 2/2" in result.stdout
+    assert f"exported to {tmp_path}/run/model" in result.stdout and f"{tmp_path}/run/config.yaml" in result.stdout
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [1, 2, 2]
     assert {"reward", "reward/accuracy", "reward/format", "kl", "entropy", "sampler_gap", "seconds/rollout"} <= lines[
@@ -74,6 +77,22 @@ def test_a_mistake_is_one_line_and_no_traceback(config):
         result.stderr.strip()
         == "error: override optim.stepz=3: unknown key optim.stepz; the nearest key is optim.steps"
     )
+
+
+def test_control_c_in_a_run_of_two_processes_is_one_sentence_that_says_how_to_resume(config):
+    words = ["optim.steps=10000", "checkpoint.every=1", "run.show_every=1", "evaluation.every=0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hark.launch", "train", "--processes", "2", config, *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert process.stdout
+    while process.stdout.readline() != "completions of step 2:\n":
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    sentence = r"interrupted after step \d+; run\.resume=true continues from the checkpoint of step \d+\n"
+    assert re.fullmatch(sentence, errors), errors
 
 
 def test_evaluate_counts_every_question_and_asks_again_for_each_control(config, tmp_path, capsys):

@@ -87,11 +87,19 @@ def test_the_probe_scores_all_that_a_step_without_a_reference_could(settings, tm
     assert tried == [2, 2]
 
 
-def test_what_does_not_fit_fails_before_the_first_step_and_names_the_example(settings, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:1] . DefaultCPUAllocator: can't allocate memory: 2.00 GiB"),
+        MemoryError("Unable to allocate 2.00 GiB for an array"),
+    ],
+)
+def test_what_does_not_fit_fails_before_the_first_step_and_names_the_example(error, settings, tmp_path, monkeypatch):
     config = load_config([*settings, f"run.directory={tmp_path}/run"])
 
     def too_much(*args, **kwargs):
-        raise torch.OutOfMemoryError("out of memory: tried to allocate 2.00 GiB")
+        raise error
 
     def run(world: World) -> None:
         trainer = build(world, config)
@@ -99,10 +107,25 @@ def test_what_does_not_fit_fails_before_the_first_step_and_names_the_example(set
         loop.train(trainer)
 
     with pytest.raises(
-        MemoryProbeError, match=r"rank 0 with train.jsonl:\d+, a prompt of \d+ tokens.*2.00 GiB.*plan.py"
+        MemoryProbeError, match=r"rank 0 with train.jsonl:\d+, a prompt of \d+ tokens.*2.00 GiB.*`hark plan`"
     ):
         on_ranks(1, run)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_another_error_of_the_probe_is_not_called_one_of_memory(settings, tmp_path, monkeypatch):
+    config = load_config([*settings, f"run.directory={tmp_path}/run"])
+
+    def wrong(*args, **kwargs):
+        raise RuntimeError("shapes differ")
+
+    def run(world: World) -> None:
+        trainer = build(world, config)
+        monkeypatch.setattr(trainer_module, "score", wrong)
+        probe(trainer)
+
+    with pytest.raises(RuntimeError, match="^shapes differ$"):
+        on_ranks(1, run)
 
 
 def test_moments_made_beforehand_are_those_of_a_first_step():

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 import threading
+import types
+from traceback import StackSummary
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException
 
 from hark.data.examples import load_examples
 from hark.data.rewards import RewardError
@@ -16,8 +20,11 @@ from hark.grpo import loop
 from hark.grpo import trainer as trainer_module
 from hark.grpo.advantage import group_advantages
 from hark.grpo.config import ConfigError
+from hark.grpo.instruments import diagnosis
+from hark.grpo.instruments.console import LONGEST_COMPLETION, excerpt
 from hark.grpo.instruments.trace import NonFiniteError, read_step, write_step
 from hark.grpo.loss import policy_loss, token_weights
+from hark.grpo.runtime import checkpoint
 from hark.grpo.runtime.checkpoint import CheckpointError, load_checkpoint
 from hark.grpo.runtime.collectives import World
 from hark.grpo.sampler import sample
@@ -434,3 +441,95 @@ def test_a_resumed_run_has_the_settings_of_its_configuration_and_the_moments_of_
         assert any(state["exp_avg"].full_tensor().any() for state in trainer.optimizer.state.values())
 
     on_ranks(1, resume)
+
+
+@pytest.mark.parametrize(
+    ("every", "said"),
+    [
+        (1, r"interrupted after step 2; run.resume=true continues from the checkpoint of step 2"),
+        (0, r"interrupted after step 2; there is no checkpoint yet .* delete .*/run"),
+    ],
+)
+def test_an_interrupted_run_says_after_which_step_and_how_to_go_on(every, said, settings, tmp_path):
+    config = load_config([*settings, f"run.directory={tmp_path}/run", f"checkpoint.every={every}"])
+
+    def run(world: World) -> None:
+        trainer = build(world, config)
+        step = trainer.step
+
+        def interrupted(number: int) -> dict[str, float]:
+            if number == 2:
+                raise KeyboardInterrupt
+            return step(number)
+
+        trainer.step = interrupted
+        loop.train(trainer)
+
+    with pytest.raises(KeyboardInterrupt, match=said):
+        on_ranks(1, run)
+
+
+@pytest.mark.parametrize(
+    ("cause", "kind", "said"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt, "interrupted after step 1; there is no checkpoint yet"),
+        (
+            OSError(28, "No space left on device"),
+            CheckpointError,
+            "000001.partial cannot be written .*No space left",
+        ),
+    ],
+)
+def test_what_stops_a_save_surfaces_as_itself(cause, kind, said, settings, tmp_path, monkeypatch):
+    """torch raises it within a CheckpointException, which is no Exception."""
+
+    def save(state, checkpoint_id):
+        raise CheckpointException("save", {0: (cause, StackSummary())})
+
+    monkeypatch.setattr(checkpoint, "dcp", types.SimpleNamespace(save=save))
+    with pytest.raises(kind, match=said):
+        on_ranks(1, train, [*settings, f"run.directory={tmp_path}/run", "checkpoint.every=1"])
+
+
+def test_three_completions_of_different_groups_are_shown_with_their_own_rewards(settings, tmp_path, capsys):
+    """B = 16 rows: 0, 5 and 10 are of the groups 0, 1 and 2."""
+    config = load_config(
+        [*settings, f"run.directory={tmp_path}/run", "run.show_every=2", "reward.weights={accuracy: 2, format: 1}"]
+    )
+    shown = []
+
+    def run(world: World) -> None:
+        steps = []
+
+        def rewards(examples, completions):
+            steps.append((examples, completions))
+            return length_reward(examples, completions)
+
+        trainer = build(world, config, rewards=rewards)
+        loop.train(trainer)
+        examples, completions = steps[-1]
+        columns = length_reward(examples, completions)
+        expected = [
+            (examples[n].question, completions[n], float(2 * columns[n, 0] + columns[n, 1])) for n in (0, 5, 10)
+        ]
+        assert len({examples[n].id for n in (0, 5, 10)}) == 3
+        for one, (question, text, reward) in zip(trainer.completions(), expected, strict=True):
+            assert one[:2] == (question, text) and one.reward == pytest.approx(reward)
+        shown.extend(trainer.completions())
+
+    on_ranks(1, run)
+    out = capsys.readouterr().out
+    assert re.findall(r"completions of step (\d+):", out) == ["2", "3"], "every second step and the last"
+    assert all(excerpt(text, LONGEST_COMPLETION) in out for _, text, _ in shown)
+
+
+def test_with_show_every_0_no_completions_are_shown(settings, tmp_path, capsys):
+    on_ranks(1, train, [*settings, f"run.directory={tmp_path}/run", "run.show_every=0"])
+    assert "completions of step" not in capsys.readouterr().out
+
+
+def test_a_run_that_has_nothing_to_learn_from_is_warned_once(settings, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(diagnosis, "PATIENCE", 2)
+    config = load_config([*settings, f"run.directory={tmp_path}/run"])
+    on_ranks(1, lambda world: loop.train(build(world, config, rewards=lambda e, completions: torch.ones(len(e), 2))))
+    assert capsys.readouterr().out.count("warning: for 2 steps, all rewards of every group have been equal") == 1

@@ -59,8 +59,9 @@ def save_checkpoint(
         partial.mkdir(parents=True)
     dist.barrier()
     weights, moments = get_state_dict(policy, optimizer, options=TRAINED)
-    dcp.save(weights, checkpoint_id=partial / WEIGHTS)
-    dcp.save(moments, checkpoint_id=partial / OPTIMIZER)
+    with _writable(partial):
+        dcp.save(weights, checkpoint_id=partial / WEIGHTS)
+        dcp.save(moments, checkpoint_id=partial / OPTIMIZER)
     if world.is_main:
         (partial / "hark.json").write_text(json.dumps({"step": step, "tensors": _signature(policy)}))
         shutil.rmtree(final, ignore_errors=True)
@@ -175,6 +176,21 @@ def _readable(checkpoint: Path, policy: Policy) -> Iterator[int]:
         raise CheckpointError(
             f"{checkpoint} cannot be read ({error}); expected a complete checkpoint; delete it to use the one before, "
             "if there is one"
+        ) from error
+
+
+@contextmanager
+def _writable(partial: Path) -> Iterator[None]:
+    """Turn torch's errors of writing, which no `except Exception` catches, into CheckpointErrors or what they hide."""
+    try:
+        yield
+    except CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
+            raise KeyboardInterrupt from None
+        raise CheckpointError(
+            f"{partial} cannot be written ({causes[0]}); make room there, then continue from the checkpoint before, if "
+            "there is one, with run.resume=true"
         ) from error
 
 

@@ -24,9 +24,11 @@ def run(main: Callable[[list[str]], None]) -> None:
     except KeyboardInterrupt as interrupt:  # also one that came while `_status` handled an error
         status = INTERRUPTED
         if os.environ.get("RANK", "0") == "0":
+            _claim_report()
             print(str(interrupt) or "interrupted", file=sys.stderr)
     except BrokenPipeError:  # the reader of the output has ended, as `head` does
         status = 1
+        _claim_report()
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     # Not by sys.exit: FSDP holds references to the process group until the interpreter is finalised. A gloo thread may
     # then abort the process (observed in 3 of 25 runs), and NCCL may wait for ranks that have failed.
@@ -44,9 +46,9 @@ def _status(main: Callable[[list[str]], None]) -> int:
         status = _report(f"error: {error}")
     except SystemExit as end:  # argparse has printed its message
         status = end.code if isinstance(end.code, int) else _report(end.code) if end.code else 0
-    except BrokenPipeError:
+    except (BrokenPipeError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:  # some of torch's errors are no Exception
         if is_out_of_memory(error):
             status = _report(f"error: out of memory ({reason(error)}); `hark plan` says what to change")
         else:
@@ -57,13 +59,16 @@ def _status(main: Callable[[list[str]], None]) -> int:
 
 def _report(text: str) -> int:
     """Print an error unless another process of this run has printed one: the first error causes the others."""
-    if _is_first():
+    if _claim_report():
         print(text, file=sys.stderr)
     return 1
 
 
-def _is_first() -> bool:
-    """Whether this process is the first of its run on this machine to ask; torchrun gives each run a directory."""
+def _claim_report() -> bool:
+    """Whether this process is the first of its run on this machine to ask; later ones must not report their errors.
+
+    torchrun gives each run a directory, in which the first one leaves a file.
+    """
     own = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not own:
         return True

@@ -11,7 +11,7 @@ OTHER_NAMES = {
     "run.directory": "output_dir output out_dir out save_dir name run_name experiment_name",
     "run.resume": "resume_from_checkpoint continue",
     "run.seed": "random_seed data_seed",
-    "model.path": "model_name model_name_or_path model_path name_or_path pretrained base_model",
+    "model.path": "name model_name model_name_or_path model_path name_or_path pretrained base_model",
     "model.reference": "ref_model reference_model ref_path",
     "model.train_tower": "freeze_tower freeze_encoder freeze_audio_encoder freeze_audio",
     "model.dtype": "bf16 fp16 precision torch_dtype mixed_precision",
