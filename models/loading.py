@@ -163,7 +163,9 @@ def _is_local(path: str | Path) -> bool:
     if Path(path).is_dir():
         return True
     if Path(path).exists():
-        raise PolicyError(f"{path}: is a file; expected the directory of a Hugging Face checkpoint: {Path(path).parent}?")
+        raise PolicyError(
+            f"{path}: is a file; expected the directory of a Hugging Face checkpoint: {Path(path).parent}?"
+        )
     if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
         raise PolicyError(
             f"{path}: no such directory (working directory {os.getcwd()}); expected a Hugging Face checkpoint "
@@ -210,7 +212,9 @@ def _check_files(directory: Path, family: type[Policy]) -> None:
 
 
 def _no_weights(directory: Path, names: set[str]) -> NoReturn:
-    other = min((name for name in names if name.endswith((".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"))), default="")
+    other = min(
+        (name for name in names if name.endswith((".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"))), default=""
+    )
     if other:
         raise PolicyError(
             f"{directory}: holds its weights as {other}; expected {SINGLE}; load it with transformers' from_pretrained "

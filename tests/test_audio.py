@@ -7,7 +7,7 @@ import torch
 
 from hark.data.audio import load_waveform, read_header
 from hark.data.cut_off import shortfall
-from hark.data.errors import AudioError, CutClipError, MissingClipError, SilentClipError, SkippedClipError
+from hark.data.errors import AudioError, CutClipError, SilentClipError, SkippedClipError
 from hark.data.torchaudio_compat import torchaudio
 
 RATE = 16_000
