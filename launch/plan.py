@@ -4,7 +4,8 @@
                           [--sft] [--shape qwen2-audio-7b] [--json OUT]
 
 Of the model only config.json and the tokenizer are read; no GPU and no weights are needed. The lengths of clips and
-texts are those of data.train, or else of data.test, if there is such a file. grpo/instruments/memory.py says what counts.
+texts are those of data.train, or else of data.test, if there is such a file.
+grpo/instruments/memory.py says what counts.
 """
 
 import argparse

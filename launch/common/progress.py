@@ -17,7 +17,7 @@ def counted(items: Iterable[Item], total: int, what: str, *, show: bool = True) 
     for count, item in enumerate(items, start=1):
         yield item
         now = time.monotonic()
-        if show and now >= due:
+        if show and now >= due and count < total:
             print(f"{count} of {total} {what}", flush=True)
             due = now + PAUSE
     if show and (seconds := time.monotonic() - began) >= PATIENCE:
