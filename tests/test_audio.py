@@ -151,6 +151,13 @@ def test_a_file_that_is_cut_off_is_an_error_also_where_the_decoder_says_nothing(
         load(tmp_path / f"tagged.{kind}")
 
 
+def test_an_ogg_file_cut_between_two_pages_lacks_its_last(tmp_path):
+    whole = save(tmp_path / "a.ogg", np.random.default_rng(0).standard_normal(5 * RATE) * 0.1).read_bytes()
+    (tmp_path / "cut.ogg").write_bytes(whole[: whole.rindex(b"OggS")])
+    with pytest.raises(CutClipError, match="its last page is not marked as the end"):
+        load(tmp_path / "cut.ogg")
+
+
 @pytest.mark.parametrize("length", [0xFFFFFFFF, 0x7FFFF000])
 def test_a_wav_file_of_a_program_that_could_not_know_its_length_is_whole(tmp_path, length):
     whole = save(tmp_path / "a.wav", tone(1.0, RATE)).read_bytes()
