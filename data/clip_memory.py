@@ -58,7 +58,10 @@ class ClipMemory:
 
     def advice(self) -> str:
         """What to do about the problem."""
-        return f"{self.path}: cannot be used ({self.problem}), so clips are decoded at every start; delete that file"
+        return (
+            f"{self.path}: cannot be used ({self.problem}), so clips are decoded at every start; delete the file, or "
+            "set XDG_CACHE_HOME to a directory that can be written"
+        )
 
     def _try(self, work: Callable[[sqlite3.Connection], object]) -> None:
         """Do something with the database in one transaction; after a problem, nothing more."""

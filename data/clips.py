@@ -70,7 +70,9 @@ def inspect(path: Path, rules: Rules) -> Clip:
     return Clip(header, len(waveform) / rules.sample_rate)
 
 
-def inspect_all(paths: Iterable[Path], rules: Rules, *, workers: int, memory: ClipMemory) -> Iterator[tuple[Path, Clip]]:
+def inspect_all(
+    paths: Iterable[Path], rules: Rules, *, workers: int, memory: ClipMemory
+) -> Iterator[tuple[Path, Clip]]:
     """Each path with its clip, in order; only files that the memory does not know as they are now are decoded."""
     paths = list(paths)
     known = memory.recall(paths)
@@ -114,7 +116,7 @@ def usable(
     for example in examples:
         clip = None if example.audio_path is None else clips[example.audio_path]
         if clip is None or not clip.fault:
-            good.append(dataclasses.replace(example, seconds=clip and clip.seconds))
+            good.append(dataclasses.replace(example, seconds=clip.seconds if clip else None))
             continue
         bad.append(BadExample(example.line, example.id, f"{example.audio_path}: {clip.reason}"))
         if not (skip_bad or clip.fault == "over-long" and long_clips == "skip"):

@@ -27,7 +27,7 @@ class Example:
     dataset: str = ""
     task: str = ""
     category: str = ""
-    line: str = ""  # where it was read: "train.jsonl:17"
+    line: str = ""  # where it was read: "data/train.jsonl:17"
     sub_category: str = ""
     difficulty: str = ""
     truth: str = ""  # a benchmark's answer given as text; `answer` is None then
@@ -50,7 +50,7 @@ class BadExample:
     reason: str
 
     def record(self) -> dict[str, str]:
-        """The three fields by the names that reports use: file ("train.jsonl:17"), id and reason."""
+        """The three fields by the names that reports use: file ("data/train.jsonl:17"), id and reason."""
         return {"file": self.line, "id": self.id, "reason": self.reason}
 
     def json_line(self) -> str:
@@ -79,7 +79,8 @@ def load_examples(
     root = path.parent if audio_root is None else Path(audio_root)
     examples, bad = [], []
     seen: dict[str, str] = {}
-    for line, row in read_rows(path):
+    for name, row in read_rows(path):
+        line = str(path.parent / name)
         record = row if isinstance(row, dict) else {}
         try:
             if isinstance(row, DataError):

@@ -10,7 +10,7 @@ from hark.data.errors import DataError
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict | DataError]]:
-    """(where, row) for each row of a JSON array ("a/b.json[17]", from 0) or of JSON lines ("a/b.jsonl:17", from 1).
+    """(where, row) for each row of a JSON array ("file.json[17]", from 0) or of JSON lines ("file.jsonl:17", from 1).
 
     A file whose first character is [ is an array. Blank lines are skipped but counted. For a row that is not a JSON
     object, `row` is a DataError whose message does not say where. Raises DataError if the file cannot be read, or
@@ -40,7 +40,7 @@ def _array_rows(path: Path) -> Iterator[tuple[str, dict | DataError]]:
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     for index, row in enumerate(rows):
-        yield f"{path}[{index}]", row if isinstance(row, dict) else _not_an_object(row)
+        yield f"{path.name}[{index}]", row if isinstance(row, dict) else _not_an_object(row)
 
 
 def _line_rows(path: Path) -> Iterator[tuple[str, dict | DataError]]:
@@ -52,7 +52,7 @@ def _line_rows(path: Path) -> Iterator[tuple[str, dict | DataError]]:
                 row = _decoded(raw)
             except DataError as error:
                 row = error
-            yield f"{path}:{number}", row if isinstance(row, (dict, DataError)) else _not_an_object(row)
+            yield f"{path.name}:{number}", row if isinstance(row, (dict, DataError)) else _not_an_object(row)
 
 
 def _decoded(raw: bytes) -> Any:

@@ -61,7 +61,7 @@ def compared(first: dict, second: dict) -> dict:
     pairs = pairs_of(first["rows"], second["rows"])
     if not pairs:
         raise DataError(f"{names} have no graded question in common; compare evaluations of one data.test")
-    print(f"A = {title(first)}\nB = {title(second)}")
+    print(f"A: {title(first)}\nB: {title(second)}")
     alone = max(len(first["rows"]), len(second["rows"])) - len(pairs)
     if alone:
         print(f"{alone} questions are not graded in both and are left out")
@@ -75,7 +75,7 @@ def compared(first: dict, second: dict) -> dict:
 
 
 def title(evaluation: dict) -> str:
-    return f"{evaluation.get('model', '')}, in {evaluation['path']}".lstrip(", ")
+    return f"{evaluation.get('model', '')}, in {evaluation['path']}".removeprefix(", in ")
 
 
 def heading() -> str:

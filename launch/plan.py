@@ -3,8 +3,9 @@
     python launch/plan.py CONFIG [section.key=value ...] [--gpus 8] [--memory 80] [--seconds 10] [--text 60]
                           [--sft] [--shape qwen2-audio-7b] [--json OUT]
 
-Of the model only config.json and the tokenizer are read; no GPU and no weights are needed. The lengths of clips and texts
-are those of data.train, or else of data.test, if that file is there. grpo/instruments/memory.py says what counts.
+Of the model only config.json and the tokenizer are read; no GPU and no weights are needed. The lengths of clips and
+texts are those of data.train, or else of data.test, if there is such a file.
+grpo/instruments/memory.py says what counts.
 """
 
 import argparse
@@ -86,7 +87,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(argv)
 
 
-# How long the prompts are ----------------------------------------------------------------------------------------------
+# How long the prompts are ---------------------------------------------------------------------------------------------
 
 TEXT = 60  # tokens of a prompt without its audio, where there is no data
 CHAT = 25  # tokens that a chat template adds to a text
@@ -142,7 +143,7 @@ def longest_text(examples: Sequence[Example], config: Config) -> int:
     return CHAT + max(len(text_ids(tokenizer, text)) for text in texts[-CANDIDATES:])
 
 
-# What it needs ---------------------------------------------------------------------------------------------------------
+# What it needs --------------------------------------------------------------------------------------------------------
 
 
 def _model_config(config: Config, shape: str | None) -> Any:

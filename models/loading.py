@@ -120,7 +120,7 @@ def read_config(path: str | Path) -> Any:
         return AutoConfig.from_pretrained(path)
     except Exception as error:
         where = f"{Path(path) / 'config.json'}: cannot be used" if _is_local(path) else _not_on_hub(path)
-        raise PolicyError(f"{where} ({_first_line(error)})") from error
+        raise PolicyError(f"{where} ({_in_short(error)})") from error
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -130,7 +130,7 @@ def load_tokenizer(path: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:
-        raise PolicyError(f"{path}: its tokenizer cannot be loaded ({_first_line(error)}); copy it again") from error
+        raise PolicyError(f"{path}: its tokenizer cannot be loaded ({_in_short(error)}); copy it again") from error
 
 
 def build_from_config(config: Any) -> Policy:
@@ -163,7 +163,9 @@ def _is_local(path: str | Path) -> bool:
     if Path(path).is_dir():
         return True
     if Path(path).exists():
-        raise PolicyError(f"{path}: is a file; expected the directory of a Hugging Face checkpoint: {Path(path).parent}?")
+        raise PolicyError(
+            f"{path}: is a file; expected the directory of a Hugging Face checkpoint: {Path(path).parent}?"
+        )
     if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
         raise PolicyError(
             f"{path}: no such directory (working directory {os.getcwd()}); expected a Hugging Face checkpoint "
@@ -176,8 +178,9 @@ def _not_on_hub(path: str | Path) -> str:
     return f"{path}: no such directory, and no model on the hub by that name"
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _in_short(error: Exception) -> str:
+    """What an error says, on one line of at most 200 characters."""
+    return " ".join((str(error) or type(error).__name__).split())[:200]
 
 
 def _model_type(directory: Path) -> str:
@@ -190,7 +193,7 @@ def _model_type(directory: Path) -> str:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise PolicyError(f"{path}: not readable as JSON ({_first_line(error)}); copy it again") from error
+        raise PolicyError(f"{path}: not readable as JSON ({_in_short(error)}); copy it again") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise PolicyError(f"{path}: has no model_type; expected the config.json of a transformers model")
     return config["model_type"]
@@ -209,7 +212,9 @@ def _check_files(directory: Path, family: type[Policy]) -> None:
 
 
 def _no_weights(directory: Path, names: set[str]) -> NoReturn:
-    other = min((name for name in names if name.endswith((".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"))), default="")
+    other = min(
+        (name for name in names if name.endswith((".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"))), default=""
+    )
     if other:
         raise PolicyError(
             f"{directory}: holds its weights as {other}; expected {SINGLE}; load it with transformers' from_pretrained "
@@ -227,7 +232,7 @@ def _directory(path: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(path)))
     except Exception as error:
-        raise PolicyError(f"{_not_on_hub(path)} ({_first_line(error)})") from error
+        raise PolicyError(f"{_not_on_hub(path)} ({_in_short(error)})") from error
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +13,6 @@ import torch
 
 # The tests run on the CPU even if the machine has a GPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-# The memory of clips is a file of this session.
-CACHE = tempfile.TemporaryDirectory()
-os.environ["XDG_CACHE_HOME"] = CACHE.name
 
 from hark.data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
 from hark.grpo.instruments import flops
@@ -83,6 +79,12 @@ def _stop_often(directory: Path) -> None:
     path = directory / "generation_config.json"
     settings = json.loads(path.read_text())
     path.write_text(json.dumps(settings | {"eos_token_id": [settings["eos_token_id"], *range(100, 160)]}))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory) -> None:
+    """The memory of clips is a file of this session, also for the processes that it starts."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +17,16 @@ from hark.data.examples import Example, load_examples
 from hark.grpo.config import ConfigError
 from hark.grpo.runtime.collectives import World, exchange_rows
 from hark.launch import grade
-from hark.launch.common.answering import answer_benchmark, answers, with_shuffled_audio
+from hark.launch.common.answering import answer_benchmark, answers, below_chance, subject_of, with_shuffled_audio
 from hark.launch.common.config_file import load_config
 from hark.launch.common.policies import make_policy
 from hark.launch.common.questions import checked_questions, rank_batches, waveform_of
 from tests.clips import write_questions
 from tests.ranks import on_ranks
 
-ask = partial(answer_benchmark, silent=False, audio=False, choices=False)
+
+def ask(words: list[str], *, silent: bool = False, audio: bool = False, choices: bool = False) -> None:
+    answer_benchmark(subject_of(words, step=None, best=False), silent=silent, audio=audio, choices=choices)
 
 
 @pytest.fixture
@@ -66,7 +67,11 @@ def test_a_question_that_cannot_be_asked_is_wrong_and_stays_in_its_place(config,
     judged = [mmau(row["model_prediction"], row["choices"], row["answer"]) for row in handed_in]
     assert judged == [row["correct"] for n, row in enumerate(found["rows"]) if n != 4], "the file is what was judged"
     listed = (tmp_path / "run" / "bad.jsonl").read_text().splitlines()
-    assert [json.loads(line)["file"] for line in sorted(listed)] == ["test.jsonl:2", "test.jsonl:4", "test.jsonl:5"]
+    assert [Path(json.loads(line)["file"]).name for line in sorted(listed)] == [
+        "test.jsonl:2",
+        "test.jsonl:4",
+        "test.jsonl:5",
+    ]
     said = capsys.readouterr().out
     assert "3 could not be asked" in said and "by the rule of mmau" in said and "by the strict rule" in said
 
@@ -89,7 +94,7 @@ def test_a_hidden_answer_is_handed_in_and_left_out_of_the_figures(config, tmp_pa
         return [replace(example, answer=None) for example in examples], bad
 
     monkeypatch.setattr("hark.launch.common.questions.load_examples", hidden)
-    answer_benchmark([str(config)], silent=True, audio=True, choices=True)
+    ask([str(config)], silent=True, audio=True, choices=True)
     assert [row["correct"] for row in result(tmp_path)["rows"]] == [None] * 4 + [False] + [None] * 3
     handed_in = json.loads((tmp_path / "run" / "answers.json").read_text())
     assert [row["answer"] for row in handed_in] == [""] * 7
@@ -104,7 +109,7 @@ def everyone(world: World, config_path: str, out: str) -> None:
     batches = rank_batches(config, world, policy, usable, waveform=load, on_bad=lambda bad: None)
     asked = exchange_rows([example.id for batch in batches for example, _ in batch], world)
     assert len(asked) == len(set(asked)) == 5, "no question is asked twice"
-    rows = answers(config, world, policy, questions, usable, load)
+    rows = answers(config, world, policy, questions, usable, load, "questions")
     if world.is_main:
         Path(out).write_text(json.dumps(rows))
 
@@ -132,7 +137,7 @@ def test_controls_change_what_they_say_and_ask_only_what_could_be_asked(config, 
         return rank_batches(config, world, policy, examples, waveform=heard, on_bad=on_bad)
 
     monkeypatch.setattr("hark.launch.common.answering.rank_batches", remember)
-    answer_benchmark([str(config)], silent=True, audio=True, choices=True)
+    ask([str(config)], silent=True, audio=True, choices=True)
     main, silent, audio, choices = asked
     ids = [identity for identity, could in zip(IDS, ASKED, strict=True) if could]
     assert all([example.id for example, _ in control] == ids for control in asked)
@@ -216,3 +221,31 @@ def test_an_evaluation_of_another_model_or_test_is_not_written_over(config, tmp_
         ask([str(config), f"data.test={path}"])
     assert (tmp_path / "run" / "evaluation.json").read_text() == before
     ask([str(config)])
+
+
+def test_the_answers_to_the_controls_stand_beside_those_to_the_test(config, tmp_path):
+    ask([str(config)], silent=True, choices=True)
+    found = result(tmp_path)
+    assert found["model"] == found["config"]["model"]["path"] and found["step"] is None
+    for control in ("silent", "shuffled_choices"):
+        rows = [row[control] for row in found["rows"]]
+        assert all(row.keys() == {"prediction", "correct", "stopped", "choice"} for row in rows)
+        assert sum(row["correct"] for row in rows) == found[f"{control}_right"]
+        assert [row["stopped"] is not None for row in rows] == ASKED
+        given = [row["choice"] for row in rows if row["stopped"] is not None]
+        assert found[f"{control}_no_choice_share"] == given.count(None) / len(given)
+
+
+def test_a_control_below_chance_says_how_many_of_its_answers_are_no_choice():
+    result = {"silent_accuracy": 0.1, "silent_no_choice_share": 0.4, "chance": 0.25}
+    (line,) = below_chance(result, {"silent": []})
+    assert line.startswith("sound removed: 40.0 % of these answers are none of the choices")
+    assert not list(below_chance(result | {"silent_accuracy": 0.3}, {"silent": []}))
+    assert not list(below_chance(result | {"silent_no_choice_share": 0.0}, {"silent": []}))
+
+
+def test_a_long_evaluation_says_how_far_it_is_and_which_control_it_answers(config, monkeypatch, capsys):
+    monkeypatch.setattr("hark.launch.common.progress.PATIENCE", 0.0)
+    ask([str(config)], silent=True)
+    said = capsys.readouterr().out
+    assert "all 5 questions answered, in" in said and "all 5 questions without sound answered, in" in said

@@ -7,7 +7,7 @@ import torch
 
 from hark.data.audio import load_waveform, read_header
 from hark.data.cut_off import shortfall
-from hark.data.errors import AudioError, CutClipError, MissingClipError, SilentClipError, SkippedClipError
+from hark.data.errors import AudioError, CutClipError, SilentClipError, SkippedClipError
 from hark.data.torchaudio_compat import torchaudio
 
 RATE = 16_000
@@ -149,6 +149,13 @@ def test_a_file_that_is_cut_off_is_an_error_also_where_the_decoder_says_nothing(
     if kind != "flac":  # whose decoder refuses what follows the sound
         (tmp_path / f"tagged.{kind}").write_bytes(whole + b"TAG" + bytes(125))  # as ID3v1 stands at the end of a file
         load(tmp_path / f"tagged.{kind}")
+
+
+def test_an_ogg_file_cut_between_two_pages_lacks_its_last(tmp_path):
+    whole = save(tmp_path / "a.ogg", np.random.default_rng(0).standard_normal(5 * RATE) * 0.1).read_bytes()
+    (tmp_path / "cut.ogg").write_bytes(whole[: whole.rindex(b"OggS")])
+    with pytest.raises(CutClipError, match="its last page is not marked as the end"):
+        load(tmp_path / "cut.ogg")
 
 
 @pytest.mark.parametrize("length", [0xFFFFFFFF, 0x7FFFF000])

@@ -10,12 +10,13 @@ from hark.data.benchmarks.report import Share
 from hark.grpo.config import ConfigError
 from hark.grpo.runtime.checkpoint import CheckpointError, checkpoints
 from hark.launch import choose, sft
+from hark.launch.common.trained import highest
 from tests.clips import write_questions
 
 
 def test_the_best_checkpoint_is_the_earliest_of_equals():
     shares = {100: Share(1, 4), 200: Share(3, 4), 300: Share(3, 4), 400: Share(2, 4)}
-    assert choose.best(shares) == 200
+    assert highest({step: share.accuracy for step, share in shares.items()}) == 200
     assert choose.table(shares, 200).splitlines()[2].split() == ["200", "3/4", "75.0", "30.1", "-", "95.4", "chosen"]
 
 
@@ -42,7 +43,7 @@ def test_a_run_is_chosen_from_and_its_test_reported_once(run, tmp_path, capsys):
     accuracies = {int(step): record["accuracy"] for step, record in choice["validation"].items()}
     assert accuracies.keys() == {12, 24} and accuracies[24] == 1.0
     assert choice["step"] == min(step for step in accuracies if accuracies[step] == 1.0)
-    assert f"checkpoint {choice['step']} of {tmp_path}/run on 3 questions of {test}, by the rule of mmau" in said
+    assert f"step {choice['step']} of {tmp_path}/run on 3 questions of {test}, by the rule of mmau" in said
     assert said.count("by the rule of mmau") == 1
     result = json.loads((tmp_path / "run" / "chosen" / "evaluation.json").read_text())
     assert [row["id"] for row in result["rows"]] == ["test-0", "test-1", "test-2"]
@@ -60,6 +61,9 @@ def test_the_weights_of_each_checkpoint_are_its_own(run, tmp_path):
     export.main([str(tmp_path / "run"), "--step", str(chosen), "--to", str(tmp_path / "model")])
     evaluate.main([*run, f"model.path={tmp_path}/model", f"run.directory={tmp_path}/again", f"data.test={test}"])
     assert json.loads((tmp_path / "again" / "evaluation.json").read_text())["rows"] == rows
+    evaluate.main([str(tmp_path / "run"), "--step", str(chosen), f"data.test={test}"])
+    found = json.loads((tmp_path / "run" / f"step-{chosen:06d}" / "evaluation.json").read_text())
+    assert found["rows"] == rows and found["step"] == chosen
 
 
 def test_a_run_of_two_replicas_is_chosen_from_and_exported_by_one_process(run, tmp_path):
@@ -77,9 +81,56 @@ def test_nothing_to_choose_from_or_by_is_said(tmp_path, settings, qwen2_audio_di
     with pytest.raises(ConfigError, match="the first argument must be the run.directory"):
         choose.main(["data.test=x.jsonl"])
     (tmp_path / "config.yaml").write_text(f"model: {{path: {qwen2_audio_dir}}}\n")
-    with pytest.raises(CheckpointError, match="no checkpoints; expected a run with checkpoint.every"):
+    with pytest.raises(CheckpointError, match="the run has no checkpoints; train with checkpoint.every above 0"):
         choose.main([str(tmp_path)])
     (tmp_path / "checkpoints" / "step-000002").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step-000002" / "hark.json").write_text("{}")
     with pytest.raises(ConfigError, match="neither data.validation nor data.held_out is set"):
         choose.main([str(tmp_path)])
+
+
+def predictions(directory) -> list[str]:
+    return [row["prediction"] for row in json.loads((directory / "evaluation.json").read_text())["rows"]]
+
+
+def test_a_run_directory_stands_for_its_trained_model_and_gets_no_other_figures(run, tmp_path, questions):
+    from hark.launch import evaluate
+
+    few = tmp_path / "few" / "train.jsonl"
+    sft.main([*run, "evaluation.every=12"])
+    directory = tmp_path / "run"
+    with pytest.raises(ConfigError, match=f"holds a training run.*`hark evaluate {directory}` evaluates that"):
+        evaluate.main([*run, f"data.test={few}"])
+    assert not (directory / "evaluation.json").exists()
+    with pytest.raises(ConfigError, match="data.test is missing"):
+        evaluate.main([str(directory)])
+    evaluate.main([str(directory), f"data.test={few}"])
+    evaluate.main([str(directory), "--best", f"data.test={few}"])
+    evaluate.main([str(directory), "--step", "12", f"data.test={few}"])
+    evaluate.main([*run, f"run.directory={tmp_path}/before", f"data.test={few}"])
+    last = predictions(directory)
+    right = [f"<answer>{row['multi_choice'][row['answer']]}</answer>" for row in map(json.loads, few.open())]
+    assert last == right, "learnt by heart"
+    assert predictions(tmp_path / "before") != last
+    accuracy = {line["step"]: line["accuracy"] for line in map(json.loads, (directory / "metrics.jsonl").open())
+                if line.get("event") == "evaluation"}  # fmt: skip
+    best = min(step for step in accuracy if accuracy[step] == max(accuracy.values()))
+    record = json.loads((directory / "chosen" / "evaluation.json").read_text())
+    assert record["step"] == best and record["accuracy"] == accuracy[best]
+    assert json.loads((directory / "step-000012" / "evaluation.json").read_text())["step"] == 12
+    with pytest.raises(CheckpointError, match="no checkpoint after step 5; the run has 12, 24"):
+        evaluate.main([str(directory), "--step", "5", f"data.test={few}"])
+    with pytest.raises(ConfigError, match="--step and --best need the run.directory"):
+        evaluate.main([*run, "--best", f"data.test={few}"])
+
+
+def test_a_run_without_checkpoints_stands_for_its_exported_model(run, tmp_path):
+    from hark.launch import evaluate, export
+
+    few = tmp_path / "few" / "train.jsonl"
+    sft.main([*run, "checkpoint.every=0", "checkpoint.export=true"])
+    evaluate.main([str(tmp_path / "run"), f"data.test={few}"])
+    record = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert record["step"] == 24 and record["accuracy"] == 1.0
+    with pytest.raises(ConfigError, match="kept no checkpoints; its model is in .*/run/model already"):
+        export.main([str(tmp_path / "run")])

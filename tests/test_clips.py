@@ -43,7 +43,14 @@ def test_the_check_before_a_run_names_bad_clips_by_their_line(tmp_path):
         sorted_out(on_disk(tmp_path))
     text = str(error.value)
     assert text.startswith("3 of 5 clips cannot be used")
-    for part in ("train.jsonl:2: ", "no such file", "train.jsonl:3: ", "3.00 s", "train.jsonl:5: ", "silent.wav: is sil"):
+    for part in (
+        "train.jsonl:2: ",
+        "no such file",
+        "train.jsonl:3: ",
+        "3.00 s",
+        "train.jsonl:5: ",
+        "silent.wav: is sil",
+    ):
         assert part in text
 
 

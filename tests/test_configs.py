@@ -31,7 +31,7 @@ def test_it_trains_chooses_a_checkpoint_and_answers_the_test(name, tmp_path, qwe
     verb = {"train.py": train, "sft.py": sft}[re.search(r"launch/(\w+\.py) launch/configs", text).group(1)]
     paths = [f"model.path={qwen2_audio_dir}", f"data.train={questions}", f"data.test={test}"]
     paths += [f"run.directory={tmp_path}/run"]
-    sizes = ["data.held_out=2", "rollout.max_new_tokens=4", "optim.steps=2", "optim.prompts_per_step=4"]
+    sizes = ["data.held_out=2", "rollout.max_new_tokens=30", "optim.steps=2", "optim.prompts_per_step=4"]
     sizes += ["optim.warmup_steps=0", "checkpoint.every=1", "evaluation.every=2", "lora.rank=2"]
     verb.main([str(CONFIGS / f"{name}.yaml"), *paths, *(sizes if "lora" in name else sizes[:-1])])
     lines = [line for line in read_metrics(tmp_path / "run") if "loss" in line]

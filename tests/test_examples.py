@@ -1,6 +1,7 @@
 """data/examples.py: what a line must be, and what the message says where it is not."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -38,7 +39,8 @@ def test_a_missing_key_names_the_line_the_key_and_what_a_line_needs(tmp_path):
     with pytest.raises(DataError) as error:
         load_examples(write(tmp_path, GOOD, bad))
     assert str(error.value) == (
-        f'{tmp_path}/train.jsonl:2: "audio_path" is missing; each line needs id, audio_path, question_text, multi_choice, answer'
+        f'{tmp_path}/train.jsonl:2: "audio_path" is missing; '
+        "each line needs id, audio_path, question_text, multi_choice, answer"
     )
 
 
@@ -87,7 +89,7 @@ def test_a_line_that_is_no_json_object_is_an_error(tmp_path, line):
 def test_what_is_nested_deeply_or_too_long_is_an_error_of_one_short_line(tmp_path, line):
     with pytest.raises(DataError, match="train.jsonl:2: ") as error:
         load_examples(write(tmp_path, GOOD, line))
-    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+    assert "\n" not in str(error.value) and len(str(error.value).partition("train.jsonl")[2]) < 300
     examples, bad = load_examples(write(tmp_path, GOOD, line), skip_bad=True)
     assert len(examples) == len(bad) == 1
 

@@ -126,7 +126,7 @@ def test_what_cannot_be_graded_is_an_error_that_says_where_and_how_to_fix_it(tex
 
 
 def test_files_that_cannot_be_read_or_written_are_named(tmp_path):
-    with pytest.raises(DataError, match="nowhere.json: cannot be read .*expected JSON or JSON lines"):
+    with pytest.raises(DataError, match="nowhere.json: no such file .*expected a file of JSON or JSON lines"):
         read_answers(tmp_path / "nowhere.json", BENCHMARKS["mmau"])
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="binary:1: not valid JSON .*in UTF-8"):

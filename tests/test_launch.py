@@ -32,7 +32,7 @@ def config(tmp_path, qwen2_audio_dir) -> Path:
         f"run: {{directory: {tmp_path}/run, threads: 1}}\n"
         f"model: {{path: {qwen2_audio_dir}}}\n"
         f"data: {{train: {questions}, validation: {held_out}, test: {held_out}}}\n"
-        "rollout: {group_size: 2, max_new_tokens: 4}\n"
+        "rollout: {group_size: 2, max_new_tokens: 8}\n"
         "optim: {steps: 2, prompts_per_step: 4, micro_batch: 2}\n"
         "evaluation: {every: 2, batch: 3}\n"
     )
@@ -53,7 +53,7 @@ def test_torchrun_trains_evaluates_and_exports_on_two_processes(config, tmp_path
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
     result = run(*torchrun, LAUNCH / "train.py", config, "checkpoint.every=1")
     assert result.returncode == 0, result.stderr
-    assert "  rollout.group_size=2 rollout.max_new_tokens=4\n" in result.stdout and "step 2/2" in result.stdout
+    assert "  rollout.group_size=2 rollout.max_new_tokens=8\n" in result.stdout and "step 2/2" in result.stdout
     assert f"exported to {tmp_path}/run/model" in result.stdout and f"{tmp_path}/run/config.yaml" in result.stdout
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [1, 2, 2]
@@ -124,7 +124,7 @@ def test_controls_of_sound_need_a_model_that_hears(config, tmp_path):
 
 def test_clips_for_a_model_that_reads_text_only_are_refused(config, tmp_path):
     build_causal_lm(tmp_path / "text")
-    with pytest.raises(UserError, match=r"jsonl:\d+: the example has audio, but this policy reads text only"):
+    with pytest.raises(UserError, match=r"takes text only, and .*jsonl:\d+ has a clip"):
         evaluate.main([str(config), f"model.path={tmp_path}/text"])
 
 
@@ -208,7 +208,7 @@ def test_with_skip_bad_it_is_counted_listed_and_left_out(what, config, tmp_path,
     assert len([line for line in metrics(tmp_path / "run") if "reward" in line]) == 2
     listed = tmp_path / "run" / "bad.jsonl"
     (line,) = listed.read_text().splitlines()
-    assert json.loads(line)["file"] == "train.jsonl:3"
+    assert json.loads(line)["file"] == f"{tmp_path}/broken/train.jsonl:3"
     said = capsys.readouterr().out
     assert (
         f"1 bad examples skipped, listed in {listed}" in said

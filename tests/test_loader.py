@@ -6,7 +6,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import soundfile
 
 from hark.data.errors import AudioError, DataError, SkippedClipError
 from hark.data.examples import BadExample, Example

@@ -7,15 +7,17 @@ import re
 from pathlib import Path
 
 import pytest
+import soundfile
 from transformers import AutoConfig
 
 from hark.grpo.config import ConfigError
 from hark.grpo.instruments.shape import shape_of
 from hark.launch import plan
 from hark.launch.common.config_file import load_config
-from hark.models.families.qwen2_audio import QWEN2_AUDIO_7B
-from hark.models.loading import build_from_config
+from hark.models.families.qwen2_audio import QWEN2_AUDIO_7B, audio_tokens
+from hark.models.loading import build_from_config, load_policy
 from hark.models.policy import PolicyError
+from tests.clips import waveform, write_questions
 
 
 @pytest.fixture
@@ -78,3 +80,41 @@ def test_supervised_fine_tuning_is_planned_without_rollout_and_reference(config,
     planned(capsys, config, "--json", tmp_path / "grpo.json")
     grpo = json.loads((tmp_path / "grpo.json").read_text())
     assert sft["phases"].keys() == {"backward", "optimizer"} and sft["peak"] < grpo["peak"]
+
+
+@pytest.fixture
+def small(qwen2_audio_dir, tmp_path) -> list[object]:
+    """A small model with two questions of its own, about clips of 0.3 and 2.5 s."""
+    questions = write_questions(tmp_path / "data", 2)
+    soundfile.write(tmp_path / "data" / "train-1.wav", waveform(2.5, 0), 16_000)
+    path = tmp_path / "small.yaml"
+    path.write_text(
+        f"run: {{directory: {tmp_path}/run}}\nmodel: {{path: {qwen2_audio_dir}}}\ndata: {{train: {questions}}}\n"
+        "optim: {prompts_per_step: 2}\n"
+    )
+    return [path, "--gpus", 1]
+
+
+def test_the_lengths_are_those_of_the_data_unless_they_are_given(small, capsys, tmp_path, qwen2_audio_dir):
+    policy = load_policy(qwen2_audio_dir)
+    text = "What is making this sound, and how often? Please choose the answer from the following options: "
+    longest = text + "['rain', 'a bell', 'a dog', 'wind']. Output the final answer in <answer> </answer>."
+    tokens = len(policy.tokenizer(longest, add_special_tokens=False)["input_ids"]) + plan.CHAT
+    file = f"{tmp_path}/data/train.jsonl"
+    second = [planned(capsys, *small, *words).splitlines()[1] for words in ([], ["--seconds", 4], ["--text", 9])]
+    assert second == [
+        f"clips of 2.5 s and texts of {tokens} tokens (the longest of {file})",
+        f"clips of 4 s and texts of {tokens} tokens (clips: --seconds; texts: the longest of {file})",
+        f"clips of 2.5 s and texts of 9 tokens (clips: the longest of {file}; texts: --text)",
+    ]
+    assert len(policy.prepare(longest, waveform(2.5, 0)).ids) <= tokens + audio_tokens(250), "no prompt is longer"
+    assert "clips: data.max_seconds; texts: assumed" in planned(capsys, *small, "data.train=nowhere.jsonl")
+    assert "clips of 1 s and" in planned(capsys, *small, "data.max_seconds=1")
+
+
+def test_a_small_model_and_little_memory_are_told_in_mebibytes(small, capsys):
+    printed = planned(capsys, *small, "--memory", 0.001)
+    assert re.search(r"\d\.\d+ M parameters|\d+ M parameters|0\.\d+ M parameters", printed) and "MiB per GPU" in printed
+    assert "does not fit in 0.973 MiB (95 % of 0.001 GiB)" in printed
+    assert "brings the peak to 0.973 MiB or less; choose a smaller model" in printed
+    assert not re.search(r"\b0\.0+ GiB", printed)

@@ -107,7 +107,7 @@ def test_what_does_not_fit_fails_before_the_first_step_and_names_the_example(err
         loop.train(trainer)
 
     with pytest.raises(
-        MemoryProbeError, match=r"rank 0 with train.jsonl:\d+, a prompt of \d+ tokens.*2.00 GiB.*`hark plan`"
+        MemoryProbeError, match=r"rank 0 with .*train.jsonl:\d+, a prompt of \d+ tokens.*2.00 GiB.*`hark plan`"
     ):
         on_ranks(1, run)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

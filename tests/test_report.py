@@ -5,11 +5,21 @@ import math
 import pytest
 
 from hark.data.benchmarks.baselines import baseline_figures
-from hark.data.benchmarks.report import Share, accuracies, blank_row, figures, grouped, row_of, share, table
+from hark.data.benchmarks.report import (
+    Share,
+    accuracies,
+    answer_shares,
+    blank_row,
+    figures,
+    grouped,
+    row_of,
+    share,
+    table,
+)
 from hark.data.examples import BadExample, Example
 
 
-def row(correct, task="sound", category="", sub_category="", difficulty=""):
+def row(correct, task="sound", category="", sub_category="", difficulty="", stopped=None, choice=None):
     return locals()
 
 
@@ -95,17 +105,28 @@ def question(**changes) -> Example:
 
 def test_a_question_that_could_not_be_asked_is_wrong_unless_its_answer_is_hidden():
     row = {"id": "q", "task": "sound", "category": "c", "sub_category": "s", "difficulty": "hard"}
-    assert blank_row(question()) == row | {"prediction": "", "correct": False, "stopped": None}
+    assert blank_row(question()) == row | {"prediction": "", "correct": False, "stopped": None, "choice": None}
     assert blank_row(question(answer=None))["correct"] is None
     assert blank_row(question(answer=None, truth="none of the choices"))["correct"] is False
     assert blank_row(BadExample("test.jsonl:3", "q", "no JSON"))["correct"] is False
 
 
 def test_a_row_has_the_labels_of_its_question_and_a_bad_line_has_none():
-    outcome = {"prediction": "a", "correct": True, "stopped": False}
+    outcome = {"prediction": "a", "correct": True, "stopped": False, "choice": 0}
     labels = {"task": "sound", "category": "c", "sub_category": "s", "difficulty": "hard"}
     assert row_of(question(), **outcome) == {"id": "q"} | labels | outcome
     assert (
         row_of(BadExample("test.jsonl:3", "q", "no JSON"), **outcome)
         == {"id": "q"} | dict.fromkeys(labels, "") | outcome
     )
+
+
+def test_the_shares_of_other_answers_are_of_the_questions_that_were_asked():
+    rows = [row(True, stopped=True, choice=1), row(False, stopped=False), row(None, stopped=True), row(False)]
+    rows.append(row(False, stopped=False, choice=0))
+    assert answer_shares(rows) == {"no_choice_share": 0.5, "cut_off_share": 0.5}
+    result = figures(rows, EXAMPLES, {})
+    assert (result["no_choice_share"], result["cut_off_share"]) == (0.5, 0.5)
+    lines = {" ".join(line.split()) for line in table(rows, EXAMPLES, {}).splitlines()}
+    assert "none of the choices 2/4 50.0 15.0 - 85.0" in lines
+    assert answer_shares(ROWS) == {} and "none of the choices" not in table(ROWS, EXAMPLES, {})

@@ -99,7 +99,7 @@ def test_the_installed_package_lists_its_verbs_and_trains_the_small_model_by_the
     installed.hark(
         "train", "--processes", "1", "mini", "model.path=model", "data.train=data/train.jsonl", "data.validation=null",
         "run.directory=run", "optim.steps=1", "optim.warmup_steps=0", "optim.prompts_per_step=2", "evaluation.every=0",
-        "rollout.group_size=4", "rollout.max_new_tokens=4",
+        "rollout.group_size=4", "rollout.max_new_tokens=12",
     )  # fmt: skip
     lines = [json.loads(line) for line in (installed.directory / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1]

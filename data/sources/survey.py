@@ -46,7 +46,9 @@ def _faults(examples: Sequence[Example], clips: Sequence[Clip]) -> dict[str, lis
     faults: dict[str, list[dict]] = {name: [] for name in FAULTS.values()}
     for example, clip in zip(examples, clips, strict=True):
         if clip.fault:
-            faults[clip.fault].append(BadExample(example.line, example.id, f"{example.audio_path}: {clip.reason}").record())
+            faults[clip.fault].append(
+                BadExample(example.line, example.id, f"{example.audio_path}: {clip.reason}").record()
+            )
     return faults
 
 
