@@ -107,10 +107,8 @@ def subject_of(arguments: argparse.Namespace) -> Subject:
 def waveform_of(example: Example, policy: Policy, *, max_seconds: float, long_clips: str) -> np.ndarray | None:
     """The clip at the policy's sample rate; None for a policy that takes text only."""
     if (example.audio_path is None) != (policy.sample_rate is None):
-        expected = (
-            "takes text only: CLIP must be -" if policy.sample_rate is None else "takes audio: CLIP must be a file"
-        )
-        raise ConfigError(f"{policy.name} {expected}")
+        expected = "text only, so CLIP must be -" if policy.sample_rate is None else "audio, so CLIP must be a file"
+        raise ConfigError(f"{policy.name} takes {expected}")
     if example.audio_path is None or policy.sample_rate is None:
         return None
     return load_waveform(

@@ -23,9 +23,7 @@ def main(argv: list[str]) -> None:
     arguments = parse(argv)
     trained = find_trained(arguments.run, [], step=arguments.step)
     if trained.checkpoint is None:
-        raise ConfigError(
-            f"{arguments.run} kept no checkpoints; its model is exported already: {arguments.run / 'model'}"
-        )
+        raise ConfigError(f"{arguments.run} kept no checkpoints; its model is in {trained.config.model.path} already")
     kind = "adapters" if arguments.adapters else "model"
     target = arguments.to or arguments.run / f"{kind}-{trained.step:06d}"
     with joined_world(threads=trained.config.run.threads) as world:

@@ -236,7 +236,7 @@ def below_chance(result: dict, controls: dict[str, list[dict]]) -> Iterator[str]
     """Explains each control whose accuracy is below chance: some of its answers are none of the choices."""
     for control in controls:
         accuracy, share = result[f"{control}_accuracy"], result.get(f"{control}_no_choice_share")
-        if accuracy is not None and share and accuracy < result["chance"]:
+        if accuracy is not None and share and accuracy < result.get("chance", 0):
             yield (
                 f"{NAMES[control]}: {100 * share:.1f} % of these answers are none of the choices and cannot be right, "
                 "so this control can lie below chance"
