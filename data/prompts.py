@@ -4,6 +4,7 @@ A name `path/to/file.py:short` is the Template `short` of your own file.
 """
 
 import string
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from hark.data.errors import DataError, named
@@ -68,3 +69,8 @@ def render(example: Example, template: str) -> str:
 def target(example: Example, template: str) -> str:
     """The completion that SFT trains on."""
     return find_template(template).target.format(answer=example.answer_text)
+
+
+def texts_of(examples: Iterable[Example], template: str) -> list[str]:
+    """The prompt and the target of each example: what a tokenizer of these examples is trained on."""
+    return [text for example in examples for text in (render(example, template), target(example, template))]
