@@ -106,7 +106,7 @@ def report(policy: Policy, lengths: Lengths, out: Path) -> str:
             f"  audio tower             {tower / 1e6:.2f} M parameters",
             f"  vocabulary              {vocabulary} tokens",
             f"  longest prompt          {lengths.prompt} tokens, {lengths.audio} of them audio",
-            f"  longest answer          {lengths.answer} tokens with its end: rollout.max_new_tokens is to be this or more",
+            f"  longest answer          {lengths.answer} tokens, the least for rollout.max_new_tokens",
         ]
     )
 
