@@ -34,6 +34,8 @@ COMMANDS = {
     "plan": Command("plan", "predict the peak memory of a training run"),
     "convert": Command("convert", "convert a published data set to JSON lines"),
     "check-data": Command("check_data", "check a file of questions and its clips, and report their figures"),
+    "sweep": Command("sweep", "train with every combination of some settings, and compare the runs"),
+    "init": Command("init", "begin a project of your own: configurations and sample data that run as they are"),
     "new-model": Command("new_model", "write a small model with random weights for your own questions"),
     "build-mini": Command("build_mini", "write the demo's data set and its small model"),
     "demo": Command("demo", "run the whole demo: data, warm start, GRPO, evaluation"),
