@@ -1,13 +1,15 @@
 """Named prompt templates: the text of a prompt, the target of SFT, and the tags that a completion must have.
 
-Add your own: `TEMPLATES["short"] = Template("{question} One of {choices}.")`.
+A name `path/to/file.py:short` is the Template `short` of your own file.
 """
 
 import string
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from hark.data.errors import named
+from hark.data.errors import DataError, named
 from hark.data.examples import Example
+from hark.from_file import from_file, is_in_file
 
 ASK = "{question} Please choose the answer from the following options: {choices}."
 
@@ -50,8 +52,13 @@ TEMPLATES: dict[str, Template] = {
 
 
 def find_template(name: str) -> Template:
-    """The template of that name; an unknown name is a DataError that suggests the nearest."""
-    return named(TEMPLATES, name, kind="template")
+    """The template of that name, or of `path/to/file.py:name`; an unknown name is an error that says the nearest."""
+    if not is_in_file(name):
+        return named(TEMPLATES, name, kind="template")
+    template = from_file(name)
+    if not isinstance(template, Template):
+        raise DataError(f"template {name!r} is a {type(template).__name__}; expected a hark.data.prompts.Template")
+    return template
 
 
 def render(example: Example, template: str) -> str:
@@ -62,3 +69,8 @@ def render(example: Example, template: str) -> str:
 def target(example: Example, template: str) -> str:
     """The completion that SFT trains on."""
     return find_template(template).target.format(answer=example.answer_text)
+
+
+def texts_of(examples: Iterable[Example], template: str) -> list[str]:
+    """The prompt and the target of each example: what a tokenizer of these examples is trained on."""
+    return [text for example in examples for text in (render(example, template), target(example, template))]

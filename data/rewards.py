@@ -1,20 +1,21 @@
 """Reward functions by name, and the matrix of rewards of one step.
 
-A reward is any `(example, completion, template) -> float`. Add your own in one line:
-`REWARDS["brief"] = lambda example, completion, template: float(len(completion) < 200)`.
+A reward is any `(example, completion, template) -> float`. A name `path/to/file.py:brief` is the function `brief` of
+your own file.
 """
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from hark import UserError
 from hark.data.choices import is_correct
-from hark.data.errors import named
+from hark.data.errors import DataError, named
 from hark.data.examples import Example
 from hark.data.prompts import Template, find_template
+from hark.from_file import from_file, is_in_file, short_name
 
 Reward = Callable[[Example, str, Template], float]
 
@@ -63,8 +64,24 @@ def reward_matrix(
 
 
 def find_reward(name: str) -> Reward:
-    """The reward of that name; an unknown name is a DataError that suggests the nearest."""
-    return named(REWARDS, name, kind="reward")
+    """The reward of that name, or of `path/to/file.py:name`; an unknown name is an error that suggests the nearest."""
+    if not is_in_file(name):
+        return named(REWARDS, name, kind="reward")
+    reward = from_file(name)
+    if isinstance(reward, type) or not callable(reward):
+        what = "a class" if isinstance(reward, type) else f"of type {type(reward).__name__}"
+        raise DataError(f"reward {name!r} is {what}; expected a function (example, completion, template) -> float")
+    return reward
+
+
+def check_rewards(names: Iterable[str]) -> None:
+    """Find every reward; two that metrics would show under one name are a DataError."""
+    shown: dict[str, str] = {}
+    for name in names:
+        find_reward(name)
+        other = shown.setdefault(short_name(name), name)
+        if other != name:
+            raise DataError(f"rewards {other!r} and {name!r} would both be shown as {short_name(name)!r}; rename one")
 
 
 def _value(name: str, reward: Reward, example: Example, completion: str, template: Template) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from hark.from_file import short_name
 from hark.grpo.advantage import equal_rewards, group_advantages, weighted_rewards
 from hark.grpo.config import Config
 from hark.grpo.instruments.console import PACE, Completion
@@ -153,7 +154,7 @@ class Trainer(Learner[PolicyBatch]):
             "completion_tokens": rollout.mask.sum() / completions,
         }
         for name, column in zip(self.config.reward.weights, columns.T, strict=True):
-            own[f"reward/{name}"] = column.sum() / completions
+            own[f"reward/{short_name(name)}"] = column.sum() / completions
         means = reduce_sums(sums | own, self.world)
         scored = means.pop("scored")  # the total weight of the scored tokens; 1 if no group was skipped
         of_scored = {name: means.pop(name) for name in ("clip_share", "entropy", "sampler_gap")}

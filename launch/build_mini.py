@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hark.data.examples import load_examples
 from hark.data.mini.build import build
-from hark.data.prompts import render, target
+from hark.data.prompts import texts_of
 from hark.launch.common.entry import run
 from hark.models.mini import build_mini
 
@@ -23,8 +23,7 @@ def main(argv: list[str]) -> None:
     arguments = parse(argv)
     build(arguments.directory / "data")
     examples, _ = load_examples(arguments.directory / "data" / "train.jsonl")
-    texts = [text for example in examples for text in (render(example, TEMPLATE), target(example, TEMPLATE))]
-    build_mini(arguments.directory / "model", texts, tower_from=arguments.tower_from)
+    build_mini(arguments.directory / "model", texts_of(examples, TEMPLATE), tower_from=arguments.tower_from)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

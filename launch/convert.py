@@ -1,15 +1,20 @@
-"""Convert a published data set to the R1-AQA format.
+"""Convert a published data set, or your own CSV file, to the R1-AQA format.
 
-    python launch/convert.py SOURCE INPUT OUTPUT.jsonl [--audio DIRECTORY] [--drop-view] [--strict] [--force]
+    python launch/convert.py SOURCE INPUT OUTPUT.jsonl [--audio DIRECTORY] [--test-share 0.2] [--strict] [--force]
 
 SOURCE is avqa, avqa_processed, audiomcq, audio_flamingo, mmau, mmar or mmsu; data/sources/SOURCE.py describes INPUT.
+SOURCE csv is your own file with the columns audio, question, choices (as dog|car|rain, or columns choice_1, choice_2,
+...), answer (text, letter or number from 1) and, if you like, id and task; data/sources/own_csv.py has the details.
 Rows that cannot be converted are counted, and listed in OUTPUT.bad.jsonl with row and reason.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from hark.data.errors import DataError
+from hark.data.examples import parse_example
+from hark.data.order import hold_out
 from hark.data.sources import SOURCES, find_source
 from hark.data.sources.conversion import Conversion, convert, write, write_bad
 from hark.launch.common.entry import run
@@ -28,6 +33,7 @@ def main(argv: list[str]) -> None:
         raise DataError(f"{output}: exists already; name another file, or overwrite it with --force")
     if output.exists() and output.samefile(arguments.input):
         raise DataError(f"{output}: is the input; name another file")
+    test = test_part(output, arguments.test_share, force=arguments.force, benchmark=source.benchmark)
     audio = arguments.audio or arguments.input.parent
     result = convert(source, arguments.input, audio=audio, root=output.parent, drop_visual=arguments.drop_view)
     listed = output.with_suffix(".bad.jsonl")
@@ -37,17 +43,51 @@ def main(argv: list[str]) -> None:
         raise DataError(f"{arguments.input}: no row could be converted; is it a file of {arguments.source}?")
     if arguments.strict and result.bad:
         raise DataError(f"{len(result.bad)} rows cannot be converted, and --strict was given; {output} was not written")
-    write(result, output, benchmark=source.benchmark)
-    print(f"wrote {output}")
+    parts = {output: result.records}
+    if test is not None:
+        parts = dict(zip((output, test), split(result.records, arguments.test_share, output.parent), strict=True))
+    for path, records in parts.items():
+        write(replace(result, records=records), path, benchmark=source.benchmark)
+        print(f"wrote {path}: {len(records)} questions")
+
+
+def test_part(output: Path, share: float | None, *, force: bool, benchmark: bool) -> Path | None:
+    """Where the questions for testing are written, if there shall be some."""
+    if share is None:
+        return None
+    if not 0 < share < 1:
+        raise DataError(f"--test-share must be between 0 and 1, not {share:g}")
+    if benchmark:
+        raise DataError("--test-share: a benchmark is not split; all of its questions are for testing")
+    test = output.with_name("test.jsonl")
+    if test == output or test.exists() and not force:
+        raise DataError(
+            f"{test}: --test-share writes this file; it must be another than OUTPUT and new, or give --force"
+        )
+    return test
+
+
+def split(records: list[dict], share: float, root: Path) -> tuple[list[dict], list[dict]]:
+    """The questions to train on and those to test on, by whole clips."""
+    examples = [parse_example(record, root=root, line=record["id"]) for record in records]
+    count = max(round(share * len(records)), 1)
+    tested = {example.id for example in hold_out(examples, count, seed=0)[1]}
+    return [r for r in records if r["id"] not in tested], [r for r in records if r["id"] in tested]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SOURCE", help=", ".join(SOURCES))
-    parser.add_argument("input", type=Path, metavar="INPUT", help="JSON or JSON lines")
+    parser.add_argument("input", type=Path, metavar="INPUT", help="JSON or JSON lines; a CSV file for csv")
     parser.add_argument("output", type=Path, metavar="OUTPUT.jsonl")
     parser.add_argument("--audio", type=Path, metavar="DIRECTORY", help="directory of the clips (INPUT's directory)")
     parser.add_argument("--drop-view", action="store_true", help="leave out questions about picture or colour (avqa)")
+    parser.add_argument(
+        "--test-share",
+        type=float,
+        metavar="SHARE",
+        help="write this share of the questions, by whole clips, to test.jsonl",
+    )
     parser.add_argument("--strict", action="store_true", help="fail if a row cannot be converted")
     parser.add_argument("--force", action="store_true", help="overwrite OUTPUT")
     return parser.parse_args(argv)

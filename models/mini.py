@@ -1,10 +1,11 @@
-"""A small Qwen2-Audio with its tokenizer and processor, built from code: the model of `make demo`.
+"""A small Qwen2-Audio with its tokenizer and processor, built from code: the model of `make demo` and `hark new-model`.
 
 The result is a Hugging Face checkpoint directory, loaded like that of Qwen2-Audio-7B-Instruct.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hark.data.errors import DataError
 from hark.data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
 
 AUDIO, AUDIO_BOS, AUDIO_EOS = "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"
@@ -26,6 +28,13 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+# Arguments of `build_mini` by the name of a size. The vocabulary is a maximum: little text gives fewer tokens.
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": dict(vocabulary=512, hidden=64, layers=2, tower_hidden=64, tower_layers=1),
+    "small": dict(vocabulary=768, hidden=192, layers=4, tower_hidden=128, tower_layers=2),
+    "medium": dict(vocabulary=2048, hidden=384, layers=6, tower_hidden=256, tower_layers=4),
+}
 
 
 def build_mini(
@@ -143,9 +152,23 @@ def _init_tower(tower: Any) -> None:
 
 
 def _whisper_encoder(directory: Path) -> Any:
+    """The encoder of a Whisper checkpoint; DataError for a directory that holds none."""
     from transformers import WhisperModel
 
+    check_whisper(directory)
     return WhisperModel.from_pretrained(directory).encoder
+
+
+def check_whisper(directory: Path) -> None:
+    """DataError if the directory does not hold a Whisper checkpoint."""
+    try:
+        kind = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        raise DataError(
+            f"{directory}: no checkpoint, as it has no config.json; expected one of Whisper, such as whisper-tiny"
+        ) from None
+    if kind != "whisper":
+        raise DataError(f"{directory}: holds a {kind} model; expected a Whisper checkpoint, such as whisper-tiny")
 
 
 def _sinusoids(length: int, channels: int) -> torch.Tensor:

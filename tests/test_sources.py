@@ -82,7 +82,7 @@ def test_a_row_as_it_is_published_becomes_its_question(source, row, expected):
 
 
 def test_every_source_is_tested_and_an_unknown_one_is_answered_with_the_nearest():
-    assert set(SOURCES) == {"avqa", "avqa_processed", "audiomcq", "audio_flamingo", "mmau", "mmar", "mmsu"}
+    assert set(SOURCES) == {"avqa", "avqa_processed", "audiomcq", "audio_flamingo", "mmau", "mmar", "mmsu", "csv"}
     with pytest.raises(DataError, match="unknown source 'mmma'; did you mean 'mm"):
         find_source("mmma")
 

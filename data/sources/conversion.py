@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hark.data.errors import DataError
 from hark.data.examples import BadExample, load_examples, parse_example
-from hark.data.json_files import as_text, read_rows
+from hark.data.json_files import as_text
 from hark.data.sources import Source
 from hark.data.sources.rows import Question, SourceError
 
@@ -38,7 +38,7 @@ def convert(source: Source, path: str | Path, *, audio: Path, root: Path, drop_v
     """
     result, clips = Conversion(), _Clips(audio)
     used: Counter[str] = Counter()
-    for where, row in read_rows(path):
+    for where, row in source.rows(path):
         result.read += 1
         try:
             if isinstance(row, DataError):

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from hark.data.prompts import find_template
-from hark.data.rewards import find_reward
+from hark.data.rewards import check_rewards
 from hark.grpo import loop
 from hark.grpo.config import Config, ConfigError, differences
 from hark.grpo.learner import Learner
@@ -50,8 +50,7 @@ def train(config: Config, make_trainer: Callable[..., Learner], *, judged: bool)
 def announce(config: Config, world: World) -> None:
     """Check the names of the template and the rewards, then print what the configuration changes of the defaults."""
     find_template(config.data.template)
-    for name in config.reward.weights:
-        find_reward(name)
+    check_rewards(config.reward.weights)
     if world.is_main:
         print("settings that differ from the defaults:")
         print("\n".join(f"  {line}" for line in differences(config)), flush=True)

@@ -1,0 +1,83 @@
+"""Objects of a user's own files, which a configuration names as `path/to/file.py:name`.
+
+Such a configuration names code that will be run: use only configurations whose files you trust.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+import sys
+import threading
+import traceback
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from hark import UserError
+
+_MODULES: dict[str, ModuleType] = {}  # by absolute path
+_LOCK = threading.Lock()  # rewards are looked up in a thread of their own
+
+
+class OwnFileError(UserError, ValueError):
+    """A file of the user's own is missing, cannot be run, or does not have the name."""
+
+
+def is_in_file(name: str) -> bool:
+    """Whether a name is that of an object in a file: `path/to/file.py:name`."""
+    return ".py:" in name
+
+
+def short_name(name: str) -> str:
+    """`name` of `path/to/file.py:name`; another name unchanged."""
+    return name.rpartition(":")[2] if is_in_file(name) else name
+
+
+def from_file(name: str) -> Any:
+    """The object that `path/to/file.py:name` names; the path is relative to the working directory.
+
+    A file is run once, whatever number of its objects is used. OwnFileError says what is wrong with it.
+    """
+    path, _, key = name.rpartition(":")
+    module = _module(path)
+    if not hasattr(module, key):
+        defined = [other for other in vars(module) if not other.startswith("_")]
+        near = difflib.get_close_matches(key, defined, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(defined) or 'nothing'}"
+        raise OwnFileError(f"{path}: has no {key!r}{hint}")
+    return getattr(module, key)
+
+
+def _module(path: str) -> ModuleType:
+    absolute = os.path.abspath(os.path.expanduser(path))
+    with _LOCK:
+        if absolute not in _MODULES:
+            if not os.path.isfile(absolute):
+                raise OwnFileError(f"{path}: no such file (working directory {os.getcwd()})")
+            _MODULES[absolute] = _run(absolute, path)
+        return _MODULES[absolute]
+
+
+def _run(absolute: str, path: str) -> ModuleType:
+    """Run a file as a module, which sys.modules holds meanwhile and after, as dataclasses and pickle need."""
+    name = f"hark_own_file_{len(_MODULES)}_{Path(absolute).stem}"
+    spec = importlib.util.spec_from_file_location(name, absolute)
+    if spec is None or spec.loader is None:
+        raise OwnFileError(f"{path}: not a Python file")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise OwnFileError(f"{path}:{_line(error, absolute)}: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _line(error: BaseException, path: str) -> int:
+    """The last line of the file that was being run when it failed."""
+    if isinstance(error, SyntaxError) and error.filename == path:
+        return error.lineno or 1
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    return next((line for line in reversed(lines) if line), 1)

@@ -1,0 +1,131 @@
+"""Write a small Qwen2-Audio with random weights for your own questions, with a tokenizer trained on their texts.
+
+    python launch/new_model.py --data train.jsonl --out DIR [--size small] [--tower-from WHISPER] [--template answer]
+
+DIR becomes a Hugging Face checkpoint directory, to name in model.path. Prints its sizes, the longest prompt and answer
+of the data, and the next commands. WHISPER is the directory of a Whisper checkpoint, such as whisper-tiny; its encoder
+becomes the audio tower, which otherwise has random weights and the size that --size says.
+"""
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from hark.data.audio import probe
+from hark.data.errors import DataError
+from hark.data.examples import Example, load_examples
+from hark.data.prompts import find_template, render, target, texts_of
+from hark.grpo.config import DataConfig
+from hark.launch.common.entry import run
+from hark.models.loading import build_policy
+from hark.models.mini import SIZES, build_mini, check_whisper
+from hark.models.policy import Policy
+
+
+class Lengths(NamedTuple):
+    """The longest prompt and answer of a data set, in tokens; the answer with its end token."""
+
+    prompt: int
+    audio: int  # of the prompt
+    answer: int
+
+
+def main(argv: list[str]) -> None:
+    arguments = parse(argv)
+    template, out = arguments.template, arguments.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out}: exists and is not an empty directory; name another one with --out")
+    find_template(template)
+    if arguments.tower_from is not None:
+        check_whisper(arguments.tower_from)
+    examples, _ = load_examples(arguments.data)
+    durations = [seconds_of(example) for example in examples]
+    build_mini(out, texts_of(examples, template), tower_from=arguments.tower_from, **SIZES[arguments.size])
+    policy = build_policy(out)
+    lengths = longest(policy, examples, durations, template)
+    print(report(policy, lengths, out))
+    print(next_commands(out, arguments.data, template, lengths))
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=size_table(), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", type=Path, required=True, metavar="FILE", help="JSONL file of the training questions")
+    add("--out", type=Path, required=True, metavar="DIR", help="a new or empty directory")
+    add("--size", choices=SIZES, default="small", help="of the decoder and the tower, see below (small)")
+    add("--tower-from", type=Path, metavar="WHISPER", help="take the audio tower of this Whisper checkpoint")
+    add("--template", default=DataConfig.template, metavar="NAME", help="as data.template (%(default)s)")
+    return parser.parse_args(argv)
+
+
+def size_table() -> str:
+    lines = ["sizes:     layers and width of the decoder, of the tower; most tokens (small is the demo's)"]
+    for name, size in SIZES.items():
+        decoder, tower = (f"{size[f'{part}layers']} x {size[f'{part}hidden']}" for part in ("", "tower_"))
+        lines.append(f"  {name:8} {decoder:9} {tower:9} {size['vocabulary']}")
+    return "\n".join(lines)
+
+
+def seconds_of(example: Example) -> float:
+    """The length of an example's clip, which is at most data.max_seconds."""
+    assert example.audio_path is not None  # `load_examples` requires it
+    try:
+        return probe(example.audio_path, max_seconds=DataConfig.max_seconds, long_clips="crop")
+    except DataError as error:
+        raise DataError(f"{example.line}: {error}") from None
+
+
+def longest(policy: Policy, examples: Sequence[Example], durations: Sequence[float], template: str) -> Lengths:
+    """The longest prompt and answer; lengths of clips are rounded to a token of audio to find it."""
+    texts = [render(example, template) for example in examples]
+    of_text = {text: tokens(policy, text) for text in set(texts)}
+    index = max(range(len(texts)), key=lambda n: of_text[texts[n]] + round(25 * durations[n]))
+    silence = np.zeros(round(durations[index] * policy.sample_rate), np.float32)
+    ids = policy.prepare(texts[index], silence).ids
+    answer = max(tokens(policy, text) for text in {target(example, template) for example in examples})
+    return Lengths(len(ids), int((ids == policy.audio_id).sum()), answer + 1)
+
+
+def tokens(policy: Policy, text: str) -> int:
+    return len(policy.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def report(policy: Policy, lengths: Lengths, out: Path) -> str:
+    vocabulary = len(policy.tokenizer)
+    tower, whole = (sum(p.numel() for p in module.parameters()) for module in (policy.tower, policy))
+    return "\n".join(
+        [
+            f"wrote {out}: {whole / 1e6:.2f} M random parameters",
+            f"  decoder and projector   {(whole - tower) / 1e6:.2f} M parameters",
+            f"  audio tower             {tower / 1e6:.2f} M parameters",
+            f"  vocabulary              {vocabulary} tokens",
+            f"  longest prompt          {lengths.prompt} tokens, {lengths.audio} of them audio",
+            f"  longest answer          {lengths.answer} tokens, the least for rollout.max_new_tokens",
+        ]
+    )
+
+
+def next_commands(out: Path, data: Path, template: str, lengths: Lengths) -> str:
+    """The warm start, without which a model of random weights never answers right, and then GRPO."""
+    words = [f"data.train={data}", "data.validation=null", "data.test=null"]
+    words += [f"rollout.max_new_tokens={max(lengths.answer, 12)}", "evaluation.every=0"]
+    words += [f"data.template={template}"] if template != DataConfig.template else []
+    shared = shlex.join(words)
+    warm, grpo = out.parent / "warm", out.parent / "grpo"
+    return "\n".join(
+        [
+            "next, the warm start, which teaches the form of an answer, and GRPO:",
+            f"  hark sft mini_sft {shlex.join([f'model.path={out}', f'run.directory={warm}'])} {shared}",
+            f"  hark train mini {shlex.join([f'model.path={warm}/model', f'run.directory={grpo}'])} {shared}",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    run(main)

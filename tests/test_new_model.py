@@ -1,0 +1,71 @@
+"""`hark new-model`: a small model whose tokenizer fits one's own questions."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+
+import pytest
+import soundfile
+from clips import write_questions
+
+from hark import UserError
+from hark.data.examples import load_examples
+from hark.data.prompts import texts_of
+from hark.launch import new_model
+from hark.models.loading import load_policy
+from hark.models.mini import SIZES, build_mini
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_questions(
+        tmp_path_factory.mktemp("own"), 6, line2={"multi_choice": ["rain " * 9, "a dog"], "answer": 0}
+    )
+
+
+def test_the_model_loads_and_its_printed_lengths_are_those_of_every_example(data, tmp_path, capsys):
+    new_model.main(["--data", str(data), "--out", str(tmp_path / "m"), "--size", "tiny"])
+    printed = capsys.readouterr().out
+    policy = load_policy(tmp_path / "m")
+    examples, _ = load_examples(data)
+    texts = texts_of(examples, "answer")
+    prompts = [
+        len(policy.prepare(text, soundfile.read(example.audio_path, dtype="float32")[0]).ids)
+        for text, example in zip(texts[::2], examples, strict=True)
+    ]
+    answer = max(len(policy.tokenizer(text)["input_ids"]) for text in texts[1::2]) + 1
+    assert f"longest prompt          {max(prompts)} tokens" in printed
+    assert f"longest answer          {answer} tokens" in printed
+    assert f"{sum(p.numel() for p in policy.parameters()) / 1e6:.2f} M random parameters" in printed
+    assert f"model.path={tmp_path}/m" in printed and "hark train mini" in printed
+
+
+def test_audio_tokens_are_25_per_second(data, tmp_path, capsys):
+    new_model.main(["--data", str(data), "--out", str(tmp_path / "m"), "--size", "tiny"])
+    shown = capsys.readouterr().out.partition(" of them audio")[0].rpartition(" ")[2]
+    assert int(shown) <= math.ceil(25 * (0.3 + 0.07 * 5)) and int(shown) >= 7
+
+
+def test_the_small_size_is_that_of_the_demo():
+    defaults = {
+        name: p.default for name, p in inspect.signature(build_mini).parameters.items() if name in SIZES["small"]
+    }
+    assert SIZES["small"] == defaults
+
+
+def test_a_mistake_is_one_sentence_and_writes_nothing(data, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "config.json").write_text(json.dumps({"model_type": "qwen2_audio"}))
+    full, out = str(tmp_path / "full"), str(tmp_path / "out")
+    for words, message in (
+        (["--data", str(data), "--out", full], "exists and is not an empty directory"),
+        (["--data", "none.jsonl", "--out", out], "none.jsonl: cannot be read"),
+        (["--data", str(data), "--out", out, "--tower-from", full], "holds a qwen2_audio model; expected a Whisper"),
+        (["--data", str(data), "--out", out, "--tower-from", str(tmp_path)], "no checkpoint, as it has no config.json"),
+        (["--data", str(data), "--out", out, "--template", "anser"], "did you mean 'answer'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            new_model.main(words)
+    assert not (tmp_path / "out").exists()

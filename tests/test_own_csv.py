@@ -1,0 +1,83 @@
+"""One's own clips in a folder and a CSV file: `hark convert csv`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from clips import waveform
+from soundfile import write
+
+from hark.data.errors import DataError
+from hark.data.examples import load_examples
+from hark.launch import convert
+
+
+def run(tmp_path, text: str, *options: str) -> list[dict]:
+    for n in range(1, 11):
+        path = tmp_path / "clips" / f"c{n}.wav"
+        path.parent.mkdir(exist_ok=True)
+        write(path, waveform(0.3, n), 16_000)
+    (tmp_path / "q.csv").write_text(text, encoding="utf-8-sig")
+    words = [str(tmp_path / "q.csv"), str(tmp_path / "train.jsonl"), "--audio", str(tmp_path / "clips")]
+    convert.main(["csv", *words, *options])
+    return [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("answer", ["rain", "B", "b", "2", "Rain."])
+@pytest.mark.parametrize("form", ["bar", "columns", "semicolon"])
+def test_every_way_to_write_choices_and_answer_gives_the_same_question(answer, form, tmp_path):
+    text = {
+        "bar": f'audio,question,choices,answer\nc1.wav,"Which, then?",dog | rain|car,{answer}\n',
+        "columns": "file,question_text,choice_1,choice_2,choice_3,choice_4,answer\n"
+        f'c1,"Which, then?",dog,rain,car,,{answer}\n',
+        "semicolon": f"path; question; choices; answer\nc1.wav; Which, then?; dog|rain|car; {answer}\n",
+    }[form]
+    assert run(tmp_path, text) == [
+        {
+            "id": "c1", "audio_path": "clips/c1.wav", "question_text": "Which, then?",
+            "multi_choice": ["dog", "rain", "car"], "answer": 1, "dataset_name": "own",
+        }
+    ]  # fmt: skip
+
+
+def test_a_number_that_is_a_choice_is_that_choice_and_not_its_place(tmp_path):
+    assert run(tmp_path, "audio,question,choices,answer\nc1,How many?,3|2|1,1\n")[0]["answer"] == 2
+
+
+def test_a_bad_row_is_listed_with_its_line_and_the_others_are_written(tmp_path, capsys):
+    rows = ["c1,Which?,dog|car,dog", "c2,Which?,dog|car,cat", "none,Which?,dog|car,1", "c3,Which?,dog", "c4,,dog|car,1"]
+    assert len(run(tmp_path, "\n".join(["audio,question,choices,answer", *rows]))) == 1
+    bad = [json.loads(line) for line in (tmp_path / "train.bad.jsonl").read_text().splitlines()]
+    assert [row["file"] for row in bad] == ["q.csv:3", "q.csv:4", "q.csv:5", "q.csv:6"]
+    assert "'cat' is none of the choices" in bad[0]["reason"] and "no such clip" in bad[1]["reason"]
+    assert "has not 4 cells" in bad[2]["reason"] and '"question" or "question_text" is missing' in bad[3]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("heading", "message"),
+    [
+        ("audio,choices,answer", "no column question; the first line names audio, choices, answer"),
+        ("clip,question,answer", "no column audio or choices"),
+        ("audio,question,choices,answer,answer", "names a column twice"),
+    ],
+)
+def test_a_wrong_first_line_is_one_sentence(heading, message, tmp_path):
+    with pytest.raises(DataError, match=message):
+        run(tmp_path, heading + "\nc1,a,b,c,d\n")
+
+
+def test_the_test_part_shares_no_clip_with_the_training_part(tmp_path):
+    rows = [f"c{n},Question {k}?,dog|car,1" for n in range(1, 11) for k in range(3)]
+    train = run(tmp_path, "\n".join(["audio,question,choices,answer", *rows]), "--test-share", "0.2")
+    test = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()]
+    assert (len(train), len(test)) == (24, 6)
+    assert not {row["audio_path"] for row in train} & {row["audio_path"] for row in test}
+    assert len(load_examples(tmp_path / "test.jsonl")[0]) == 6
+
+
+def test_a_test_part_overwrites_nothing(tmp_path):
+    (tmp_path / "test.jsonl").write_text("mine")
+    with pytest.raises(DataError, match="--test-share writes this file"):
+        run(tmp_path, "audio,question,choices,answer\nc1,a,b|c,1\n", "--test-share", "0.5")
+    assert (tmp_path / "test.jsonl").read_text() == "mine" and not (tmp_path / "train.jsonl").exists()
