@@ -4,7 +4,7 @@ BIN := .venv/bin
 # A SoundFont player; a package that contains TimGM6mb.sf2, a SoundFont of 128 instruments; espeak-ng.
 SOUNDS := tinysoundfont==0.3.7 pretty_midi==0.2.11.post0 espeakng-loader==0.2.4
 
-.PHONY: demo test test-gpu mutants lint clean
+.PHONY: demo test test-gpu mutants lint docs notebook clean
 
 demo: .venv/sounds
 	$(BIN)/python launch/demo.py
@@ -25,6 +25,14 @@ lint: .venv/test build/types/hark
 	$(BIN)/ruff format --check .
 	MYPYPATH=build/types $(BIN)/mypy -p hark
 
+# The documentation as a site, in build/site; build/site/index.html can be opened from the disk.
+docs: .venv/test build/types/hark
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --config-file docs/site/mkdocs.yml
+
+# Run the notebook and save its outputs in it.
+notebook: .venv/test
+	$(BIN)/python -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False docs/first_hour.ipynb
+
 # The packages as they are imported: mypy does not know package_dir of setup.cfg.
 build/types/hark:
 	mkdir -p $@
@@ -41,7 +49,7 @@ build/types/hark:
 		|| $(BIN)/pip install -q --index-url https://download.pytorch.org/whl/cpu torch==2.13.0 2>/dev/null \
 		|| $(BIN)/pip install -q torch==2.13.0; \
 	fi
-	$(BIN)/pip install -q -e .
+	$(BIN)/pip install -q -e ".[plot]"
 	$(BIN)/python -c "import torchaudio" 2>/dev/null || rm -f .venv/lib/python*/site-packages/torchaudio/lib/_torchaudio*
 	touch $@
 

@@ -9,10 +9,12 @@ runs/mini and writes all results there; runs/mini/summary.json holds the figures
 import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 from hark.grpo.config import Config
@@ -40,6 +42,9 @@ def main(argv: list[str]) -> None:
     summary = summarise(grpo, seconds=time.monotonic() - started)
     (ROOT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(table(summary))
+    if find_spec("matplotlib") is not None:
+        show(sys.executable, LAUNCH / "studies" / "pictures.py", "curves", ROOT, ROOT / "curves.svg")
+    print(next_commands())
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -104,6 +109,27 @@ def table(summary: dict) -> str:
         f"Largest sampler gap: {summary['sampler_gap']:.1e}."
     )
     return "\n".join(lines)
+
+
+def next_commands() -> str:
+    """Three commands to try with what the demo wrote."""
+    data = ROOT / "data"
+    row = json.loads((data / "test.jsonl").read_text(encoding="utf-8").partition("\n")[0])
+    ask = [
+        "hark",
+        "ask",
+        ROOT / "grpo",
+        data / row["audio_path"],
+        row["question_text"],
+        "--choices",
+        *row["multi_choice"],
+    ]
+    commands = (
+        ("ask the trained model about a clip; --silent asks without sound too", shlex.join(map(str, ask))),
+        ("does it use the sound and the wording?", f"hark evaluate {ROOT}/grpo --shuffled-audio --shuffle-choices"),
+        ("begin with your own data", "hark init mine"),
+    )
+    return "\n".join(["\nTry next:", *(f"\n  {command}\n      {what}" for what, command in commands)])
 
 
 if __name__ == "__main__":

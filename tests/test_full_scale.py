@@ -97,7 +97,7 @@ def test_an_export_of_what_is_not_there_says_what_is(tmp_path, checkpoint):
     from hark.grpo.config import ConfigError
     from hark.grpo.runtime.checkpoint import CheckpointError
 
-    with pytest.raises(ConfigError, match="config.yaml: no such file"):
+    with pytest.raises(ConfigError, match="holds no config.yaml; expected the run.directory"):
         export.main([str(tmp_path)])
     (tmp_path / "config.yaml").write_text(f"model: {{path: {checkpoint}}}\n")
     with pytest.raises(CheckpointError, match="no checkpoints; expected the run.directory"):

@@ -62,7 +62,7 @@ def test_torchrun_trains_evaluates_and_exports_on_two_processes(config, tmp_path
     ].keys()
     assert lines[-1]["event"] == "evaluation" and 0 <= lines[-1]["accuracy"] <= 1
     assert (tmp_path / "run" / "config.yaml").exists()
-    as_torchrun(2, evaluate.main, [str(config), f"model.path={tmp_path}/run/model", "--silent"])
+    as_torchrun(2, evaluate.main, [f"{tmp_path}/run", "--silent"])
     evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert "silent_accuracy" in evaluation
     assert [row["id"] for row in evaluation["rows"]] == [f"test-{n}" for n in range(4)], (
