@@ -85,7 +85,7 @@ def readme(directory: Path) -> str:
     line = (directory / "train.jsonl").read_text(encoding="utf-8").split("\n")[0]
     kept = ("id", "audio_path", "question_text", "multi_choice", "answer", "dataset_name", "task")
     record = {key: value for key, value in json.loads(line).items() if key in kept}
-    evaluate = f"hark evaluate {directory}/train.yaml model.path={directory}/grpo/model run.directory={directory}/grpo"
+    evaluate = f"hark evaluate {directory}/grpo --silent"
     return README.format(d=directory, evaluate=evaluate, line=json.dumps(record))
 
 

@@ -8,6 +8,7 @@ becomes the audio tower, which otherwise has random weights and the size that --
 """
 
 import argparse
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,11 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hark.data.audio import probe
+from hark.data.clips import usable
 from hark.data.errors import DataError
 from hark.data.examples import Example, load_examples
 from hark.data.prompts import find_template, render, target, texts_of
 from hark.grpo.config import DataConfig
+from hark.launch.check_data import decode
 from hark.launch.common.entry import run
 from hark.models.loading import build_policy
 from hark.models.mini import SIZES, build_mini, check_whisper
@@ -43,10 +45,10 @@ def main(argv: list[str]) -> None:
     if arguments.tower_from is not None:
         check_whisper(arguments.tower_from)
     examples, _ = load_examples(arguments.data)
-    durations = [seconds_of(example) for example in examples]
+    examples_with_clips = measured(examples)
     build_mini(out, texts_of(examples, template), tower_from=arguments.tower_from, **SIZES[arguments.size])
     policy = build_policy(out)
-    lengths = longest(policy, examples, durations, template)
+    lengths = longest(policy, examples_with_clips, template)
     print(report(policy, lengths, out))
     print(next_commands(out, arguments.data, template, lengths))
 
@@ -72,17 +74,16 @@ def size_table() -> str:
     return "\n".join(lines)
 
 
-def seconds_of(example: Example) -> float:
-    """The length of an example's clip, which is at most data.max_seconds."""
-    assert example.audio_path is not None  # `load_examples` requires it
-    try:
-        return probe(example.audio_path, max_seconds=DataConfig.max_seconds, long_clips="crop")
-    except DataError as error:
-        raise DataError(f"{example.line}: {error}") from None
+def measured(examples: Sequence[Example]) -> list[Example]:
+    """The examples whose clips can be used, with the lengths of the clips."""
+    clips = decode(examples, max_seconds=DataConfig.max_seconds, workers=os.cpu_count() or 1)
+    found = {example.audio_path: clip for example, clip in zip(examples, clips, strict=True) if example.audio_path}
+    return usable(examples, found, long_clips=DataConfig.long_clips, skip_bad=True)[0]
 
 
-def longest(policy: Policy, examples: Sequence[Example], durations: Sequence[float], template: str) -> Lengths:
+def longest(policy: Policy, examples: Sequence[Example], template: str) -> Lengths:
     """The longest prompt and answer; lengths of clips are rounded to a token of audio to find it."""
+    durations = [example.seconds or 0.0 for example in examples]
     texts = [render(example, template) for example in examples]
     of_text = {text: tokens(policy, text) for text in set(texts)}
     index = max(range(len(texts)), key=lambda n: of_text[texts[n]] + round(25 * durations[n]))

@@ -161,8 +161,9 @@ def name_of(values: dict[str, str]) -> str:
 
 def check(one: Run) -> None:
     """Refuse a run that cannot be tested, or whose directory holds a run with other settings."""
-    if one.evaluation and not one.config.checkpoint.export:
-        raise ConfigError("data.test is set and checkpoint.export is false; testing a run needs its exported model")
+    checkpoint = one.config.checkpoint
+    if one.evaluation and not (checkpoint.export or checkpoint.every):
+        raise ConfigError("data.test is set, but neither checkpoint.export nor checkpoint.every: nothing could be tested")
     path = one.directory / "config.yaml"
     before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
     keys = [(section.name, f.name) for section in fields(one.config) for f in fields(getattr(one.config, section.name))]
@@ -229,7 +230,7 @@ def next_command(one: Run, *, sft: bool) -> list[str] | None:
         verb = "sft" if sft else "train"
         return [verb, *one.words, f"run.directory={directory}", f"run.resume={str(resume).lower()}"]
     if one.evaluation and not one.evaluation.exists():
-        return ["evaluate", *one.words, f"run.directory={directory}", f"model.path={directory / 'model'}"]
+        return ["evaluate", str(directory)]
     return None
 
 
