@@ -163,7 +163,7 @@ def check(one: Run) -> None:
     """Refuse a run that cannot be tested, or whose directory holds a run with other settings."""
     checkpoint = one.config.checkpoint
     if one.evaluation and not (checkpoint.export or checkpoint.every):
-        raise ConfigError("data.test is set, but neither checkpoint.export nor checkpoint.every: nothing could be tested")
+        raise ConfigError("data.test is set; testing a run needs checkpoint.export=true or checkpoint.every above 0")
     path = one.directory / "config.yaml"
     before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
     keys = [(section.name, f.name) for section in fields(one.config) for f in fields(getattr(one.config, section.name))]

@@ -30,6 +30,8 @@ PROGRAMS = ("python", "torchrun", "hark", "make")
 TOP = "grpo|models|data|launch|tests|docs|hark"
 # What an uppercase word stands for where a parser would refuse the word itself.
 EXAMPLES = {"CONFIG": "r1_aqa", "N": "1", "NAME": "mmau", "SOURCE": "avqa", "GPUS": "8"}
+EXAMPLES |= {f"mine/{name}.yaml": "r1_aqa" for name in ("sft", "train")}  # written by `hark init mine`
+RUNS = ("RUN", "mine/grpo")
 
 
 def problems(text: str, path: Path, scratch: Path) -> list[str]:
@@ -46,7 +48,7 @@ def problems(text: str, path: Path, scratch: Path) -> list[str]:
 
 
 def without_blocks(text: str) -> str:
-    return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"^ *```.*?^ *```$", "", text, flags=re.DOTALL | re.MULTILINE)
 
 
 def links(text: str) -> list[str]:
@@ -84,7 +86,7 @@ def commands(text: str) -> Iterator[str]:
     """Commands in fenced blocks, in comments and between backticks."""
     plain = re.sub(r"^# ?", "", text, flags=re.MULTILINE)  # of a configuration's comments; headings are no commands
     plain = re.sub(r"\\\n\s*", "", plain)
-    blocks = [match.group(1) for match in re.finditer(r"^```\w*\n(.*?)^```$", plain, re.DOTALL | re.MULTILINE)]
+    blocks = [match.group(1) for match in re.finditer(r"^ *```\w*\n(.*?)^ *```$", plain, re.DOTALL | re.MULTILINE)]
     lines = [line.strip() for block in blocks for line in block.splitlines()]
     lines += [line.strip() for line in re.findall(r"^  +(.+)$", without_blocks(plain), re.MULTILINE)]
     lines += [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", without_blocks(plain))]
@@ -116,7 +118,11 @@ def wrong_command(command: str, scratch: Path) -> str | None:
 
 
 def without_brackets(command: str) -> str:
-    """The command with all its optional parts: `[--step N]` becomes `--step N`, and `...` is left out."""
+    """The command with all its optional parts: `[--step N]` becomes `--step N`, and `...` is left out.
+
+    Of alternatives, `[--step N | --best]`, the first is taken.
+    """
+    command = re.sub(r" \| [^\[\]]*\]", "]", command)
     command = command.replace("section.key=value", "").replace("...", "")
     return re.sub(r"(?<!=)\[([^\[\]]*)\]", r"\1", command)
 
@@ -153,8 +159,10 @@ def command_of(script: str) -> str:
 
 
 def accept(command: str, words: list[str], scratch: Path) -> None:
-    """Let the parser of a command read its arguments."""
+    """Let the parser of a command read its arguments; a command without any is only mentioned."""
     module = import_module(module_of(command))
+    if not words:
+        return
     if command in ("train", "sft", "choose"):
         help_if_asked(words, module.__doc__)
     if command in ("train", "sft"):
@@ -163,7 +171,8 @@ def accept(command: str, words: list[str], scratch: Path) -> None:
         run, *overrides = words
         load_config(["r1_aqa", *overrides])
     elif command == "evaluate":
-        load_config(module.parse(words).words)
+        subject, *overrides = module.parse(words).words
+        load_config(["r1_aqa" if subject in RUNS else subject, *overrides])
     elif command == "plan":
         load_config(module.parse(words)[1])
     elif command == "scaling":

@@ -100,7 +100,7 @@ def test_an_export_of_what_is_not_there_says_what_is(tmp_path, checkpoint):
     with pytest.raises(ConfigError, match="holds no config.yaml; expected the run.directory"):
         export.main([str(tmp_path)])
     (tmp_path / "config.yaml").write_text(f"model: {{path: {checkpoint}}}\n")
-    with pytest.raises(CheckpointError, match="no checkpoints; expected the run.directory"):
+    with pytest.raises(CheckpointError, match="the run has no checkpoints; train with checkpoint.every above 0"):
         export.main([str(tmp_path)])
     (tmp_path / "checkpoints" / "step-000002").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step-000002" / "hark.json").write_text("{}")
