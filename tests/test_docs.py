@@ -164,6 +164,9 @@ def accept(command: str, words: list[str], scratch: Path) -> None:
         load_config(["r1_aqa", *overrides])
     elif command == "evaluate":
         load_config(module.parse(words).words)
+    elif command == "sweep":
+        arguments = module.parse(words)
+        module.combinations(arguments.words, arguments.out)
     elif command == "plan":
         load_config(module.parse(words)[1])
     elif command == "scaling":
