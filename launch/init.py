@@ -52,8 +52,11 @@ The clips here are synthetic and few: they show that the commands run, and teach
 
 For your own questions, replace `train.jsonl` and `test.jsonl` and the clips in `audio/` (wav, flac, ogg or mp3), delete
 `model`, `warm` and `grpo`, and set more steps in both files: the demo uses 150 of sft and 300 of train, each of 16
-prompts. From a folder of clips and a CSV file, `hark convert csv questions.csv {d}/train.jsonl --audio CLIPS
---test-share 0.2 --force` writes both. `hark check-data {d}/train.jsonl` finds bad clips. A line of `train.jsonl` is
+prompts. From a folder of clips and a CSV file, both are written by
+
+    hark convert csv questions.csv {d}/train.jsonl --audio CLIPS --test-share 0.2 --force
+
+`hark check-data {d}/train.jsonl` finds bad clips. A line of `train.jsonl` is
 
     {line}
 
