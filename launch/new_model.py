@@ -87,10 +87,11 @@ def longest(policy: Policy, examples: Sequence[Example], template: str) -> Lengt
     texts = [render(example, template) for example in examples]
     of_text = {text: tokens(policy, text) for text in set(texts)}
     index = max(range(len(texts)), key=lambda n: of_text[texts[n]] + round(25 * durations[n]))
+    assert policy.sample_rate is not None  # a Qwen2-Audio
     silence = np.zeros(round(durations[index] * policy.sample_rate), np.float32)
     ids = policy.prepare(texts[index], silence).ids
     answer = max(tokens(policy, text) for text in {target(example, template) for example in examples})
-    return Lengths(len(ids), int((ids == policy.audio_id).sum()), answer + 1)
+    return Lengths(len(ids), ids.tolist().count(policy.audio_id), answer + 1)
 
 
 def tokens(policy: Policy, text: str) -> int:
@@ -99,6 +100,7 @@ def tokens(policy: Policy, text: str) -> int:
 
 def report(policy: Policy, lengths: Lengths, out: Path) -> str:
     vocabulary = len(policy.tokenizer)
+    assert policy.tower is not None  # a Qwen2-Audio
     tower, whole = (sum(p.numel() for p in module.parameters()) for module in (policy.tower, policy))
     return "\n".join(
         [

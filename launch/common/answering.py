@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -202,7 +202,11 @@ def report(
     if name != "strict":
         others = {"official": official_share(pairs, BENCHMARKS[name]), "strict": strict_share(questions, rows)}
     others |= {control: share(answered) for control, answered in again.items()}
-    result = {"model": subject.name, "step": subject.trained and subject.trained.step, "benchmark": name}
+    result: dict[str, Any] = {
+        "model": subject.name,
+        "step": subject.trained and subject.trained.step,
+        "benchmark": name,
+    }
     result |= figures(rows, examples, others)
     result |= {f"{control}_{key}": value for control, r in again.items() for key, value in answer_shares(r).items()}
     record = result | {"config": dataclasses.asdict(config), "rows": with_controls(rows, again)}

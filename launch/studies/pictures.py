@@ -61,7 +61,7 @@ def figure(out: Path, *, width: float, height: float) -> Iterator[Any]:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    style = {"svg.fonttype": "none", "svg.hashsalt": "hark", "font.size": 10, "font.family": "sans-serif"}
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "hark", "font.size": 10, "font.family": "sans-serif"}
     with rc_context(style | {"axes.spines.top": False, "axes.spines.right": False}):
         drawn = Figure(figsize=(width, height), layout="constrained")
         yield drawn
@@ -134,25 +134,24 @@ def draw_curves(arguments: argparse.Namespace) -> None:
         )
         validation = [(line["step"], 100 * line["accuracy"]) for line in evaluations]
         axes.plot(*zip(*validation, strict=True), "o", color=BLUE, label="greedy, validation")
-        last = steps[-1]["step"]
         tests = (
             ("GRPO", "accuracy_after", BLUE),
             ("SFT instead", "sft_accuracy", GREEN),
             ("warm start", "accuracy_before", GREY),
         )
         for name, key, colour in tests:
-            level(axes, last, 100 * summary[key], f"{name}, test", colour, "-")
-        level(axes, last, 100 * summary["silent_accuracy"], "GRPO, sound removed", ORANGE, "--")
-        level(axes, last, 100 * summary["chance"], "chance", GREY, ":")
+            level(axes, 100 * summary[key], f"{name}, test", colour, "-")
+        level(axes, 100 * summary["silent_accuracy"], "GRPO, sound removed", ORANGE, "--", va="top")
+        level(axes, 100 * summary["chance"], "chance", GREY, ":", va="bottom")
         axes.set(xlabel="step of GRPO", ylabel="accuracy, %", ylim=(0, None), xlim=(0, None))
         axes.legend(frameon=False, loc="lower right", fontsize=9)
 
 
-def level(axes: Any, last: int, value: float, name: str, colour: str, style: str) -> None:
+def level(axes: Any, value: float, name: str, colour: str, style: str, *, va: str = "center") -> None:
     """A horizontal line with its name and value beside it."""
     axes.axhline(value, color=colour, linestyle=style, linewidth=1)
     axes.annotate(
-        f" {name} {value:.1f}", (1, value), xycoords=("axes fraction", "data"), color=colour, va="center", fontsize=9,
+        f" {name} {value:.1f}", (1, value), xycoords=("axes fraction", "data"), color=colour, va=va, fontsize=9,
         annotation_clip=False,
     )  # fmt: skip
 
