@@ -34,9 +34,9 @@ notebook: .venv/test
 	$(BIN)/python -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False docs/first_hour.ipynb
 
 # The packages as they are imported: mypy does not know package_dir of setup.cfg.
-build/types/hark:
-	mkdir -p $@
-	ln -s $(CURDIR)/hark/__init__.py $(addprefix $(CURDIR)/,data grpo launch models) $@
+build/types/hark: $(wildcard hark/*.py)
+	rm -rf $@ && mkdir -p $@
+	ln -s $(addprefix $(CURDIR)/,$^ data grpo launch models) $@
 
 # On Linux without an NVIDIA driver, install the CPU build of torch if pip finds one: the default build installs gigabytes
 # of CUDA libraries, which need a GPU. pip then keeps this torch, because it satisfies setup.cfg. torchaudio has one build,

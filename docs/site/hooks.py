@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PACKAGES = ("hark", "grpo", "models", "data", "launch")  # directories whose modules get a page
 LINK = re.compile(r"(\]\(|src=\")([^)\s\"#]+)(#[^)\s\"]*)?([)\"])")
+ELSEWHERE = ("http:", "https:", "data:")
 LANGUAGES = {".yaml": "yaml", ".py": "python", ".md": "markdown", ".yml": "yaml"}
 
 
@@ -43,7 +44,7 @@ def rewritten(text: str, path: Path, uri: str) -> str:
         target = outside(name, path)
         if target is not None:
             return f"{before}{relative(page_of(target), uri)}{after}"
-        if not name.startswith("http"):  # README.md links to docs/demo.md
+        if not name.startswith(ELSEWHERE):  # README.md links to docs/demo.md
             name = name.removeprefix("docs/").replace(".ipynb", ".md")
         return f"{before}{name}{anchor or ''}{after}"
 
@@ -56,8 +57,10 @@ def rewritten(text: str, path: Path, uri: str) -> str:
 
 def outside(name: str, page: Path) -> Path | None:
     """The file or directory that a link of a page names, relative to the checkout; None if it is in docs/ or a URL."""
+    if name.startswith(ELSEWHERE):
+        return None
     target = Path(os.path.normpath(page.parent / name))
-    if name.startswith(("http", "#")) or not target.exists() or target.is_relative_to(DOCS):
+    if not target.exists() or target.is_relative_to(DOCS):
         return None
     return target.relative_to(ROOT)
 
