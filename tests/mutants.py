@@ -247,6 +247,71 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ),
         ("moments of the probe kept", "learner.optimizer.state.clear()", "pass", "test_probe"),
     ),
+    "data/benchmarks/paired.py": (
+        (
+            "models exchanged",
+            "self.second_only - self.first_only",
+            "self.first_only - self.second_only",
+            "test_compare",
+        ),
+        ("no correlation of the pairs", "- 2 * correlation * first * second", "", "test_compare"),
+        ("no continuity correction", "product - sum(self) / 2", "product", "test_compare"),
+        ("one-sided p", "2 * tail / 2**unequal", "tail / 2**unequal", "test_compare"),
+        ("pairs by place", 'others[row["id"]]) for', "second[0]) for", "test_compare"),
+    ),
+    "data/choices.py": (
+        ("one of two equal choices", "matches[0] if len(matches) == 1", "matches[0] if matches", "test_choices"),
+    ),
+    "data/clips.py": (
+        (
+            "cut clips are forgotten",
+            "Clip.from_json(text) if same else",
+            "Clip.from_json(text) if before else",
+            "test_clips",
+        ),
+    ),
+    "launch/ask.py": (
+        ("a choice without its end", "< lengths[:, None]", "< lengths[:, None] - 1", "test_ask"),
+        (
+            "product of probabilities as a mean",
+            "logprobs.double().sum(dim=1)",
+            "logprobs.double().mean(dim=1)",
+            "test_ask",
+        ),
+        ("silence is not silent", "np.zeros_like(waveform)", "waveform", "test_ask"),
+    ),
+    "launch/common/answering.py": (
+        (
+            "figures of another model",
+            "trained and directory.samefile",
+            "not trained or directory.samefile",
+            "test_choose",
+        ),
+        ("controls of the first row", "answered[n][key]", "answered[0][key]", "test_answering"),
+    ),
+    "launch/common/trained.py": (
+        ("the best is the last", "accuracy[step], -step", "accuracy[step], step", "test_choose"),
+        ("the last is the first", "max(found) if step is None", "min(found) if step is None", "test_choose"),
+        (
+            "trained weights not loaded",
+            "            load_weights(self.checkpoint, policy)",
+            "            pass",
+            "test_choose",
+        ),
+    ),
+    "launch/common/intervals.py": (
+        ("normal and not Student's", "t_quantile(len(values) - 1)", "1.96", "test_sweep"),
+        ("spread of runs and not of their mean", "/ math.sqrt(len(values))", "", "test_sweep"),
+    ),
+    "launch/sweep.py": (
+        ("commas in lists", "depth += 0 if quote else", "depth += 0 if True else", "test_sweep"),
+        (
+            "other settings continued",
+            "for name, old, new in changed(before, one.config, keys):",
+            "for name, old, new in ():",
+            "test_sweep",
+        ),
+    ),
     "grpo/runtime/interrupt.py": (
         ("an interrupted run without a word", "say()", "", "test_training"),
         ("an interrupt that torch hides", "if received or isinstance", "if isinstance", "test_training"),
