@@ -30,7 +30,8 @@ def notebook():
     return nbformat.read(PATH, as_version=4)
 
 
-def test_the_notebook_runs_and_learns(notebook, tmp_path):
+def test_the_notebook_runs_and_learns(notebook, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # another process of the suite uses the other core
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     check(printed(notebook))
 
