@@ -123,5 +123,6 @@ def usable(
             fatal.append(bad[-1])
     if fatal or not good:
         named = [f"\n  {one.line}: {one.reason}" for one in (fatal or bad)[:5]]
-        raise AudioError(f"{len(fatal or bad)} of {len(examples)} clips cannot be used, first:{''.join(named)}")
+        hint = "; data.skip_bad=true leaves them out" if fatal else ""
+        raise AudioError(f"{len(fatal or bad)} of {len(examples)} clips cannot be used{hint}; first:{''.join(named)}")
     return good, bad

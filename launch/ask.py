@@ -29,6 +29,7 @@ from hark.launch.common.answering import Subject
 from hark.launch.common.config_file import config_of
 from hark.launch.common.entry import run
 from hark.launch.common.trained import find_trained, is_run
+from hark.models.loading import read_family
 from hark.models.policy import Policy, Prompt
 
 NO_CLIP = "-"
@@ -47,9 +48,9 @@ def main(argv: list[str]) -> None:
         choices=tuple(arguments.choices),
         answer=None,
     )
+    waveform = waveform_of(example, subject)
     with joined_world(threads=config.run.threads) as world:
         policy = subject.load(world)
-        waveform = waveform_of(example, policy, max_seconds=config.data.max_seconds, long_clips=config.data.long_clips)
         # Without choices the question is asked as it stands, because the templates name the choices.
         text = render(example, template) if example.choices else example.question
         sounds = {"with sound" if arguments.silent else "": waveform}
@@ -104,16 +105,15 @@ def subject_of(arguments: argparse.Namespace) -> Subject:
     return Subject(config, arguments.model)
 
 
-def waveform_of(example: Example, policy: Policy, *, max_seconds: float, long_clips: str) -> np.ndarray | None:
-    """The clip at the policy's sample rate; None for a policy that takes text only."""
-    if (example.audio_path is None) != (policy.sample_rate is None):
-        expected = "text only, so CLIP must be -" if policy.sample_rate is None else "audio, so CLIP must be a file"
-        raise ConfigError(f"{policy.name} takes {expected}")
-    if example.audio_path is None or policy.sample_rate is None:
+def waveform_of(example: Example, subject: Subject) -> np.ndarray | None:
+    """The clip at the model's sample rate; None for a model that takes text only. The weights are not read for it."""
+    data, rate = subject.config.data, read_family(subject.config.model.path).sample_rate
+    if (example.audio_path is None) != (rate is None):
+        expected = "text only, so CLIP must be -" if rate is None else "audio, so CLIP must be a file"
+        raise ConfigError(f"{subject.name} takes {expected}")
+    if example.audio_path is None or rate is None:
         return None
-    return load_waveform(
-        example.audio_path, sample_rate=policy.sample_rate, max_seconds=max_seconds, long_clips=long_clips
-    )
+    return load_waveform(example.audio_path, sample_rate=rate, max_seconds=data.max_seconds, long_clips=data.long_clips)
 
 
 def drawn(policy: Policy, prompt: Prompt, *, limit: int, count: int = 1, temperature: float = 0.0) -> list[str]:

@@ -43,7 +43,10 @@ def main(argv: list[str]) -> None:
     show(figures, arguments.file)
     unusable = sum(map(len, figures["faults"].values()))
     if unusable:
-        raise DataError(f"{arguments.file}: {unusable} of {len(examples) + len(bad)} questions cannot be used")
+        count = len(examples) + len(bad)
+        raise DataError(
+            f"{arguments.file}: {unusable} of {count} questions cannot be used; data.skip_bad=true leaves them out"
+        )
     print("all questions can be used")
 
 

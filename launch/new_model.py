@@ -27,6 +27,8 @@ from hark.models.loading import build_policy
 from hark.models.mini import SIZES, build_mini, check_whisper
 from hark.models.policy import Policy
 
+MAX_NEW_TOKENS = 12  # rollout.max_new_tokens in the configurations that are named as the next ones
+
 
 class Lengths(NamedTuple):
     """The longest prompt and answer of a data set, in tokens; the answer with its end token."""
@@ -116,16 +118,21 @@ def report(policy: Policy, lengths: Lengths, out: Path) -> str:
 
 def next_commands(out: Path, data: Path, template: str, lengths: Lengths) -> str:
     """The warm start, without which a model of random weights never answers right, and then GRPO."""
-    words = [f"data.train={data}", "data.validation=null", "data.test=null"]
-    words += [f"rollout.max_new_tokens={max(lengths.answer, 12)}", "evaluation.every=0"]
-    words += [f"data.template={template}"] if template != DataConfig.template else []
-    shared = shlex.join(words)
-    warm, grpo = out.parent / "warm", out.parent / "grpo"
+    project = out.parent
+    if all((project / name).exists() for name in ("sft.yaml", "train.yaml")):  # of `hark init`
+        sft, grpo = [str(project / "sft.yaml"), f"model.path={out}"], [str(project / "train.yaml")]
+        both: list[str] = []
+    else:
+        sft = ["mini_sft", f"model.path={out}", f"run.directory={project / 'warm'}"]
+        grpo = ["mini", f"model.path={project / 'warm' / 'model'}", f"run.directory={project / 'grpo'}"]
+        both = [f"data.train={data}", "data.validation=null", "data.test=null", "evaluation.every=0"]
+    both += [f"rollout.max_new_tokens={lengths.answer}"] if lengths.answer > MAX_NEW_TOKENS else []
+    both += [f"data.template={template}"] if template != DataConfig.template else []
     return "\n".join(
         [
             "next, the warm start, which teaches the form of an answer, and GRPO:",
-            f"  hark sft mini_sft {shlex.join([f'model.path={out}', f'run.directory={warm}'])} {shared}",
-            f"  hark train mini {shlex.join([f'model.path={warm}/model', f'run.directory={grpo}'])} {shared}",
+            f"  hark sft {shlex.join([*sft, *both])}",
+            f"  hark train {shlex.join([*grpo, *both])}",
         ]
     )
 

@@ -189,6 +189,7 @@ def _model_type(directory: Path) -> str:
     if not path.exists():
         adapters = "adapter_config.json" if (directory / "adapter_config.json").exists() else None
         hint = "; it holds adapters: set lora.path to it, and model.path to their model" if adapters else ""
+        hint += f"; there is one in {directory / 'model'}" if (directory / "model" / "config.json").exists() else ""
         raise PolicyError(f"{directory}: config.json is missing; expected a Hugging Face checkpoint directory{hint}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

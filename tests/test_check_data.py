@@ -142,4 +142,7 @@ def test_the_command_says_what_it_found_and_exits_by_it(tmp_path):
     assert good.returncode == 0 and "all questions can be used" in good.stdout, good.stderr
     spoil(tmp_path)
     bad = run()
-    assert bad.returncode == 1 and bad.stderr == f"error: {path}: 4 of 8 questions cannot be used\n"
+    assert (
+        bad.returncode == 1
+        and bad.stderr == f"error: {path}: 4 of 8 questions cannot be used; data.skip_bad=true leaves them out\n"
+    )

@@ -8,14 +8,15 @@ import math
 
 import pytest
 import soundfile
-from clips import write_questions
 
 from hark import UserError
 from hark.data.examples import load_examples
 from hark.data.prompts import texts_of
-from hark.launch import new_model
+from hark.launch import init, new_model
+from hark.launch.common.config_file import load_config
 from hark.models.loading import load_policy
 from hark.models.mini import SIZES, build_mini
+from tests.clips import write_questions
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +70,16 @@ def test_a_mistake_is_one_sentence_and_writes_nothing(data, tmp_path):
         with pytest.raises(UserError, match=message):
             new_model.main(words)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_next_commands_are_those_of_the_project_that_the_model_is_in(tmp_path, capsys):
+    init.main([str(tmp_path / "mine")])
+    data = tmp_path / "mine" / "train.jsonl"
+    new_model.main(["--data", str(data), "--out", str(tmp_path / "mine" / "m"), "--size", "tiny"])
+    commands = capsys.readouterr().out.splitlines()[-2:]
+    project = tmp_path / "mine"
+    assert commands == [f"  hark sft {project}/sft.yaml model.path={project}/m", f"  hark train {project}/train.yaml"]
+    settings = [load_config([name]).rollout for name in ("mini", "mini_sft", *map(str, project.glob("*.yaml")))]
+    assert {rollout.max_new_tokens for rollout in settings} == {new_model.MAX_NEW_TOKENS}
+    long = new_model.next_commands(tmp_path / "m", data, "answer", new_model.Lengths(9, 9, answer=20))
+    assert long.count("rollout.max_new_tokens=20") == 2

@@ -135,7 +135,7 @@ def test_a_silent_clip_ends_every_verb_before_the_weights_are_loaded(config, tmp
     for name in ("train", "test"):
         soundfile.write(tmp_path / f"{name}-1.wav", np.zeros(8000), 16_000)
     for verb, line in ((train, "train.jsonl:2"), (sft, "train.jsonl:2"), (evaluate, "test.jsonl:2")):
-        with pytest.raises(UserError, match=rf"1 of 4 clips cannot be used, first:\n.*{line}: .*is silent"):
+        with pytest.raises(UserError, match=rf"1 of 4 clips cannot be used; .*; first:\n.*{line}: .*is silent"):
             verb.main(config)
 
 
