@@ -176,12 +176,17 @@ def differences(config: Config) -> list[str]:
     for section in dataclasses.fields(config):
         options = getattr(config, section.name)
         words = [
-            shlex.quote(f"{section.name}.{option.name}={flow(getattr(options, option.name))}")
+            quoted(f"{section.name}.{option.name}={flow(getattr(options, option.name))}")
             for option in dataclasses.fields(options)
             if getattr(options, option.name) != default_of(option)
         ]
         lines += [" ".join(words)] if words else []
     return lines
+
+
+def quoted(word: str) -> str:
+    """A word as a shell reads it, in double quotes if single ones would have to be escaped."""
+    return f'"{word}"' if "'" in word and not set('"$`\\!') & set(word) else shlex.quote(word)
 
 
 def default_of(option: dataclasses.Field) -> Any:

@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
             record = {str(step): s._asdict() | {"accuracy": s.accuracy} for step, s in shares.items()}
             write_json(directory / "choice.json", {"step": chosen, "validation": record})
             print(table(shares, chosen))
-            print(f"to export it: python launch/export.py {directory} --step {chosen}", flush=True)
+            print(f"to export it: hark export {directory} --step {chosen}", flush=True)
         if asked is not None:
             load_weights(found[chosen], policy)
             trained = Trained(directory, final, found[chosen], chosen)

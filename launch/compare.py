@@ -16,8 +16,10 @@ from pathlib import Path
 from hark.data.benchmarks.paired import Paired, by_column, paired, pairs_of
 from hark.data.errors import DataError
 from hark.data.json_files import write_json
+from hark.grpo.runtime.checkpoint import checkpoints, step_of
 from hark.launch.common.entry import run
 
+SETTINGS = ("rollout.max_new_tokens", "data.template", "data.max_seconds")  # that change answers
 WIDTH = 22  # of the column of names
 
 
@@ -50,6 +52,9 @@ def read(path: Path) -> dict:
         raise DataError(f"{file}: not JSON ({error}); `hark evaluate RUN` writes it anew") from None
     if not isinstance(evaluation, dict) or not {"rows", "benchmark"} <= evaluation.keys():
         raise DataError(f"{file}: not an evaluation; expected the evaluation.json of `hark evaluate`")
+    newest = max(map(step_of, checkpoints(file.parent / "checkpoints")), default=None)
+    if newest is not None and newest != evaluation.get("step"):
+        print(f"note: {file} is that of step {evaluation.get('step')}, and the run has step {newest} by now")
     return evaluation | {"path": str(path)}
 
 
@@ -62,6 +67,11 @@ def compared(first: dict, second: dict) -> dict:
     if not pairs:
         raise DataError(f"{names} have no graded question in common; compare evaluations of one data.test")
     print(f"A: {title(first)}\nB: {title(second)}")
+    for name in SETTINGS:
+        section, _, key = name.partition(".")
+        values = [evaluation.get("config", {}).get(section, {}).get(key) for evaluation in (first, second)]
+        if values[0] != values[1]:
+            print(f"note: they were asked with another {name}: {values[0]} and {values[1]}")
     alone = max(len(first["rows"]), len(second["rows"])) - len(pairs)
     if alone:
         print(f"{alone} questions are not graded in both and are left out")

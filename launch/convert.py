@@ -40,7 +40,8 @@ def main(argv: list[str]) -> None:
     write_bad(result, listed)
     report(result, listed)
     if not result.records:
-        raise DataError(f"{arguments.input}: no row could be converted; is it a file of {arguments.source}?")
+        first = f", first {result.bad[0].line}: {result.bad[0].reason}" if result.bad else ""
+        raise DataError(f"{arguments.input}: no row could be converted; is it a file of {arguments.source}?{first}")
     if arguments.strict and result.bad:
         raise DataError(f"{len(result.bad)} rows cannot be converted, and --strict was given; {output} was not written")
     parts = {output: result.records}
@@ -49,6 +50,9 @@ def main(argv: list[str]) -> None:
     for path, records in parts.items():
         write(replace(result, records=records), path, benchmark=source.benchmark)
         print(f"wrote {path}: {len(records)} questions")
+    left = output.with_name("test.jsonl")
+    if left.exists() and left not in parts:
+        print(f"{left} is as it was before; --test-share 0.2 would write it from a part of these questions")
 
 
 def test_part(output: Path, share: float | None, *, force: bool, benchmark: bool) -> Path | None:

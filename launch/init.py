@@ -20,7 +20,14 @@ from hark.launch.common.entry import run
 
 # What a first user sets in both files.
 SHARED: dict[str, dict[str, Any]] = {
-    "data": {"train": "train.jsonl", "held_out": 8, "template": "answer", "max_seconds": 30.0, "skip_bad": False},
+    "data": {
+        "train": "train.jsonl",
+        "test": "test.jsonl",
+        "held_out": 8,
+        "template": "answer",
+        "max_seconds": 30.0,
+        "skip_bad": False,
+    },
     "rollout": {"max_new_tokens": 12},
     "evaluation": {"every": 10, "batch": 16},
     "checkpoint": {"every": 10},
@@ -33,7 +40,6 @@ SFT: dict[str, dict[str, Any]] = {
 GRPO: dict[str, dict[str, Any]] = {
     "run": {"directory": "grpo", "seed": 0, "threads": 1},
     "model": {"path": "warm/model"},
-    "data": {"test": "test.jsonl"},
     "rollout": {"group_size": 8, "temperature": 1.0},
     "reward": {"weights": {"accuracy": 1.0, "format": 1.0}},
     "loss": {"beta": 0.04},
@@ -68,7 +74,8 @@ def main(argv: list[str]) -> None:
     directory = parse(argv).directory
     there = [name for name in FILES if (directory / name).exists()]
     if there or directory.is_file():
-        raise DataError(f"{directory / there[0] if there else directory}: exists already; name a new directory")
+        where = directory / there[0] if there else directory
+        raise DataError(f"{where}: exists already; name a new directory, and write your questions there afterwards")
     build(directory, train=48, validation=0, test=16)
     (directory / "validation.jsonl").unlink()
     (directory / "sft.yaml").write_text(configuration("The warm start, by `hark sft`.", SFT, directory), "utf-8")

@@ -192,7 +192,7 @@ def do_all(runs: Sequence[Run], arguments: argparse.Namespace) -> list[str]:
                 else:
                     start_next(one, working, arguments)
             if ended:
-                print(save(runs, arguments.out), flush=True)
+                save(runs, arguments.out)
             elif working:
                 time.sleep(0.1)
     finally:

@@ -166,7 +166,8 @@ def _is_local(path: str | Path) -> bool:
         raise PolicyError(
             f"{path}: is a file; expected the directory of a Hugging Face checkpoint: {Path(path).parent}?"
         )
-    if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
+    beside = str(path).count("/") == 1 and Path(path).parent.is_dir()  # "runs/model", where runs/ is a directory here
+    if beside or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
         raise PolicyError(
             f"{path}: no such directory (working directory {os.getcwd()}); expected a Hugging Face checkpoint "
             "directory or a hub name"

@@ -134,3 +134,26 @@ def test_a_run_without_checkpoints_stands_for_its_exported_model(run, tmp_path):
     assert record["step"] == 24 and record["accuracy"] == 1.0
     with pytest.raises(ConfigError, match="kept no checkpoints; its model is in .*/run/model already"):
         export.main([str(tmp_path / "run")])
+
+
+def test_a_finished_run_needs_nothing_but_its_export_and_a_continued_one_its_newest_checkpoint(run, tmp_path):
+    from hark.launch.common.trained import find_trained
+
+    directory, more = tmp_path / "run", ["checkpoint.export=true", "evaluation.every=0"]
+    sft.main([*run, *more])
+    finished = find_trained(directory, [])
+    assert finished.checkpoint is None and finished.config.model.path == str(directory / "model")
+    assert find_trained(directory, [], step=24).checkpoint == directory / "checkpoints" / "step-000024"
+    sft.main([*run, *more, "optim.steps=36", "checkpoint.export=false", "run.resume=true"])
+    assert find_trained(directory, []).checkpoint == directory / "checkpoints" / "step-000036", "the export is older"
+
+
+def test_the_best_step_without_its_checkpoint_is_said(run, tmp_path):
+    from hark.launch.common.trained import find_trained
+
+    sft.main([*run, "evaluation.every=6", "checkpoint.weights=false"])
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    changed = [json.dumps({**json.loads(line), "accuracy": 2.0}) if '"step": 6,' in line else line for line in lines]
+    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(changed))
+    with pytest.raises(CheckpointError, match="the checkpoint of its best step, 6, was deleted; checkpoint.weights"):
+        find_trained(tmp_path / "run", [], best=True)

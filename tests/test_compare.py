@@ -87,3 +87,21 @@ def test_what_cannot_be_compared_is_one_sentence(tmp_path):
             compare.main([str(runs[0]), str(other)])
     with pytest.raises(SystemExit):
         compare.main([str(runs[0])])
+
+
+def test_a_result_that_is_older_than_its_run_or_of_other_settings_is_said(tmp_path, capsys):
+    settings = [
+        {"rollout": {"max_new_tokens": n}, "data": {"template": "answer", "max_seconds": 30.0}} for n in (12, 5)
+    ]
+    runs = [
+        write(tmp_path / name, [row("a", True)], step=4, config=config)
+        for name, config in zip("ab", settings, strict=True)
+    ]
+    for step in (4, 6):
+        checkpoint = tmp_path / "b" / "checkpoints" / f"step-{step:06d}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "hark.json").write_text("{}")
+    compare.main(list(map(str, runs)))
+    said = capsys.readouterr().out
+    assert f"note: {tmp_path}/b/evaluation.json is that of step 4, and the run has step 6 by now" in said
+    assert "note: they were asked with another rollout.max_new_tokens: 12 and 5" in said and said.count("note:") == 2

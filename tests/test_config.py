@@ -188,7 +188,7 @@ MEANT = {
     "optim.lr": "optim.learning_rate learning_rate --optim.lr lr",
     "optim.prompts_per_step or optim.micro_batch": "batch_size optim.batch_size train.batch_size",
     "optim.micro_batch": "per_device_train_batch_size optim.gradient_accumulation_steps micro_batch_size",
-    "optim.steps": "epochs optim.num_train_epochs max_steps optim.stepz",
+    "optim.steps": "epochs optim.num_train_epochs max_steps optim.stepz optim.step",
     "optim.clip_norm": "max_grad_norm optim.grad_clip",
     "optim.warmup_steps": "optim.warmup warmup_ratio",
     "rollout.group_size": "num_generations rollout.n rollout.num_generations group-size",
@@ -349,3 +349,8 @@ def test_a_command_line_without_a_file_says_how_it_is_written(argv):
 def test_what_does_not_go_together_is_refused(load, overrides, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         load(MINIMAL, *overrides)
+
+
+def test_an_option_with_dashes_is_named_as_it_is_written(tmp_path):
+    with pytest.raises(ConfigError, match="--steps: an override is written section.key=value, here optim.steps=VALUE"):
+        load_config(["mini", "--steps"])

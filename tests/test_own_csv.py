@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-from clips import waveform
 from soundfile import write
 
 from hark.data.errors import DataError
 from hark.data.examples import load_examples
 from hark.launch import convert
+from tests.clips import waveform
 
 
 def run(tmp_path, text: str, *options: str) -> list[dict]:
@@ -31,7 +31,7 @@ def test_every_way_to_write_choices_and_answer_gives_the_same_question(answer, f
         "bar": f'audio,question,choices,answer\nc1.wav,"Which, then?",dog | rain|car,{answer}\n',
         "columns": "file,question_text,choice_1,choice_2,choice_3,choice_4,answer\n"
         f'c1,"Which, then?",dog,rain,car,,{answer}\n',
-        "semicolon": f"path; question; choices; answer\nc1.wav; Which, then?; dog|rain|car; {answer}\n",
+        "semicolon": f"Path; Question; choices; answer\nc1.wav; Which, then?; dog|rain|car; {answer}\n",
     }[form]
     assert run(tmp_path, text) == [
         {
@@ -81,3 +81,14 @@ def test_a_test_part_overwrites_nothing(tmp_path):
     with pytest.raises(DataError, match="--test-share writes this file"):
         run(tmp_path, "audio,question,choices,answer\nc1,a,b|c,1\n", "--test-share", "0.5")
     assert (tmp_path / "test.jsonl").read_text() == "mine" and not (tmp_path / "train.jsonl").exists()
+
+
+def test_questions_for_testing_that_stay_as_they_were_are_named(tmp_path, capsys):
+    (tmp_path / "test.jsonl").write_text("{}")
+    run(tmp_path, "audio,question,choices,answer\nc1.wav,?,a|b,a\n")
+    assert f"{tmp_path}/test.jsonl is as it was before; --test-share 0.2 would write it" in capsys.readouterr().out
+
+
+def test_a_file_without_a_usable_row_names_the_first_reason(tmp_path):
+    with pytest.raises(DataError, match=r"no row could be converted.*first q.csv:2: .*none.wav"):
+        run(tmp_path, "audio,question,choices,answer\nnone.wav,?,a|b,a\n")

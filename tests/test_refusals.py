@@ -204,3 +204,15 @@ def test_ranks_decode_their_shares_and_agree(config, tmp_path):
     (tmp_path / "train-3.wav").write_bytes(whole[:-1000])
     on_ranks(2, look_at_clips, config)
     assert json.loads((tmp_path / "train.jsonl").read_text().splitlines()[0])["id"] == "train-0"
+
+
+def test_a_path_in_a_directory_of_this_machine_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine" / "run" / "model").mkdir(parents=True)
+    (tmp_path / "mine" / "run" / "model" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="mine/nowhere: no such directory"):
+        read_family("mine/nowhere")
+    with pytest.raises(UserError, match="mine/run: config.json is missing.*there is one in mine/run/model"):
+        read_family("mine/run")
+    with pytest.raises(UserError, match="mine/run/model: a directory; it holds a model, which a configuration names"):
+        load_config(["mine/run/model"])

@@ -54,7 +54,7 @@ def convert(source: Source, path: str | Path, *, audio: Path, root: Path, drop_v
             given = "" if isinstance(row, DataError) else as_text(row.get("id")) or ""
             result.bad.append(BadExample(where, given, str(error)))
             kind = error.kind if isinstance(error, SourceError) else "not a usable question"
-            result.kinds["not a JSON object" if error is row else kind] += 1
+            result.kinds["not a row of this format" if error is row else kind] += 1
         else:
             used[identity] += 1
             if used[identity] > 1:

@@ -70,7 +70,7 @@ def rows(path: str | Path) -> Iterator[tuple[str, dict | DataError]]:
     heading = content.partition("\n")[0]
     delimiter = max(",;\t", key=heading.count)
     reader = csv.DictReader(io.StringIO(content, newline=""), delimiter=delimiter, skipinitialspace=True)
-    names = [name.strip() for name in reader.fieldnames or []]
+    names = [name.strip().lower() for name in reader.fieldnames or []]
     check_columns(names, path)
     reader.fieldnames = names
     for row in reader:

@@ -91,7 +91,8 @@ def refuse_another(subject: Subject) -> None:
     if not path.exists():
         return
     before = json.loads(path.read_text(encoding="utf-8"))["config"]
-    for name, old, new in changed(before, config, (("model", "path"), ("lora", "path"), ("data", "test"))):
+    keys = [("data", "test")] if trained else [("model", "path"), ("lora", "path"), ("data", "test")]
+    for name, old, new in changed(before, config, keys):
         raise ConfigError(f"{path} is the evaluation of {name}={old}, not {new}; choose another run.directory")
 
 

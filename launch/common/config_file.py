@@ -181,6 +181,8 @@ def _of_directory(path: Path) -> str:
     config = path / "config.yaml"
     if config.is_file():
         return f"it holds a run: CONFIG is {config}, with run.resume=true to continue the run"
+    if (path / "config.json").is_file():
+        return "it holds a model, which a configuration names as model.path"
     return "expected a YAML file"
 
 
@@ -215,7 +217,8 @@ def _read_override(text: str) -> tuple[str, Entry]:
     name, equals, written = text.partition("=")
     where = f"override {text}"
     if not equals:
-        raise ConfigError(f"{where}: an override is written section.key=value")
+        hint = f", here {nearest(text, HINTS)}=VALUE" if text.startswith("--") else ""
+        raise ConfigError(f"{where}: an override is written section.key=value{hint}")
     name = _known(name.strip(), where)
     try:
         value = yaml.safe_load(written)

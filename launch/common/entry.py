@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,9 @@ from pathlib import Path
 from hark import UserError
 from hark.grpo.runtime.out_of_memory import is_out_of_memory, reason
 
+# Seconds until one of several processes reports an unexpected error. If the cause is that another process has ended,
+# the launcher ends this one before that.
+PATIENCE = 3.0
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended: 128 + SIGINT
 
 
@@ -52,7 +56,10 @@ def _status(main: Callable[[list[str]], None]) -> int:
         if is_out_of_memory(error):
             status = _report(f"error: out of memory ({reason(error)}); `hark plan` says what to change")
         else:
-            status = _report(traceback.format_exc().rstrip())
+            text = traceback.format_exc().rstrip()
+            if "TORCHELASTIC_ERROR_FILE" in os.environ:
+                time.sleep(PATIENCE)
+            status = _report(text)
     sys.stdout.flush()
     return status
 

@@ -61,8 +61,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if same:
         return max(same, key=lambda option: _likeness(name, option))
     other = [option for option in known if key in OTHER_NAMES.get(option, "").split()]
+    similar = [option for option in known if option.startswith(f"{section}.")]
+    spelt = difflib.get_close_matches(name, similar, n=1, cutoff=0.85)
     within = [option for option in known if option.rpartition(".")[2] in key.split("_")]
-    for meant in (_of(section, other), _of(section, within), other):
+    for meant in (spelt, _of(section, other), _of(section, within), other):
         if meant:
             return " or ".join(meant)
     return max(known, key=lambda option: _likeness(name, option))

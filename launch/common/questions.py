@@ -92,7 +92,7 @@ def training_loader(config: Config, world: World, policy: Policy, examples: Sequ
 def validation_figures(config: Config, world: World, policy: Policy, examples: Sequence[Example]) -> dict[str, float]:
     """Greedy accuracy on the examples, over all and by task, and `answer_shares`; empty on all ranks but 0."""
     rows = validation_rows(config, world, policy, examples)
-    return {} if rows is None else accuracies(rows, "task") | answer_shares(rows)
+    return {} if rows is None else accuracies(rows, "task") | answer_shares(rows) | {"questions": len(rows)}
 
 
 def validation_rows(config: Config, world: World, policy: Policy, examples: Sequence[Example]) -> list[dict] | None:

@@ -32,6 +32,8 @@ class Trained:
         policy = make_policy(self.config, world, train=self.checkpoint is not None)  # only trained weights are loaded
         if self.checkpoint is not None:
             load_weights(self.checkpoint, policy)
+            if world.is_main:
+                print(f"now with the weights of {self.name}", flush=True)
         return policy
 
 
@@ -64,15 +66,33 @@ def find_trained(directory: Path, overrides: list[str], *, step: int | None = No
     """
     config = read_run(directory, overrides)
     exported = directory / "model"
-    if step is None and not best and exported.is_dir() and not checkpoints(directory / "checkpoints"):
+    if step is None and not best and _is_last(exported, config):
         model = replace(config.model, path=str(exported))
         config = replace(config, model=model, lora=replace(config.lora, rank=0, path=None))
         return Trained(directory, config, None, config.optim.steps)
     found = saved(directory)
     step = best_step(directory) if best else max(found) if step is None else step
+    if best and step not in found:
+        raise CheckpointError(
+            f"{directory}: the checkpoint of its best step, {step}, was deleted; checkpoint.weights=true keeps them all"
+        )
     if step not in found:
         raise CheckpointError(f"{directory}: no checkpoint after step {step}; the run has {', '.join(map(str, found))}")
     return Trained(directory, config, found[step], step)
+
+
+def _is_last(exported: Path, config: Config) -> bool:
+    """Whether an exported model is that after the run's last step, and equal to it.
+
+    Then nothing else of the run is needed. With adapters it differs from the model that was trained by rounding.
+    """
+    written = exported / "config.json"
+    found = checkpoints(exported.parent / "checkpoints")
+    if not written.exists() or not found:
+        return written.exists()
+    trained_last = step_of(found[-1]) == config.optim.steps
+    newer = written.stat().st_mtime >= (found[-1] / "hark.json").stat().st_mtime
+    return trained_last and newer and not config.lora.rank and config.lora.path is None
 
 
 def best_step(directory: Path) -> int:

@@ -52,8 +52,8 @@ def announce(config: Config, world: World) -> None:
     find_template(config.data.template)
     check_rewards(config.reward.weights)
     if world.is_main:
-        print("settings that differ from the defaults:")
-        print("\n".join(f"  {line}" for line in differences(config)), flush=True)
+        lines = ["settings that differ from the defaults:", *(f"  {line}" for line in differences(config))]
+        print("\n".join(lines) + "\n", end="", flush=True)  # in one piece, as other processes may print too
 
 
 def check_training(config: Config, world: World) -> None:
