@@ -334,7 +334,12 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "launch/common/nearest.py": (
         ("no other names", 'OTHER_NAMES.get(option, "")', '""', "test_config"),
-        ("other names of any section", "(spelt, _of(section, other), _of(section, within), other)", "(spelt, other)", "test_config"),
+        (
+            "other names of any section",
+            "(spelt, _of(section, other), _of(section, within), other)",
+            "(spelt, other)",
+            "test_config",
+        ),
     ),
     "grpo/runtime/sharding.py": (
         (

@@ -109,7 +109,7 @@ def test_what_cannot_be_converted_is_listed_and_the_rest_written(tmp_path, capsy
     reasons = ("'Fire' is none of the choices", '"question" is missing', "not valid JSON", "repeats 'x' as 'X.'")
     assert all(reason in line["reason"] for reason, line in zip(reasons, bad, strict=True))
     said = capsys.readouterr().out
-    for kind in ("answer not among the choices", 'no "question"', "not a JSON object", "not a usable question"):
+    for kind in ("answer not among the choices", 'no "question"', "not a row of this format", "not a usable question"):
         assert f"1 left out: {kind}" in said
 
 
