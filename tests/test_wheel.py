@@ -104,3 +104,10 @@ def test_the_installed_package_lists_its_verbs_and_trains_the_small_model_by_the
     lines = [json.loads(line) for line in (installed.directory / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1]
     assert (installed.directory / "run" / "model" / "model.safetensors").exists()
+
+
+def test_a_project_of_ones_own_begins_with_the_installed_package(installed):
+    installed.hark("init", "mine")
+    printed = installed.hark("new-model", "--data", "mine/train.jsonl", "--size", "tiny", "--out", "mine/model")
+    assert "hark sft mine/sft.yaml model.path=mine/model" in printed
+    assert (installed.directory / "mine" / "model" / "model.safetensors").exists()
