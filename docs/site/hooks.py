@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import re
 from collections.abc import Iterator
@@ -48,11 +49,7 @@ def rewritten(text: str, path: Path, uri: str) -> str:
             name = name.removeprefix("docs/").replace(".ipynb", ".md")
         return f"{before}{name}{anchor or ''}{after}"
 
-    return (
-        LINK.sub(link, text)
-        .replace("docs/first_hour.ipynb", "first_hour.md")
-        .replace("first_hour.ipynb)", "first_hour.md)")
-    )
+    return LINK.sub(link, text)
 
 
 def outside(name: str, page: Path) -> Path | None:
@@ -77,6 +74,7 @@ def relative(uri: str, start: str) -> str:
     return os.path.relpath(uri, os.path.dirname(start) or ".")
 
 
+@functools.cache
 def modules() -> list[Path]:
     """The modules of the packages, relative to the checkout."""
     return [path.relative_to(ROOT) for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
