@@ -11,19 +11,18 @@ check it.
 import argparse
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from hark.data.benchmarks.baselines import BASELINES
 from hark.data.benchmarks.report import NAMES
-from hark.data.clips import Clip, Rules, inspect_all, memory_of
+from hark.data.clips import Rules
 from hark.data.errors import DataError
-from hark.data.examples import Example, load_examples
+from hark.data.examples import load_examples
 from hark.data.sources.survey import survey
+from hark.launch.common.clips import decoded, paths_of
 from hark.launch.common.entry import run
-from hark.launch.common.progress import counted
 
 SAMPLE_RATE = 16_000  # Hz, of all supported models
 SHOWN = 5  # questions that the console names for each fault; the JSON file has all
@@ -36,8 +35,8 @@ def main(argv: list[str]) -> None:
     examples, bad = load_examples(
         arguments.file, audio_root=arguments.audio_root, skip_bad=True, benchmark=arguments.benchmark
     )
-    clips = decode(examples, max_seconds=arguments.max_seconds, workers=arguments.workers)
-    figures = survey(examples, bad, clips)
+    found = decoded(paths_of(examples), Rules(SAMPLE_RATE, arguments.max_seconds), workers=arguments.workers)
+    figures = survey(examples, bad, [found[example.audio_path] for example in examples if example.audio_path])
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     show(figures, arguments.file)
@@ -48,18 +47,6 @@ def main(argv: list[str]) -> None:
             f"{arguments.file}: {unusable} of {count} questions cannot be used; data.skip_bad=true leaves them out"
         )
     print("all questions can be used")
-
-
-def decode(examples: Sequence[Example], *, max_seconds: float, workers: int) -> list[Clip]:
-    """The clip of each example; a clip that several questions share is decoded once."""
-    rules = Rules(SAMPLE_RATE, max_seconds)
-    memory = memory_of(rules)
-    paths = list(dict.fromkeys(example.audio_path for example in examples if example.audio_path))
-    clips = inspect_all(paths, rules, workers=workers, memory=memory)
-    found = dict(counted(clips, len(paths), "clips checked"))
-    if memory.problem:
-        print(memory.advice())
-    return [found[example.audio_path] for example in examples if example.audio_path]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

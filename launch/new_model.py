@@ -16,16 +16,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hark.data.clips import usable
+from hark.data.clips import Rules, usable
 from hark.data.errors import DataError
 from hark.data.examples import Example, load_examples
 from hark.data.prompts import find_template, render, target, texts_of
 from hark.grpo.config import DataConfig
-from hark.launch.check_data import decode
+from hark.launch.check_data import SAMPLE_RATE
+from hark.launch.common.clips import decoded, paths_of
 from hark.launch.common.entry import run
 from hark.models.loading import build_policy
 from hark.models.mini import SIZES, build_mini, check_whisper
-from hark.models.policy import Policy
+from hark.models.policy import Policy, completion_lengths
 
 MAX_NEW_TOKENS = 12  # rollout.max_new_tokens in the configurations that are named as the next ones
 
@@ -78,8 +79,7 @@ def size_table() -> str:
 
 def measured(examples: Sequence[Example]) -> list[Example]:
     """The examples whose clips can be used, with the lengths of the clips."""
-    clips = decode(examples, max_seconds=DataConfig.max_seconds, workers=os.cpu_count() or 1)
-    found = {example.audio_path: clip for example, clip in zip(examples, clips, strict=True) if example.audio_path}
+    found = decoded(paths_of(examples), Rules(SAMPLE_RATE, DataConfig.max_seconds), workers=os.cpu_count() or 1)
     return usable(examples, found, long_clips=DataConfig.long_clips, skip_bad=True)[0]
 
 
@@ -87,17 +87,12 @@ def longest(policy: Policy, examples: Sequence[Example], template: str) -> Lengt
     """The longest prompt and answer; lengths of clips are rounded to a token of audio to find it."""
     durations = [example.seconds or 0.0 for example in examples]
     texts = [render(example, template) for example in examples]
-    of_text = {text: tokens(policy, text) for text in set(texts)}
+    of_text = completion_lengths(policy.tokenizer, texts)
     index = max(range(len(texts)), key=lambda n: of_text[texts[n]] + round(25 * durations[n]))
-    assert policy.sample_rate is not None  # a Qwen2-Audio
-    silence = np.zeros(round(durations[index] * policy.sample_rate), np.float32)
+    silence = np.zeros(round(durations[index] * SAMPLE_RATE), np.float32)
     ids = policy.prepare(texts[index], silence).ids
-    answer = max(tokens(policy, text) for text in {target(example, template) for example in examples})
-    return Lengths(len(ids), ids.tolist().count(policy.audio_id), answer + 1)
-
-
-def tokens(policy: Policy, text: str) -> int:
-    return len(policy.tokenizer(text, add_special_tokens=False)["input_ids"])
+    answers = completion_lengths(policy.tokenizer, (target(example, template) for example in examples))
+    return Lengths(len(ids), ids.tolist().count(policy.audio_id), max(answers.values()))
 
 
 def report(policy: Policy, lengths: Lengths, out: Path) -> str:

@@ -26,6 +26,7 @@ from hark.data.prompts import render
 from hark.grpo.config import Config, ConfigError
 from hark.grpo.instruments.memory import PARTS, Plan, Setting, Work, plan
 from hark.grpo.instruments.shape import Shape, shape_of
+from hark.launch.common.clips import paths_of
 from hark.launch.common.config_file import load_config
 from hark.launch.common.entry import run
 from hark.launch.common.policies import lora_of
@@ -128,8 +129,7 @@ def longest_clip(examples: Sequence[Example], config: Config) -> float | None:
         except AudioError:  # training says what is wrong with it
             return 0.0
 
-    paths = dict.fromkeys(example.audio_path for example in examples if example.audio_path)
-    longest = max(in_threads(seconds, paths, workers=os.cpu_count() or 1), default=0.0)
+    longest = max(in_threads(seconds, paths_of(examples), workers=os.cpu_count() or 1), default=0.0)
     return min(longest, config.data.max_seconds) or None
 
 

@@ -15,7 +15,7 @@ import torch
 from hark.data.audio import load_waveform
 from hark.data.benchmarks.report import accuracies, answer_shares, row_of
 from hark.data.choices import choice_of
-from hark.data.clips import Clip, Rules, inspect_all, memory_of, usable
+from hark.data.clips import Clip, Rules, usable
 from hark.data.examples import BadExample, Example, load_examples
 from hark.data.loader import BadLog, Loader, evaluation_batches
 from hark.data.order import hold_out
@@ -24,7 +24,7 @@ from hark.data.rewards import reward_matrix
 from hark.grpo.config import Config, ConfigError
 from hark.grpo.evaluate import evaluate
 from hark.grpo.runtime.collectives import World, exchange_rows
-from hark.launch.common.progress import counted
+from hark.launch.common.clips import decoded, paths_of
 from hark.models.loading import FAMILIES, load_tokenizer
 from hark.models.policy import Policy, Prompt, completion_lengths
 
@@ -194,18 +194,14 @@ def check_clips(
 
 def clips_of(config: Config, world: World, policy: AnyPolicy, examples: Sequence[Example]) -> dict[Path, Clip]:
     """What decoding finds in each clip; each rank decodes its share of those that its user's memory does not know."""
-    paths = list(dict.fromkeys(example.audio_path for example in examples if example.audio_path))
+    paths = paths_of(examples)
     if policy.sample_rate is None or not paths:
         return {}
     rules = Rules(policy.sample_rate, config.data.max_seconds, crop=config.data.long_clips == "crop")
-    memory, mine = memory_of(rules), paths[world.rank :: world.size]
     workers = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     share = "clips checked" if world.size == 1 else f"clips of the share of rank 0 checked ({len(paths)} in all)"
-    clips = inspect_all(mine, rules, workers=workers, memory=memory)
-    found = list(counted(clips, len(mine), share, show=world.is_main))
-    if memory.problem and world.is_main:
-        print(memory.advice(), flush=True)
-    return dict(exchange_rows(found, world))
+    mine = decoded(paths[world.rank :: world.size], rules, workers=workers, what=share, show=world.is_main)
+    return dict(exchange_rows(list(mine.items()), world))
 
 
 def list_bad(config: Config, world: World, path: str, bad: Sequence[BadExample], what: str) -> None:
