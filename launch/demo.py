@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from hark.grpo.config import Config
+from hark.grpo.instruments.metrics import read_metrics
 from hark.launch.common.config_file import load_config
 from hark.launch.common.entry import run
 from hark.launch.common.torchrun import environment, torchrun
@@ -76,7 +77,7 @@ def as_long_as(grpo: Config) -> tuple[str, ...]:
 def summarise(grpo: Config, *, seconds: float) -> dict:
     """The figures of the demo, read from the files that its commands wrote."""
     before, after, sft = (json.loads((ROOT / name / "evaluation.json").read_text()) for name in ("warm", "grpo", "sft"))
-    lines = [json.loads(line) for line in (ROOT / "grpo" / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(ROOT / "grpo")
     return {
         "accuracy_before": before["accuracy"],
         "accuracy_after": after["accuracy"],

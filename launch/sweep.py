@@ -29,6 +29,7 @@ import yaml
 
 from hark.data.json_files import write_json
 from hark.grpo.config import Config, ConfigError
+from hark.grpo.instruments.metrics import read_metrics
 from hark.grpo.runtime.checkpoint import checkpoints
 from hark.launch.common.config_file import load_config
 from hark.launch.common.entry import run
@@ -55,7 +56,7 @@ class Run:
 
     @property
     def last_step(self) -> int:
-        return max((line["step"] for line in self.metrics() if "loss" in line), default=0)
+        return max((line["step"] for line in read_metrics(self.directory) if "loss" in line), default=0)
 
     @property
     def is_trained(self) -> bool:
@@ -66,11 +67,6 @@ class Run:
     def evaluation(self) -> Path | None:
         """The file of its test results, if it is to be tested."""
         return None if self.config.data.test is None else self.directory / "evaluation.json"
-
-    def metrics(self) -> list[dict]:
-        path = self.directory / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]  # an interrupted run may end within a line
 
 
 def main(argv: list[str]) -> None:
@@ -255,7 +251,11 @@ def figures(one: Run) -> dict[str, float]:
         if not one.evaluation.exists():
             return {}
         return {"test": json.loads(one.evaluation.read_text(encoding="utf-8"))["accuracy"]}
-    measured = [line["accuracy"] for line in one.metrics() if line.get("event") == "evaluation" and "accuracy" in line]
+    measured = [
+        line["accuracy"]
+        for line in read_metrics(one.directory)
+        if line.get("event") == "evaluation" and "accuracy" in line
+    ]
     return {"validation, last": measured[-1], "validation, best": max(measured)} if measured else {}
 
 

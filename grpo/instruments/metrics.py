@@ -150,6 +150,13 @@ def restart_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The lines of the metrics.jsonl of a run; none if there is no such file. An incomplete last line is left out."""
+    path = directory / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
 def _open_board(directory: Path, purge_step: int | None = None) -> Any:
     """TensorBoard's writer; where the package is not installed, one that writes nothing."""
     try:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from hark.data.errors import DataError
+from hark.grpo.instruments.metrics import read_metrics
 from hark.grpo.tree import PROMPT, branches_layout, prompt_layout, tree_mask
 from hark.launch.common.entry import run
 
@@ -119,12 +120,16 @@ def draw_curves(arguments: argparse.Namespace) -> None:
     directory = arguments.source
     try:
         summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
-        lines = [json.loads(line) for line in (directory / "grpo" / "metrics.jsonl").read_text().splitlines()]
     except OSError as error:
         raise DataError(
             f"{error.filename}: cannot be read ({error.strerror}); expected the files of `hark demo`"
         ) from None
+    lines = read_metrics(directory / "grpo")
     steps = [line for line in lines if "reward/accuracy" in line]
+    if not steps:
+        raise DataError(
+            f"{directory / 'grpo' / 'metrics.jsonl'}: has no steps of GRPO; expected the files of `hark demo`"
+        )
     evaluations = [line for line in lines if line.get("event") == "evaluation"]
     with figure(arguments.out, width=7.2, height=3.4) as drawn:
         axes = drawn.subplots()
