@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from hark.grpo.config import Config
 from hark.grpo.instruments.console import PACE
@@ -55,9 +54,6 @@ class SupervisedTrainer(Learner[Batch]):
 
     def _batch(self, texts: Sequence[str], prompts: tuple[Prompt, ...]) -> tuple[Batch, float]:
         """A batch with the texts as completions, and the number of their tokens over all ranks."""
-        answers = [self.policy.completion_ids(text) for text in texts]
-        tokens = pad_sequence(answers, batch_first=True, padding_value=self.policy.pad_id).to(self.world.device)
-        lengths = torch.tensor([len(answer) for answer in answers], device=self.world.device)
-        mask = torch.arange(tokens.shape[1], device=self.world.device) < lengths[:, None]
+        tokens, mask = self.policy.completions(texts)
         count = reduce_sums({"tokens": mask.sum()}, self.world)["tokens"]
         return Batch(prompts, group_size=1, tokens=tokens, mask=mask, weights=self.weights(mask, count)), count

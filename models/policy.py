@@ -267,6 +267,13 @@ class Policy(nn.Module):
         ends = [stop for stop in self.stop_ids if self.tokenizer.convert_ids_to_tokens(stop) in template]
         return torch.tensor([*text_ids(self.tokenizer, text), (ends or self.stop_ids)[0]])
 
+    def completions(self, texts: Iterable[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Texts as completions on the policy's device: tokens (B, T), padded on the right, and mask (B, T)."""
+        ids = [self.completion_ids(text) for text in texts]
+        tokens = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.pad_id).to(self.device)
+        lengths = torch.tensor([len(row) for row in ids], device=self.device)
+        return tokens, torch.arange(tokens.shape[1], device=self.device) < lengths[:, None]
+
     def completion_texts(self, tokens: torch.Tensor, mask: torch.Tensor) -> list[str]:
         """Texts of B completions, given as tokens (B, T) and mask (B, T), without the stop token.
 
