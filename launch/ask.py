@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from hark.data.audio import load_waveform
 from hark.data.examples import Example
@@ -25,10 +24,9 @@ from hark.grpo.runtime.collectives import joined_world
 from hark.grpo.runtime.sharding import gathered
 from hark.grpo.sampler import sample
 from hark.grpo.scorer import score
-from hark.launch.common.answering import Subject
 from hark.launch.common.config_file import config_of
 from hark.launch.common.entry import run
-from hark.launch.common.trained import find_trained, is_run
+from hark.launch.common.trained import Subject, find_trained, is_run
 from hark.models.loading import read_family
 from hark.models.policy import Policy, Prompt
 
@@ -97,8 +95,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def subject_of(arguments: argparse.Namespace) -> Subject:
     """The model to ask, with the settings of its run or with the defaults."""
     if is_run(arguments.model):
-        trained = find_trained(Path(arguments.model), arguments.set, step=arguments.step)
-        return Subject(trained.config, trained.name, trained)
+        return find_trained(Path(arguments.model), arguments.set, step=arguments.step)
     if arguments.step is not None:
         raise ConfigError(f"--step needs the run.directory of a run, and {arguments.model} is none")
     config = config_of([f"model.path={arguments.model}", "run.directory=.", *arguments.set])
@@ -132,11 +129,8 @@ def probabilities(policy: Policy, prompt: Prompt, example: Example, template: st
     The choices are the branches of one group, so the prompt is computed once.
     """
     targets = [target(replace(example, answer=choice), template) for choice in range(len(example.choices))]
-    ids = [policy.completion_ids(text) for text in targets]
-    tokens = pad_sequence(ids, batch_first=True, padding_value=policy.pad_id).to(policy.device)  # (C, T)
-    lengths = torch.tensor([len(one) for one in ids], device=policy.device)
-    mask = torch.arange(tokens.shape[1], device=policy.device) < lengths[:, None]
-    logprobs, _ = score(policy, [prompt], tokens, mask, group_size=len(ids))
+    tokens, mask = policy.completions(targets)  # (C, T)
+    logprobs, _ = score(policy, [prompt], tokens, mask, group_size=len(targets))
     return logprobs.double().sum(dim=1).exp()
 
 

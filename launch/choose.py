@@ -15,12 +15,12 @@ from hark.data.json_files import write_json
 from hark.grpo.config import ConfigError
 from hark.grpo.runtime.checkpoint import load_weights
 from hark.grpo.runtime.collectives import exchange_rows, joined_world
-from hark.launch.common.answering import CHOSEN, Subject, answer_test
+from hark.launch.common.answering import answer_test
 from hark.launch.common.config_file import help_if_asked
 from hark.launch.common.entry import run
 from hark.launch.common.policies import make_policy
 from hark.launch.common.questions import checked_questions, training_examples, validation_rows
-from hark.launch.common.trained import Trained, highest, read_run, saved
+from hark.launch.common.trained import CHOSEN, highest, of_run, read_run, saved
 from hark.launch.common.training import announce
 from hark.models.loading import read_family
 
@@ -59,8 +59,7 @@ def main(argv: list[str]) -> None:
             print(f"to export it: hark export {directory} --step {chosen}", flush=True)
         if asked is not None:
             load_weights(found[chosen], policy)
-            trained = Trained(directory, final, found[chosen], chosen)
-            answer_test(Subject(final, trained.name, trained), world, policy, *asked)
+            answer_test(of_run(directory, final, chosen, found[chosen]), world, policy, *asked)
 
 
 def table(shares: dict[int, Share], chosen: int) -> str:

@@ -271,7 +271,6 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ),
     ),
     "launch/ask.py": (
-        ("a choice without its end", "< lengths[:, None]", "< lengths[:, None] - 1", "test_ask"),
         (
             "product of probabilities as a mean",
             "logprobs.double().sum(dim=1)",
@@ -283,8 +282,8 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "launch/common/answering.py": (
         (
             "figures of another model",
-            "trained and directory.samefile",
-            "not trained or directory.samefile",
+            "subject.run and directory.samefile",
+            "not subject.run or directory.samefile",
             "test_choose",
         ),
         ("controls of the first row", "answered[n][key]", "answered[0][key]", "test_answering"),
@@ -435,6 +434,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("adapters stay off", "layer.enabled = True", "layer.enabled = False", "test_lora"),
     ),
     "models/policy.py": (
+        ("a completion without its end", "< lengths[:, None]", "< lengths[:, None] - 1", "test_ask"),
         ("stop token in the text", "row[:-1] if row and", "row if row and", "test_models test_rewards"),
         ("scale of logits inverted", "logits * scale", "logits / scale", "test_models"),
         (

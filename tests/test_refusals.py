@@ -16,7 +16,7 @@ from hark.data import clips
 from hark.grpo.config import ConfigError
 from hark.grpo.runtime.collectives import World, exchange_rows
 from hark.launch import choose, evaluate, sft, train
-from hark.launch.common import answering, questions, training
+from hark.launch.common import questions, trained, training
 from hark.launch.common.config_file import load_config
 from hark.launch.common.questions import clips_of
 from hark.models.families.causal_lm import CausalLMPolicy
@@ -119,7 +119,7 @@ def test_the_family_is_known_without_building_a_model(qwen2_audio_dir, causal_lm
 @pytest.fixture
 def config(tmp_path, qwen2_audio_dir, monkeypatch) -> list[str]:
     """A run whose weights may not be loaded."""
-    for module in (training, answering, choose):
+    for module in (training, trained, choose):
         monkeypatch.setattr(module, "make_policy", lambda *_, **__: pytest.fail("the weights were loaded"))
     data, test = write_questions(tmp_path, 4), write_questions(tmp_path, 4, name="test")
     path = tmp_path / "config.yaml"

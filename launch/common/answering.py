@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -22,28 +22,15 @@ from hark.grpo.config import Config, ConfigError
 from hark.grpo.evaluate import evaluate
 from hark.grpo.runtime.collectives import World, exchange_rows, joined_world
 from hark.launch.common.config_file import load_config
-from hark.launch.common.policies import make_policy
 from hark.launch.common.progress import counted
 from hark.launch.common.questions import bad_log, checked_questions, evaluation_settings, rank_batches, waveform_of
 from hark.launch.common.run_directory import changed
-from hark.launch.common.trained import Trained, find_trained, is_run, read_run
+from hark.launch.common.trained import Subject, find_trained, is_run
 from hark.launch.common.training import announce
 from hark.models.loading import read_family
 from hark.models.policy import Policy
 
 Question = Example | BadExample
-CHOSEN = "chosen"  # the directory in a run's for what is written about its best model
-
-
-class Subject(NamedTuple):
-    """The model to evaluate: that of a configuration, or one that a run trained."""
-
-    config: Config
-    name: str
-    trained: Trained | None = None
-
-    def load(self, world: World) -> Policy:
-        return make_policy(self.config, world, train=False) if self.trained is None else self.trained.load(world)
 
 
 def subject_of(words: list[str], *, step: int | None, best: bool) -> Subject:
@@ -53,13 +40,7 @@ def subject_of(words: list[str], *, step: int | None, best: bool) -> Subject:
             raise ConfigError("--step and --best need the run.directory of a training run as the first argument")
         config = load_config(words)
         return Subject(config, config.model.path)
-    directory, overrides = Path(words[0]), words[1:]
-    trained = find_trained(directory, overrides, step=step, best=best)
-    if step is not None or best:
-        place = directory / (CHOSEN if best else f"step-{step:06d}")
-        config = read_run(directory, [f"run.directory={place}", *overrides])
-        trained = dataclasses.replace(trained, config=config)
-    return Subject(trained.config, trained.name, trained)
+    return find_trained(Path(words[0]), words[1:], step=step, best=best)
 
 
 def answer_benchmark(subject: Subject, *, silent: bool, audio: bool, choices: bool) -> None:
@@ -80,9 +61,9 @@ def answer_benchmark(subject: Subject, *, silent: bool, audio: bool, choices: bo
 
 def refuse_another(subject: Subject) -> None:
     """Raise ConfigError if run.directory holds a run of another model, or an evaluation of another model or test."""
-    config, trained = subject.config, subject.trained
+    config = subject.config
     directory = Path(config.run.directory)
-    if (directory / "metrics.jsonl").exists() and not (trained and directory.samefile(trained.directory)):
+    if (directory / "metrics.jsonl").exists() and not (subject.run and directory.samefile(subject.run)):
         raise ConfigError(
             f"{directory} holds a training run, and {subject.name} is not its trained model; `hark evaluate "
             f"{directory}` evaluates that; for {subject.name} choose another run.directory"
@@ -91,7 +72,7 @@ def refuse_another(subject: Subject) -> None:
     if not path.exists():
         return
     before = json.loads(path.read_text(encoding="utf-8"))["config"]
-    keys = [("data", "test")] if trained else [("model", "path"), ("lora", "path"), ("data", "test")]
+    keys = [("data", "test")] if subject.run else [("model", "path"), ("lora", "path"), ("data", "test")]
     for name, old, new in changed(before, config, keys):
         raise ConfigError(f"{path} is the evaluation of {name}={old}, not {new}; choose another run.directory")
 
@@ -205,7 +186,7 @@ def report(
     others |= {control: share(answered) for control, answered in again.items()}
     result: dict[str, Any] = {
         "model": subject.name,
-        "step": subject.trained and subject.trained.step,
+        "step": subject.step,
         "benchmark": name,
     }
     result |= figures(rows, examples, others)

@@ -7,34 +7,42 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hark.grpo.config import Config, ConfigError
+from hark.grpo.instruments.metrics import read_metrics
 from hark.grpo.runtime.checkpoint import CheckpointError, checkpoints, load_weights, step_of
 from hark.grpo.runtime.collectives import World
 from hark.launch.common.config_file import load_config
 from hark.launch.common.policies import make_policy
 from hark.models.policy import Policy
 
+CHOSEN = "chosen"  # the directory in a run's for what is written about its best model
+
 
 @dataclass(frozen=True)
-class Trained:
-    """A model of a run. checkpoint: None where the run kept none, and `config.model.path` is its exported model."""
+class Subject:
+    """A model to evaluate, ask or export: `config.model.path`, with the weights of a run's checkpoint if there is one.
 
-    directory: Path
+    run, step: the directory and the finished steps of the run that trained it; None for the model of a configuration.
+    """
+
     config: Config
-    checkpoint: Path | None
-    step: int
-
-    @property
-    def name(self) -> str:
-        return f"step {self.step} of {self.directory}"
+    name: str
+    run: Path | None = None
+    step: int | None = None
+    checkpoint: Path | None = None
 
     def load(self, world: World) -> Policy:
-        """The policy with the trained weights, sharded over the world."""
+        """The policy, sharded over the world."""
         policy = make_policy(self.config, world, train=self.checkpoint is not None)  # only trained weights are loaded
         if self.checkpoint is not None:
             load_weights(self.checkpoint, policy)
             if world.is_main:
                 print(f"now with the weights of {self.name}", flush=True)
         return policy
+
+
+def of_run(directory: Path, config: Config, step: int, checkpoint: Path | None) -> Subject:
+    """The model of a run after a step; without a checkpoint, its exported model, which `config.model.path` names."""
+    return Subject(config, f"step {step} of {directory}", directory, step, checkpoint)
 
 
 def is_run(word: str) -> bool:
@@ -59,17 +67,18 @@ def saved(directory: Path) -> dict[int, Path]:
     return found
 
 
-def find_trained(directory: Path, overrides: list[str], *, step: int | None = None, best: bool = False) -> Trained:
+def find_trained(directory: Path, overrides: list[str], *, step: int | None = None, best: bool = False) -> Subject:
     """A model of a run: that after `step`, or the best on the validation questions, or the last.
 
     What is written about a model that is not the last goes to a directory of its own inside the run's.
     """
-    config = read_run(directory, overrides)
+    place = directory / (CHOSEN if best else "" if step is None else f"step-{step:06d}")
+    config = read_run(directory, [f"run.directory={place}", *overrides])
     exported = directory / "model"
     if step is None and not best and _is_last(exported, config):
         model = replace(config.model, path=str(exported))
         config = replace(config, model=model, lora=replace(config.lora, rank=0, path=None))
-        return Trained(directory, config, None, config.optim.steps)
+        return of_run(directory, config, config.optim.steps, None)
     found = saved(directory)
     step = best_step(directory) if best else max(found) if step is None else step
     if best and step not in found:
@@ -78,7 +87,7 @@ def find_trained(directory: Path, overrides: list[str], *, step: int | None = No
         )
     if step not in found:
         raise CheckpointError(f"{directory}: no checkpoint after step {step}; the run has {', '.join(map(str, found))}")
-    return Trained(directory, config, found[step], step)
+    return of_run(directory, config, step, found[step])
 
 
 def _is_last(exported: Path, config: Config) -> bool:
@@ -99,8 +108,8 @@ def best_step(directory: Path) -> int:
     """The step that `hark choose` selected, or else that of the best validation accuracy in the run's metrics."""
     if (directory / "choice.json").exists():
         return json.loads((directory / "choice.json").read_text(encoding="utf-8"))["step"]
-    lines = map(json.loads, (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    accuracy = {line["step"]: line["accuracy"] for line in lines if line.get("event") == "evaluation" and line["step"]}
+    lines = [line for line in read_metrics(directory) if line.get("event") == "evaluation" and line["step"]]
+    accuracy = {line["step"]: line["accuracy"] for line in lines}
     if not accuracy:
         raise ConfigError(f"{directory}: the run has no validation accuracies; `hark choose {directory}` measures them")
     return highest(accuracy)
