@@ -54,7 +54,7 @@ class Loader(Generic[Prompt]):
     def __init__(
         self,
         examples: Sequence[Example],
-        prepare: Callable[[str, np.ndarray | None], Prompt],
+        prepare: Callable[..., Prompt],
         *,
         seed: int,
         prompts_per_step: int,
@@ -68,7 +68,7 @@ class Loader(Generic[Prompt]):
         silent_share: float = 0.0,
         on_bad: Callable[[BadExample], None] = lambda bad: None,
     ) -> None:
-        """`prepare(text, waveform)` makes a prompt and may raise DataError; waveform is None without audio.
+        """`prepare(text, *waveforms)` makes a prompt and may raise DataError; there is no waveform without audio.
 
         silent_share: share of the prompts, 0 to 1, whose waveform is set to zero; which ones is a pure function of
         (seed, step, example). on_bad: called once with each example that is skipped.
@@ -168,10 +168,10 @@ class Loader(Generic[Prompt]):
     def _make(self, example: Example, step: int) -> tuple[Example, Prompt]:
         if self._shuffle_choices:
             example = shuffle_choices(example, seed=self._seed, step=step)
-        waveform = None if example.audio_path is None else self._waveform(example)
-        if waveform is not None and digest(f"{self._seed}/{step}/{example.id}") < self._silent_share * 2**64:
-            waveform = np.zeros_like(waveform)
-        return example, self._prepare(render(example, self._template), waveform)
+        waveforms = [] if example.audio_path is None else [self._waveform(example)]
+        if digest(f"{self._seed}/{step}/{example.id}") < self._silent_share * 2**64:
+            waveforms = [np.zeros_like(waveform) for waveform in waveforms]
+        return example, self._prepare(render(example, self._template), *waveforms)
 
 
 def _skipped(example: Example, error: DataError, skip_bad: bool) -> BadExample:
@@ -183,7 +183,7 @@ def _skipped(example: Example, error: DataError, skip_bad: bool) -> BadExample:
 
 def evaluation_batches(
     examples: Sequence[Example],
-    prepare: Callable[[str, np.ndarray | None], Prompt],
+    prepare: Callable[..., Prompt],
     *,
     template: str,
     waveform: Callable[[Example], np.ndarray],
@@ -200,8 +200,8 @@ def evaluation_batches(
 
     def make(example: Example) -> tuple[Example, Prompt] | BadExample:
         try:
-            sound = None if example.audio_path is None else waveform(example)
-            return example, prepare(render(example, template), sound)
+            waveforms = [] if example.audio_path is None else [waveform(example)]
+            return example, prepare(render(example, template), *waveforms)
         except DataError as error:
             return _skipped(example, error, skip_bad)
 

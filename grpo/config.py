@@ -53,7 +53,9 @@ class RunConfig:
 class ModelConfig:
     path: str  # Hugging Face directory of the policy to train
     reference: str | None = None  # Hugging Face directory of the reference policy; null is model.path
-    train_tower: bool = True  # False freezes the audio tower, as LoRA does; each rank then holds all of it
+    train: Literal["all", "no-tower", "projector"] = (
+        "all"  # the weights to train; each rank holds all of a frozen tower
+    )
     tower_cache: CountOrZero = 1024  # MiB per rank to cache a frozen tower's outputs, clip by clip
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation, and of weights that are not trained
     master_dtype: Literal["float32", "bfloat16"] = "float32"  # of trained weights and the optimizer's state

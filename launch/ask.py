@@ -51,12 +51,13 @@ def main(argv: list[str]) -> None:
         policy = subject.load(world)
         # Without choices the question is asked as it stands, because the templates name the choices.
         text = render(example, template) if example.choices else example.question
-        sounds = {"with sound" if arguments.silent else "": waveform}
+        waveforms = [] if waveform is None else [waveform]
+        sounds = {"with sound" if arguments.silent else "": waveforms}
         if arguments.silent:
-            if waveform is None:
+            if not waveforms:
                 raise ConfigError("--silent needs a clip")
-            sounds["without sound"] = np.zeros_like(waveform)
-        prompts = {name: policy.prepare(text, sound) for name, sound in sounds.items()}
+            sounds["without sound"] = [np.zeros_like(waveform) for waveform in waveforms]
+        prompts = {name: policy.prepare(text, *sound) for name, sound in sounds.items()}
         limit = arguments.max_new_tokens or config.rollout.max_new_tokens
         temperature = arguments.temperature or config.rollout.temperature
         for name, prompt in prompts.items():

@@ -182,7 +182,7 @@ def predict(shape: Shape, planned: Run) -> Plan:
         shards=gpus // config.sharding.replicas,
         dtype=BYTES[config.model.dtype],
         master=BYTES[config.model.master_dtype],
-        train_tower=config.model.train_tower,
+        train=config.model.train,
         tower_cache=config.model.tower_cache * 2**20,
         recompute=config.model.recompute,
         reshard=config.sharding.reshard,
@@ -262,7 +262,7 @@ def _candidates(planned: Run) -> Iterator[Change]:
         ("model", "dtype", "bfloat16"),
         ("sharding", "offload", True),
         ("lora", "rank", 8),
-        ("model", "train_tower", False),
+        ("model", "train", "no-tower"),
         ("model", "master_dtype", "bfloat16"),
     ):
         now = getattr(getattr(config, section), key)

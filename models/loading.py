@@ -41,8 +41,7 @@ def load_policy(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     master_dtype: torch.dtype = torch.float32,
-    train: bool = True,
-    train_tower: bool = True,
+    train: str = "all",
     tower_cache: int = 0,
     lora: Lora | None = None,
     recompute: bool = False,
@@ -53,7 +52,8 @@ def load_policy(
 
     The model is built on the meta device, passed to `shard`, and then given its weights.
     dtype: of the computation, and of weights that are not trained. master_dtype: of weights that are trained.
-    train: False freezes everything. lora: freezes everything but new or saved adapters.
+    train: "all", "no-tower", "projector" or "nothing", see `Policy.select_trained`. lora: trains new or saved adapters
+    alone; with "nothing" they are frozen too.
     tower_cache: bytes for the outputs of a frozen tower. recompute: turns on gradient checkpointing.
     attention: the scorer's, "sdpa" or, on a GPU only, "flex". shard: wraps the policy in FSDP.
     Raises PolicyError if the directory is not a checkpoint, the family is unknown, or tensors do not fit the model.
@@ -62,13 +62,12 @@ def load_policy(
     policy = build_policy(directory)
     policy.device, policy.name, policy.attention = torch.device(device), str(path), attention
     use_onednn(policy.model)
-    if not train_tower:
-        policy.freeze_tower()
+    policy.select_trained(train)
     if lora is not None:
         add_adapters(policy, lora)
-    if not train:
-        policy.requires_grad_(False)
-    if policy.tower_is_frozen and (lora is not None or not train_tower):
+        if train == "nothing":
+            policy.requires_grad_(False)
+    if policy.tower_is_frozen and (lora is not None or train != "nothing"):
         policy.tower_cache = TowerCache(tower_cache)
     if recompute:
         policy.recompute_activations()

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hark import UserError
+from hark.data.chat import Chat
 from hark.data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
 from hark.models.attention import (
     TREE,
@@ -38,20 +39,31 @@ class PolicyError(UserError, ValueError):
 
 
 @dataclass(frozen=True)
+class Audio:
+    """A clip in the form that an audio tower takes.
+
+    features: float32, in the family's own form: a log-mel (M, F) or windows of one (W, M, F).
+    frames: how many of the F are of the clip; those after them are padding.
+    tokens: audio embeddings that the tower makes of it.
+    digest: a hash of `features`, the key of the clip in a `TowerCache`.
+    """
+
+    features: torch.Tensor
+    frames: int
+    tokens: int
+    digest: str = ""
+
+
+@dataclass(frozen=True)
 class Prompt:
     """One prompt in the form that a policy takes, made by `Policy.prepare`.
 
     ids: (P,) int64 token ids, with one audio placeholder for each audio embedding.
-    log_mel: (M, F) float32 log-mel spectrogram, or None for a prompt without audio.
-    frames: mel frames of the clip, 100 per second; the F - frames after them are padding that the tower's convolutions
-        read.
-    audio_digest: a hash of `log_mel`, the key of the clip in a `TowerCache`; empty without audio.
+    clips: in the order of their placeholders; empty for a prompt without audio.
     """
 
     ids: torch.Tensor
-    log_mel: torch.Tensor | None = None
-    frames: int = 0
-    audio_digest: str = ""
+    clips: tuple[Audio, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,8 +127,8 @@ class Policy(nn.Module):
         """Make the model of a transformers config, with random parameters."""
         raise NotImplementedError
 
-    def prepare(self, text: str, waveform: np.ndarray | None) -> Prompt:
-        """Make a prompt from a user's text and a waveform (samples,) at `sample_rate`.
+    def prepare(self, chat: Chat, *waveforms: np.ndarray) -> Prompt:
+        """Make a prompt from a user's text, or from turns, and waveforms (samples,) at `sample_rate`.
 
         Runs on the CPU, in several threads. Raises DataError for an example that the family cannot take.
         """
@@ -138,6 +150,11 @@ class Policy(nn.Module):
     def tower(self) -> Any | None:
         """The audio tower, or None."""
         return None
+
+    @property
+    def projectors(self) -> tuple[nn.Module, ...]:
+        """The modules between the audio tower and the decoder."""
+        return ()
 
     directory: Path  # of the checkpoint
     name: str  # the directory or hub name that was given to `load_policy`
@@ -256,10 +273,22 @@ class Policy(nn.Module):
         for layer in self.layers():
             layer.forward = partial(_recomputed, layer.forward)
 
-    def freeze_tower(self) -> None:
-        """Exclude the audio tower from training."""
-        if self.tower is not None:
-            self.tower.requires_grad_(False)
+    def select_trained(self, part: str) -> None:
+        """Train "all" weights, all but the audio tower's ("no-tower"), the "projector" alone, or "nothing".
+
+        Raises PolicyError for the projector of a policy that has none.
+        """
+        if part == "projector" and not self.projectors:
+            raise PolicyError(f"{type(self.model).__name__} has no projector to train; set model.train to all")
+        # Weights are only frozen: some, such as tables of positions, are frozen in the model itself.
+        kept = {
+            "all": set(self.parameters()),
+            "no-tower": set(self.parameters()) - set(self.tower.parameters() if self.tower else ()),
+            "projector": {parameter for module in self.projectors for parameter in module.parameters()},
+            "nothing": set(),
+        }[part]
+        for parameter in set(self.parameters()) - kept:
+            parameter.requires_grad_(False)
 
     def completion_ids(self, text: str) -> torch.Tensor:
         """Ids (T,) of `text` as a completion, with the stop token that the chat template puts at the end of a turn."""

@@ -109,7 +109,7 @@ def case(request) -> Case:
     policy = load_policy(directory)
     has_audio = request.param == "qwen2_audio"
     waveforms = tuple(waveform(s, n) if has_audio else None for n, s in enumerate(SECONDS))
-    prompts = tuple(policy.prepare(text, w) for text, w in zip(TEXTS, waveforms, strict=True))
+    prompts = tuple(policy.prepare(text, *([] if w is None else [w])) for text, w in zip(TEXTS, waveforms, strict=True))
     return Case(request.param, directory, policy, prompts, waveforms)
 
 

@@ -465,8 +465,8 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("clips cut where they end", "CONV_REACH = 2", "CONV_REACH = 0", "test_parity"),
         (
             "shorter clip sees padding",
-            "len({prompt.frames for prompt in prompts}) > 1",
-            "len({prompt.frames for prompt in prompts}) > 3",
+            "len({clip.frames for clip in clips}) > 1",
+            "len({clip.frames for clip in clips}) > 3",
             "test_parity",
         ),
     ),

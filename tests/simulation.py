@@ -32,7 +32,7 @@ from hark.models.cache import GroupCache, TowerCache
 from hark.models.families.qwen2_audio import CONV_REACH, QWEN2_AUDIO_7B, Qwen2AudioPolicy, audio_tokens
 from hark.models.loading import build_from_config, meta_parameters
 from hark.models.lora import add_adapters
-from hark.models.policy import Lora, Policy, Prompt
+from hark.models.policy import Audio, Lora, Policy, Prompt
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
@@ -96,7 +96,7 @@ def simulate(
                 config.audio_config.num_mel_bins,
                 min(work.frames + CONV_REACH, 2 * config.audio_config.max_source_positions),
             )
-            prompts = (Prompt(ids, mel, work.frames),) * work.prompts
+            prompts = (Prompt(ids, (Audio(mel, work.frames, audio),)),) * work.prompts
             optimizer = build_optimizer(policy, weight_decay=0.0, betas=(0.9, 0.999))
             for parameter in policy.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -155,8 +155,8 @@ def _policy(config, setting: Setting, mesh, targets: tuple[str, ...]) -> Policy:
     policy = ConfigOnlyPolicy(config)
     if setting.lora_rank:
         add_adapters(policy, Lora(setting.lora_rank, 16.0, targets))
-    elif not setting.train_tower:
-        policy.freeze_tower()
+    else:
+        policy.select_trained(setting.train)
     if policy.tower_is_frozen:
         policy.tower_cache = TowerCache(0)
     if setting.recompute:

@@ -86,7 +86,7 @@ def test_flexattention_takes_windows_and_scales_as_sdpa_does(name, tmp_path):
     else:
         build_scaled(tmp_path, name)
     policy = load_policy(tmp_path)
-    assert_flex_scores_alike(policy, [policy.prepare(text, None) for text in TEXTS])
+    assert_flex_scores_alike(policy, [policy.prepare(text) for text in TEXTS])
 
 
 def gradients(case: Case, **settings) -> dict[str, torch.Tensor]:

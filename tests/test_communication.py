@@ -15,7 +15,7 @@ from tests.runs import build, read_metrics, train
 CASES = (
     [],
     ["sharding.reshard=false", "optim.micro_batch=1", "model.recompute=true"],
-    ["model.dtype=bfloat16", "model.train_tower=false", "loss.beta=0", "loss.inner_epochs=2"],
+    ["model.dtype=bfloat16", "model.train=no-tower", "loss.beta=0", "loss.inner_epochs=2"],
     ["lora.rank=3", "optim.micro_batch=1"],  # a first dimension that two ranks do not divide
     ["lora.rank=3", "optim.micro_batch=1", "sharding.reshard=false"],
 )

@@ -55,7 +55,7 @@ def test_it_opens_with_the_command_the_hardware_the_time_and_the_published_figur
 def test_r1_aqa_is_the_published_recipe():
     """The recipe's numbers, written out here once more, so that no edit of a configuration goes unnoticed."""
     _, config = read("r1_aqa")
-    assert config.model.train_tower and config.lora.rank == 0 and config.model.dtype == "bfloat16"
+    assert config.model.train == "all" and config.lora.rank == 0 and config.model.dtype == "bfloat16"
     assert config.rollout.group_size * config.optim.prompts_per_step == 128
     assert (config.optim.lr, config.optim.schedule, config.optim.warmup_steps) == (1e-6, "linear", 0)
     assert (config.optim.clip_norm, config.optim.weight_decay, config.optim.micro_batch) == (1.0, 0.0, 1)

@@ -37,7 +37,7 @@ WORK = Work(seconds=4.0, prompts=2, group_size=3, new_tokens=5)
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 POLICIES = {
     "whole": {},
-    "frozen tower": {"train_tower": False},
+    "frozen tower": {"train": "no-tower"},
     "adapters": {"lora": Lora(4, 8.0, TARGETS)},
     "adapters of some layers": {"lora": Lora(4, 8.0, ("v_proj", "down_proj"))},
 }
@@ -127,7 +127,7 @@ def test_a_whole_step_is_five_forwards_less_the_gradient_of_the_mel_frames_and_t
 
 
 def test_a_frozen_tower_counts_once_however_many_passes_use_it(side, directory):
-    cost = cost_of(load_policy(directory, train_tower=False))
+    cost = cost_of(load_policy(directory, train="no-tower"))
     passes = macs(cost, side.prompts, torch.full((6,), 5), audio_id=side.policy.audio_id)
     assert passes.tower == 2 * cost.tower(400) > 0
     rest = macs(replace(cost, convolutions=()), side.prompts, torch.full((6,), 5), audio_id=side.policy.audio_id)

@@ -196,8 +196,8 @@ def test_all_examples_bad_is_an_error_even_with_skip_bad():
 
 def test_an_example_without_audio_is_prepared_from_its_text_alone():
     data = [Example("id0", None, "Which?", ("a", "b"), 0, line="train.jsonl:1")]
-    with make(data, prepare=lambda text, waveform: (text, waveform)) as loader:
-        assert all(waveform is None for _, (_, waveform), _ in loader.step(0))
+    with make(data, prepare=lambda text, *waveforms: (text, *waveforms)) as loader:
+        assert all(len(prepared) == 1 for _, prepared, _ in loader.step(0))
 
 
 def test_what_can_never_work_is_refused_when_the_loader_is_made():

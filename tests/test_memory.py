@@ -59,7 +59,7 @@ CASES = {
     "activations dominate": (LIGHT, LONG, FOUR),
     "recomputed": (LIGHT, LONG, dataclasses.replace(FOUR, recompute=True)),
     "gathered weights stay": (HEAVY, work(), dataclasses.replace(FOUR, reshard=False)),
-    "frozen tower, no reference": (HEAVY, work(), dataclasses.replace(FOUR, train_tower=False, reference="none")),
+    "frozen tower, no reference": (HEAVY, work(), dataclasses.replace(FOUR, train="no-tower", reference="none")),
     "adapters on four ranks": (HEAVY, work(), dataclasses.replace(FOUR, lora_rank=8, reference="adapters")),
     "adapters on one rank": (HEAVY, work(), dataclasses.replace(ONE, lora_rank=8, reference="adapters")),
     "draws dominate": (WIDE, work(seconds=2, prompts=4, group_size=16, max_new_tokens=4), FOUR),

@@ -124,7 +124,7 @@ def test_sliding_windows_count_positions_not_columns_of_the_row(build, tmp_path)
     """A branch may be far behind its prompt in the row; a window of 8 counts positions, as in a sequence of its own."""
     build(tmp_path)
     policy = load_policy(tmp_path)
-    prompts = [policy.prepare(TEXTS[1], None)]
+    prompts = [policy.prepare(TEXTS[1])]
     assert len(prompts[0].ids) > 8
     rollout = sample(policy, prompts, group_size=4, max_new_tokens=12, temperature=1.0, keys=[(0, 0, 0)])
     scored, _ = score(policy, prompts, rollout.tokens, rollout.mask, group_size=4)
@@ -161,7 +161,7 @@ def test_logits_are_scaled_as_the_family_scales_them(name, tmp_path):
 
     build_scaled(tmp_path, name)
     policy = load_policy(tmp_path)
-    prompt = policy.prepare(TEXTS[1], None)
+    prompt = policy.prepare(TEXTS[1])
     tokens, mask = torch.tensor([[70, 71, 72]]), torch.ones(1, 3, dtype=torch.bool)
     scored, _ = score(policy, [prompt], tokens, mask, group_size=1)
     hf = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
@@ -180,9 +180,9 @@ def test_the_frames_of_a_clip_decide_its_placeholders(qwen2_audio_dir):
     policy = load_policy(qwen2_audio_dir)
     for seconds, expected in ((10, 250), (30, 750), (0.03, 1), (1.03, 26)):
         prompt = policy.prepare("What?", waveform(seconds, 0))
-        assert (prompt.ids == policy.audio_id).sum() == expected == audio_tokens(prompt.frames)
+        assert (prompt.ids == policy.audio_id).sum() == expected == audio_tokens(prompt.clips[0].frames)
     with pytest.raises(DataError, match="no audio_path"):
-        policy.prepare("What?", None)
+        policy.prepare("What?")
 
 
 def test_the_limits_of_a_clip_that_the_message_gives_are_the_limits_applied(qwen2_audio_dir):
@@ -214,8 +214,8 @@ def test_a_placeholder_that_a_user_writes_is_refused(qwen2_audio_dir):
 
 def test_freezing_the_tower_leaves_it_without_gradients_and_the_rest_with_the_same(qwen2_audio_dir):
     gradients = []
-    for train_tower in (True, False):
-        policy = load_policy(qwen2_audio_dir, train_tower=train_tower)
+    for part in ("all", "no-tower"):
+        policy = load_policy(qwen2_audio_dir, train=part)
         prompts = [policy.prepare(TEXTS[0], waveform(0.5, 0))]
         tokens, mask = torch.tensor([[70, 71, 72]]), torch.ones(1, 3, dtype=torch.bool)
         score(policy, prompts, tokens, mask, group_size=1)[0].sum().backward()

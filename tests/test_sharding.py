@@ -13,7 +13,7 @@ from hark.launch.common.config_file import load_config
 from tests.ranks import on_ranks
 from tests.runs import ROUNDING, build, largest_difference, read_metrics, train, train_all, weights
 
-FROZEN = "model.train_tower=false"
+FROZEN = "model.train=no-tower"
 
 
 @pytest.fixture

@@ -82,7 +82,7 @@ OPTIONS = [
     "loss.inner_epochs=2",
     "loss.advantage=none",
     "loss.beta=0",
-    "model.train_tower=false",
+    "model.train=no-tower",
 ]
 
 
@@ -336,8 +336,8 @@ def test_a_number_that_is_not_one_stops_the_run_and_keeps_the_step(settings, tmp
 def test_a_run_may_not_be_resumed_with_other_weights_trained(settings, tmp_path):
     run = [*settings, f"run.directory={tmp_path}/run", "optim.steps=1", "checkpoint.every=1"]
     on_ranks(1, train, run)
-    with pytest.raises(ConfigError, match="model.train_tower is False, but the run in .* was started with True"):
-        on_ranks(1, train, [*run, "run.resume=true", "model.train_tower=false"])
+    with pytest.raises(ConfigError, match="model.train is 'no-tower', but the run in .* was started with 'all'"):
+        on_ranks(1, train, [*run, "run.resume=true", "model.train=no-tower"])
 
 
 def test_the_first_step_is_prepared_while_the_first_evaluation_runs(settings, tmp_path):
@@ -361,13 +361,17 @@ def test_an_evaluation_without_questions_is_refused_at_the_start(settings, tmp_p
         on_ranks(1, train, [*settings, f"run.directory={tmp_path}/run", "evaluation.before=true"])
 
 
+def digests(prompt) -> list[str]:
+    return [clip.digest for clip in prompt.clips]
+
+
 def test_a_kept_step_of_text_alone_can_be_read(case, tmp_path):
     tokens = torch.zeros(3, 2, dtype=torch.long)
     mask = torch.ones(3, 2, dtype=torch.bool)
     batch = Batch(case.prompts, 1, tokens, mask, mask.float())
     write_step(tmp_path / "step.pt", batch, step=0, rank=0, examples=["q"])
     batch, _ = read_step(tmp_path / "step.pt")
-    assert [prompt.audio_digest for prompt in batch.prompts] == [prompt.audio_digest for prompt in case.prompts]
+    assert [digests(prompt) for prompt in batch.prompts] == [digests(prompt) for prompt in case.prompts]
 
 
 def test_each_completion_is_rewarded_with_the_example_it_answers(settings, tmp_path):
@@ -387,8 +391,8 @@ def test_each_completion_is_rewarded_with_the_example_it_answers(settings, tmp_p
         texts = trainer.policy.completion_texts(batches[0].tokens, batches[0].mask)
         owners = [example.id for example, *_ in trainer.data.step(0) for _ in range(4)]
         assert len(set(owners)) == 4 and judged == list(zip(owners, texts, strict=True))
-        sounds = [prompt.audio_digest for _, prompt, *_ in trainer.data.step(0)]
-        assert [prompt.audio_digest for prompt in batches[0].prompts] == sounds
+        sounds = [digests(prompt) for _, prompt, *_ in trainer.data.step(0)]
+        assert [digests(prompt) for prompt in batches[0].prompts] == sounds
 
     on_ranks(1, run)
 

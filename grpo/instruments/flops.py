@@ -174,7 +174,8 @@ def _group(cost: Cost, prompt: Prompt, lengths: Sequence[int], audio_id: int | N
     start, sampled = len(prompt.ids), sum(lengths)
     fed = start + sampled - len(lengths)
     audio = 0 if audio_id is None else int((prompt.ids == audio_id).sum())
-    tower, skipped = cost.tower(prompt.frames), cost.skipped_tower(prompt.frames)
+    tower = sum(cost.tower(clip.frames) for clip in prompt.clips)
+    skipped = sum(cost.skipped_tower(clip.frames) for clip in prompt.clips)
     forward = cost.tokens(0, start) + sum(cost.tokens(start, start + length - 1) for length in lengths)
     forward += sampled * cost.head + audio * cost.projector
     backward = 2 * forward

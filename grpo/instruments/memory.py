@@ -69,7 +69,7 @@ class Setting:
     shards: int
     dtype: int
     master: int
-    train_tower: bool = True
+    train: str = "all"
     tower_cache: int = 0
     recompute: bool = False
     reshard: bool = True
@@ -138,20 +138,22 @@ class UnitSizes:
         self.setting = setting
         d, n, lora = setting.dtype, setting.shards, setting.lora_rank > 0
         tower = shape.tower or Tower(0, 0, 0, 0, 0, 0)
-        frozen_tower = tower.parameters if lora or not setting.train_tower else 0
+        partly = lora or setting.train == "projector"  # most of the weights are frozen
+        frozen_tower = tower.parameters if partly or setting.train == "no-tower" else 0
         self.tower_cache = setting.tower_cache if frozen_tower else 0  # bytes
-        frozen = shape.parameters - frozen_tower if lora else 0
+        projector = shape.projector if setting.train == "projector" and not lora else 0
+        frozen = shape.parameters - frozen_tower - projector if partly else 0
         adapters = setting.lora_rank * shape.adapters
         root = shape.root - (tower.rest if frozen_tower else 0)
-        self.trained = adapters * shape.layers if lora else shape.parameters - frozen_tower
+        self.trained = adapters * shape.layers + projector if partly else shape.parameters - frozen_tower
         self.frozen_host = d * frozen // n if setting.offload else 0  # bytes
         self.frozen_device = d * frozen_tower + d * frozen // n - self.frozen_host  # bytes
-        self.root_trained = 0 if lora else root
-        self.layer_trained = adapters if lora else shape.layer
-        self.embedding_trained = 0 if lora else shape.vocabulary * shape.hidden
+        self.root_trained = projector if partly else root
+        self.layer_trained = adapters if partly else shape.layer
+        self.embedding_trained = 0 if partly else shape.vocabulary * shape.hidden
         self.tower_layer = 0 if frozen_tower else tower.layer
-        gathers = n > 1 or not lora or setting.offload
-        self.root = root if gathers else 0
+        gathers = n > 1 or not partly or setting.offload
+        self.root = root if gathers else projector
         self.layer = (shape.layer if gathers else 0) + (adapters if lora else 0)
         self.total = self.root + shape.layers * self.layer + tower.layers * self.tower_layer
         self.gather_buffer = d * self.layer if n > 1 else 0  # bytes; with one shard there is no buffer

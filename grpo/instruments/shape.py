@@ -67,6 +67,7 @@ class Shape:
     layer: parameters of one decoder layer. root: parameters outside all layers, which form FSDP's root unit:
     embeddings, head, last norm, projector and the tower's convolutions, positions and last norm.
     adapters: parameters of one decoder layer's adapters at rank 1, the sum of the targets' input and output sizes.
+    projector: parameters between the audio tower and the decoder.
     """
 
     layers: int
@@ -80,6 +81,7 @@ class Shape:
     layer: int
     root: int
     adapters: int
+    projector: int = 0
     tower: Tower | None = None
 
     @property
@@ -135,6 +137,7 @@ def shape_of(policy: Policy, *, targets: Sequence[str] = ()) -> Shape:
         layer=_count(layers[0]),
         root=_count(policy.model) - in_layers,
         adapters=sum(linear.in_features + linear.out_features for linear in linears),
+        projector=sum(map(_count, policy.projectors)),
         tower=tower,
     )
 

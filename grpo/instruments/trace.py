@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from hark import UserError
 from hark.grpo.types import Batch, PolicyBatch
-from hark.models.policy import Prompt
+from hark.models.policy import Audio, Prompt
 
 
 class NonFiniteError(UserError, RuntimeError):
@@ -49,7 +49,9 @@ def read_step(path: Path, device: torch.device | str = "cpu") -> tuple[Batch, di
     """The batch that `write_step` wrote, and its step, rank and examples."""
     record = torch.load(path, map_location=device, weights_only=True)
     fields = record.pop("batch")
-    prompts = tuple(Prompt(**prompt) for prompt in fields.pop("prompts"))
+    prompts = tuple(
+        Prompt(prompt["ids"], tuple(Audio(**clip) for clip in prompt["clips"])) for prompt in fields.pop("prompts")
+    )
     kind = PolicyBatch if "advantages" in fields else Batch
     return kind(prompts=prompts, **fields), record
 

@@ -13,7 +13,7 @@ OTHER_NAMES = {
     "run.seed": "random_seed data_seed",
     "model.path": "name model_name model_name_or_path model_path name_or_path pretrained base_model",
     "model.reference": "ref_model reference_model ref_path",
-    "model.train_tower": "freeze_tower freeze_encoder freeze_audio_encoder freeze_audio",
+    "model.train": "train_tower freeze_tower freeze_encoder freeze_audio_encoder freeze_audio",
     "model.dtype": "bf16 fp16 precision torch_dtype mixed_precision",
     "model.attention": "attn_implementation flash_attention",
     "model.recompute": "gradient_checkpointing activation_checkpointing",

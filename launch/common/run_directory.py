@@ -16,7 +16,7 @@ FIXED = (
     ("run", "seed"),
     ("model", "path"),
     ("model", "reference"),
-    ("model", "train_tower"),
+    ("model", "train"),
     ("lora", "rank"),
     ("lora", "alpha"),
     ("lora", "targets"),

@@ -56,7 +56,7 @@ from hark.launch.studies.sides import (
 )
 from hark.models.families.qwen2_audio import CONV_REACH, QWEN2_AUDIO_7B, Qwen2AudioPolicy, audio_tokens
 from hark.models.loading import build_from_config, meta_parameters
-from hark.models.policy import Policy, Prompt
+from hark.models.policy import Audio, Policy, Prompt
 
 TARGETS = dict(decode_over_weights=1.5, matmul_share=0.45)
 TEXT = 60  # tokens of a prompt beside its audio
@@ -370,9 +370,11 @@ def random_prompts(policy: Qwen2AudioPolicy, work: Work) -> tuple[Prompt, ...]:
     prompts = []
     for n in range(work.prompts):
         text = torch.randint(1, policy.audio_id, (TEXT,), generator=generator)
-        placeholders = torch.full((audio_tokens(frames),), policy.audio_id)
+        tokens = audio_tokens(frames)
+        placeholders = torch.full((tokens,), policy.audio_id)
         mel = torch.randn(audio.num_mel_bins, min(frames + CONV_REACH, most), generator=generator)
-        prompts.append(Prompt(torch.cat([text[:10], placeholders, text[10:]]), mel, frames, audio_digest=str(n)))
+        clip = Audio(mel, frames, tokens, digest=str(n))
+        prompts.append(Prompt(torch.cat([text[:10], placeholders, text[10:]]), (clip,)))
     return tuple(prompts)
 
 
@@ -380,9 +382,9 @@ def padded(policy: Policy, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]
     """The inputs that Hugging Face's processor would make of these prompts, all of one length: mel padded to 30 s."""
     ids = torch.stack([prompt.ids for prompt in prompts])
     most = 2 * policy.model.config.audio_config.max_source_positions
-    mels = [prompt.log_mel for prompt in prompts if prompt.log_mel is not None]
-    mel = torch.stack([torch.nn.functional.pad(mel, (0, most - mel.shape[1])) for mel in mels])
-    real = torch.arange(most) < torch.tensor([prompt.frames for prompt in prompts])[:, None]
+    clips = [clip for prompt in prompts for clip in prompt.clips]
+    mel = torch.stack([torch.nn.functional.pad(c.features, (0, most - c.features.shape[1])) for c in clips])
+    real = torch.arange(most) < torch.tensor([clip.frames for clip in clips])[:, None]
     return {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),

@@ -80,7 +80,7 @@ class HarkSide:
 
     def __init__(self, directory: Path, work: Work, *, shard: Callable[[Policy], None] | None = None):
         self.work = work
-        self.policy, self.frozen = (load_policy(directory, train=train, shard=shard) for train in (True, False))
+        self.policy, self.frozen = (load_policy(directory, train=part, shard=shard) for part in ("all", "nothing"))
         # The audio placeholder is never sampled. As the only stop token, it makes every completion run to the limit.
         self.policy.model.generation_config.eos_token_id = self.policy.audio_id
         self.prompts = tuple(self.policy.prepare(QUESTION, waveform) for waveform in work.waveforms())

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from hark.data.chat import Chat, messages
 from hark.data.errors import DataError
-from hark.models.policy import Policy, Prompt, pad_ids
+from hark.models.policy import Policy, Prompt, pad_ids, text_ids
 
 
 class CausalLMPolicy(Policy):
@@ -32,19 +33,18 @@ class CausalLMPolicy(Policy):
     def decoder(self) -> Any:
         return self.model.get_decoder()
 
-    def prepare(self, text: str, waveform: np.ndarray | None) -> Prompt:
-        """The chat template around the text, or only the text if the tokenizer has no template.
+    def prepare(self, chat: Chat, *waveforms: np.ndarray) -> Prompt:
+        """The chat template around the turns, or only their texts if the tokenizer has no template.
 
         Raises DataError for a waveform.
         """
-        if waveform is not None:
+        if waveforms:
             raise DataError("the example has audio, but this policy reads text only; choose a model that takes audio")
+        turns = messages(chat, clips=0)
         if self.tokenizer.chat_template is None:
-            return Prompt(ids=torch.tensor(self.tokenizer(text)["input_ids"]))
-        chat = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-        )
-        return Prompt(ids=torch.tensor(self.tokenizer(chat, add_special_tokens=False)["input_ids"]))
+            return Prompt(ids=torch.tensor(self.tokenizer("\n".join(turn["content"] for turn in turns))["input_ids"]))
+        text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        return Prompt(ids=torch.tensor(text_ids(self.tokenizer, text)))
 
     def embed(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
         ids, lengths = pad_ids(prompts, self.pad_id, self.device)

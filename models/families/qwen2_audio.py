@@ -14,9 +14,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hark.data.chat import Chat, messages
 from hark.data.errors import DataError
 from hark.data.features import log_mel
-from hark.models.policy import Policy, PolicyError, Prompt, pad_ids
+from hark.models.policy import Audio, Policy, PolicyError, Prompt, pad_ids, text_ids
 
 # Sizes of Qwen/Qwen2-Audio-7B-Instruct, as keys of its config.json: 8.4 billion parameters.
 QWEN2_AUDIO_7B: dict[str, Any] = {
@@ -96,14 +97,23 @@ class Qwen2AudioPolicy(Policy):
     def tower(self) -> Any:
         return self.model.model.audio_tower
 
-    def prepare(self, text: str, waveform: np.ndarray | None) -> Prompt:
-        """The chat template around an audio placeholder and the text, and the log-mel of the clip without 30 s padding.
+    def prepare(self, chat: Chat, *waveforms: np.ndarray) -> Prompt:
+        """The chat template around the turns with a placeholder for each audio embedding, and the clips.
 
-        Raises DataError for a missing waveform, for one too short for one embedding, and for one longer than the tower
-        takes.
+        Raises DataError for a prompt without a clip, and for a clip that is too short for one embedding or longer than
+        the tower takes.
         """
-        if waveform is None:
+        if not waveforms:
             raise DataError("no audio_path; this policy answers questions about audio")
+        clips = tuple(self._clip(waveform) for waveform in waveforms)
+        text = self.processor.apply_chat_template(
+            messages(chat, len(clips)), add_generation_prompt=True, tokenize=False
+        )
+        ids = torch.tensor(text_ids(self.tokenizer, text))
+        return Prompt(self._expand(ids, [clip.tokens for clip in clips]), clips)
+
+    def _clip(self, waveform: np.ndarray) -> Audio:
+        """The log-mel of a clip without 30 s padding."""
         extractor = self.processor.feature_extractor
         hop = extractor.hop_length
         frames = -(-len(waveform) // hop)
@@ -115,18 +125,14 @@ class Qwen2AudioPolicy(Policy):
             )
         padded = np.pad(waveform, (0, min(CONV_REACH * hop, most - len(waveform))))
         mel = log_mel(padded, n_mels=extractor.feature_size, n_fft=extractor.n_fft, hop=hop)
-        content = [{"type": "audio", "audio_url": ""}, {"type": "text", "text": text}]
-        chat = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
-        ids = torch.tensor(self.tokenizer(chat, add_special_tokens=False)["input_ids"])
         digest = hashlib.blake2b(mel.numpy().data, digest_size=16).hexdigest()
-        return Prompt(ids=self._expand(ids, audio_tokens(frames)), log_mel=mel, frames=frames, audio_digest=digest)
+        return Audio(mel, frames, audio_tokens(frames), digest)
 
     def embed(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
         ids, lengths = pad_ids(prompts, self.pad_id, self.device)
         embeddings = self.embed_tokens(ids)
-        audio = self.model.model.multi_modal_projector(self._encode_audio(prompts)).to(embeddings.dtype)
+        clips = [clip for prompt in prompts for clip in prompt.clips]
+        audio = self.model.model.multi_modal_projector(self._encode_audio(clips)).to(embeddings.dtype)
         # Prompts are padded with pad_id, so no placeholder is padding.
         is_audio = (ids == self.audio_id).unsqueeze(-1).expand_as(embeddings)
         placeholders = int(is_audio[..., 0].sum())
@@ -136,42 +142,48 @@ class Qwen2AudioPolicy(Policy):
             )
         return embeddings.masked_scatter(is_audio, audio), lengths
 
-    def _expand(self, ids: torch.Tensor, embeddings: int) -> torch.Tensor:
-        """Replace the one audio placeholder in ids (P,) by `embeddings` placeholders."""
-        found = (ids == self.audio_id).nonzero().flatten().tolist()
-        if len(found) != 1:
+    def _expand(self, ids: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """Replace the placeholder of each clip in ids (P,) by as many as it has embeddings."""
+        found = ids == self.audio_id
+        if int(found.sum()) != len(counts):
             raise DataError(
-                f"{len(found)} audio placeholders in the prompt of one clip; expected 1; does the question contain one?"
+                f"{int(found.sum())} audio placeholders in the prompt of {len(counts)} clips; expected one for each; "
+                "does the question contain one?"
             )
-        return torch.cat([ids[: found[0]], ids.new_full((embeddings,), self.audio_id), ids[found[0] + 1 :]])
+        repeats = torch.ones_like(ids)
+        repeats[found] = torch.tensor(counts)
+        return ids.repeat_interleave(repeats)
+
+    @property
+    def projectors(self) -> tuple[nn.Module, ...]:
+        return (self.model.model.multi_modal_projector,)
 
     def share_tower(self, other: Policy) -> None:
         self.model.model.audio_tower, self.tower_cache = other.tower, other.tower_cache
 
-    def _encode_audio(self, prompts: Sequence[Prompt]) -> torch.Tensor:
+    def _encode_audio(self, clips: Sequence[Audio]) -> torch.Tensor:
         """The tower's outputs for all clips, concatenated: (audio embeddings, tower width); cached if it is frozen."""
         if self.tower_cache is None:
-            return self._encode_clips(prompts)
-        return torch.cat([self.tower_cache.get(p.audio_digest, partial(self._encode_clips, (p,))) for p in prompts])
+            return self._encode_clips(clips)
+        return torch.cat([self.tower_cache.get(clip.digest, partial(self._encode_clips, (clip,))) for clip in clips])
 
-    def _encode_clips(self, prompts: Sequence[Prompt]) -> torch.Tensor:
+    def _encode_clips(self, clips: Sequence[Audio]) -> torch.Tensor:
         """Run the tower on all clips as one batch: (audio embeddings, tower width).
 
         The tower's own forward in transformers takes clips padded to 3000 frames, 30 s, and masks the padding in its
         layers. So the clip's frames and the two after them, which the convolutions read, give the same values.
         """
         tower = self.tower
-        frames = torch.tensor([prompt.frames for prompt in prompts], device=self.device)
-        mels = [prompt.log_mel.T for prompt in prompts if prompt.log_mel is not None]
-        assert len(mels) == len(prompts)  # `prepare` takes no text without audio
+        frames = torch.tensor([clip.frames for clip in clips], device=self.device)
+        mels = [clip.features.T for clip in clips]
         hidden = nn.utils.rnn.pad_sequence(mels, batch_first=True)
         hidden = hidden.transpose(1, 2).to(self.device, tower.conv1.weight.dtype)
         hidden = F.gelu(tower.conv2(F.gelu(tower.conv1(hidden)))).transpose(1, 2)  # (N, S, D), 50 per second
-        hidden = hidden[:, : _positions(max(prompt.frames for prompt in prompts))]
+        hidden = hidden[:, : _positions(max(clip.frames for clip in clips))]
         hidden = hidden + tower.embed_positions.weight[: hidden.shape[1]]
         position = torch.arange(hidden.shape[1], device=self.device)
         mask = None
-        if len({prompt.frames for prompt in prompts}) > 1:
+        if len({clip.frames for clip in clips}) > 1:
             # Additive and made once: each layer would convert a boolean mask, and save an (N, 1, S, S) copy.
             padding = (position >= _positions(frames)[:, None])[:, None, None]  # (N, 1, 1, S)
             mask = torch.zeros(padding.shape, dtype=hidden.dtype, device=self.device).masked_fill(padding, -torch.inf)
