@@ -30,9 +30,10 @@ from hark.launch.common.clips import paths_of
 from hark.launch.common.config_file import load_config
 from hark.launch.common.entry import run
 from hark.launch.common.policies import lora_of
-from hark.models.families.qwen2_audio import QWEN2_AUDIO_7B, audio_tokens
+from hark.models.families.qwen2_audio import QWEN2_AUDIO_7B
 from hark.models.loading import build_from_config, load_tokenizer, read_config
 from hark.models.policy import PolicyError, text_ids
+from hark.models.whisper import audio_tokens
 
 GIB, MIB = 2**30, 2**20
 USABLE = 0.95  # share of the device memory; the CUDA context, workspaces and fragmentation take the rest

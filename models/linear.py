@@ -34,7 +34,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     fast = AVAILABLE and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel()
     if not fast:
         return F.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() else _product(x, weight, bias)
+    if not torch.is_grad_enabled():
+        return _product(x, weight, bias)
+    # Rows are folded here and not in the operator: autograd refuses to modify a view that a Function returns in place.
+    return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).unflatten(0, x.shape[:-1])
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -52,11 +55,11 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         x, weight = ctx.saved_tensors
-        rows, of_x, of_weight, of_bias = gradient.flatten(0, -2), None, None, None
+        of_x, of_weight, of_bias = None, None, None
         if ctx.needs_input_grad[0]:
             of_x = _product(gradient, weight.T)
         if ctx.needs_input_grad[1]:
-            of_weight = _product(rows.T, x.flatten(0, -2).T)
+            of_weight = _product(gradient.T, x.T)
         if ctx.needs_input_grad[2]:
-            of_bias = rows.sum(dim=0)
+            of_bias = gradient.sum(dim=0)
         return of_x, of_weight, of_bias

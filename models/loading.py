@@ -12,25 +12,43 @@ from typing import Any, NoReturn
 from unittest import mock
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from hark.models.cache import TowerCache
+from hark.models.families.audioflamingo3 import AudioFlamingo3Policy, MusicFlamingoPolicy
 from hark.models.families.causal_lm import CausalLMPolicy
+from hark.models.families.glmasr import GlmAsrPolicy
+from hark.models.families.granite_speech import GraniteSpeechPolicy
+from hark.models.families.qwen2_5_omni import Qwen2_5OmniPolicy
 from hark.models.families.qwen2_audio import Qwen2AudioPolicy
+from hark.models.families.qwen3_asr import Qwen3ASRPolicy
+from hark.models.families.qwen3_omni_moe import Qwen3OmniMoePolicy
+from hark.models.families.voxtral import VoxtralPolicy
 from hark.models.linear import use_onednn
-from hark.models.lora import WEIGHTS_FILE, add_adapters, initial_weight, is_adapter, peft_name
+from hark.models.lora import add_adapters, initial_weight, is_adapter
 from hark.models.policy import Lora, Policy, PolicyError
+from hark.models.stored import INDEX, SINGLE, Part, StoredTensors
 
 # config.model_type -> policy class; text-only causal language models need no entry.
-FAMILIES: dict[str, type[Policy]] = {"qwen2_audio": Qwen2AudioPolicy}
+FAMILIES: dict[str, type[Policy]] = {
+    "audioflamingo3": AudioFlamingo3Policy,
+    "glmasr": GlmAsrPolicy,
+    "granite_speech": GraniteSpeechPolicy,
+    "musicflamingo": MusicFlamingoPolicy,
+    "qwen2_5_omni": Qwen2_5OmniPolicy,
+    "qwen2_5_omni_thinker": Qwen2_5OmniPolicy,
+    "qwen2_audio": Qwen2AudioPolicy,
+    "qwen3_asr": Qwen3ASRPolicy,
+    "qwen3_omni_moe": Qwen3OmniMoePolicy,
+    "qwen3_omni_moe_thinker": Qwen3OmniMoePolicy,
+    "voxtral": VoxtralPolicy,
+}
 SUPPORTED = (
     f"expected an audio language model ({', '.join(sorted(FAMILIES))}) or a text-only causal language model "
     "(...ForCausalLM); see docs/extending.md"
 )
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZERS = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json"}
 PROCESSORS = {"preprocessor_config.json", "processor_config.json"}
 
@@ -255,32 +273,28 @@ def _load_weights(policy: Policy, directory: Path, dtype: torch.dtype, master_dt
 
     Raises PolicyError that names tensors that are missing, of another shape, or not part of the model.
     """
-    stored = StoredTensors(directory, policy)
-    unused, problems = stored.names(), []
+    stored, problems = StoredTensors(directory, policy), []
     state: dict[str, torch.Tensor] = {}
     tied = tied_names(policy.model)
     adapters = policy.lora.path if policy.lora else None
     for name, target in policy.model.state_dict(keep_vars=True).items():
+        trained_dtype = master_dtype if target.requires_grad else dtype
         if tied[name] != name:
             continue
-        convert = partial(_convert, target=target, policy=policy, dtype=master_dtype if target.requires_grad else dtype)
         if is_adapter(name) and adapters is None:
-            state[name] = convert(initial_weight(name, target.shape))
-            continue
-        with stored.opened(name) as tensor:
-            unused.discard(stored.find(name))
-            shape = None if tensor is None else tuple(tensor.get_shape())
-            if tensor is None:
-                problems.append(f"{policy.hub_name(name)} is missing")
-            elif shape != tuple(target.shape):
-                problems.append(f"{stored.find(name)} is {shape}, the model has {tuple(target.shape)}")
-            else:
-                state[name] = convert(tensor)
-    for name, first in tied.items():
-        unused.discard(stored.find(name))
-        if first in state:
-            state[name] = state[first]
-    problems += [f"{name} is not part of the model" for name in sorted(unused)]
+            initial = initial_weight(name, target.shape)
+            state[name] = _placed(
+                lambda part, whole=initial: whole[... if part is None else part], target, policy, trained_dtype
+            )
+        elif name not in stored:
+            problems.append(f"{name} is missing")
+        elif stored.shape(name) != tuple(target.shape):
+            stored_as = f"{stored.stored_name(name)} is {stored.shape(name)}"
+            problems.append(f"{stored_as}, the model has {tuple(target.shape)}")
+        else:
+            state[name] = _placed(partial(stored.read, name), target, policy, trained_dtype)
+    state |= {name: state[first] for name, first in tied.items() if first in state}
+    problems += [f"{name} is not part of the model" for name in stored.surplus]
     if problems:
         more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
         where = f"{directory} with the adapters of {adapters}" if adapters else directory
@@ -292,61 +306,6 @@ def _load_weights(policy: Policy, directory: Path, dtype: torch.dtype, master_dt
                 module._buffers[name] = buffer.to(policy.device)
 
 
-class StoredTensors:
-    """The tensors in the files of a checkpoint and of saved adapters, found by their names in the policy."""
-
-    def __init__(self, directory: Path, policy: Policy):
-        self._policy = policy
-        self._files = _tensor_files(directory)
-        if policy.lora is not None and policy.lora.path is not None:
-            self._files |= _tensors_of(policy.lora.path / WEIGHTS_FILE)
-
-    def names(self) -> set[str]:
-        """All names in the files."""
-        return set(self._files)
-
-    def find(self, name: str) -> str | None:
-        """The name in the files of a tensor called `name` in `policy.model`; None if it is not there."""
-        candidates = (peft_name(name),) if is_adapter(name) else (self._policy.hub_name(name), name)
-        return next((candidate for candidate in candidates if candidate in self._files), None)
-
-    @contextmanager
-    def opened(self, name: str) -> Iterator[Any]:
-        """A tensor as a safetensors slice, which reads only the part that is indexed; None if it is not there."""
-        stored = self.find(name)
-        if stored is None:
-            yield None
-            return
-        with _opened(self._files[stored]) as file:
-            yield file.get_slice(stored)
-
-
-def _tensor_files(directory: Path) -> dict[str, Path]:
-    """Stored tensor name -> the safetensors file that holds it."""
-    index = directory / INDEX
-    if index.exists():
-        try:
-            return {name: directory / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-        except (ValueError, KeyError) as error:
-            raise PolicyError(f"{index}: cannot be read ({error}); expected a weight_map; copy it again") from error
-    return _tensors_of(directory / SINGLE)
-
-
-def _tensors_of(path: Path) -> dict[str, Path]:
-    with _opened(path) as file:
-        return {name: path for name in file.keys()}
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """An open safetensors file. Raises PolicyError for a file that cannot be opened or read."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (OSError, SafetensorError) as error:
-        raise PolicyError(f"{path}: missing or broken ({error}); expected a safetensors file; copy it again") from error
-
-
 def tied_names(model: nn.Module) -> dict[str, str]:
     """For each name in the state dict, the first name of the same tensor; the two differ for tied weights."""
     first: dict[int, str] = {}
@@ -354,20 +313,21 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     return {name: first.setdefault(id(tensors[name]), name) for name in model.state_dict()}
 
 
-def _convert(tensor: Any, *, target: torch.Tensor, policy: Policy, dtype: torch.dtype) -> torch.Tensor:
-    """A copy of a tensor or safetensors slice in the form of `target`.
+def _placed(
+    read: Callable[[Part | None], torch.Tensor], target: torch.Tensor, policy: Policy, dtype: torch.dtype
+) -> torch.Tensor:
+    """A stored tensor in the form of `target`; `read` gives all of it, or a part.
 
-    A parameter gets `dtype`; of a sharded one only this rank's slice is read. A buffer keeps its stored dtype. Both are
+    A parameter gets `dtype`; of a sharded one only this rank's part is read. A buffer keeps its stored dtype. Both are
     copied because safetensors returns views of the memory-mapped file, which may change or be deleted.
     """
     if not isinstance(target, nn.Parameter):
-        return tensor[...].to(policy.device, copy=True)
+        return read(None).to(policy.device, copy=True)
     if not isinstance(target, DTensor):
-        return nn.Parameter(tensor[...].to(policy.device, dtype, copy=True), requires_grad=target.requires_grad)
+        return nn.Parameter(read(None).to(policy.device, dtype, copy=True), requires_grad=target.requires_grad)
     shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
-    local = (
-        torch.empty(shape) if 0 in shape else tensor[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
-    )
+    part = tuple(slice(first, first + size) for first, size in zip(offset, shape, strict=True))
+    local = torch.empty(shape) if 0 in shape else read(part)
     sharded = DTensor.from_local(
         local.to("cpu" if policy.offloads else policy.device, dtype, copy=True), target.device_mesh, target.placements,
         run_check=False, shape=target.shape, stride=target.stride(),

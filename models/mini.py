@@ -1,6 +1,6 @@
-"""A small Qwen2-Audio with its tokenizer and processor, built from code: the model of `make demo` and `hark new-model`.
+"""A small model with its tokenizer and processor, built from code: the model of `make demo` and `hark new-model`.
 
-The result is a Hugging Face checkpoint directory, loaded like that of Qwen2-Audio-7B-Instruct.
+The result is a Hugging Face checkpoint directory, loaded like that of Qwen2-Audio-7B-Instruct. Its weights are random.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from torch import nn
 
 from hark.data.errors import DataError
 from hark.data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
+from hark.models.mini_families import FAMILIES, Sizes
 
-AUDIO, AUDIO_BOS, AUDIO_EOS = "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 # One token each, to keep answers short. They are not special tokens, so they stay in the completions' texts.
 TAGS = ("<answer>", "</answer>", "<think>", "</think>")
+CLIP = "CLIP"  # in the template below: what a family writes for a clip
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'audio' %}<|audio_bos|><|AUDIO|><|audio_eos|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% if part['type'] == 'audio' %}CLIP{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-# Arguments of `build_mini` by the name of a size. The vocabulary is a maximum: little text gives fewer tokens.
+# Arguments of `build_mini` by the name of a size.
 SIZES: dict[str, dict[str, int]] = {
     "tiny": dict(vocabulary=512, hidden=64, layers=2, tower_hidden=64, tower_layers=1),
     "small": dict(vocabulary=768, hidden=192, layers=4, tower_hidden=128, tower_layers=2),
@@ -41,51 +42,48 @@ def build_mini(
     directory: str | Path,
     texts: Iterable[str],
     *,
+    family: str = "qwen2_audio",
     seed: int = 0,
     tower_from: str | Path | None = None,
-    vocabulary: int = 768,
-    hidden: int = 192,
-    layers: int = 4,
-    tower_hidden: int = 128,
-    tower_layers: int = 2,
+    **sizes: int,
 ) -> None:
-    """Write a Qwen2-Audio checkpoint of a few million random parameters; equal seeds give equal weights.
+    """Write a checkpoint of a family with random parameters; equal seeds give equal weights.
 
     texts: the tokenizer's training data. It is a byte-level tokenizer, so it can encode any other text too.
-    tower_from: a Whisper checkpoint directory; its encoder, with its sizes, becomes the audio tower.
+    tower_from: a Whisper checkpoint directory; its encoder, with its sizes, becomes the audio tower of a qwen2_audio.
+    sizes: fields of `Sizes`.
     """
-    from transformers import (
-        GenerationConfig,
-        Qwen2AudioForConditionalGeneration,
-        Qwen2AudioProcessor,
-        WhisperFeatureExtractor,
-    )
+    import transformers
 
-    tokenizer = _build_tokenizer(texts, vocabulary)
+    made, chosen = FAMILIES[family], Sizes(**sizes)
+    tokenizer = _build_tokenizer(texts, chosen.vocabulary, made.tokens)
     encoder = None if tower_from is None else _whisper_encoder(Path(tower_from))
-    audio_config = _tower_config(tower_hidden, tower_layers) if encoder is None else _like_whisper(encoder.config)
+    config = made.config(tokenizer, chosen)
+    if encoder is not None:
+        config.audio_config = transformers.AutoConfig.for_model(**_like_whisper(encoder.config))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2AudioForConditionalGeneration(_config(tokenizer, audio_config, hidden, layers))
-        _init_tower(model.model.audio_tower)
+        model = getattr(transformers, made.model)(config)
+        _init_tower(model.model)
     if encoder is not None:
         model.model.audio_tower.load_state_dict(encoder.state_dict())
     stop = tokenizer.convert_tokens_to_ids(END)
-    model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=tokenizer.pad_token_id)
-    extractor = WhisperFeatureExtractor(feature_size=audio_config["num_mel_bins"])
+    model.generation_config = transformers.GenerationConfig(eos_token_id=stop, pad_token_id=tokenizer.pad_token_id)
+    bins = 80 if encoder is None else config.audio_config.num_mel_bins
     model.save_pretrained(directory)
-    Qwen2AudioProcessor(extractor, tokenizer, chat_template=CHAT_TEMPLATE).save_pretrained(directory)
+    made.processor(tokenizer, CHAT_TEMPLATE.replace(CLIP, made.audio), bins).save_pretrained(directory)
 
 
-def _build_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
+def _build_tokenizer(texts: Iterable[str], vocabulary: int, tokens: dict[str, str] | list[str]) -> Any:
     """Byte-level BPE: 256 bytes, the special tokens, and merges learned from `texts`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
+    names = tokens if isinstance(tokens, dict) else {}
+    specials = [PAD, START, END, *(tokens.values() if isinstance(tokens, dict) else tokens)]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    specials = [PAD, START, END, AUDIO, AUDIO_BOS, AUDIO_EOS]
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary - len(TAGS),
         special_tokens=specials,
@@ -98,39 +96,8 @@ def _build_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
         tokenizer_object=tokenizer,
         eos_token=END,
         pad_token=PAD,
-        extra_special_tokens={"audio_token": AUDIO, "audio_bos_token": AUDIO_BOS, "audio_eos_token": AUDIO_EOS},
+        extra_special_tokens=dict(names) or list(tokens),
         clean_up_tokenization_spaces=False,
-    )
-
-
-def _config(tokenizer: Any, audio_config: dict, hidden: int, layers: int) -> Any:
-    from transformers import Qwen2AudioConfig
-
-    text_config = dict(
-        model_type="qwen2",
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 32,
-        num_key_value_heads=hidden // 64,
-        max_position_embeddings=4096,
-        initializer_range=hidden**-0.5 / 2,
-    )
-    return Qwen2AudioConfig(
-        audio_config=audio_config, text_config=text_config, audio_token_index=tokenizer.convert_tokens_to_ids(AUDIO)
-    )
-
-
-def _tower_config(hidden: int, layers: int) -> dict:
-    return dict(
-        model_type="qwen2_audio_encoder",
-        num_mel_bins=80,
-        d_model=hidden,
-        encoder_layers=layers,
-        encoder_attention_heads=hidden // 32,
-        encoder_ffn_dim=3 * hidden,
-        initializer_range=hidden**-0.5 / 2,
     )
 
 
@@ -141,14 +108,17 @@ def _like_whisper(config: Any) -> dict:
 
 
 @torch.no_grad()
-def _init_tower(tower: Any) -> None:
+def _init_tower(model: Any) -> None:
     """Initialise the convolutions at twice Kaiming's scale, and the position embeddings at a fifth of Whisper's.
 
     The audio features then outweigh the positions. With Whisper's scale, training takes far longer to use the audio.
     """
-    for convolution in (tower.conv1, tower.conv2):
-        nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu").mul_(2)
-    tower.embed_positions.weight.copy_(0.2 * _sinusoids(*tower.embed_positions.weight.shape))
+    tower = getattr(model, "audio_tower", None) or model.encoder
+    for convolution in tower.children():
+        if isinstance(convolution, (nn.Conv1d, nn.Conv2d)):
+            nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu").mul_(2)
+    if hasattr(tower, "embed_positions"):
+        tower.embed_positions.weight.copy_(0.2 * _sinusoids(*tower.embed_positions.weight.shape))
 
 
 def _whisper_encoder(directory: Path) -> Any:

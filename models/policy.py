@@ -104,8 +104,8 @@ class Policy(nn.Module):
     outside of it that uses a weight must be a function decorated by `on_policy`.
     """
 
-    # (prefix of tensor names in the checkpoint, prefix in `self.model`); other names are the same in both.
-    hub_prefixes: tuple[tuple[str, str], ...] = ()
+    # The start of the names of stored tensors, a regular expression, that the policy does not use and an export copies.
+    untouched: str | None = None
     model: Any  # a model of transformers, whose attributes depend on the family
     tokenizer: Any
 
@@ -133,6 +133,14 @@ class Policy(nn.Module):
         Runs on the CPU, in several threads. Raises DataError for an example that the family cannot take.
         """
         raise NotImplementedError
+
+    def native_inputs(self, chat: Chat, *waveforms: np.ndarray) -> dict[str, torch.Tensor]:
+        """One prompt as transformers' own processor gives it to its own model, with which the contract compares."""
+        raise NotImplementedError
+
+    def native_logits(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Logits (L, V) that transformers' own model computes for `native_inputs`."""
+        return model(**inputs, use_cache=False).logits[0]
 
     def embed(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings (N, P, D) of prompts, audio embeddings in place of placeholders, and lengths (N,) in tokens.
@@ -311,13 +319,6 @@ class Policy(nn.Module):
         rows = [row[keep].tolist() for row, keep in zip(tokens.cpu(), mask.cpu(), strict=True)]
         rows = [row[:-1] if row and row[-1] in self.stop_ids else row for row in rows]
         return self.tokenizer.batch_decode(rows, skip_special_tokens=False)
-
-    def hub_name(self, name: str) -> str:
-        """The name in the checkpoint of a tensor called `name` in `self.model`."""
-        for hub, own in self.hub_prefixes:
-            if name.startswith(own):
-                return hub + name[len(own) :]
-        return name
 
     def _check_decoder(self) -> None:
         """Raise PolicyError for a decoder that cannot take a tree mask or positions."""

@@ -29,10 +29,11 @@ from hark.grpo.sampler import sample
 from hark.grpo.scorer import score
 from hark.grpo.tree import Layout, tree_masks
 from hark.models.cache import GroupCache, TowerCache
-from hark.models.families.qwen2_audio import CONV_REACH, QWEN2_AUDIO_7B, Qwen2AudioPolicy, audio_tokens
+from hark.models.families.qwen2_audio import QWEN2_AUDIO_7B, Qwen2AudioPolicy
 from hark.models.loading import build_from_config, meta_parameters
 from hark.models.lora import add_adapters
 from hark.models.policy import Audio, Lora, Policy, Prompt
+from hark.models.whisper import CONV_REACH, audio_tokens
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DTYPES = {2: torch.bfloat16, 4: torch.float32}

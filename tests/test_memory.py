@@ -9,8 +9,9 @@ from transformers import AutoConfig, Qwen2AudioConfig
 
 from hark.grpo.instruments.memory import Plan, Setting, Work, plan
 from hark.grpo.instruments.shape import Shape, shape_of
-from hark.models.families.qwen2_audio import QWEN2_AUDIO_7B, audio_tokens
+from hark.models.families.qwen2_audio import QWEN2_AUDIO_7B
 from hark.models.loading import build_from_config
+from hark.models.whisper import audio_tokens
 from tests.conftest import build_causal_lm
 from tests.simulation import TARGETS, simulate
 

@@ -19,11 +19,11 @@ from hark.grpo.runtime.collectives import World
 from hark.grpo.runtime.sharding import device_mesh, shard
 from hark.grpo.sampler import sample
 from hark.grpo.scorer import score
-from hark.models.families.qwen2_audio import audio_tokens
 from hark.models.loading import load_policy
 from hark.models.lora import whole
 from hark.models.mini import build_mini
 from hark.models.policy import PolicyError
+from hark.models.whisper import audio_tokens
 from tests.clips import waveform
 from tests.conftest import TEXTS, build_causal_lm
 from tests.ranks import on_ranks

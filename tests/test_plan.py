@@ -14,9 +14,10 @@ from hark.grpo.config import ConfigError
 from hark.grpo.instruments.shape import shape_of
 from hark.launch import plan
 from hark.launch.common.config_file import load_config
-from hark.models.families.qwen2_audio import QWEN2_AUDIO_7B, audio_tokens
+from hark.models.families.qwen2_audio import QWEN2_AUDIO_7B
 from hark.models.loading import build_from_config, load_policy
 from hark.models.policy import PolicyError
+from hark.models.whisper import audio_tokens
 from tests.clips import waveform, write_questions
 
 

@@ -21,9 +21,10 @@ from torch.distributed.checkpoint.state_dict import (
 
 from hark import UserError
 from hark.grpo.runtime.collectives import World
-from hark.models.loading import StoredTensors, tied_names
+from hark.models.loading import tied_names
 from hark.models.lora import adapter_delta, adapter_tensors, is_adapter, whole, write_adapters
 from hark.models.policy import Policy
+from hark.models.stored import StoredTensors
 
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # frozen weights are read from model.path
@@ -115,7 +116,8 @@ def export(policy: Policy, target: Path, world: World, *, dtype: torch.dtype = t
     """
     from huggingface_hub import save_torch_state_dict
 
-    stored, state = StoredTensors(policy.directory, policy), {}
+    stored = StoredTensors(policy.directory, policy)
+    state: dict[str, torch.Tensor] = {}
     tied = {name for name, first in tied_names(policy.model).items() if name != first}
     for name, tensor in policy.model.state_dict(keep_vars=True).items():
         if name in tied or is_adapter(name):
@@ -123,17 +125,18 @@ def export(policy: Policy, target: Path, world: World, *, dtype: torch.dtype = t
         delta = adapter_delta(policy, name)  # a collective, like `whole` in the next line
         trained = whole(tensor) if tensor.requires_grad else None
         if world.is_main:
-            with stored.opened(name) as original:
-                value = original[...] if trained is None else trained
+            value = stored.read(name) if trained is None else trained
             value = value if delta is None else value.to(delta) + delta
             is_buffer = not isinstance(tensor, torch.nn.Parameter)  # a buffer keeps its dtype, which may be integer
-            state[policy.hub_name(name)] = value.cpu().clone() if is_buffer else value.to("cpu", dtype, copy=True)
+            state[name] = value.cpu() if is_buffer else value.to("cpu", dtype)
     if world.is_main:
         with _replaced(target) as partial:
             for file in policy.directory.iterdir():
                 if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):
                     shutil.copy2(file, partial / file.name)
             _set_dtype(partial / "config.json", dtype)
+            state = stored.as_stored(state) | {name: stored.read_stored(name) for name in stored.untouched}
+            state = {name: _own_memory(tensor) for name, tensor in state.items()}
             save_torch_state_dict(state, partial, max_shard_size=SHARD_BYTES, metadata={"format": "pt"})
     dist.barrier()
 
@@ -145,6 +148,12 @@ def export_adapters(policy: Policy, target: Path, world: World) -> None:
         with _replaced(target) as partial:
             write_adapters(policy, state, partial)
     dist.barrier()
+
+
+def _own_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that shares its memory with no other: pieces of one would be taken for tied weights."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 @contextmanager

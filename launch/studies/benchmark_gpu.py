@@ -54,9 +54,10 @@ from hark.launch.studies.sides import (
     timed,
     timed_passes,
 )
-from hark.models.families.qwen2_audio import CONV_REACH, QWEN2_AUDIO_7B, Qwen2AudioPolicy, audio_tokens
+from hark.models.families.qwen2_audio import QWEN2_AUDIO_7B, Qwen2AudioPolicy
 from hark.models.loading import build_from_config, meta_parameters
 from hark.models.policy import Audio, Policy, Prompt
+from hark.models.whisper import CONV_REACH, audio_tokens
 
 TARGETS = dict(decode_over_weights=1.5, matmul_share=0.45)
 TEXT = 60  # tokens of a prompt beside its audio

@@ -46,6 +46,9 @@ class CausalLMPolicy(Policy):
         text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         return Prompt(ids=torch.tensor(text_ids(self.tokenizer, text)))
 
+    def native_inputs(self, chat: Chat, *waveforms: np.ndarray) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.prepare(chat).ids[None]}
+
     def embed(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
         ids, lengths = pad_ids(prompts, self.pad_id, self.device)
         return self.embed_tokens(ids), lengths

@@ -1,0 +1,196 @@
+"""A policy with an audio tower: what the families share, from clips to embeddings in place of placeholders."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import abstractmethod
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from hark.data.chat import Chat, messages
+from hark.data.errors import DataError
+from hark.models.policy import Audio, Policy, PolicyError, Prompt, pad_ids, text_ids
+
+
+class AudioPolicy(Policy):
+    """A decoder, an audio tower and a projector between them, with the processor of transformers.
+
+    A family supplies `build`, `listen` and `encode`, and the names of its modules where they are not these.
+    """
+
+    tower_name: str = "model.audio_tower"  # in `self.model`
+    projector_names: tuple[str, ...] = ("model.multi_modal_projector",)
+    sample_rate = 16_000  # of every extractor here; checked
+    audio_id: int
+    shortest: float = 0.0  # seconds; shorter clips make no embedding
+    longest: float = 30.0  # seconds
+
+    def __init__(self, model: Any, path: Path):
+        try:
+            self.processor = self.load_processor(path)
+        except (ImportError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise PolicyError(f"{path}: its processor cannot be loaded ({reason}); copy it again") from error
+        super().__init__(model, self.processor.tokenizer)
+        self.audio_id = self.find_audio_id()
+        vocabulary = model.get_output_embeddings().weight.shape[0]
+        self.suppressed_ids = (self.audio_id,) if self.audio_id < vocabulary else ()
+        if self.extractor.sampling_rate != self.sample_rate:
+            raise PolicyError(
+                f"{path}: its processor takes audio at {self.extractor.sampling_rate} Hz; "
+                f"expected {self.sample_rate} Hz"
+            )
+        self._check_template(path)
+
+    # To be supplied by a family.
+
+    @abstractmethod
+    def listen(self, waveform: np.ndarray) -> Audio:
+        """The features of a clip (samples,)."""
+
+    @abstractmethod
+    def audio_tokens(self, frames: int) -> int:
+        """How many embeddings the tower makes of a clip of `frames` mel frames; needs the model's config only."""
+
+    @abstractmethod
+    def encode(self, clips: Sequence[Audio]) -> torch.Tensor:
+        """The tower's outputs for clips, as one batch: (audio embeddings of all clips, width)."""
+
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The tower's outputs (..., width) as embeddings (..., D) of the decoder."""
+        return self.model.model.multi_modal_projector(hidden)
+
+    def placeholders(self, clip: Audio) -> list[int]:
+        """The ids that stand for a clip in a prompt, in place of the one placeholder of the chat template."""
+        return [self.audio_id] * clip.tokens
+
+    def text(self, turns: list[dict]) -> str:
+        """The chat template around turns in the chat format of transformers, with one placeholder for each clip."""
+        return self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+
+    def ids(self, turns: list[dict]) -> list[int]:
+        """The ids of turns with one placeholder for each clip."""
+        return text_ids(self.tokenizer, self.text(turns))
+
+    def load_processor(self, path: Path) -> Any:
+        from transformers import AutoProcessor
+
+        return AutoProcessor.from_pretrained(path)
+
+    def native_inputs(self, chat: Chat, *waveforms: np.ndarray) -> dict[str, torch.Tensor]:
+        made = self.processor(
+            text=[self.text(messages(chat, len(waveforms)))],
+            audio=list(waveforms),
+            sampling_rate=self.sample_rate,
+            return_tensors="pt",
+        )
+        return dict(made)
+
+    def find_audio_id(self) -> int:
+        return self.model.config.audio_token_id
+
+    # Shared by the families.
+
+    @property
+    def extractor(self) -> Any:
+        """The feature extractor of the processor."""
+        return self.processor.feature_extractor
+
+    @property
+    def decoder(self) -> Any:
+        return self.model.model.language_model
+
+    @property
+    def tower(self) -> Any:
+        return self.model.get_submodule(self.tower_name)
+
+    @property
+    def projectors(self) -> tuple[nn.Module, ...]:
+        return tuple(self.model.get_submodule(name) for name in self.projector_names)
+
+    def prepare(self, chat: Chat, *waveforms: np.ndarray) -> Prompt:
+        """The chat template around the turns with a placeholder for each audio embedding, and the clips.
+
+        Raises DataError for a prompt without a clip, and for a clip that is too short or too long for the tower.
+        """
+        if not waveforms:
+            raise DataError("no audio_path; this policy answers questions about audio")
+        for waveform in waveforms:
+            self._check_length(waveform)
+        clips = tuple(self.listen(waveform) for waveform in waveforms)
+        ids = self.ids(messages(chat, len(clips)))
+        found = ids.count(self.audio_id)
+        if found != len(clips):
+            raise DataError(
+                f"{found} audio placeholders in the prompt of {len(clips)} clips; expected one for each; does the "
+                "question contain one?"
+            )
+        pieces = iter([self.placeholders(clip) for clip in clips])
+        expanded = [other for own in ids for other in (next(pieces) if own == self.audio_id else [own])]
+        return Prompt(torch.tensor(expanded), clips)
+
+    def embed(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, lengths = pad_ids(prompts, self.pad_id, self.device)
+        is_real = torch.arange(ids.shape[1], device=self.device) < lengths[:, None]
+        is_audio = (ids == self.audio_id) & is_real  # a family may pad with its placeholder
+        # The placeholder may have no embedding of its own.
+        embeddings = self.embed_tokens(ids.masked_fill(is_audio, 0))
+        audio = self.project(self._encoded([clip for prompt in prompts for clip in prompt.clips]))
+        if int(is_audio.sum()) != len(audio):
+            raise PolicyError(
+                f"{int(is_audio.sum())} audio placeholders for {len(audio)} audio embeddings; expected equal numbers"
+            )
+        is_audio = is_audio.unsqueeze(-1).expand_as(embeddings)
+        return embeddings.masked_scatter(is_audio, audio.to(embeddings.dtype)), lengths
+
+    def share_tower(self, other: Policy) -> None:
+        self.model.set_submodule(self.tower_name, other.tower)
+        self.tower_cache = other.tower_cache
+
+    def _encoded(self, clips: Sequence[Audio]) -> torch.Tensor:
+        """The tower's outputs for all clips, concatenated: (audio embeddings, width); cached if it is frozen."""
+        if self.tower_cache is None:
+            return self.encode(clips)
+        return torch.cat([self.tower_cache.get(clip.digest, partial(self.encode, (clip,))) for clip in clips])
+
+    def _check_length(self, waveform: np.ndarray) -> None:
+        least, most = (round(seconds * self.sample_rate) for seconds in (self.shortest, self.longest))
+        if not max(least, 1) <= len(waveform) <= most:
+            raise DataError(
+                f"a clip of {len(waveform)} samples; this tower takes {least} to {most} samples, "
+                f"{self.shortest:.4f} s to {self.longest:g} s at {self.sample_rate} Hz"
+            )
+
+    def _check_template(self, path: Path) -> None:
+        """Raise PolicyError if the chat template leaves a clip out."""
+        try:
+            found = self.ids(messages("What?", 1)).count(self.audio_id)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise PolicyError(f"{path}: its chat template cannot be used ({reason}); copy it again") from error
+        if found != 1:
+            token = self.tokenizer.convert_ids_to_tokens(self.audio_id)
+            raise PolicyError(
+                f"{path}: its chat template writes {found} audio placeholders ({token}) for a clip; expected 1; copy "
+                "chat_template.jinja from the checkpoint that the model was made from"
+            )
+
+
+def chat_template(path: Path, tokenizer: Any) -> str | None:
+    """The chat template of a checkpoint: its tokenizer's, or that of the file in which older processors kept it."""
+    older = path / "chat_template.json"
+    if tokenizer.chat_template is None and older.exists():
+        return json.loads(older.read_text(encoding="utf-8"))["chat_template"]
+    return tokenizer.chat_template
+
+
+def audio_of(features: torch.Tensor, frames: int, tokens: int) -> Audio:
+    """A clip with the digest of its features."""
+    return Audio(features, frames, tokens, hashlib.blake2b(features.numpy().data, digest_size=16).hexdigest())
