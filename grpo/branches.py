@@ -90,6 +90,7 @@ class Branches:
         self.running = torch.arange(self.count + 1, device=device) < self.count
         self.stopped = torch.zeros_like(self.running)
         longest = max(len(prompt.ids) for prompt in prompts)
+        policy.check_length(longest + limit - 1)
         self.cache = GroupCache(rows, longest, rows * group_size, limit - 1)
         self._read_running = DelayedFlags(self.running)
         self._graphs = recorder(device) if graphs else None

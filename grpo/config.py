@@ -53,6 +53,7 @@ class RunConfig:
 class ModelConfig:
     path: str  # Hugging Face directory of the policy to train
     reference: str | None = None  # Hugging Face directory of the reference policy; null is model.path
+    policy: str | None = None  # your own policy class, path/to/file.py:Class; null is that of the model's type
     train: Literal["all", "no-tower", "projector"] = (
         "all"  # the weights to train; each rank holds all of a frozen tower
     )
@@ -67,8 +68,8 @@ class ModelConfig:
 class LoraConfig:
     rank: CountOrZero = 0  # of the adapters; 0 trains the weights themselves
     alpha: Positive = 32.0  # the adapters' output is scaled by alpha / rank
-    targets: list[str] = field(  # names of the decoder's linear layers that get an adapter
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    targets: list[str] = field(  # layers that get an adapter: q_proj (decoder), tower.q_proj, projector.linear, ...
+        default_factory=lambda: ["all-linear"]
     )
     path: str | None = None  # directory of saved adapters in PEFT's format to start from; null starts new ones
 

@@ -57,6 +57,7 @@ def _predicting_states(
 
     The prompt's last token predicts a branch's first. A branch's last token predicts nothing, so T - 1 tokens are fed.
     """
+    policy.check_length(max(len(prompt.ids) for prompt in prompts) + tokens.shape[1] - 1)
     embeddings, lengths = policy.embed(prompts)  # (N, P, D), (N,)
     count, longest, width = embeddings.shape
     steps = tokens.shape[1] - 1

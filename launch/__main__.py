@@ -36,6 +36,7 @@ COMMANDS = {
     "plan": Command("plan", "predict the peak memory of a training run"),
     "convert": Command("convert", "convert a published data set to JSON lines"),
     "check-data": Command("check_data", "check a file of questions and its clips, and report their figures"),
+    "check-policy": Command("check_policy", "compare a policy with transformers' own model of its checkpoint"),
     "sweep": Command("sweep", "train with every combination of some settings, and compare the runs"),
     "init": Command("init", "begin a project of your own: configurations and sample data that run as they are"),
     "new-model": Command("new_model", "write a small model with random weights for your own questions"),

@@ -105,7 +105,7 @@ def subject_of(arguments: argparse.Namespace) -> Subject:
 
 def waveform_of(example: Example, subject: Subject) -> np.ndarray | None:
     """The clip at the model's sample rate; None for a model that takes text only. The weights are not read for it."""
-    data, rate = subject.config.data, read_family(subject.config.model.path).sample_rate
+    data, rate = subject.config.data, read_family(subject.config.model.path, subject.config.model.policy).sample_rate
     if (example.audio_path is None) != (rate is None):
         expected = "text only, so CLIP must be -" if rate is None else "audio, so CLIP must be a file"
         raise ConfigError(f"{subject.name} takes {expected}")

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
         raise ConfigError("neither data.validation nor data.held_out is set; one must give the questions to choose by")
     with joined_world(threads=config.run.threads) as world:
         announce(config, world)
-        family = read_family(config.model.path)
+        family = read_family(config.model.path, config.model.policy)
         _, questions = training_examples(config, world, family)
         final = replace(config, run=replace(config.run, directory=str(directory / CHOSEN)))
         asked = checked_questions(final, world, family) if config.data.test is not None else None

@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
     seconds, text, source = lengths(config, options)
     planned = Run(config, options.gpus, seconds, text, options.sft, source)
     lora = lora_of(config) or config.lora  # needed without adapters too, because adding them is one of the changes
-    shape = shape_of(build_from_config(_model_config(config, options.shape)), targets=lora.targets)
+    shape = shape_of(build_from_config(_model_config(config, options.shape), config.model.policy), targets=lora.targets)
     result, limit = predict(shape, planned), USABLE * options.memory * GIB
     print(describe(shape, planned, result, options.memory))
     changes = [] if result.peak <= limit else remedies(shape, planned, limit)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from hark import UserError
 from hark.data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
 from hark.models.cache import GroupCache
 
@@ -28,11 +29,16 @@ UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # arguments by which some f
 AttentionFunction = Callable[..., Tensor]
 
 
+class AttentionError(UserError, ValueError):
+    """A layer computes its attention in a way that rows of branches do not have."""
+
+
 @dataclass
 class DecoderPass:
-    """One forward pass of a decoder: the attention function of its layers, and the layers that have called it."""
+    """One forward pass of a decoder: the attention function of its layers, its masks, and the layers that called it."""
 
     attention: AttentionFunction
+    masks: tuple[Tensor | None, ...] = ()
     called: list[int | None] = field(default_factory=list)
 
     @contextmanager
@@ -77,16 +83,18 @@ def tree_attention(
 ) -> tuple[Tensor, None]:
     """The function that transformers calls in each layer. It calls the attention that was passed to `Policy.decode`.
 
-    Raises ValueError for a layer that changes its scores by an argument in UNSUPPORTED.
+    Raises AttentionError for a layer that changes its scores by an argument in UNSUPPORTED, or by a mask of its own.
     """
     unsupported = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
     if unsupported:
-        raise ValueError(
+        raise AttentionError(
             f"{type(module).__name__} passes {', '.join(unsupported)} to its attention, which is not supported; "
             "choose another model"
         )
     current = _current_pass.get()
     assert current is not None  # only `Policy.decode` calls a decoder
+    if not any(attention_mask is mask for mask in current.masks):
+        raise AttentionError(f"{type(module).__name__} makes a mask of its own; choose another model")
     current.called.append(getattr(module, "layer_idx", None))
     return current.attention(module, query, key, value, attention_mask, **kwargs), None
 

@@ -16,8 +16,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from hark.from_file import from_file
 from hark.models.cache import TowerCache
 from hark.models.families.audioflamingo3 import AudioFlamingo3Policy, MusicFlamingoPolicy
+from hark.models.families.automatic import AutomaticPolicy
 from hark.models.families.causal_lm import CausalLMPolicy
 from hark.models.families.glmasr import GlmAsrPolicy
 from hark.models.families.granite_speech import GraniteSpeechPolicy
@@ -45,6 +47,17 @@ FAMILIES: dict[str, type[Policy]] = {
     "qwen3_omni_moe_thinker": Qwen3OmniMoePolicy,
     "voxtral": VoxtralPolicy,
 }
+# Model types that can never be sampled and scored as one row, and why.
+REFUSED = {
+    "doge": "its layers make a mask of their own from the keys, which differ between decoding and scoring",
+    "vibevoice_asr": "its audio encoder draws random latents, so that no step could be repeated",
+    "voxtral_realtime": "it adds audio to the embedding of each new token, so that a clip is not part of the prompt",
+    "kyutai_speech_to_text": "it reads audio with each new token, so that a clip is not part of the prompt",
+    "nemotron_h_omni": "its decoder has Mamba layers, whose state cannot branch at the end of a prompt in one row",
+    "nemo_speechlm": "its decoder has Mamba layers, whose state cannot branch at the end of a prompt in one row",
+    "inkling_mm_model": "its layers convolve neighbouring tokens of a row, which may be of other completions",
+    "phi4_multimodal": "its adapters are switched on by the kind of input, which only its own forward does",
+}
 SUPPORTED = (
     f"expected an audio language model ({', '.join(sorted(FAMILIES))}) or a text-only causal language model "
     "(...ForCausalLM); see docs/extending.md"
@@ -64,6 +77,7 @@ def load_policy(
     lora: Lora | None = None,
     recompute: bool = False,
     attention: str = "sdpa",
+    own: str | None = None,
     shard: Callable[[Policy], None] | None = None,
 ) -> Policy:
     """Load a policy from a local directory or a hub name.
@@ -74,10 +88,11 @@ def load_policy(
     alone; with "nothing" they are frozen too.
     tower_cache: bytes for the outputs of a frozen tower. recompute: turns on gradient checkpointing.
     attention: the scorer's, "sdpa" or, on a GPU only, "flex". shard: wraps the policy in FSDP.
+    own: a policy class of your own, `path/to/file.py:Class`; None is that of the model's type.
     Raises PolicyError if the directory is not a checkpoint, the family is unknown, or tensors do not fit the model.
     """
     directory = _directory(path)
-    policy = build_policy(directory)
+    policy = build_policy(directory, own)
     policy.device, policy.name, policy.attention = torch.device(device), str(path), attention
     use_onednn(policy.model)
     policy.select_trained(train)
@@ -95,12 +110,12 @@ def load_policy(
     return policy
 
 
-def build_policy(directory: Path) -> Policy:
+def build_policy(directory: Path, own: str | None = None) -> Policy:
     """The policy of a checkpoint directory, with its parameters on the meta device."""
     from transformers import GenerationConfig
 
     config = read_config(directory)
-    family = family_of(config, where=str(directory))
+    family = family_of(config, where=str(directory), own=own)
     _check_files(directory, family)
     with meta_parameters():
         model = family.build(config)
@@ -111,12 +126,12 @@ def build_policy(directory: Path) -> Policy:
     return policy
 
 
-def read_family(path: str | Path) -> type[Policy]:
+def read_family(path: str | Path, own: str | None = None) -> type[Policy]:
     """The policy class of a checkpoint, found before anything of it is built or a weight is read.
 
     Raises PolicyError for what `load_policy` would refuse: no checkpoint, no policy for its model, a missing file.
     """
-    family = family_of(read_config(path), where=str(path))
+    family = family_of(read_config(path), where=str(path), own=own)
     if Path(path).is_dir():  # what else is on the hub is seen when it is downloaded
         _check_files(Path(path), family)
     return family
@@ -150,29 +165,46 @@ def load_tokenizer(path: str | Path) -> Any:
         raise PolicyError(f"{path}: its tokenizer cannot be loaded ({_in_short(error)}); copy it again") from error
 
 
-def build_from_config(config: Any) -> Policy:
+def build_from_config(config: Any, own: str | None = None) -> Policy:
     """The policy of a transformers config, without tokenizer, its parameters on the meta device; used for its sizes."""
-    family = family_of(config, where="the configuration")
+    family = family_of(config, where="the configuration", own=own)
     policy = family.__new__(family)
     with meta_parameters():
         Policy.__init__(policy, family.build(config), None)
     return policy
 
 
-def family_of(config: Any, *, where: str) -> type[Policy]:
-    """The policy class for a transformers config. Raises PolicyError if there is none for its model."""
+def family_of(config: Any, *, where: str, own: str | None = None) -> type[Policy]:
+    """The policy class for a transformers config: that of the user's own file, of its type, or the automatic one.
+
+    Raises PolicyError if there is none for its model.
+    """
+    from transformers import PreTrainedConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    if own is not None:
+        return _own_class(own)
     if config.model_type in FAMILIES:
         return FAMILIES[config.model_type]
+    saved = config.architectures[0] if config.architectures else None
+    kind = f"model type {config.model_type!r}" + (f" ({saved})" if saved else "")
+    if config.model_type in REFUSED:
+        raise PolicyError(f"{where}: no policy for {kind}: {REFUSED[config.model_type]}; {SUPPORTED}")
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ())
     decoders = (known,) if isinstance(known, str) else known
-    saved = config.architectures[0] if config.architectures else None
     # transformers has a causal variant of many encoders and of Whisper's decoder, which such a checkpoint does not fit.
-    if not decoders or config.is_encoder_decoder or saved not in (None, *decoders):
-        kind = f"model type {config.model_type!r}" + (f" ({saved})" if saved else "")
-        raise PolicyError(f"{where}: no policy for {kind}; {SUPPORTED}")
-    return CausalLMPolicy
+    if decoders and not config.is_encoder_decoder and saved in (None, *decoders):
+        return CausalLMPolicy
+    if saved and not config.is_encoder_decoder and isinstance(getattr(config, "audio_config", None), PreTrainedConfig):
+        return AutomaticPolicy
+    raise PolicyError(f"{where}: no policy for {kind}; {SUPPORTED}")
+
+
+def _own_class(name: str) -> type[Policy]:
+    found = from_file(name)
+    if not (isinstance(found, type) and issubclass(found, Policy)):
+        raise PolicyError(f"model.policy={name}: is no class derived from hark.models.policy.Policy")
+    return found
 
 
 def _is_local(path: str | Path) -> bool:

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from hark.models.linear import linear
 from hark.models.policy import Lora, Policy, PolicyError
 
+ALL = "all-linear"  # a target: every linear layer in the decoder's layers
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 
@@ -38,7 +39,7 @@ def read_lora(path: str | Path) -> Lora:
         with safe_open(path / WEIGHTS_FILE, framework="pt") as file:
             # From the tensors' names, because target_modules may be a list or a regular expression.
             layers = {name.removesuffix(".lora_A.weight") for name in file.keys() if name.endswith(".lora_A.weight")}
-        targets = tuple(sorted({layer.rpartition(".")[2] for layer in layers}))
+        targets = tuple(sorted(layer.removeprefix(PEFT_PREFIX) for layer in layers))
         lora = Lora(int(saved["r"]), float(saved["lora_alpha"]), targets, path)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise PolicyError(
@@ -63,26 +64,50 @@ class LoraLinear(nn.Linear):
         return y + self.scale * linear(linear(x, self.lora_A), self.lora_B) if self.enabled else y
 
 
+def adapted_layers(policy: Policy, targets: Sequence[str]) -> dict[str, nn.Linear]:
+    """The linear layers that get an adapter, by their names in `policy.model`.
+
+    A target is the last part of the names of layers of the decoder ("q_proj"), of the audio tower ("tower.q_proj") or
+    of the projector ("projector.linear"); the full name of a layer; or "all-linear", every one in the decoder's layers.
+    Raises PolicyError for a target without a layer.
+    """
+    regions = {
+        "": _linears(policy.decoder),
+        "tower.": _linears(policy.tower),
+        "projector.": {layer for module in policy.projectors for layer in _linears(module)},
+    }
+    in_layers = _linears(policy.decoder.layers)
+    chosen, known = {}, {}
+    for name, layer in policy.model.named_modules():
+        if isinstance(layer, nn.Linear):
+            last = name.rpartition(".")[2]
+            keys = {name, *(region + last for region, layers in regions.items() if layer in layers)}
+            keys |= {ALL} if layer in in_layers else set()
+            known |= dict.fromkeys(keys - {name}, True)
+            if keys & set(targets):
+                chosen[name] = layer
+                known[name] = True
+    if missing := [target for target in targets if target not in known]:
+        raise PolicyError(f"lora.targets: no linear layer is called {', '.join(missing)}; there is {sorted(known)}")
+    return chosen
+
+
+def _linears(module: nn.Module | None) -> set[nn.Module]:
+    return set() if module is None else {layer for layer in module.modules() if isinstance(layer, nn.Linear)}
+
+
 def add_adapters(policy: Policy, lora: Lora) -> None:
-    """Freeze the policy and add an adapter to each target layer of its decoder.
+    """Freeze the policy and add an adapter to each target layer.
 
     The adapters are on the meta device; `load_policy` gives them values. Raises PolicyError for an unknown target.
     """
     policy.requires_grad_(False)
-    found = set()
-    for name, module in list(policy.decoder.named_modules()):
-        target = name.rpartition(".")[2]
-        if target not in lora.targets or not isinstance(module, nn.Linear):
-            continue
-        found.add(target)
+    for module in adapted_layers(policy, lora.targets).values():
         module.__class__ = LoraLinear
         assert isinstance(module, LoraLinear)
         module.scale, module.enabled = lora.alpha / lora.rank, True
         module.lora_A = nn.Parameter(torch.empty(lora.rank, module.in_features, device="meta"))
         module.lora_B = nn.Parameter(torch.empty(module.out_features, lora.rank, device="meta"))
-    if missing := sorted(set(lora.targets) - found):
-        names = {name.rpartition(".")[2] for name, m in policy.decoder.named_modules() if isinstance(m, nn.Linear)}
-        raise PolicyError(f"lora.targets: no linear layer is called {', '.join(missing)}; there is {sorted(names)}")
     policy.lora = lora
 
 
@@ -158,7 +183,7 @@ def write_adapters(policy: Policy, tensors: dict[str, torch.Tensor], directory: 
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,
-        "target_modules": _target_pattern(policy, lora.targets),
+        "target_modules": _target_pattern(policy),
         "bias": "none",
         "inference_mode": True,
     }
@@ -171,7 +196,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _target_pattern(policy: Policy, targets: Sequence[str]) -> str:
-    """A regular expression for the adapted layers; without the decoder's name it would match the audio tower's too."""
-    (prefix,) = (name for name, module in policy.model.named_modules() if module is policy.decoder)
-    return rf"{re.escape(prefix)}\..*\.({'|'.join(targets)})"
+def _target_pattern(policy: Policy) -> str:
+    """A regular expression for the full names of the adapted layers, the same in every layer of a stack."""
+    names = [name for name, module in policy.model.named_modules() if isinstance(module, LoraLinear)]
+    return "|".join(sorted({re.sub(r"(?<=\.)\d+(?=\\\.)", r"\\d+", re.escape(name)) for name in names}))

@@ -71,7 +71,7 @@ class Lora:
     """Settings of low-rank adapters; `models/lora.py` adds them to a policy.
 
     rank, alpha: as in the paper, the adapter's output is scaled by alpha / rank.
-    targets: last parts of the names of the decoder's linear layers that get an adapter.
+    targets: the linear layers that get an adapter; see `adapted_layers` of models/lora.py.
     path: a directory of saved adapters to start from; None starts from new ones.
     """
 
@@ -207,6 +207,26 @@ class Policy(nn.Module):
         kinds = (kinds,) if isinstance(kinds, str) else kinds.values()  # a dict if layer types differ
         return next((kind for kind in kinds if "dynamic" in kind or kind == "longrope"), None)
 
+    def check_length(self, tokens: int) -> None:
+        """Raise PolicyError for a sequence that is so long that rotary frequencies depend on it.
+
+        Frequencies of these types are those of the longest sequence of a call, so a prompt would change its neighbours.
+        """
+        if self.dynamic_rope_type is None:
+            return
+        rotary, rope = self.decoder.rotary_emb, self.decoder.config.rope_parameters
+        parts = [part for part in (rope, *rope.values()) if isinstance(part, dict)]
+        limits = [
+            part["original_max_position_embeddings"] for part in parts if "original_max_position_embeddings" in part
+        ]
+        limit = min(limits or [rotary.original_max_seq_len])
+        if tokens > limit:
+            raise PolicyError(
+                f"{type(self.model).__name__}: a sequence of {tokens} tokens; above {limit} its rotary frequencies, of "
+                f"type {self.dynamic_rope_type!r}, depend on the longest sequence of a batch; use shorter clips or a "
+                "smaller rollout.max_new_tokens"
+            )
+
     @property
     def layer_types(self) -> tuple[str, ...]:
         """The type of each decoder layer: a key of `windows`."""
@@ -231,10 +251,10 @@ class Policy(nn.Module):
         attention: what each layer calls, with the mask of its type in additive form; None is `sdpa_attention`.
         Raises PolicyError for a decoder whose layers do not call attention exactly once each, in order.
         """
-        current = DecoderPass(attention or sdpa_attention)
         # Converted here, once: sdpa would convert a boolean mask in each layer and save each copy for the backward.
         dtype = embeddings.dtype
         additive = {kind: None if masks is None else _additive(masks[kind], dtype) for kind in self.windows}
+        current = DecoderPass(attention or sdpa_attention, tuple(additive.values()))
         typed = getattr(self.decoder.config, "layer_types", None)
         with current.active():
             output = self.decoder(

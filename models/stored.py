@@ -84,7 +84,8 @@ class StoredTensors:
         if part is None or not conversion.stacks_experts:
             made = self._convert(conversion)[name]
             return made if part is None else made[part]
-        return self._convert(conversion, part[0])[name][(slice(None), *part[1:])]
+        experts = part[0]
+        return self._convert(conversion, experts)[name][(slice(None), *part[1:])]
 
     def read_stored(self, stored: str, part: Part | None = None) -> torch.Tensor:
         """A tensor by its name in the files."""

@@ -139,16 +139,17 @@ class UnitSizes:
         d, n, lora = setting.dtype, setting.shards, setting.lora_rank > 0
         tower = shape.tower or Tower(0, 0, 0, 0, 0, 0)
         partly = lora or setting.train == "projector"  # most of the weights are frozen
-        frozen_tower = tower.parameters if partly or setting.train == "no-tower" else 0
+        outer = setting.lora_rank * shape.outer_adapters
+        frozen_tower = tower.parameters if (partly or setting.train == "no-tower") and not outer else 0
         self.tower_cache = setting.tower_cache if frozen_tower else 0  # bytes
         projector = shape.projector if setting.train == "projector" and not lora else 0
         frozen = shape.parameters - frozen_tower - projector if partly else 0
         adapters = setting.lora_rank * shape.adapters
         root = shape.root - (tower.rest if frozen_tower else 0)
-        self.trained = adapters * shape.layers + projector if partly else shape.parameters - frozen_tower
+        self.trained = adapters * shape.layers + outer + projector if partly else shape.parameters - frozen_tower
         self.frozen_host = d * frozen // n if setting.offload else 0  # bytes
         self.frozen_device = d * frozen_tower + d * frozen // n - self.frozen_host  # bytes
-        self.root_trained = projector if partly else root
+        self.root_trained = projector + outer if partly else root
         self.layer_trained = adapters if partly else shape.layer
         self.embedding_trained = 0 if partly else shape.vocabulary * shape.hidden
         self.tower_layer = 0 if frozen_tower else tower.layer

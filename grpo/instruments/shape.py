@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from hark.models.lora import adapted_layers
 from hark.models.policy import Policy
 
 FLOAT = 4  # bytes of float32
@@ -67,6 +68,7 @@ class Shape:
     layer: parameters of one decoder layer. root: parameters outside all layers, which form FSDP's root unit:
     embeddings, head, last norm, projector and the tower's convolutions, positions and last norm.
     adapters: parameters of one decoder layer's adapters at rank 1, the sum of the targets' input and output sizes.
+    outer_adapters: parameters at rank 1 of the adapters outside the decoder's layers.
     projector: parameters between the audio tower and the decoder.
     """
 
@@ -81,6 +83,7 @@ class Shape:
     layer: int
     root: int
     adapters: int
+    outer_adapters: int = 0
     projector: int = 0
     tower: Tower | None = None
 
@@ -116,12 +119,12 @@ class Shape:
 def shape_of(policy: Policy, *, targets: Sequence[str] = ()) -> Shape:
     """Sizes of a policy, whose parameters may be on the meta device. All layers are assumed to be of one size.
 
-    targets: last parts of the names of the decoder's linear layers that would get adapters.
+    targets: the layers that would get adapters, as in `Lora`.
     """
     config, layers = policy.decoder.config, list(policy.decoder.layers)
-    linears = [
-        m for name, m in layers[0].named_modules() if name.split(".")[-1] in targets and isinstance(m, nn.Linear)
-    ]
+    linears = adapted_layers(policy, targets).values()
+    inside = [{id(module) for module in layer.modules()} for layer in layers]
+    sizes = {id(linear): linear.in_features + linear.out_features for linear in linears}
     tower = None if policy.tower is None else _tower_of(policy.tower)
     in_layers = sum(map(_count, layers)) + (tower.layers * tower.layer if tower else 0)
     head, embeddings = policy.model.get_output_embeddings(), policy.decoder.get_input_embeddings()
@@ -136,7 +139,8 @@ def shape_of(policy: Policy, *, targets: Sequence[str] = ()) -> Shape:
         tied=head.weight is embeddings.weight,
         layer=_count(layers[0]),
         root=_count(policy.model) - in_layers,
-        adapters=sum(linear.in_features + linear.out_features for linear in linears),
+        adapters=sum(size for linear, size in sizes.items() if linear in inside[0]),
+        outer_adapters=sum(size for linear, size in sizes.items() if not any(linear in ids for ids in inside)),
         projector=sum(map(_count, policy.projectors)),
         tower=tower,
     )

@@ -51,7 +51,7 @@ def answer_benchmark(subject: Subject, *, silent: bool, audio: bool, choices: bo
     refuse_another(subject)
     with joined_world(threads=config.run.threads) as world:
         announce(config, world)
-        family = read_family(config.model.path)
+        family = read_family(config.model.path, config.model.policy)
         if (silent or audio) and family.sample_rate is None:
             raise ConfigError(f"{config.model.path} takes text only; --silent and --shuffled-audio need sound")
         asked = checked_questions(config, world, family)

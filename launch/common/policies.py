@@ -11,6 +11,8 @@ from hark.grpo.config import Config
 from hark.grpo.instruments.metrics import peak_gib
 from hark.grpo.runtime.collectives import World, gather_rows
 from hark.grpo.runtime.sharding import device_mesh, shard
+from hark.launch.common.contract import verify
+from hark.models.families.automatic import AutomaticPolicy
 from hark.models.loading import load_policy
 from hark.models.lora import WithoutAdapters, read_lora
 from hark.models.policy import Lora, Policy
@@ -20,7 +22,10 @@ def make_policy(config: Config, world: World, *, train: bool = True) -> Policy:
     """The policy of model.path with its adapters, sharded over the world."""
     lora = lora_of(config) if train or config.lora.path else None  # new adapters change nothing before training
     mesh = device_mesh(world, config.sharding.replicas)
-    return _load(config, world, config.model.path, mesh, lora=lora, offload=config.sharding.offload, train=train)
+    policy = _load(config, world, config.model.path, mesh, lora=lora, offload=config.sharding.offload, train=train)
+    if isinstance(policy, AutomaticPolicy):
+        verify(policy)
+    return policy
 
 
 def make_reference(config: Config, world: World, policy: Policy) -> Policy | WithoutAdapters | None:
@@ -66,6 +71,7 @@ def _load(
         lora=lora,
         recompute=model.recompute,
         attention=model.attention,
+        own=model.policy,
         shard=partial(
             shard, mesh=mesh, dtype=dtype, reshard=config.sharding.reshard, offload=offload, meter=world.meter
         ),

@@ -16,6 +16,7 @@ FIXED = (
     ("run", "seed"),
     ("model", "path"),
     ("model", "reference"),
+    ("model", "policy"),
     ("model", "train"),
     ("lora", "rank"),
     ("lora", "alpha"),

@@ -34,7 +34,7 @@ def train(config: Config, make_trainer: Callable[..., Learner], *, judged: bool)
         announce(config, world)
         check_training(config, world)
         # The data is checked before the weights are read, which takes minutes for a large model.
-        family = read_family(config.model.path)
+        family = read_family(config.model.path, config.model.policy)
         examples, held_out = training_examples(config, world, family)
         check_lengths(config, examples + held_out if judged else held_out)
         policy = make_policy(config, world)

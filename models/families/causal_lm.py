@@ -31,7 +31,18 @@ class CausalLMPolicy(Policy):
 
     @property
     def decoder(self) -> Any:
-        return self.model.get_decoder()
+        decoder = self.model.get_decoder()
+        return decoder if hasattr(decoder, "config") else self.model.base_model  # ModernBERT's is its last linear layer
+
+    @property
+    def windows(self) -> dict[str, int | None]:
+        """As in the config, but for Moshi, whose model leaves its window out of the mask."""
+        ignored = self.model.config.model_type == "moshi"
+        return dict.fromkeys(super().windows) if ignored else super().windows
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        last, head = self.model.get_output_embeddings(), getattr(self.model, "lm_head", None)
+        return super().logits(hidden if head is None or head is last else head(hidden))  # ModernBERT's has a layer more
 
     def prepare(self, chat: Chat, *waveforms: np.ndarray) -> Prompt:
         """The chat template around the turns, or only their texts if the tokenizer has no template.
