@@ -6,8 +6,9 @@ SOUNDS := tinysoundfont==0.3.7 pretty_midi==0.2.11.post0 espeakng-loader==0.2.4
 
 .PHONY: demo test test-gpu mutants lint docs notebook clean
 
+# `make demo POLICY=qwen2_5_omni` trains a small model of another family; docs/families.md lists them.
 demo: .venv/sounds
-	$(BIN)/python launch/demo.py
+	$(BIN)/python launch/demo.py --family $(or $(POLICY),qwen2_audio)
 
 test: .venv/sounds .venv/test
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -23,6 +23,7 @@ from hark.grpo.optimizer import build_optimizer, clip_gradients, learning_rate
 from hark.grpo.runtime.collectives import World, reduce_max
 from hark.grpo.scorer import score
 from hark.grpo.types import Batch
+from hark.models.experts import RouterLoad
 from hark.models.policy import Policy, Prompt
 
 Kind = TypeVar("Kind", bound=Batch)
@@ -68,6 +69,7 @@ class Learner(Generic[Kind]):
         self.optimizer = build_optimizer(policy, weight_decay=optim.weight_decay, betas=(optim.beta1, optim.beta2))
         self.clock = Clock(world.device)
         self._cost = cost_of(policy)
+        self._router_load = RouterLoad(policy.decoder)
 
     def step(self, step: int) -> dict[str, float]:
         """Do step number `step`, counted from 0; returns its metrics over all ranks."""
@@ -99,7 +101,8 @@ class Learner(Generic[Kind]):
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.clock.lap("optimizer")
-        return sums | {"grad_norm": norm / self.world.size}  # the sum over ranks is the norm
+        load = {name: value / self.world.size for name, value in self._router_load.take().items()}
+        return sums | load | {"grad_norm": norm / self.world.size}  # the sum over ranks is the norm
 
     def accumulate(self, batch: Kind) -> dict[str, float]:
         """Sum the gradients of a batch's micro-batches; returns this rank's term of each metric."""

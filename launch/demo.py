@@ -1,9 +1,10 @@
 """Run the whole demo: build data and model, warm start, GRPO, supervised fine-tuning, evaluation, and a table.
 
-    python launch/demo.py
+    python launch/demo.py [--family qwen2_5_omni]
 
 It runs other programs of launch/ and prints each command first, so that you can run it again by hand. It deletes
-runs/mini and writes all results there; runs/mini/summary.json holds the figures.
+runs/mini and writes all results there; runs/mini/summary.json holds the figures. The small model is a Qwen2-Audio, or of
+another family of docs/families.md.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from hark.grpo.instruments.metrics import read_metrics
 from hark.launch.common.config_file import load_config
 from hark.launch.common.entry import run
 from hark.launch.common.torchrun import environment, torchrun
+from hark.models.mini_families import FAMILIES
 
 ROOT = Path("runs/mini")
 LAUNCH = Path(__file__).parent
@@ -30,11 +32,11 @@ TASKS = ("sound", "music", "speech")
 
 
 def main(argv: list[str]) -> None:
-    parse(argv)
+    arguments = parse(argv)
     started = time.monotonic()
     grpo = load_config([str(GRPO_CONFIG)])
     shutil.rmtree(ROOT, ignore_errors=True)
-    show(sys.executable, LAUNCH / "build_mini.py", ROOT)
+    show(sys.executable, LAUNCH / "build_mini.py", ROOT, "--family", arguments.family)
     on_two_ranks("sft.py", SFT_CONFIG)
     on_two_ranks("train.py", GRPO_CONFIG)
     on_two_ranks("sft.py", SFT_CONFIG, f"model.path={ROOT}/warm/model", f"run.directory={ROOT}/sft", *as_long_as(grpo))
@@ -50,6 +52,7 @@ def main(argv: list[str]) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=FAMILIES, default="qwen2_audio", help="of the small model (%(default)s)")
     return parser.parse_args(argv)
 
 

@@ -33,7 +33,6 @@ from hark.launch.common.policies import lora_of
 from hark.models.families.qwen2_audio import QWEN2_AUDIO_7B
 from hark.models.loading import build_from_config, load_tokenizer, read_config
 from hark.models.policy import PolicyError, text_ids
-from hark.models.whisper import audio_tokens
 
 GIB, MIB = 2**30, 2**20
 USABLE = 0.95  # share of the device memory; the CUDA context, workspaces and fragmentation take the rest
@@ -44,7 +43,7 @@ SHAPES = {"qwen2-audio-7b": QWEN2_AUDIO_7B}
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A configuration on a number of GPUs, with clips of `seconds` and prompts of `text` tokens beside the audio.
+    """A configuration on a number of GPUs, with clips of `seconds` and prompts of `text` tokens beside `audio` others.
 
     source: where these two lengths come from, in words.
     """
@@ -53,6 +52,7 @@ class Run:
     gpus: int
     seconds: float
     text: int
+    audio: int = 0
     sft: bool = False
     source: str = ""
 
@@ -61,9 +61,10 @@ def main(argv: list[str]) -> None:
     options, words = parse(argv)
     config = load_config(words)
     seconds, text, source = lengths(config, options)
-    planned = Run(config, options.gpus, seconds, text, options.sft, source)
+    policy = build_from_config(_model_config(config, options.shape), config.model.policy)
+    planned = Run(config, options.gpus, seconds, text, policy.audio_tokens(round(100 * seconds)), options.sft, source)
     lora = lora_of(config) or config.lora  # needed without adapters too, because adding them is one of the changes
-    shape = shape_of(build_from_config(_model_config(config, options.shape), config.model.policy), targets=lora.targets)
+    shape = shape_of(policy, targets=lora.targets)
     result, limit = predict(shape, planned), USABLE * options.memory * GIB
     print(describe(shape, planned, result, options.memory))
     changes = [] if result.peak <= limit else remedies(shape, planned, limit)
@@ -169,7 +170,7 @@ def predict(shape: Shape, planned: Run) -> Plan:
     work = Work(
         prompts=prompts,
         micro_batch=min(config.optim.micro_batch, prompts),
-        prompt=planned.text + (audio_tokens(frames) if shape.tower else 0),
+        prompt=planned.text + planned.audio,
         frames=frames,
         group_size=1 if planned.sft else config.rollout.group_size,
         max_new_tokens=config.rollout.max_new_tokens,

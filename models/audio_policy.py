@@ -56,10 +56,6 @@ class AudioPolicy(Policy):
         """The features of a clip (samples,)."""
 
     @abstractmethod
-    def audio_tokens(self, frames: int) -> int:
-        """How many embeddings the tower makes of a clip of `frames` mel frames; needs the model's config only."""
-
-    @abstractmethod
     def encode(self, clips: Sequence[Audio]) -> torch.Tensor:
         """The tower's outputs for clips, as one batch: (audio embeddings of all clips, width)."""
 

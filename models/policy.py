@@ -134,6 +134,10 @@ class Policy(nn.Module):
         """
         raise NotImplementedError
 
+    def audio_tokens(self, frames: int) -> int:
+        """How many embeddings the tower makes of a clip of `frames` mel frames; needs the model's config only."""
+        return 0
+
     def native_inputs(self, chat: Chat, *waveforms: np.ndarray) -> dict[str, torch.Tensor]:
         """One prompt as transformers' own processor gives it to its own model, with which the contract compares."""
         raise NotImplementedError
@@ -286,11 +290,14 @@ class Policy(nn.Module):
         """Whether there is an audio tower and none of its parameters is trained."""
         return self.tower is not None and not any(p.requires_grad for p in self.tower.parameters())
 
+    @property
+    def tower_layers(self) -> Sequence[nn.Module]:
+        return () if self.tower is None else self.tower.layers
+
     def layers(self) -> Iterable[nn.Module]:
         """The decoder's layers, then the tower's: each is one FSDP unit and one checkpointed segment."""
         yield from self.decoder.layers
-        if self.tower is not None:
-            yield from self.tower.layers
+        yield from self.tower_layers
 
     def share_tower(self, other: Policy) -> None:
         """Replace the audio tower and its cache by another policy's; both must come from the same checkpoint."""

@@ -131,9 +131,14 @@ class StoredTensors:
 
     def _add_conversion(self, conversion: Conversion) -> None:
         """Note what a conversion makes, found by running it on tensors without data."""
-        shapes = [(name, self._stored_shape(name)) for name, _ in conversion.sources]
-        for name, made in self._run(conversion, [torch.empty(shape, device="meta") for _, shape in shapes]).items():
-            self._conversions[name], self._shapes[name] = conversion, tuple(made.shape)
+        tensors = [torch.empty(self._stored_shape(name), device="meta") for name, _ in conversion.sources]
+        try:
+            made = self._run(conversion, tensors)
+        except (RuntimeError, ValueError, KeyError) as error:
+            names = ", ".join(name for name, _ in conversion.sources[:3])
+            raise PolicyError(f"{conversion.target} cannot be made of {names}, ... ({error})") from error
+        for name, tensor in made.items():
+            self._conversions[name], self._shapes[name] = conversion, tuple(tensor.shape)
 
     def _add_adapters(self, names: set[str], path: Path) -> None:
         adapters = _tensors_of(path)

@@ -57,7 +57,7 @@ def test_each_change_that_is_offered_makes_it_fit_when_it_is_made(config, capsys
         overrides = [word for word in change["change"] if not word.startswith("--")]
         remade = load_config([str(config), "evaluation.every=10", *overrides])
         if remade.lora.rank == 0:  # the shape above has fewer adapters
-            peak = plan.predict(shape, plan.Run(remade, gpus, 30.0, 60)).peak
+            peak = plan.predict(shape, plan.Run(remade, gpus, 30.0, 60, 750)).peak
             assert peak == change["peak"] <= plan.USABLE * 40 * 2**30, words
 
 

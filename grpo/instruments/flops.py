@@ -2,11 +2,11 @@
 
     forward = sum over prompts of tower(F) + audio * projector + P * token + pairs(0, P)
               + sum over completions of (T - 1) * token + pairs(P, P + T - 1) + T * head
-    tower(F) = sum over convolutions of outputs * weights + s * tower_position + s^2 * tower_pair
+    tower(F) = sum over convolutions of outputs * weights + s * tower_position + pairs of s * tower_pair
     pairs(first, last) = sum over layers of pair * sum over i in first .. last - 1 of min(i + 1, window)
 
-F: mel frames of the clip, without padding. s: positions after the convolutions, 50 per second. audio: audio embeddings
-of the prompt. P: prompt tokens. T: tokens of one completion. The other names are fields of `Cost`.
+F: mel frames of the clip, without padding. s: positions after the convolutions, 50 per second in Whisper. audio: audio
+embeddings of the prompt. P: prompt tokens. T: tokens of one completion. The other names are fields of `Cost`.
 
 - Each mel frame, prompt token and completion token counts once. A token attends to the prompt and to its own branch.
 - A completion's last token is sampled but not fed to the decoder, so T - 1 are fed.
@@ -31,6 +31,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hark.grpo.instruments.shape import tower_stride, tower_width, tower_window
+from hark.models.experts import expert_modules, experts_per_token
 from hark.models.linear import linear
 from hark.models.lora import LoraLinear
 from hark.models.policy import Policy, Prompt
@@ -49,6 +51,7 @@ class Cost:
     head: per position, of the LM head. projector: per audio embedding.
     convolutions: for each, (stride of its output in mel frames, multiply-adds per output position).
     tower_position: per position, of the tower's linear layers. tower_pair: per pair of positions, of its attention.
+    tower_window: positions that attend to one another; None is all of a clip.
     frozen_tower: whether no parameter of the tower is trained.
     skipped_*: gradients that are not needed, to be subtracted from a backward of two forwards.
     """
@@ -61,6 +64,7 @@ class Cost:
     convolutions: tuple[tuple[int, int], ...] = ()
     tower_position: int = 0
     tower_pair: int = 0
+    tower_window: int | None = None
     frozen_tower: bool = False
     projector: int = 0
     skipped_token: int = 0
@@ -73,7 +77,9 @@ class Cost:
             return 0
         convolved = sum(_positions(frames, stride) * weights for stride, weights in self.convolutions)
         positions = _positions(frames, self.convolutions[-1][0])
-        return convolved + positions * self.tower_position + positions**2 * self.tower_pair
+        whole, rest = divmod(positions, self.tower_window or positions + 1)
+        pairs = whole * (self.tower_window or 0) ** 2 + rest**2
+        return convolved + positions * self.tower_position + pairs * self.tower_pair
 
     def skipped_tower(self, frames: int) -> int:
         """Multiply-adds of the gradient of the mel frames, which a backward does not need."""
@@ -112,7 +118,7 @@ def cost_of(policy: Policy) -> Cost:
     linears = list(_linears(policy.decoder))
     adapters = sum(_adapter(layer) for layer in linears)
     decoder = Cost(
-        token=_weights(linears) + adapters,
+        token=_weights(linears) + _experts(policy.decoder) + adapters,
         adapters=adapters,
         pair=2 * config.num_attention_heads * size,
         windows=tuple(policy.windows[kind] for kind in policy.layer_types),
@@ -193,19 +199,22 @@ def _group(cost: Cost, prompt: Prompt, lengths: Sequence[int], audio_id: int | N
 
 def _with_tower(decoder: Cost, policy: Policy, tower: Any) -> Cost:
     """The decoder's cost with that of the tower and the projector added."""
-    convolutions, stride = [], 1
-    for module in tower.modules():
-        if isinstance(module, nn.Conv1d):
-            stride *= module.stride[0]
-            convolutions.append((stride, module.weight.numel()))
-    others = {*_linears(policy.decoder), *_linears(tower), policy.model.get_output_embeddings()}
-    projector = [layer for layer in _linears(policy.model) if layer not in others]
+    convolutions, stride, bins = [], 1, getattr(tower.config, "num_mel_bins", None) or 1
+    for module in tower.children():
+        if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+            stride *= module.stride[-1]
+            over_bins = isinstance(module, nn.Conv2d)  # such a convolution is applied along the mel bins too
+            bins = (bins - 1) // module.stride[0] + 1 if over_bins else bins
+            convolutions.append((stride, module.weight.numel() * (bins if over_bins else 1)))
+    projectors = {layer for module in policy.projectors for layer in _linears(module)}
+    projector, inside = list(projectors), [layer for layer in _linears(tower) if layer not in projectors]
     frozen, size = policy.tower_is_frozen, _weights(projector)
     return replace(
         decoder,
-        convolutions=tuple(convolutions),
-        tower_position=_weights(_linears(tower)),
-        tower_pair=2 * tower.config.d_model * len(tower.layers),
+        convolutions=tuple(convolutions) or ((tower_stride(tower), 0),),
+        tower_position=_weights(inside),
+        tower_pair=2 * tower_width(tower) * len(policy.tower_layers),
+        tower_window=tower_window(tower),
         frozen_tower=frozen,
         projector=size,
         skipped_projector=_frozen_weights(projector) + frozen * size,
@@ -219,6 +228,16 @@ def _skipped_input_gradient(policy: Policy) -> int:
     modules = policy.decoder.layers[0].named_modules()
     projections = [layer for name, layer in modules if name.endswith(INPUT_PROJECTIONS)]
     return _weights(projections) + sum(layer.lora_A.numel() for layer in projections if isinstance(layer, LoraLinear))
+
+
+def _experts(decoder: Any) -> int:
+    """Multiply-adds per token of the experts that it is given to."""
+    return sum(
+        parameter.numel() // module.num_experts * experts_per_token(decoder.config)
+        for module in expert_modules(decoder)
+        for parameter in module.parameters(recurse=False)
+        if parameter.dim() == 3
+    )
 
 
 def _linears(module: nn.Module) -> Iterable[nn.Linear]:

@@ -10,12 +10,14 @@ compute in float32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from hark.models.experts import expert_modules, experts_per_token
 from hark.models.lora import adapted_layers
 from hark.models.policy import Policy
 
@@ -24,7 +26,10 @@ FLOAT = 4  # bytes of float32
 
 @dataclass(frozen=True)
 class Tower:
-    """Sizes of an audio tower. layer: parameters of one layer. rest: parameters outside the layers."""
+    """Sizes of an audio tower. layer: parameters of one layer. rest: parameters outside the layers.
+
+    stride: mel frames of one position in the layers.
+    """
 
     layers: int
     width: int
@@ -32,6 +37,7 @@ class Tower:
     heads: int
     layer: int
     rest: int
+    stride: int = 2
 
     @property
     def parameters(self) -> int:
@@ -39,17 +45,17 @@ class Tower:
 
     def saved(self, clips: int, frames: int, d: int) -> int:
         """Activation bytes that one layer saves for its backward: inputs and outputs of two norms, attention, MLP."""
-        length = frames // 2 + 1  # positions, 50 per second
+        length = frames // self.stride + 1
         per_token = d * (8 * self.width + 2 * self.inner) + FLOAT * self.heads
         return clips * length * per_token
 
     def gradients(self, clips: int, frames: int, d: int) -> int:
         """Peak bytes of activation gradients in one layer's backward; the peak is in its MLP."""
-        return d * clips * (frames // 2 + 1) * 2 * (self.inner + self.width)
+        return d * clips * (frames // self.stride + 1) * 2 * (self.inner + self.width)
 
     def inputs(self, clips: int, frames: int, d: int) -> int:
         """Bytes of one layer's input."""
-        return d * clips * (frames // 2 + 1) * self.width
+        return d * clips * (frames // self.stride + 1) * self.width
 
     def convolutions(self, clips: int, frames: int, d: int) -> int:
         """Bytes that the two convolutions save: outputs (100 and 50 positions per second) before and after the GELU."""
@@ -57,7 +63,7 @@ class Tower:
 
     def forward_peak(self, clips: int, frames: int, d: int) -> int:
         """Peak activation bytes of a forward without gradient; the peak is in an MLP or in the first convolution."""
-        length = frames // 2 + 1
+        length = frames // self.stride + 1
         return d * clips * length * (max(2 * self.inner + 3 * self.width, 6 * self.width))
 
 
@@ -125,13 +131,13 @@ def shape_of(policy: Policy, *, targets: Sequence[str] = ()) -> Shape:
     linears = adapted_layers(policy, targets).values()
     inside = [{id(module) for module in layer.modules()} for layer in layers]
     sizes = {id(linear): linear.in_features + linear.out_features for linear in linears}
-    tower = None if policy.tower is None else _tower_of(policy.tower)
+    tower = None if policy.tower is None else _tower_of(policy, policy.tower)
     in_layers = sum(map(_count, layers)) + (tower.layers * tower.layer if tower else 0)
     head, embeddings = policy.model.get_output_embeddings(), policy.decoder.get_input_embeddings()
     return Shape(
         layers=len(layers),
         hidden=config.hidden_size,
-        inner=config.intermediate_size,
+        inner=_inner(policy),
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
@@ -146,16 +152,48 @@ def shape_of(policy: Policy, *, targets: Sequence[str] = ()) -> Shape:
     )
 
 
-def _tower_of(tower: Any) -> Tower:
-    config, layers = tower.config, list(tower.layers)
+def _inner(policy: Policy) -> int:
+    """Inner size of the MLP; of all experts that a token is given to."""
+    config = policy.decoder.config
+    sparse = any(True for _ in expert_modules(policy.decoder))
+    inner = _first(config, "moe_intermediate_size") if sparse else None
+    return inner * experts_per_token(config) if inner else config.intermediate_size
+
+
+def _tower_of(policy: Policy, tower: Any) -> Tower:
+    config, layers = tower.config, list(policy.tower_layers)
+    width = tower_width(tower)
     return Tower(
         layers=len(layers),
-        width=config.d_model,
-        inner=config.encoder_ffn_dim,
-        heads=config.encoder_attention_heads,
+        width=width,
+        inner=_first(config, "encoder_ffn_dim", "intermediate_size") or config.feedforward_mult * width,
+        heads=_first(config, "encoder_attention_heads", "num_attention_heads", "num_heads"),
         layer=_count(layers[0]),
         rest=_count(tower) - sum(map(_count, layers)),
+        stride=tower_stride(tower),
     )
+
+
+def tower_width(tower: Any) -> int:
+    return _first(tower.config, "d_model", "hidden_size", "hidden_dim")
+
+
+def tower_stride(tower: Any) -> int:
+    """Mel frames of one position in an audio tower's layers; 2 where it stacks frames instead of convolving them."""
+    strides = [module.stride[-1] for module in tower.children() if isinstance(module, (nn.Conv1d, nn.Conv2d))]
+    return math.prod(strides) if strides else 2
+
+
+def tower_window(tower: Any) -> int | None:
+    """Positions that attend to one another in an audio tower; None is all of a clip."""
+    config, stride = tower.config, tower_stride(tower)
+    frames = _first(config, "n_window_infer") or 2 * (_first(config, "n_window") or 0)
+    return frames // stride or _first(config, "context_size")
+
+
+def _first(config: Any, *names: str) -> Any:
+    """The first of these values that a config has; None if it has none."""
+    return next((value for value in (getattr(config, name, None) for name in names) if value is not None), None)
 
 
 def _count(module: nn.Module) -> int:
