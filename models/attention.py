@@ -93,7 +93,8 @@ def tree_attention(
         )
     current = _current_pass.get()
     assert current is not None  # only `Policy.decode` calls a decoder
-    if not any(attention_mask is mask for mask in current.masks):
+    # Gemma 4 passes on a view of the whole mask.
+    if not any(attention_mask is mask or getattr(attention_mask, "_base", None) is mask for mask in current.masks):
         raise AttentionError(f"{type(module).__name__} makes a mask of its own; choose another model")
     current.called.append(getattr(module, "layer_idx", None))
     return current.attention(module, query, key, value, attention_mask, **kwargs), None

@@ -6,6 +6,7 @@ import hashlib
 import json
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,9 @@ class AudioPolicy(Policy):
         super().__init__(model, self.processor.tokenizer)
         self.audio_id = self.find_audio_id()
         vocabulary = model.get_output_embeddings().weight.shape[0]
-        self.suppressed_ids = (self.audio_id,) if self.audio_id < vocabulary else ()
+        others = (getattr(model.config, name, None) for name in ("image_token_id", "video_token_id"))
+        placeholders = {self.audio_id, *(other for other in others if other is not None)}
+        self.suppressed_ids = tuple(sorted(token for token in placeholders if token < vocabulary))
         if self.extractor.sampling_rate != self.sample_rate:
             raise PolicyError(
                 f"{path}: its processor takes audio at {self.extractor.sampling_rate} Hz; "
@@ -137,14 +140,15 @@ class AudioPolicy(Policy):
         is_real = torch.arange(ids.shape[1], device=self.device) < lengths[:, None]
         is_audio = (ids == self.audio_id) & is_real  # a family may pad with its placeholder
         # The placeholder may have no embedding of its own.
-        embeddings = self.embed_tokens(ids.masked_fill(is_audio, 0))
+        embeddings = self.embed_tokens(ids.masked_fill(is_audio, self.pad_id))
         audio = self.project(self._encoded([clip for prompt in prompts for clip in prompt.clips]))
         if int(is_audio.sum()) != len(audio):
             raise PolicyError(
                 f"{int(is_audio.sum())} audio placeholders for {len(audio)} audio embeddings; expected equal numbers"
             )
-        is_audio = is_audio.unsqueeze(-1).expand_as(embeddings)
-        return embeddings.masked_scatter(is_audio, audio.to(embeddings.dtype)), lengths
+        own, others = embeddings.tensor_split((audio.shape[-1],), dim=-1)  # others: inputs of layers, if there are any
+        own = own.masked_scatter(is_audio.unsqueeze(-1).expand_as(own), audio.to(own.dtype))
+        return torch.cat([own, others], dim=-1) if others.shape[-1] else own, lengths
 
     def share_tower(self, other: Policy) -> None:
         self.model.set_submodule(self.tower_name, other.tower)
@@ -179,12 +183,26 @@ class AudioPolicy(Policy):
             )
 
 
-def chat_template(path: Path, tokenizer: Any) -> str | None:
-    """The chat template of a checkpoint: its tokenizer's, or that of the file in which older processors kept it."""
-    older = path / "chat_template.json"
-    if tokenizer.chat_template is None and older.exists():
-        return json.loads(older.read_text(encoding="utf-8"))["chat_template"]
-    return tokenizer.chat_template
+@dataclass(frozen=True)
+class AudioHalf:
+    """What audio needs of a processor that takes images and videos too; the rest of it needs torchvision."""
+
+    feature_extractor: Any
+    tokenizer: Any
+    template: str | None
+
+    @classmethod
+    def load(cls, path: Path) -> AudioHalf:
+        from transformers import AutoFeatureExtractor, AutoTokenizer
+
+        tokenizer, older = AutoTokenizer.from_pretrained(path), path / "chat_template.json"
+        template = tokenizer.chat_template
+        if template is None and older.exists():  # older processors kept it there
+            template = json.loads(older.read_text(encoding="utf-8"))["chat_template"]
+        return cls(AutoFeatureExtractor.from_pretrained(path), tokenizer, template)
+
+    def apply_chat_template(self, turns: list[dict], **options: Any) -> str:
+        return self.tokenizer.apply_chat_template(turns, chat_template=self.template, **options)
 
 
 def audio_of(features: torch.Tensor, frames: int, tokens: int) -> Audio:

@@ -21,6 +21,7 @@ from hark.models.cache import TowerCache
 from hark.models.families.audioflamingo3 import AudioFlamingo3Policy, MusicFlamingoPolicy
 from hark.models.families.automatic import AutomaticPolicy
 from hark.models.families.causal_lm import CausalLMPolicy
+from hark.models.families.gemma4 import Gemma4Policy
 from hark.models.families.glmasr import GlmAsrPolicy
 from hark.models.families.granite_speech import GraniteSpeechPolicy
 from hark.models.families.qwen2_5_omni import Qwen2_5OmniPolicy
@@ -36,6 +37,7 @@ from hark.models.stored import INDEX, SINGLE, Part, StoredTensors
 # config.model_type -> policy class; text-only causal language models need no entry.
 FAMILIES: dict[str, type[Policy]] = {
     "audioflamingo3": AudioFlamingo3Policy,
+    "gemma4": Gemma4Policy,
     "glmasr": GlmAsrPolicy,
     "granite_speech": GraniteSpeechPolicy,
     "musicflamingo": MusicFlamingoPolicy,
@@ -50,6 +52,7 @@ FAMILIES: dict[str, type[Policy]] = {
 # Model types that can never be sampled and scored as one row, and why.
 REFUSED = {
     "doge": "its layers make a mask of their own from the keys, which differ between decoding and scoring",
+    "gemma3n": "transformers builds it with the package timm only, for its vision tower; Gemma 4 needs no such package",
     "vibevoice_asr": "its audio encoder draws random latents, so that no step could be repeated",
     "voxtral_realtime": "it adds audio to the embedding of each new token, so that a clip is not part of the prompt",
     "kyutai_speech_to_text": "it reads audio with each new token, so that a clip is not part of the prompt",

@@ -240,6 +240,47 @@ def _glmasr(tokenizer: Any, sizes: Sizes) -> Any:
     )
 
 
+def _gemma4(tokenizer: Any, sizes: Sizes) -> Any:
+    from transformers import Gemma4Config
+
+    kinds = ["sliding_attention" if n % 2 == 0 else "full_attention" for n in range(sizes.layers)]
+    return Gemma4Config(
+        audio_config=dict(
+            model_type="gemma4_audio", hidden_size=sizes.tower_hidden, num_hidden_layers=sizes.tower_layers,
+            num_attention_heads=2, subsampling_conv_channels=[128, 8], output_proj_dims=sizes.tower_hidden,
+        ),
+        text_config=sizes.text(
+            "gemma4_text", len(tokenizer), head_dim=32, global_head_dim=32, sliding_window=24, layer_types=kinds,
+            hidden_size_per_layer_input=16, vocab_size_per_layer_input=len(tokenizer), num_kv_shared_layers=0,
+            final_logit_softcapping=30.0, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
+        ),
+        audio_token_id=_id(tokenizer, "<|audio|>"),
+        boa_token_id=_id(tokenizer, "<|audio>"),
+        eoa_token_index=_id(tokenizer, "<audio|>"),
+        image_token_id=_id(tokenizer, "<|image|>"),
+        video_token_id=_id(tokenizer, "<|video|>"),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The audio half of Gemma 4's processor: the other half needs torchvision."""
+
+    extractor: Any
+    tokenizer: Any
+
+    def save_pretrained(self, directory: Any) -> None:
+        self.extractor.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
+
+
+def _gemma4_processor(tokenizer: Any, template: str, bins: int) -> Any:
+    from transformers import Gemma4AudioFeatureExtractor
+
+    tokenizer.chat_template = template
+    return _Parts(Gemma4AudioFeatureExtractor(), tokenizer)
+
+
 FAMILIES: dict[str, Family] = {
     "qwen2_audio": Family(
         "<|audio_bos|><|AUDIO|><|audio_eos|>",
@@ -297,6 +338,13 @@ FAMILIES: dict[str, Family] = {
         _granite_speech,
         "GraniteSpeechForConditionalGeneration",
         _granite_speech_processor,
+    ),
+    "gemma4": Family(
+        "<|audio|>",
+        ["<|audio|>", "<|audio>", "<audio|>", "<|image|>", "<|video|>"],
+        _gemma4,
+        "Gemma4ForConditionalGeneration",
+        _gemma4_processor,
     ),
     "glmasr": Family(
         "<|begin_of_audio|><|pad|><|end_of_audio|>",

@@ -236,9 +236,17 @@ class Policy(nn.Module):
         """The type of each decoder layer: a key of `windows`."""
         return tuple(getattr(self.decoder.config, "layer_types", None) or [*self.windows] * len(self.decoder.layers))
 
+    @property
+    def per_layer_width(self) -> int:
+        """Width of the further embeddings of a token, one for each layer, that Gemma's decoders take; 0 in others."""
+        return (getattr(self.decoder.config, "hidden_size_per_layer_input", None) or 0) * len(self.decoder.layers)
+
     def embed_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Embeddings (..., D) of token ids (...), int64."""
-        return self.decoder.get_input_embeddings()(tokens)
+        """Embeddings (..., D) of token ids (...), int64; followed by those for each layer if there are any."""
+        embeddings = self.decoder.get_input_embeddings()(tokens)
+        if not self.per_layer_width:
+            return embeddings
+        return torch.cat([embeddings, self.decoder.get_per_layer_inputs(tokens).flatten(-2)], dim=-1)
 
     def decode(
         self,
@@ -259,10 +267,15 @@ class Policy(nn.Module):
         dtype = embeddings.dtype
         additive = {kind: None if masks is None else _additive(masks[kind], dtype) for kind in self.windows}
         current = DecoderPass(attention or sdpa_attention, tuple(additive.values()))
+        inputs: dict[str, torch.Tensor] = {}
+        if self.per_layer_width:
+            embeddings, others = embeddings.tensor_split((embeddings.shape[-1] - self.per_layer_width,), dim=-1)
+            inputs["per_layer_inputs"] = others.unflatten(-1, (len(self.decoder.layers), -1))
         typed = getattr(self.decoder.config, "layer_types", None)
         with current.active():
             output = self.decoder(
                 inputs_embeds=embeddings,
+                **inputs,
                 attention_mask=additive if typed else next(iter(additive.values())),
                 position_ids=positions,
                 use_cache=False,

@@ -396,7 +396,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("never over", "if symptom.shows(values) else 0", "if symptom.shows(values) else lasted", "test_diagnosis"),
     ),
     "grpo/instruments/flops.py": (
-        ("attention of a tower linear", "positions**2 * self.tower_pair", "positions * self.tower_pair", "test_flops"),
+        ("attention of a tower linear", "+ rest**2", "+ rest", "test_flops"),
         ("last token fed", "start + length - 1)", "start + length)", "test_flops"),
     ),
     "grpo/instruments/memory.py": (

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from hark.data.chat import Chat
-from hark.models.audio_policy import AudioPolicy, audio_of, chat_template
+from hark.models.audio_policy import AudioHalf, AudioPolicy, audio_of
 from hark.models.policy import Audio
 from hark.models.whisper import audio_tokens, positions, whisper_mel
 
@@ -32,13 +32,7 @@ class Qwen2_5OmniPolicy(AudioPolicy):
         self.longest = self.extractor.n_samples / self.sample_rate
 
     def load_processor(self, path: Path) -> Any:
-        """Only what audio needs: the parts of the Omni processors for images and videos need torchvision."""
-        from transformers import AutoFeatureExtractor, AutoTokenizer, Qwen2AudioProcessor
-
-        extractor, tokenizer = AutoFeatureExtractor.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-        return Qwen2AudioProcessor(
-            extractor, tokenizer, chat_template=chat_template(path, tokenizer), audio_token=tokenizer.audio_token
-        )
+        return AudioHalf.load(path)
 
     def native_inputs(self, chat: Chat, *waveforms: np.ndarray) -> dict[str, torch.Tensor]:
         made = self.extractor(
