@@ -42,6 +42,7 @@ COMMANDS = {
     "new-model": Command("new_model", "write a small model with random weights for your own questions"),
     "build-mini": Command("build_mini", "write the demo's data set and its small model"),
     "demo": Command("demo", "run the whole demo: data, warm start, GRPO, evaluation"),
+    "families": Command("studies.families", "train, shard, export and time a small model of every audio family"),
     "benchmark": Command("studies.benchmark", "compare a step with the R1-AQA procedure, on the CPU"),
     "benchmark-gpu": Command("studies.benchmark_gpu", "the same on a GPU, and compare with the GPU's limits"),
     "pictures": Command("studies.pictures", "draw the pictures of the documentation"),

@@ -22,7 +22,7 @@ from hark.grpo.config import ConfigError
 from hark.launch.__main__ import COMMANDS, module_of, parse, words_of
 from hark.launch.common.config_file import CONFIGS, help_if_asked, load_config
 from hark.launch.common.torchrun import torchrun
-from hark.launch.studies.scaling import BEGIN, END
+from hark.launch.studies.scaling import MARKERS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(CONFIGS.glob("*.yaml"))]
@@ -176,7 +176,7 @@ def accept(command: str, words: list[str], scratch: Path) -> None:
     elif command == "plan":
         load_config(module.parse(words)[1])
     elif command == "scaling":
-        (scratch / "FILE.md").write_text(f"{BEGIN}\n{END}\n")
+        (scratch / "FILE.md").write_text(f"{MARKERS.begin}\n{MARKERS.end}\n")
         module.parse([str(scratch / word) if word == "FILE.md" else word for word in words])
     else:
         module.parse(words)

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from hark.launch.studies import scaling
-from hark.launch.studies.scaling import BEGIN, CURVES, END, main, plot, with_tables
+from hark.launch.studies.scaling import CURVES, MARKERS, main, plot
 from tests.test_benchmark import TINY
 
 SIZES = "--group-size 2 8 --seconds 1 10 --new-tokens 8 24 --prompts 1 2".split()
+BEGIN, END = MARKERS
 PAGE = f"before\n{BEGIN}\nold\n{END}\nafter\n"
 
 
@@ -61,13 +62,13 @@ def test_tables_stand_in_the_page_once_however_often_they_are_written(directory,
     page = (directory / "page.md").read_text()
     assert page.startswith(f"before\n{BEGIN}\n") and page.endswith(f"{END}\nafter\n") and "old" not in page
     assert all(page.count(f"### {name.capitalize()}\n") == 1 for name, _ in CURVES.values())
-    assert with_tables(page, scaling.tables(result)) == page
+    assert MARKERS.filled(page, scaling.tables(result)) == page
 
 
 def test_the_tables_of_the_page_are_those_of_its_figures():
     docs = Path(__file__).parents[1] / "docs"
     page, figures = (docs / "scaling.md").read_text(), json.loads((docs / "scaling.json").read_text())
-    assert with_tables(page, scaling.tables(figures)) == page
+    assert MARKERS.filled(page, scaling.tables(figures)) == page
 
 
 def test_the_plot_has_a_panel_for_each_curve(result, tmp_path):

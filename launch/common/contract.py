@@ -176,6 +176,21 @@ def _generated(policy: Policy, native: Any, inputs: dict[str, torch.Tensor]) -> 
         )[0]  # fmt: skip
 
 
+def native_step(policy: Policy, native: Any, inputs: dict[str, torch.Tensor], group: int, tokens: int) -> None:
+    """One update in transformers' way: `generate`, forward and backward with the prompt once for each completion."""
+    repeated = {name: torch.cat([value] * group) for name, value in inputs.items()}
+    repeated["attention_mask"] = torch.ones_like(repeated["input_ids"])
+    start = repeated["input_ids"].shape[1]
+    with torch.no_grad():
+        made = native.generate(
+            **repeated, do_sample=True, min_new_tokens=tokens, max_new_tokens=tokens, pad_token_id=policy.pad_id,
+            suppress_tokens=list(policy.suppressed_ids) or None,
+        )  # fmt: skip
+    repeated |= {"input_ids": made, "attention_mask": torch.ones_like(made)}
+    logits = native(**repeated, use_cache=False).logits[:, start - 1 : -1]
+    logits.log_softmax(dim=-1).gather(-1, made[:, start:, None]).sum().backward()
+
+
 @contextmanager
 def _native_attention(policy: Policy, native: Any) -> Iterator[None]:
     """Let transformers compute the attention if the policy's own model is called in its way."""

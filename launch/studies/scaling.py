@@ -32,6 +32,7 @@ from hark.data.json_files import write_json
 from hark.grpo.instruments.flops import best_matmul_rate, cost_of, macs
 from hark.grpo.types import Rollout
 from hark.launch.common.entry import run
+from hark.launch.common.pages import Markers, table
 from hark.launch.common.torchrun import environment, torchrun
 from hark.launch.studies.sides import (
     BASE,
@@ -54,7 +55,7 @@ CURVES: dict[str, tuple[str, tuple[float, ...]]] = {  # field of Work -> its tit
 }
 RANKS = (1, 2, 4)
 PHASES = {"rollout": "rollout", "reference": "reference", "score": "forward, backward", "optimizer": "optimizer"}
-BEGIN, END = "<!-- launch/studies/scaling.py writes from here -->", "<!-- to here -->"
+MARKERS = Markers.of("launch/studies/scaling.py")
 
 
 def main(argv: list[str], size: Size | None = None) -> None:
@@ -74,7 +75,7 @@ def main(argv: list[str], size: Size | None = None) -> None:
     if arguments.plot:
         plot(result, arguments.plot)
     if arguments.table:
-        arguments.table.write_text(with_tables(arguments.table.read_text(), tables(result)))
+        arguments.table.write_text(MARKERS.filled(arguments.table.read_text(), tables(result)))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -93,8 +94,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.plot and find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib, which is not installed: pip install -e '.[plot]'")
-    if arguments.table and not (arguments.table.exists() and has_markers(arguments.table.read_text())):
-        parser.error(f"--table {arguments.table}: expected a page with the lines '{BEGIN}' and '{END}'")
+    if arguments.table and not (arguments.table.exists() and MARKERS.are_in(arguments.table.read_text())):
+        parser.error(f"--table {arguments.table}: expected a page with the lines '{MARKERS.begin}' and '{MARKERS.end}'")
     return arguments
 
 
@@ -210,24 +211,9 @@ def note_on_cores(result: dict[str, Any]) -> Iterator[str]:
         yield f"Each rank has one thread. More than {cores} ranks share the {cores} cores and wait for one another."
 
 
-def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heading, ["--:"] * len(heading), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def number(value: float) -> str:
     """A number with three significant digits and without an exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def has_markers(page: str) -> bool:
-    return 0 <= page.find(BEGIN) < page.find(END)
-
-
-def with_tables(page: str, text: str) -> str:
-    """The page with this text between the marker lines."""
-    before, _, rest = page.partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}"
 
 
 # Plot -----------------------------------------------------------------------------------------------------------------
