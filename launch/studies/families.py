@@ -64,10 +64,8 @@ def main(argv: list[str]) -> None:
         for name in arguments.families or FAMILIES:
             rows.append([name, *figures(name, Path(place) / name, data)])
             print("  ".join(f"{title} {cell}" for title, cell in zip(HEADING, rows[-1], strict=True)), flush=True)
-    text = (
-        table(HEADING, rows)
-        + f"\n\nOne thread, best product of matrices {best_matmul_rate() / 1e9:.3g} G multiply-adds per second, torch {torch.__version__}."
-    )
+    machine = f"One thread; {best_matmul_rate() / 1e9:.3g} G multiply-adds per second in the best product of matrices"
+    text = f"{table(HEADING, rows)}\n\n{machine}; torch {torch.__version__}, transformers {transformers.__version__}."
     print(text)
     if arguments.table:
         arguments.table.write_text(MARKERS.filled(arguments.table.read_text(), text))
