@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -18,18 +19,33 @@ from transformers import AutoTokenizer
 
 from hark.data.chat import Turn
 from hark.data.errors import DataError
+from hark.grpo.runtime.collectives import World
+from hark.grpo.runtime.sharding import device_mesh, shard
 from hark.grpo.sampler import sample
 from hark.grpo.scorer import score
 from hark.launch import check_policy
-from hark.launch.common.contract import VALUES, Question, _draw, _largest, _native, _scored, check, questions_of, verify
+from hark.launch.common.contract import (
+    GRADIENTS,
+    VALUES,
+    Question,
+    _draw,
+    _largest,
+    _native,
+    _scored,
+    check,
+    questions_of,
+    verify,
+)
 from hark.models import loading
 from hark.models.families.automatic import AutomaticPolicy
 from hark.models.loading import load_policy, read_family
+from hark.models.lora import whole
 from hark.models.mini import build_mini
 from hark.models.mini_families import FAMILIES
 from hark.models.policy import Lora, PolicyError
 from tests.clips import waveform
 from tests.conftest import TEXTS
+from tests.ranks import on_ranks
 
 SIZES = dict(vocabulary=400, hidden=64, layers=2, tower_hidden=64, tower_layers=2)
 BLOCKS = ("audioflamingo3", "musicflamingo", "voxtral", "glmasr")  # families that cut a clip into windows of 30 s
@@ -145,6 +161,30 @@ def test_training_the_projector_alone_gives_gradients_to_it_alone(directories):
         _scored(policy, rollout, rollout.prompts, backward=True)
         with_gradient = {n for n, p in policy.model.named_parameters() if p.grad is not None}
         assert with_gradient == {n for n, _ in policy.model.named_parameters() if n.startswith(policy.projector_names)}
+
+
+def compare_gradients(world: World, directories: dict[str, Path], lora: Lora | None) -> None:
+    """Each rank scores one of two prompts; the summed gradients against those of one process that scores both."""
+    for name, directory in directories.items():
+        alone = load_policy(directory, lora=lora)
+        sharded = load_policy(directory, lora=lora, shard=partial(shard, mesh=device_mesh(world)))
+        rollout = _draw(alone, questions_of(alone))
+        weights = torch.linspace(-1.0, 2.0, rollout.mask.numel()).reshape(rollout.mask.shape) * rollout.mask
+        logprobs, _ = score(alone, rollout.prompts, rollout.tokens, rollout.mask, group_size=3)
+        (logprobs * weights).sum().backward()
+        part = rollout.select([world.rank])
+        logprobs, _ = score(sharded, part.prompts, part.tokens, part.mask, group_size=3)
+        (logprobs * weights[rollout.rows([world.rank]), : logprobs.shape[1]]).sum().backward()
+        largest = max(parameter.grad.abs().max() for parameter in alone.parameters() if parameter.grad is not None)
+        for (key, expected), own in zip(alone.model.named_parameters(), sharded.model.parameters(), strict=True):
+            assert (expected.grad is None) == (own.grad is None), (name, key)
+            if own.grad is not None:
+                assert (whole(own.grad) - expected.grad).abs().max() < GRADIENTS * largest, (name, key)
+
+
+@pytest.mark.parametrize("lora", [None, Lora(2, 4.0, ("all-linear",))], ids=["all", "adapters"])
+def test_two_ranks_sum_the_gradients_of_one_process(lora, directories):
+    on_ranks(2, compare_gradients, directories, lora)
 
 
 def test_a_chat_template_that_leaves_the_clip_out_is_refused(directories, tmp_path):

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hark.grpo.instruments.shape import tower_stride, tower_width, tower_window
+from hark.grpo.instruments.shape import convolutions, tower_stride, tower_width, tower_window
 from hark.models.experts import expert_modules, experts_per_token
 from hark.models.linear import linear
 from hark.models.lora import LoraLinear
@@ -199,19 +199,18 @@ def _group(cost: Cost, prompt: Prompt, lengths: Sequence[int], audio_id: int | N
 
 def _with_tower(decoder: Cost, policy: Policy, tower: Any) -> Cost:
     """The decoder's cost with that of the tower and the projector added."""
-    convolutions, stride, bins = [], 1, getattr(tower.config, "num_mel_bins", None) or 1
-    for module in tower.children():
-        if isinstance(module, (nn.Conv1d, nn.Conv2d)):
-            stride *= module.stride[-1]
-            over_bins = isinstance(module, nn.Conv2d)  # such a convolution is applied along the mel bins too
-            bins = (bins - 1) // module.stride[0] + 1 if over_bins else bins
-            convolutions.append((stride, module.weight.numel() * (bins if over_bins else 1)))
+    costs, stride, bins = [], 1, getattr(tower.config, "num_mel_bins", 128)
+    for module in convolutions(tower):
+        stride *= module.stride[-1]
+        over_bins = isinstance(module, nn.Conv2d)  # such a convolution is applied along the mel bins too
+        bins = (bins - 1) // module.stride[0] + 1 if over_bins else bins
+        costs.append((stride, module.weight.numel() * (bins if over_bins else 1)))
     projectors = {layer for module in policy.projectors for layer in _linears(module)}
     projector, inside = list(projectors), [layer for layer in _linears(tower) if layer not in projectors]
     frozen, size = policy.tower_is_frozen, _weights(projector)
     return replace(
         decoder,
-        convolutions=tuple(convolutions) or ((tower_stride(tower), 0),),
+        convolutions=tuple(costs) or ((tower_stride(tower), 0),),
         tower_position=_weights(inside),
         tower_pair=2 * tower_width(tower) * len(policy.tower_layers),
         tower_window=tower_window(tower),

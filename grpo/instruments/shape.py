@@ -166,7 +166,7 @@ def _tower_of(policy: Policy, tower: Any) -> Tower:
     return Tower(
         layers=len(layers),
         width=width,
-        inner=_first(config, "encoder_ffn_dim", "intermediate_size") or config.feedforward_mult * width,
+        inner=_first(config, "encoder_ffn_dim", "intermediate_size") or getattr(config, "feedforward_mult", 4) * width,
         heads=_first(config, "encoder_attention_heads", "num_attention_heads", "num_heads"),
         layer=_count(layers[0]),
         rest=_count(tower) - sum(map(_count, layers)),
@@ -178,10 +178,15 @@ def tower_width(tower: Any) -> int:
     return _first(tower.config, "d_model", "hidden_size", "hidden_dim")
 
 
+def convolutions(tower: Any) -> list[Any]:
+    """The convolutions of an audio tower before its layers, in order."""
+    inside = {module for layer in tower.layers for module in layer.modules()}
+    return [module for module in tower.modules() if isinstance(module, (nn.Conv1d, nn.Conv2d)) and module not in inside]
+
+
 def tower_stride(tower: Any) -> int:
     """Mel frames of one position in an audio tower's layers; 2 where it stacks frames instead of convolving them."""
-    strides = [module.stride[-1] for module in tower.children() if isinstance(module, (nn.Conv1d, nn.Conv2d))]
-    return math.prod(strides) if strides else 2
+    return math.prod(module.stride[-1] for module in convolutions(tower)) if convolutions(tower) else 2
 
 
 def tower_window(tower: Any) -> int | None:
