@@ -317,10 +317,7 @@ def _load_weights(policy: Policy, directory: Path, dtype: torch.dtype, master_dt
         if tied[name] != name:
             continue
         if is_adapter(name) and adapters is None:
-            initial = initial_weight(name, target.shape)
-            state[name] = _placed(
-                lambda part, whole=initial: whole[... if part is None else part], target, policy, trained_dtype
-            )
+            state[name] = _placed(partial(_part, initial_weight(name, target.shape)), target, policy, trained_dtype)
         elif name not in stored:
             problems.append(f"{name} is missing")
         elif stored.shape(name) != tuple(target.shape):
@@ -339,6 +336,10 @@ def _load_weights(policy: Policy, directory: Path, dtype: torch.dtype, master_dt
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(policy.device)
+
+
+def _part(tensor: torch.Tensor, part: Part | None) -> torch.Tensor:
+    return tensor if part is None else tensor[part]
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

@@ -77,17 +77,17 @@ def adapted_layers(policy: Policy, targets: Sequence[str]) -> dict[str, nn.Linea
         "projector.": {layer for module in policy.projectors for layer in _linears(module)},
     }
     in_layers = _linears(policy.decoder.layers)
-    chosen, known = {}, {}
+    chosen: dict[str, nn.Linear] = {}
+    known: set[str] = set()
     for name, layer in policy.model.named_modules():
         if isinstance(layer, nn.Linear):
             last = name.rpartition(".")[2]
             keys = {name, *(region + last for region, layers in regions.items() if layer in layers)}
             keys |= {ALL} if layer in in_layers else set()
-            known |= dict.fromkeys(keys - {name}, True)
+            known |= keys - {name}
             if keys & set(targets):
                 chosen[name] = layer
-                known[name] = True
-    if missing := [target for target in targets if target not in known]:
+    if missing := [target for target in targets if target not in known | chosen.keys()]:
         raise PolicyError(f"lora.targets: no linear layer is called {', '.join(missing)}; there is {sorted(known)}")
     return chosen
 

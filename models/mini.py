@@ -31,7 +31,7 @@ CHAT_TEMPLATE = (
 )
 
 # Arguments of `build_mini` by the name of a size.
-SIZES: dict[str, dict[str, int]] = {
+SIZES: dict[str, dict[str, Any]] = {
     "tiny": dict(vocabulary=512, hidden=64, layers=2, tower_hidden=64, tower_layers=1),
     "small": dict(vocabulary=768, hidden=192, layers=4, tower_hidden=128, tower_layers=2),
     "medium": dict(vocabulary=2048, hidden=384, layers=6, tower_hidden=256, tower_layers=4),

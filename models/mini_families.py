@@ -103,7 +103,7 @@ def _qwen2_audio(tokenizer: Any, sizes: Sizes) -> Any:
     )
 
 
-def _omni_parts(tokenizer: Any, tokens: dict[str, str]) -> dict[str, int]:
+def _omni_parts(tokenizer: Any, tokens: dict[str, str]) -> dict[str, Any]:
     names = {
         "audio_token_id": "audio_token", "image_token_id": "image_token", "video_token_id": "video_token",
         "audio_start_token_id": "audio_bos_token", "audio_end_token_id": "audio_eos_token",

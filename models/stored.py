@@ -110,7 +110,7 @@ class StoredTensors:
 
         self._transforms = get_model_conversion_mapping(self._model)
         converters = [transform for transform in self._transforms if isinstance(transform, WeightConverter)]
-        renamings = [transform for transform in self._transforms if not isinstance(transform, WeightConverter)]
+        renamings: list[Any] = [transform for transform in self._transforms if not isinstance(transform, WeightConverter)]
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         prefix, meta = self._model.base_model_prefix, dict.fromkeys(names, True)
         sources: dict[str, list[tuple[str, str]]] = {}

@@ -104,7 +104,7 @@ def wrong_command(command: str, scratch: Path) -> str | None:
         return str(error)
     if first == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        return next((f"no target {word}" for word in words if word not in targets), None)
+        return next((f"no target {word}" for word in words if word not in targets and "=" not in word), None)
     with redirect_stderr(StringIO()) as printed, redirect_stdout(StringIO()):
         try:
             check(first, words, scratch)

@@ -23,7 +23,7 @@ class Qwen2_5OmniPolicy(AudioPolicy):
     """
 
     untouched = r"(thinker\.)?(model\.)?visual\.|talker\.|token2wav\."
-    projector_names = ("model.audio_tower.proj",)
+    projector_names: tuple[str, ...] = ("model.audio_tower.proj",)
 
     def __init__(self, model: Any, path: Path):
         super().__init__(model, path)
