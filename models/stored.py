@@ -109,8 +109,8 @@ class StoredTensors:
         from transformers.core_model_loading import WeightConverter, rename_source_key
 
         self._transforms = get_model_conversion_mapping(self._model)
-        converters = [transform for transform in self._transforms if isinstance(transform, WeightConverter)]
-        renamings: list[Any] = [transform for transform in self._transforms if not isinstance(transform, WeightConverter)]
+        converters: list[Any] = [each for each in self._transforms if isinstance(each, WeightConverter)]
+        renamings: list[Any] = [each for each in self._transforms if not isinstance(each, WeightConverter)]
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         prefix, meta = self._model.base_model_prefix, dict.fromkeys(names, True)
         sources: dict[str, list[tuple[str, str]]] = {}
