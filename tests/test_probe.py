@@ -27,7 +27,7 @@ def loader_of(path, prepare) -> Loader:
     examples, _ = load_examples(path)
     return Loader(
         examples, prepare, seed=0, prompts_per_step=2, rank=0, world=1, template="answer", shuffle_choices=True,
-        waveform=lambda example: None, skip_bad=False, workers=1,
+        waveform=lambda clip: None, skip_bad=False, workers=1,
     )  # fmt: skip
 
 
