@@ -382,15 +382,12 @@ def _answer(record: dict, choices: tuple[str, ...], *, benchmark: bool) -> tuple
 
 def _accepted(value: object, record: dict) -> tuple[str, ...]:
     """The accepted texts of an open question: a text, a number, or a list of them."""
+    if meant := _meant("multi_choice", record):
+        raise DataError(f'"multi_choice" is missing{meant}; an open question has no such key')
     texts = [as_text(one) for one in (value if isinstance(value, list) else [value])]
     if not texts or any(text is None or not normalise(text) for text in texts):
         raise DataError(
-            f'"answer" is {reprlib.repr(value)}, and there is no "multi_choice"{_meant("multi_choice", record)}; '
+            f'"answer" is {reprlib.repr(value)}, and there is no "multi_choice"; '
             "expected a text, a list of accepted texts, or null"
-        )
-    if isinstance(value, int) and _meant("multi_choice", record):
-        raise DataError(
-            f'"answer" is {value}, and there is no "multi_choice"{_meant("multi_choice", record)}; expected the '
-            "choices of which it is the index, or a text"
         )
     return tuple(text for text in texts if text is not None)

@@ -200,7 +200,8 @@ def _parts(examples: Sequence[Example], weights: Sequence[float]) -> list[Sequen
     """The indices of the examples of each part; without weights all are one part."""
     if not weights:
         return [range(len(examples))]
-    parts = [[index for index, example in enumerate(examples) if example.part == part] for part in range(len(weights))]
+    own = [example.part for example in examples]
+    parts: list[Sequence[int]] = [[i for i, one in enumerate(own) if one == part] for part in range(len(weights))]
     if not all(parts):
         raise DataError(
             f"file {parts.index([]) + 1} of {len(parts)} has no example to train on; remove it or its weight"

@@ -9,13 +9,11 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
-from hark.data.clip import Cell
 from hark.data.errors import DataError
 from hark.data.examples import Example
 
@@ -182,17 +180,17 @@ def _clip_names(examples: Sequence[Example]) -> list[list[str]]:
     directories = {os.path.dirname(os.path.abspath(source)) for source in sources if isinstance(source, Path)}
     root = os.path.commonpath(directories) if directories else ""
 
-    def name(source: Path | Cell, digest: str) -> str:
-        if isinstance(source, Path):
-            return f"clip/{os.path.relpath(os.path.abspath(source), root)}"
-        return f"content/{digest or source.key}"
+    def named(example: Example) -> list[str]:
+        digests = example.digests or [""] * len(example.clips)
+        pairs = zip(example.clips, digests, strict=True)
+        return [
+            f"clip/{os.path.relpath(os.path.abspath(clip.source), root)}"
+            if isinstance(clip.source, Path)
+            else f"content/{digest or clip.source.key}"
+            for clip, digest in pairs
+        ]
 
-    return [
-        [name(clip.source, digest) for clip, digest in zip_longest(example.clips, example.digests, fillvalue="")]
-        if example.clips
-        else [f"id/{example.id}"]
-        for example in examples
-    ]
+    return [named(example) or [f"id/{example.id}"] for example in examples]
 
 
 def _groups(names: Sequence[Sequence[str]]) -> list[str]:

@@ -201,7 +201,7 @@ def _plain(batch: Any, audio: str | None) -> list[dict]:
     import pyarrow
     import pyarrow.compute
 
-    columns = {}
+    columns: dict[str, list] = {}
     for name in batch.column_names:
         column = batch.column(name).combine_chunks()
         if _is_binary(column.type):

@@ -265,8 +265,8 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "data/clips.py": (
         (
             "cut clips are forgotten",
-            "Clip.from_json(text) if same else",
-            "Clip.from_json(text) if before else",
+            "Finding.from_json(text) if same else",
+            "Finding.from_json(text) if before else",
             "test_clips",
         ),
     ),

@@ -14,7 +14,7 @@ import soundfile
 from hark.data.benchmarks.answer_files import BENCHMARKS, graded
 from hark.data.benchmarks.rules import mmau
 from hark.data.clip import Clip
-from hark.data.examples import Example, load_examples
+from hark.data.examples import Example, load_examples, load_questions
 from hark.grpo.config import ConfigError
 from hark.grpo.runtime.collectives import World, exchange_rows
 from hark.launch import grade
@@ -91,10 +91,10 @@ def test_a_limit_counts_questions_of_the_file_and_not_those_that_can_be_asked(co
 
 def test_a_hidden_answer_is_handed_in_and_left_out_of_the_figures(config, tmp_path, capsys, monkeypatch):
     def hidden(*args, **kwargs):
-        examples, bad = load_examples(*args, **kwargs)
-        return [replace(example, answer=None) for example in examples], bad
+        questions = load_questions(*args, **kwargs)
+        return [replace(one, answer=None) if isinstance(one, Example) else one for one in questions]
 
-    monkeypatch.setattr("hark.launch.common.questions.load_examples", hidden)
+    monkeypatch.setattr("hark.launch.common.questions.load_questions", hidden)
     ask([str(config)], silent=True, audio=True, choices=True)
     assert [row["correct"] for row in result(tmp_path)["rows"]] == [None] * 4 + [False] + [None] * 3
     handed_in = json.loads((tmp_path / "run" / "answers.json").read_text())

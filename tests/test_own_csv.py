@@ -58,7 +58,7 @@ def test_a_bad_row_is_listed_with_its_line_and_the_others_are_written(tmp_path, 
     ("heading", "message"),
     [
         ("audio,choices,answer", "no column question; the first line names audio, choices, answer"),
-        ("clip,question,answer", "no column audio or choices"),
+        ("clip,question,answer", "no column audio; the first line names clip, question, answer"),
         ("audio,question,choices,answer,answer", "names a column twice"),
     ],
 )

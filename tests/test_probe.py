@@ -147,7 +147,7 @@ def test_questions_held_out_of_the_training_data_are_validated_on(settings, tmp_
         policy = build(world, config).policy
         training, held_out = training_examples(config, world, policy)
         assert len(training) == 9 and len(held_out) == 3
-        assert not {example.audio_path for example in training} & {example.audio_path for example in held_out}
+        assert not {example.clips for example in training} & {example.clips for example in held_out}
 
     on_ranks(1, run)
     lines = [json.loads(line) for line in open(config.data.train)]

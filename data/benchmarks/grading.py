@@ -25,13 +25,18 @@ class AnswerRow:
     where: str  # "answers.json[3]" or "answers.jsonl:3"
     id: str | int
     choices: tuple[Value, ...]  # always four if the keys are choice_a to choice_d, "" for a missing one
-    answer: Value | tuple[Value, ...]  # None or "" where the benchmark does not publish it; several of an open question
+    accepted: tuple[Value, ...]  # the right answer, or the accepted ones of an open question; (None,) or ("",) where
+    # the benchmark does not publish it
     prediction: Value  # None where the row has none
     official_prediction: Value  # the value that the official script reads, None where it finds none
     task: str
     category: str
     sub_category: str
     difficulty: str
+
+    @property
+    def answer(self) -> Value:
+        return self.accepted[0]
 
 
 def grade_file(path: str, *, benchmark: str, out: str | None) -> None:
@@ -83,8 +88,7 @@ def _is_correct(answer: AnswerRow, prediction: str, benchmark: Benchmark) -> boo
         return None
     if answer.choices:
         return benchmark.rule(prediction, answer.choices, answer.answer)
-    accepted = answer.answer if isinstance(answer.answer, tuple) else (answer.answer,)
-    return is_accepted(prediction, [as_text(text) or "" for text in accepted])
+    return is_accepted(prediction, [as_text(text) or "" for text in answer.accepted])
 
 
 def as_example(answer: AnswerRow) -> Example | None:
@@ -132,7 +136,7 @@ def _answer_row(record: dict, where: str, number: int, benchmark: Benchmark, off
         where=where,
         id=identity if isinstance(identity, (str, int)) else number,
         choices=choices,
-        answer=_answer(record, is_open=not choices),
+        accepted=_accepted(record, is_open=not choices),
         prediction=_value(record, key, None),
         official_prediction=_value(record, official, benchmark.default),
         task=_label(record, "task", "modality", "task_name"),
@@ -158,14 +162,14 @@ def _choices(record: dict) -> tuple[Value, ...]:
     return tuple(value)
 
 
-def _answer(record: dict, *, is_open: bool) -> Value | tuple[Value, ...]:
+def _accepted(record: dict, *, is_open: bool) -> tuple[Value, ...]:
     """The `answer`, or MMSU's answer_gt; of an open question it may be a list of accepted answers."""
     key = "answer" if "answer" in record else "answer_gt"
     if key not in record:
         raise DataError('"answer" is missing; expected the text of the right choice, or null where it is not known')
-    if is_open and isinstance(record[key], list):
+    if is_open and isinstance(record[key], list) and record[key]:
         return tuple(_value({key: one}, key, None) for one in record[key])
-    return _value(record, key, None)
+    return (_value(record, key, None),)
 
 
 def _value(record: dict, key: str, default: Value) -> Value:
