@@ -35,6 +35,8 @@ def test_every_block_of_prompts_has_exactly_the_shares():
     for first in (0, BLOCK):
         parts = Counter(part for part, _ in drawn(2 * BLOCK // 4)[first : first + BLOCK])
         assert parts == {0: 700, 1: 250, 2: 50}
+    blocks = [[part for part, _ in drawn(2 * BLOCK // 4)[first : first + BLOCK]] for first in (0, BLOCK)]
+    assert blocks[0] != blocks[1] and len(set(blocks[0][:20])) > 1, "in an order of each block's own"
     assert block_counts([1, 1, 1]) == [334, 333, 333] and block_counts([2, 1]) == [667, 333]
     assert block_counts([14, 5, 1]) == block_counts(WEIGHTS), "weights need not add up to 1"
     with pytest.raises(DataError, match="the weights 1, 1e-05 give a file less than one prompt of 1000"):
