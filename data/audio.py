@@ -1,6 +1,7 @@
 """Decodes audio files to mono waveforms at the model's sample rate. A clip that cannot be used is an error."""
 
 import functools
+import io
 import math
 import os
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import numpy as np
 import soundfile
 import torch
 
+from hark.data.clip import Cell, Clip
 from hark.data.cut_off import shortfall
 from hark.data.errors import AudioError, CutClipError, MissingClipError, SilentClipError, SkippedClipError
 from hark.data.torchaudio_compat import torchaudio
@@ -20,6 +22,8 @@ SILENCE_PEAK = 1e-4  # of full scale: -80 dB, three steps of 16-bit audio
 CROP_MARGIN = 0.05  # seconds decoded beyond a crop, since the resampling filter also reads samples after the cut
 MAX_KERNEL = 2**24  # values of a resampling filter (64 MiB); rates without a small ratio would need gigabytes
 UNKNOWN_FRAMES = 2**62  # libsndfile reports this many frames or more where it does not know the length
+WINDOW_SLACK = 0.05  # seconds by which a window may end after its clip, since ends are often rounded up
+BLOCK = 2**16  # frames decoded at a time to go to a window in an ogg file
 LONG_CLIPS = ("error", "crop", "skip")
 
 
@@ -32,44 +36,112 @@ class Header:
     seconds: float | None  # None where the header has no length
 
 
-def load_waveform(path: str | Path, *, sample_rate: int, max_seconds: float, long_clips: str = "error") -> np.ndarray:
+def load_waveform(
+    clip: str | Path | Clip, *, sample_rate: int, max_seconds: float, long_clips: str = "error"
+) -> np.ndarray:
     """Decode a clip (wav, flac, ogg, mp3) to float32 (samples,) at `sample_rate`: the mean of all its channels.
 
-    long_clips: what to do with a clip longer than `max_seconds`: raise AudioError ("error"), return exactly the first
-    `max_seconds` of its resampled waveform ("crop"), or raise SkippedClipError ("skip"). Missing, unreadable, empty,
-    silent, cut off and non-finite audio raises AudioError. Of a long clip only the first `max_seconds` are decoded.
+    A window of a file is exactly that part of the file's resampled waveform. long_clips: what to do with a clip or a
+    window longer than `max_seconds`: raise AudioError ("error"), return exactly its first `max_seconds` ("crop"), or
+    raise SkippedClipError ("skip"). Missing, unreadable, empty, silent, cut off and non-finite audio, and a window that
+    is not within its file, raise AudioError. Nothing before or after the needed part is decoded.
     """
     _check_long_clips(long_clips)
-    with _opened(path) as file:
+    clip = clip if isinstance(clip, Clip) else Clip(Path(clip))
+    with _opened(clip.source) as file:
         rate = file.samplerate
-        samples = _decode(file, max_seconds + CROP_MARGIN)
-        if len(samples) > _frames(max_seconds, rate) and long_clips != "crop":
-            raise _too_long(path, file, max_seconds, long_clips)
+        begin = _seek(clip, file, sample_rate)
+        lead = _frames(clip.start, rate) - begin  # frames that are decoded before the window
+        seconds = max_seconds if clip.seconds is None else min(clip.seconds, max_seconds)
+        samples = _decode(clip, file, lead + _frames(seconds + CROP_MARGIN, rate))
+        too_long = clip.seconds > max_seconds if clip.seconds else len(samples) - lead > _frames(max_seconds, rate)
+        if too_long and long_clips != "crop":
+            raise _too_long(clip, file, max_seconds, long_clips)
+        _check_window(clip, file, found=begin + len(samples), expected=seconds)
     waveform = samples.mean(axis=1)  # (samples,)
     if len(waveform) == 0:
-        raise _no_samples(path)
+        raise _no_samples(clip)
     if not np.isfinite(waveform).all():
-        raise AudioError(f"{path}: holds values that are not finite; expected samples in -1 to 1; encode it again")
-    waveform = _resample(path, waveform, rate, sample_rate)[: _frames(max_seconds, sample_rate)]
-    peak = float(np.abs(waveform).max())
+        raise AudioError(f"{clip}: holds values that are not finite; expected samples in -1 to 1; encode it again")
+    first = _frames(clip.start, sample_rate) - begin * sample_rate // rate
+    waveform = _resample(clip, waveform, rate, sample_rate)[first : first + _frames(seconds, sample_rate)]
+    peak = float(np.abs(waveform).max(initial=0.0))
     if peak < SILENCE_PEAK:
         raise SilentClipError(
-            f"{path}: is silent (peak {_rounded(peak, SILENCE_PEAK, '.1e')}, mean of {samples.shape[1]} channels); "
+            f"{clip}: is silent (peak {_rounded(peak, SILENCE_PEAK, '.1e')}, mean of {samples.shape[1]} channels); "
             f"expected a peak of at least {SILENCE_PEAK:.0e}; remove the example or replace the file"
         )
     return waveform
 
 
-def read_header(path: str | Path) -> Header:
+def read_header(clip: str | Path | Clip) -> Header:
     """The header of a file; AudioError if it cannot be opened."""
-    with _opened(path) as file:
+    with _opened(clip.source if isinstance(clip, Clip) else Path(clip)) as file:
         seconds = file.frames / file.samplerate if file.frames < UNKNOWN_FRAMES else None
         return Header(file.samplerate, file.channels, seconds)
 
 
+def seconds_of(clip: Clip, header: Header) -> float | None:
+    """The length of a clip or of its window by a header, which may be wrong; None where the header has no length."""
+    ends = [end for end in (clip.end, header.seconds) if end is not None]
+    return max(min(ends) - clip.start, 0.0) if ends else None
+
+
+def _seek(clip: Clip, file: soundfile.SoundFile, sample_rate: int) -> int:
+    """Go to the frame at which decoding begins, a little before the window, and return it.
+
+    At this frame the resampled waveform has a sample, so that the window has the samples of the whole file's.
+    """
+    step = file.samplerate // math.gcd(file.samplerate, sample_rate)
+    begin = max(_frames(clip.start, file.samplerate) - _frames(CROP_MARGIN, file.samplerate), 0) // step * step
+    if begin:
+        _check_window(clip, file, found=file.frames)
+        _skip(file, begin)
+    return begin
+
+
+def _skip(file: soundfile.SoundFile, frames: int) -> None:
+    """Go to a frame. In ogg files, libsndfile's seek is wrong near the end, so these are decoded up to the frame."""
+    if file.format != "OGG":
+        file.seek(frames)
+        return
+    block = np.empty((BLOCK, file.channels), dtype=np.float32)
+    while frames > 0:
+        file.read(out=block[:frames])
+        frames -= BLOCK
+
+
+def _check_window(clip: Clip, file: soundfile.SoundFile, *, found: int, expected: float = 0.0) -> None:
+    """AudioError if the file, of which `found` frames are there, ends before `expected` seconds of a window."""
+    seconds = found / file.samplerate
+    outside = seconds <= clip.start or clip.end is not None and seconds < clip.start + expected - WINDOW_SLACK
+    if outside and clip.is_window:
+        raise AudioError(f"{clip}: is not within the clip, which is {seconds:.2f} s long; correct start and end")
+
+
 @contextmanager
-def _opened(path: str | Path) -> Iterator[soundfile.SoundFile]:
+def _opened(source: Path | Cell) -> Iterator[soundfile.SoundFile]:
     """The opened file. Every error of the decoder, also in later reads of the file, is raised as an AudioError."""
+    if isinstance(source, Path):
+        _check_file(source)
+    with source.open("rb") if isinstance(source, Path) else io.BytesIO(source.read()) as content:
+        if missing := shortfall(content):
+            raise _cut_off(source, missing)
+        content.seek(0)
+        try:
+            # From its path, since libsndfile recognises some formats by the suffix alone.
+            with soundfile.SoundFile(source if isinstance(source, Path) else content) as file:
+                yield file
+        # soundfile raises TypeError for headerless formats, which it recognises by the suffix.
+        except (soundfile.SoundFileError, TypeError) as error:
+            raise AudioError(
+                f"{source}: cannot be decoded{_detail(error)}; expected wav, flac, ogg or mp3; "
+                "copy it again if it is cut off, else convert it, e.g. with ffmpeg"
+            ) from error
+
+
+def _check_file(path: Path) -> None:
+    """AudioError if a path names nothing that can be read."""
     if not os.path.exists(path):
         raise MissingClipError(f"{path}: no such file; expected a clip there; check audio_path and audio_root")
     if not os.path.isfile(path):
@@ -78,36 +150,25 @@ def _opened(path: str | Path) -> Iterator[soundfile.SoundFile]:
         raise AudioError(f"{path}: may not be read by this user; expected a clip; change its permissions")
     if os.path.getsize(path) == 0:
         raise AudioError(f"{path}: is empty (0 bytes); expected a clip; copy it again")
-    if missing := shortfall(path):
-        raise _cut_off(path, missing)
-    try:
-        with soundfile.SoundFile(path) as file:
-            yield file
-    # soundfile raises TypeError for headerless formats, which it recognises by the suffix.
-    except (soundfile.SoundFileError, TypeError) as error:
-        raise AudioError(
-            f"{path}: cannot be decoded{_detail(error)}; expected wav, flac, ogg or mp3; "
-            "copy it again if it is cut off, else convert it, e.g. with ffmpeg"
-        ) from error
 
 
-def _decode(file: soundfile.SoundFile, seconds: float) -> np.ndarray:
-    """At most the first `seconds` of the file: float32 (samples, channels).
+def _decode(clip: Clip, file: soundfile.SoundFile, frames: int) -> np.ndarray:
+    """At most the next `frames` of the file: float32 (samples, channels).
 
     Reads into an allocated array: soundfile would otherwise allocate the header's length, which may be wrong.
     """
-    samples = np.empty((_frames(seconds, file.samplerate), file.channels), dtype=np.float32)
+    samples = np.empty((frames, file.channels), dtype=np.float32)
     try:
         return file.read(out=samples)
     except soundfile.SoundFileError as error:
         if file.format != "FLAC":
             raise
         # The decoder fails in the same way where the file ends and where it is damaged.
-        raise _cut_off(file.name, "decoding fails before the end that its header promises") from error
+        raise _cut_off(clip.source, "decoding fails before the end that its header promises") from error
 
 
-def _cut_off(path: str | Path, missing: str) -> CutClipError:
-    return CutClipError(f"{path}: is cut off ({missing}); expected the whole clip; copy or encode it again")
+def _cut_off(source: Path | Cell, missing: str) -> CutClipError:
+    return CutClipError(f"{source}: is cut off ({missing}); expected the whole clip; copy or encode it again")
 
 
 def _detail(error: Exception) -> str:
@@ -120,18 +181,18 @@ def _frames(seconds: float, rate: int) -> int:
     return round(seconds * rate)
 
 
-def _no_samples(path: str | Path) -> AudioError:
-    return AudioError(f"{path}: holds no samples; expected sound; remove the example or replace the file")
+def _no_samples(clip: Clip) -> AudioError:
+    return AudioError(f"{clip}: holds no samples; expected sound; remove the example or replace the file")
 
 
-def _too_long(path: str | Path, file: soundfile.SoundFile, max_seconds: float, long_clips: str) -> AudioError:
-    seconds = file.frames / file.samplerate
+def _too_long(clip: Clip, file: soundfile.SoundFile, max_seconds: float, long_clips: str) -> AudioError:
+    seconds = clip.seconds or file.frames / file.samplerate - clip.start
     # The header may be wrong: less than was decoded, or libsndfile's largest integer for a length it does not know.
-    known = max_seconds < seconds and file.frames < UNKNOWN_FRAMES
+    known = max_seconds < seconds and (clip.seconds is not None or file.frames < UNKNOWN_FRAMES)
     length = f"{_rounded(seconds, max_seconds, '.2f')} s long" if known else "too long"
     kind = SkippedClipError if long_clips == "skip" else AudioError
     return kind(
-        f"{path}: is {length}; expected at most {max_seconds:.15g} s; "
+        f"{clip}: is {length}; expected at most {max_seconds:.15g} s; "
         "raise max_seconds if the model can take it, or set long_clips to crop or skip"
     )
 
@@ -148,13 +209,13 @@ def _check_long_clips(long_clips: str) -> None:
         raise ValueError(f"long_clips is {long_clips!r}; expected one of {', '.join(LONG_CLIPS)}")
 
 
-def _resample(path: str | Path, waveform: np.ndarray, rate: int, sample_rate: int) -> np.ndarray:
+def _resample(clip: Clip, waveform: np.ndarray, rate: int, sample_rate: int) -> np.ndarray:
     if rate == sample_rate:
         return waveform
     common = math.gcd(rate, sample_rate)
     if rate // common * (sample_rate // common) > MAX_KERNEL:
         raise AudioError(
-            f"{path}: is sampled at {rate} Hz, which has no small ratio to {sample_rate} Hz; "
+            f"{clip}: is sampled at {rate} Hz, which has no small ratio to {sample_rate} Hz; "
             f"expected a usual rate; convert it, e.g. with ffmpeg -ar {sample_rate}"
         )
     with torch.inference_mode():

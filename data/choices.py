@@ -1,4 +1,4 @@
-"""Compares a completion with the choices; used by the accuracy reward and by evaluation."""
+"""Compares a completion with the choices or the accepted answers, for the accuracy reward and for evaluation."""
 
 from collections.abc import Sequence
 
@@ -42,3 +42,10 @@ def choice_of(completion: str, choices: Sequence[str]) -> int | None:
 def is_correct(completion: str, choices: Sequence[str], answer: int | None) -> bool:
     """Whether the completion's answer equals the right choice and no other."""
     return answer is not None and choice_of(completion, choices) == answer
+
+
+def is_accepted(completion: str, accepted: Sequence[str]) -> bool:
+    """Whether the completion's answer to an open question equals one of the accepted texts, all normalised."""
+    extracted = extract_answer(completion)
+    given = "" if extracted is None else normalise(extracted)
+    return given != "" and given in map(normalise, accepted)

@@ -1,12 +1,14 @@
 """Remembers what decoding found in each clip, in an SQLite file of the user, so that no clip is decoded twice."""
 
-import hashlib
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
+
+from hark.data.clip import Cell
 
 BLOCK = 2**20  # bytes read at a time
 WAIT = 10.0  # seconds for another process that writes
@@ -16,7 +18,10 @@ TABLE = """CREATE TABLE IF NOT EXISTS clips (
 
 @dataclass(frozen=True)
 class State:
-    """What tells whether a file is the one that was decoded. The content decides where only the time differs."""
+    """What tells whether a file is the one that was decoded. The content decides where the size or the time differs.
+
+    The size and the time of a cell are those of the file of its table; without such a file they are 0.
+    """
 
     size: int
     mtime_ns: int
@@ -24,7 +29,7 @@ class State:
 
 
 class ClipMemory:
-    """Texts about files, by path and by `rules`, a text that names all that they depend on beside the file.
+    """Texts about clips, by key and by `rules`, a text that names all that they depend on beside the clip.
 
     A memory that cannot be read or written remembers nothing, and `problem` says why. Several processes may use it.
     """
@@ -34,25 +39,24 @@ class ClipMemory:
         self.problem = ""
         self._rules = rules
 
-    def recall(self, paths: Iterable[Path]) -> dict[Path, tuple[State, str]]:
-        """What is known of each file, and the state in which it was then; of other files there is no entry."""
+    def recall(self, keys: Iterable[str]) -> dict[str, tuple[State, str]]:
+        """What is known of each clip, and the state in which it was then; of other clips there is no entry."""
         query = "SELECT size, mtime_ns, digest, found FROM clips WHERE path = ? AND rules = ?"
         known = {}
 
         def read(database: sqlite3.Connection) -> None:
-            for path in paths:
-                row = database.execute(query, (os.path.abspath(path), self._rules)).fetchone()
+            for key in keys:
+                row = database.execute(query, (key, self._rules)).fetchone()
                 if row:
-                    known[path] = State(*row[:3]), row[3]
+                    known[key] = State(*row[:3]), row[3]
 
         self._try(read)
         return known
 
-    def remember(self, found: Mapping[Path, tuple[State, str]]) -> None:
+    def remember(self, found: Mapping[str, tuple[State, str]]) -> None:
         """Add what was found, or replace what was known."""
         rows = [
-            (os.path.abspath(path), self._rules, state.size, state.mtime_ns, state.digest, text)
-            for path, (state, text) in found.items()
+            (key, self._rules, state.size, state.mtime_ns, state.digest, text) for key, (state, text) in found.items()
         ]
         self._try(lambda base: base.executemany("INSERT OR REPLACE INTO clips VALUES (?, ?, ?, ?, ?, ?)", rows))
 
@@ -82,13 +86,18 @@ def default_path() -> Path:
     return Path(cache) / "hark" / "clips.sqlite"
 
 
-def state_of(path: Path, before: State | None) -> State:
-    """The state of a file, whose content is read only if its size or its time differ from those before."""
-    now = path.stat()
-    if before and (before.size, before.mtime_ns) == (now.st_size, now.st_mtime_ns):
+def state_of(source: Path | Cell, before: State | None) -> State:
+    """The state of a file or a cell. Its content is read only if the size or the time differ from those before."""
+    file = source if isinstance(source, Path) else source.file
+    size, mtime_ns = (file.stat().st_size, file.stat().st_mtime_ns) if file else (0, 0)
+    if file and before and (before.size, before.mtime_ns) == (size, mtime_ns):
         return before
-    digest = hashlib.sha256()
+    return State(size, mtime_ns, _digest(source) if isinstance(source, Path) else sha256(source.read()).hexdigest())
+
+
+def _digest(path: Path) -> str:
+    digest = sha256()
     with path.open("rb") as file:
         while block := file.read(BLOCK):
             digest.update(block)
-    return State(now.st_size, now.st_mtime_ns, digest.hexdigest())
+    return digest.hexdigest()

@@ -3,13 +3,16 @@
 import dataclasses
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
-from hark.data.audio import Header, load_waveform, read_header
+from hark.data.audio import Header, load_waveform, read_header, seconds_of
+from hark.data.clip import Cell, Clip
 from hark.data.clip_memory import ClipMemory, State, state_of
-from hark.data.errors import AudioError, CutClipError, MissingClipError, SilentClipError, SkippedClipError
+from hark.data.errors import AudioError, CutClipError, DataError, MissingClipError, SilentClipError, SkippedClipError
 from hark.data.examples import BadExample, Example
 from hark.data.parallel import in_threads
 
@@ -35,68 +38,85 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class Clip:
+class Finding:
     """The header and the length of one clip, and its fault if it cannot be used."""
 
     header: Header | None  # None where the file cannot be opened
-    seconds: float | None  # of the decoded samples; for a silent or over-long clip, of the header; None if unknown
+    seconds: float | None  # of the decoded samples; for a silent or over-long clip, by the header; None if unknown
     fault: str = ""  # one of FAULTS' values, or ""
-    reason: str = ""  # the message of its error, without the path
+    reason: str = ""  # the message of its error, without the clip
+    digest: str = ""  # of the file's content, which tells whether two cells hold the same; "" where it cannot be read
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
+        return json.dumps(dataclasses.asdict(dataclasses.replace(self, digest="")))
 
     @staticmethod
-    def from_json(text: str) -> "Clip":
+    def from_json(text: str) -> "Finding":
         fields = json.loads(text)
-        return Clip(**fields | {"header": fields["header"] and Header(**fields["header"])})
+        return Finding(**fields | {"header": fields["header"] and Header(**fields["header"])})
 
 
-def inspect(path: Path, rules: Rules) -> Clip:
+def inspect(clip: Clip, rules: Rules) -> Finding:
     """Decode a clip, as training would."""
     header = None
     try:
-        header = read_header(path)
+        header = read_header(clip)
         waveform = load_waveform(
-            path,
+            clip,
             sample_rate=rules.sample_rate,
             max_seconds=rules.max_seconds,
             long_clips="crop" if rules.crop else "skip",
         )
     except AudioError as error:
         fault = next(name for kind, name in FAULTS.items() if isinstance(error, kind))
-        seconds = header.seconds if header and fault in ("silent", "over-long") else None
-        return Clip(header, seconds, fault, str(error).removeprefix(f"{path}: "))
-    return Clip(header, len(waveform) / rules.sample_rate)
+        seconds = seconds_of(clip, header) if header and fault in ("silent", "over-long") else None
+        return Finding(header, seconds, fault, str(error).removeprefix(f"{clip}: ").removeprefix(f"{clip.source}: "))
+    return Finding(header, len(waveform) / rules.sample_rate)
 
 
 def inspect_all(
-    paths: Iterable[Path], rules: Rules, *, workers: int, memory: ClipMemory
-) -> Iterator[tuple[Path, Clip]]:
-    """Each path with its clip, in order; only files that the memory does not know as they are now are decoded."""
-    paths = list(paths)
-    known = memory.recall(paths)
+    clips: Iterable[Clip], rules: Rules, *, workers: int, memory: ClipMemory
+) -> Iterator[tuple[Clip, Finding]]:
+    """Each clip with what was found, in order; only clips that the memory does not know as they are now are decoded."""
+    clips = list(clips)
+    known = memory.recall(clip.key for clip in clips)
+    states = _States()
 
-    def look(path: Path) -> tuple[State | None, Clip]:
-        before, text = known.get(path, (None, ""))
+    def look(clip: Clip) -> tuple[State | None, Finding]:
+        before, text = known.get(clip.key, (None, ""))
         try:
-            state = state_of(path, before) if path.is_file() else None
-        except OSError:
-            state = None
-        if state is None:  # decoding says what is wrong with it
-            return None, inspect(path, rules)
-        same = before and (before.size, before.digest) == (state.size, state.digest)
-        return state, Clip.from_json(text) if same else inspect(path, rules)
+            state = states.of(clip.source, before)
+        except (OSError, DataError):  # decoding says what is wrong with it
+            return None, inspect(clip, rules)
+        same = before and before.digest == state.digest
+        finding = Finding.from_json(text) if same else inspect(clip, rules)
+        return state, dataclasses.replace(finding, digest=state.digest)
 
     new, saved = {}, time.monotonic()
-    for path, (state, clip) in zip(paths, in_threads(look, paths, workers=workers), strict=True):
-        if state and known.get(path, (None, ""))[0] != state:
-            new[path] = state, clip.to_json()
+    for clip, (state, finding) in zip(clips, in_threads(look, clips, workers=workers), strict=True):
+        if state and known.get(clip.key, (None, ""))[0] != state:
+            new[clip.key] = state, finding.to_json()
         if new and time.monotonic() - saved > SAVED:
             memory.remember(new)
             new, saved = {}, time.monotonic()
-        yield path, clip
+        yield clip, finding
     memory.remember(new)
+
+
+class _States:
+    """The state of each file, which is read once for all of its windows."""
+
+    def __init__(self) -> None:
+        self._locks: defaultdict[Path | Cell, Lock] = defaultdict(Lock)
+        self._known: dict[Path | Cell, State] = {}
+
+    def of(self, source: Path | Cell, before: State | None) -> State:
+        if isinstance(source, Path) and not source.is_file():
+            raise DataError(f"{source}: no such file")
+        with self._locks[source]:
+            if source not in self._known:
+                self._known[source] = state_of(source, before)
+            return self._known[source]
 
 
 def memory_of(rules: Rules) -> ClipMemory:
@@ -104,8 +124,13 @@ def memory_of(rules: Rules) -> ClipMemory:
     return ClipMemory(f"{VERSION} {rules.sample_rate} {rules.max_seconds} {'crop' if rules.crop else 'whole'}")
 
 
+def clips_in(examples: Iterable[Example]) -> list[Clip]:
+    """The clips of the examples, each once, in order."""
+    return list(dict.fromkeys(clip for example in examples for clip in example.clips))
+
+
 def usable(
-    examples: Sequence[Example], clips: dict[Path, Clip], *, long_clips: str, skip_bad: bool
+    examples: Sequence[Example], found: Mapping[Clip, Finding], *, long_clips: str, skip_bad: bool
 ) -> tuple[list[Example], list[BadExample]]:
     """The examples whose clips can be used, with `seconds` filled in, and the others.
 
@@ -114,12 +139,15 @@ def usable(
     """
     good, bad, fatal = [], [], []
     for example in examples:
-        clip = None if example.audio_path is None else clips[example.audio_path]
-        if clip is None or not clip.fault:
-            good.append(dataclasses.replace(example, seconds=clip.seconds if clip else None))
+        findings = {clip: found[clip] for clip in example.clips}
+        fault = next((clip for clip, finding in findings.items() if finding.fault), None)
+        if fault is None:
+            lengths = [findings[clip].seconds or 0.0 for clip in example.clips]
+            digests = tuple(findings[clip].digest for clip in example.clips)
+            good.append(dataclasses.replace(example, seconds=sum(lengths) if lengths else None, digests=digests))
             continue
-        bad.append(BadExample(example.line, example.id, f"{example.audio_path}: {clip.reason}"))
-        if not (skip_bad or clip.fault == "over-long" and long_clips == "skip"):
+        bad.append(BadExample(example.line, example.id, f"{fault}: {findings[fault].reason}"))
+        if not (skip_bad or findings[fault].fault == "over-long" and long_clips == "skip"):
             fatal.append(bad[-1])
     if fatal or not good:
         named = [f"\n  {one.line}: {one.reason}" for one in (fatal or bad)[:5]]

@@ -2,7 +2,6 @@
 
 import re
 import struct
-from pathlib import Path
 from typing import BinaryIO
 
 STREAMED = 0x7FFF0000  # bytes; programs that write to a pipe cannot know the length, and put 0 or at least this
@@ -12,17 +11,16 @@ OGG_PAGE = 27 + 255 + 255 * 255  # bytes of the largest page
 END_OF_STREAM = 4  # flag of an ogg page
 
 
-def shortfall(path: str | Path) -> str:
+def shortfall(file: BinaryIO) -> str:
     """What is missing at the end of a wav, ogg or mp3 file; "" if nothing is, or if its header does not tell."""
-    with open(path, "rb") as file:
-        size = file.seek(0, 2)
-        file.seek(0)
-        start = file.read(12)
-        if start[:4] == b"RIFF" and start[8:] == b"WAVE":
-            return _of_wav(file, size)
-        if start[:4] == b"OggS":
-            return _of_ogg(file, size)
-        return _of_mp3(file, size)
+    size = file.seek(0, 2)
+    file.seek(0)
+    start = file.read(12)
+    if start[:4] == b"RIFF" and start[8:] == b"WAVE":
+        return _of_wav(file, size)
+    if start[:4] == b"OggS":
+        return _of_ogg(file, size)
+    return _of_mp3(file, size)
 
 
 def _of_wav(file: BinaryIO, size: int) -> str:

@@ -6,6 +6,7 @@ lock. Nothing is pickled, and an exception arrives as it was raised.
 
 import dataclasses
 import json
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
@@ -14,11 +15,20 @@ from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
+from hark.data.clip import Clip
 from hark.data.errors import DataError, SkippedClipError
 from hark.data.examples import BadExample, Example
-from hark.data.order import completion_key, digest, occurrences, rank_slice, shuffle_choices, step_indices
+from hark.data.order import (
+    completion_key,
+    digest,
+    mixed_indices,
+    occurrences,
+    rank_slice,
+    shuffle_choices,
+    step_indices,
+)
 from hark.data.parallel import in_threads
-from hark.data.prompts import find_template, render
+from hark.data.prompts import find_template, render, text_of
 
 
 class _Tokens(Protocol):
@@ -62,16 +72,18 @@ class Loader(Generic[Prompt]):
         world: int,
         template: str,
         shuffle_choices: bool,
-        waveform: Callable[[Example], np.ndarray],
+        waveform: Callable[[Clip], np.ndarray],
         skip_bad: bool,
         workers: int,
+        weights: Sequence[float] = (),
         silent_share: float = 0.0,
         on_bad: Callable[[BadExample], None] = lambda bad: None,
     ) -> None:
-        """`prepare(text, *waveforms)` makes a prompt and may raise DataError; there is no waveform without audio.
+        """`prepare(chat, *waveforms)` makes a prompt and may raise DataError; there is no waveform without audio.
 
-        silent_share: share of the prompts, 0 to 1, whose waveform is set to zero; which ones is a pure function of
-        (seed, step, example). on_bad: called once with each example that is skipped.
+        weights: the share of the prompts from each `part` of the examples; without it, every example is drawn equally
+        often. silent_share: share of the prompts, 0 to 1, whose waveforms are set to zero; which ones is a pure
+        function of (seed, step, example). on_bad: called once with each example that is skipped.
         """
         if not examples:
             raise DataError("no examples; expected at least one")
@@ -82,6 +94,7 @@ class Loader(Generic[Prompt]):
         self._seed, self._prompts_per_step, self._rank, self._world = seed, prompts_per_step, rank, world
         self._template, self._shuffle_choices, self._skip_bad = template, shuffle_choices, skip_bad
         self._silent_share, self._on_bad = silent_share, on_bad
+        self._weights, self._parts = weights, _parts(examples, weights)
         self._draws(0)  # raises now if the prompts cannot be split over the ranks
         self._bad_indices: set[int] = set()
         self._ahead: dict[int, list[Future[_Slot[Prompt]]]] = {}
@@ -108,7 +121,7 @@ class Loader(Generic[Prompt]):
         """The example with the longest prompt, among those with the longest clips and those with the longest texts."""
         indices = range(len(self.examples))
         by_sound = sorted(indices, key=lambda index: -(self.examples[index].seconds or 0.0))[:CANDIDATES]
-        by_text = sorted(indices, key=lambda index: -len(render(self.examples[index], self._template)))[:CANDIDATES]
+        by_text = sorted(indices, key=lambda index: -self._text_length(index))[:CANDIDATES]
         # A bad candidate is replaced as it would be in a step.
         slots = self._threads.map(lambda index: self._slot(index, 0, step=0), by_sound + by_text)
         slot = max(slots, key=lambda slot: len(slot.prompt.ids))
@@ -125,9 +138,17 @@ class Loader(Generic[Prompt]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _text_length(self, index: int) -> int:
+        return len(text_of(render(self.examples[index], self._template)))
+
     def _draws(self, step: int) -> list[tuple[int, int]]:
         """This rank's (index of the drawn example, its occurrence in the whole step) of a step."""
-        indices = step_indices(len(self.examples), seed=self._seed, step=step, prompts_per_step=self._prompts_per_step)
+        which = dict(seed=self._seed, step=step, prompts_per_step=self._prompts_per_step)
+        if self._weights:
+            drawn = mixed_indices([len(part) for part in self._parts], self._weights, **which)
+            indices = [self._parts[part][place] for part, place in drawn]
+        else:
+            indices = step_indices(len(self.examples), **which)
         return rank_slice(list(zip(indices, occurrences(indices), strict=True)), self._rank, self._world)
 
     def _submit(self, step: int) -> list[Future[_Slot[Prompt]]]:
@@ -148,11 +169,12 @@ class Loader(Generic[Prompt]):
                 self._on_bad(bad)
 
     def _slot(self, drawn: int, occurrence: int, *, step: int) -> _Slot[Prompt]:
-        """The prompt of the first good example at or after the index `drawn`; the search wraps round at the end."""
-        count = len(self.examples)
+        """The prompt of the first good example of the part at or after the index `drawn`; the search wraps round."""
+        part = self._parts[self.examples[drawn].part if self._weights else 0]
+        start = bisect_left(part, drawn)
         bad: dict[int, BadExample] = {}
-        for offset in range(count):
-            index = (drawn + offset) % count
+        for offset in range(len(part)):
+            index = part[(start + offset) % len(part)]
             if index in self._bad_indices:
                 continue
             example = self.examples[index]
@@ -163,15 +185,28 @@ class Loader(Generic[Prompt]):
             except DataError as error:
                 bad[index] = _skipped(example, error, self._skip_bad)
         first = next(iter([*bad.values(), *self.bad]))
-        raise DataError(f"all {count} examples are bad, one of them {first.line}: {first.reason}")
+        raise DataError(f"all {len(part)} examples are bad, one of them {first.line}: {first.reason}")
 
     def _make(self, example: Example, step: int) -> tuple[Example, Prompt]:
         if self._shuffle_choices:
             example = shuffle_choices(example, seed=self._seed, step=step)
-        waveforms = [] if example.audio_path is None else [self._waveform(example)]
+        waveforms = [self._waveform(clip) for clip in example.clips]
         if digest(f"{self._seed}/{step}/{example.id}") < self._silent_share * 2**64:
             waveforms = [np.zeros_like(waveform) for waveform in waveforms]
         return example, self._prepare(render(example, self._template), *waveforms)
+
+
+def _parts(examples: Sequence[Example], weights: Sequence[float]) -> list[Sequence[int]]:
+    """The indices of the examples of each part; without weights all are one part."""
+    if not weights:
+        return [range(len(examples))]
+    own = [example.part for example in examples]
+    parts: list[Sequence[int]] = [[i for i, one in enumerate(own) if one == part] for part in range(len(weights))]
+    if not all(parts):
+        raise DataError(
+            f"file {parts.index([]) + 1} of {len(parts)} has no example to train on; remove it or its weight"
+        )
+    return parts
 
 
 def _skipped(example: Example, error: DataError, skip_bad: bool) -> BadExample:
@@ -186,7 +221,7 @@ def evaluation_batches(
     prepare: Callable[..., Prompt],
     *,
     template: str,
-    waveform: Callable[[Example], np.ndarray],
+    waveform: Callable[[Clip], np.ndarray],
     batch: int,
     workers: int,
     skip_bad: bool = False,
@@ -200,8 +235,7 @@ def evaluation_batches(
 
     def make(example: Example) -> tuple[Example, Prompt] | BadExample:
         try:
-            waveforms = [] if example.audio_path is None else [waveform(example)]
-            return example, prepare(render(example, template), *waveforms)
+            return example, prepare(render(example, template), *map(waveform, example.clips))
         except DataError as error:
             return _skipped(example, error, skip_bad)
 

@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -17,6 +18,9 @@ from hark.data.errors import DataError
 from hark.data.examples import Example
 
 T = TypeVar("T")
+
+BLOCK = 1000  # prompts in which the shares of a mixture are exact
+MIXING = 2**32 - 1  # a seed that no part has, for the order of the parts
 
 
 def step_indices(count: int, *, seed: int, step: int, prompts_per_step: int) -> list[int]:
@@ -34,10 +38,49 @@ def step_indices(count: int, *, seed: int, step: int, prompts_per_step: int) -> 
     return [int(_permutation(count, seed, epoch)[offset]) for epoch, offset in positions]
 
 
-@functools.lru_cache(maxsize=4)
-def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+@functools.lru_cache(maxsize=16)
+def _permutation(count: int, *seeds: int) -> np.ndarray:
     # RandomState, because numpy keeps its stream the same in all versions, and a resumed run needs the same order.
-    return np.random.RandomState([seed, epoch]).permutation(count)
+    return np.random.RandomState(seeds).permutation(count)
+
+
+def mixed_indices(
+    counts: Sequence[int], weights: Sequence[float], *, seed: int, step: int, prompts_per_step: int
+) -> list[tuple[int, int]]:
+    """(part, index in the part) of the examples of a step that mixes several parts, over all ranks, in order.
+
+    Of every BLOCK prompts, counted from the first step, exactly round(BLOCK * share) are from each part, in an order
+    drawn anew for each block. The examples of a part are drawn as `step_indices` draws those of a single file.
+    """
+    in_block = block_counts(weights)
+    parts = np.repeat(np.arange(len(counts)), in_block)
+    result = []
+    for position in range(step * prompts_per_step, (step + 1) * prompts_per_step):
+        block, place = divmod(position, BLOCK)
+        order = parts[_permutation(BLOCK, seed, block, MIXING)]
+        part = int(order[place])
+        before = block * in_block[part] + int((order[:place] == part).sum())  # earlier prompts of the same part
+        epoch, offset = divmod(before, counts[part])
+        result.append((part, int(_permutation(counts[part], seed, epoch, part)[offset])))
+    return result
+
+
+def block_counts(weights: Sequence[float]) -> list[int]:
+    """How many of BLOCK prompts are from each part: the shares, rounded so that they add up to BLOCK.
+
+    DataError for a part whose share is too small to get a prompt.
+    """
+    exact = [BLOCK * weight / sum(weights) for weight in weights]
+    whole = [int(share) for share in exact]
+    by_rest = sorted(range(len(exact)), key=lambda part: whole[part] - exact[part])
+    for part in by_rest[: BLOCK - sum(whole)]:
+        whole[part] += 1
+    if 0 in whole:
+        raise DataError(
+            f"the weights {', '.join(f'{weight:g}' for weight in weights)} give a file less than one prompt of "
+            f"{BLOCK}; expected weights that are closer together"
+        )
+    return whole
 
 
 def occurrences(indices: Sequence[int]) -> list[int]:
@@ -93,7 +136,7 @@ def rank_slice(draws: Sequence[T], rank: int, world: int) -> list[T]:
 def shuffle_choices(example: Example, *, seed: int, step: int) -> Example:
     """The example with its choices permuted and `answer` adapted: a pure function of (seed, step, id).
 
-    An unknown answer stays None.
+    An unknown answer stays None. An open question stays as it is.
     """
 
     def rank(index: int) -> bytes:
@@ -109,12 +152,13 @@ def hold_out(examples: Sequence[Example], count: int, seed: int) -> tuple[list[E
     """Hold out at least `count` examples for validation: (training, held out), each in file order.
 
     Whole clips are held out, so that no clip is in both parts; an example without audio counts as a clip of its own.
-    Which clips are held out depends only on the seed and on their paths relative to their common directory, not on the
-    order of the file and not on where the data is stored. Raises DataError if nothing is left to train on.
+    All windows of a file are one clip, and so are all clips that a question has. Which clips are held out depends only
+    on the seed and on their paths relative to their common directory, not on the order of the file and not on where the
+    data is stored; for clips in tables, on their content. Raises DataError if nothing is left to train on.
     """
     if count < 0:
         raise ValueError(f"count={count}; expected at least 0")
-    names = _clip_names(examples)
+    names = _groups(_clip_names(examples))
     held, clips = 0, set()
     for name, questions in sorted(Counter(names).items(), key=lambda item: _rank(seed, item[0])):
         if held >= count:
@@ -130,14 +174,38 @@ def hold_out(examples: Sequence[Example], count: int, seed: int) -> tuple[list[E
     return training, [example for example, name in zip(examples, names, strict=True) if name in clips]
 
 
-def _clip_names(examples: Sequence[Example]) -> list[str]:
-    paths = [example.audio_path and os.path.abspath(example.audio_path) for example in examples]
-    directories = {os.path.dirname(path) for path in paths if path}
+def _clip_names(examples: Sequence[Example]) -> list[list[str]]:
+    """The names of each example's clips; the example's own name where it has none."""
+    sources = [clip.source for example in examples for clip in example.clips]
+    directories = {os.path.dirname(os.path.abspath(source)) for source in sources if isinstance(source, Path)}
     root = os.path.commonpath(directories) if directories else ""
-    return [
-        f"clip/{os.path.relpath(path, root)}" if path else f"id/{example.id}"
-        for example, path in zip(examples, paths, strict=True)
-    ]
+
+    def named(example: Example) -> list[str]:
+        digests = example.digests or [""] * len(example.clips)
+        pairs = zip(example.clips, digests, strict=True)
+        return [
+            f"clip/{os.path.relpath(os.path.abspath(clip.source), root)}"
+            if isinstance(clip.source, Path)
+            else f"content/{digest or clip.source.key}"
+            for clip, digest in pairs
+        ]
+
+    return [named(example) or [f"id/{example.id}"] for example in examples]
+
+
+def _groups(names: Sequence[Sequence[str]]) -> list[str]:
+    """One name for each example: the same for all that are connected by common clips."""
+    first: dict[str, str] = {}  # a name -> another of its group, or itself
+
+    def find(name: str) -> str:
+        while first.setdefault(name, name) != name:
+            name = first[name]
+        return name
+
+    for own in names:
+        low, *others = sorted(map(find, own))
+        first.update(dict.fromkeys(others, low))
+    return [find(own[0]) for own in names]
 
 
 def _rank(seed: int, name: str) -> bytes:

@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from hark import UserError
-from hark.data.choices import is_correct
 from hark.data.errors import DataError, named
-from hark.data.examples import Example
+from hark.data.examples import Example, is_right
 from hark.data.prompts import Template, find_template
 from hark.from_file import from_file, is_in_file, short_name
 
@@ -28,8 +27,14 @@ class RewardError(UserError, RuntimeError):
 
 
 def accuracy(example: Example, completion: str, template: Template) -> float:
-    """1 if the completion's answer is the right choice, else 0."""
-    return float(is_correct(completion, example.choices, example.answer))
+    """1 if the completion's answer is the right choice, or equals an accepted text after `normalise`; else 0.
+
+    DataError for an open question whose answer is null.
+    """
+    right = is_right(example, completion)
+    if right is None:
+        raise DataError('"answer" is null, and accuracy needs one; set reward.weights.accuracy to 0')
+    return float(right)
 
 
 def format(example: Example, completion: str, template: Template) -> float:

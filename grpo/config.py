@@ -38,6 +38,7 @@ PositiveOrZero = Annotated[float, Bound("at least 0", at_least=0)]
 ClipLow = Annotated[float, Bound("greater than 0 and at most 1", above=0, at_most=1)]
 Seed = Annotated[int, Bound("0 to 4294967295", at_least=0, at_most=2**32 - 1)]
 Share = Annotated[float, Bound("at least 0 and less than 1", at_least=0, below=1)]
+Files = str | list[str]  # one name or several; of JSON lines, JSON or parquet files, or hf:NAME:SPLIT
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,12 @@ class ShardingConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    train: str | None = None  # JSONL file of examples; training needs it
-    validation: str | None = None  # JSONL file of examples to evaluate during training and to select checkpoints by
+    train: Files | None = None  # file of examples; training needs it. Several are mixed by weights: [a.jsonl:0.7, ...]
+    validation: Files | None = None  # file of examples to evaluate during training and to select checkpoints by
     held_out: CountOrZero = 0  # without a validation file: how many examples of `train` to hold out, by whole clips
-    test: str | None = None  # JSONL file of the benchmark; only launch/evaluate.py and launch/choose.py read it
-    audio_root: str | None = None  # directory that relative audio paths start from; null is the JSONL file's own
+    test: str | None = None  # file of the benchmark; only launch/evaluate.py and launch/choose.py read it
+    columns: dict[str, str] = field(default_factory=dict)  # keys that have another name in the files: {KEY: NAME, ...}
+    audio_root: str | None = None  # directory that relative audio paths start from; null is the file's own
     template: str = "answer"  # name of the prompt template
     shuffle_choices: bool = True  # a new order of the choices for each (seed, step, example)
     silent_share: Share = 0.0  # share of training prompts whose waveform is replaced by zeros (modality dropout)

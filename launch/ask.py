@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from hark.data.audio import load_waveform
+from hark.data.clip import Clip
 from hark.data.examples import Example
 from hark.data.prompts import render, target
 from hark.grpo.config import ConfigError
@@ -41,15 +42,14 @@ def main(argv: list[str]) -> None:
     template = arguments.template or config.data.template
     example = Example(
         id="question",
-        audio_path=None if arguments.clip == NO_CLIP else Path(arguments.clip),
+        clips=() if arguments.clip == NO_CLIP else (Clip(Path(arguments.clip)),),
         question=arguments.question,
         choices=tuple(arguments.choices),
-        answer=None,
     )
     waveform = waveform_of(example, subject)
     with joined_world(threads=config.run.threads) as world:
         policy = subject.load(world)
-        # Without choices the question is asked as it stands, because the templates name the choices.
+        # A question without choices is asked as it stands: the model may not have been trained with a template.
         text = render(example, template) if example.choices else example.question
         waveforms = [] if waveform is None else [waveform]
         sounds = {"with sound" if arguments.silent else "": waveforms}
@@ -106,12 +106,12 @@ def subject_of(arguments: argparse.Namespace) -> Subject:
 def waveform_of(example: Example, subject: Subject) -> np.ndarray | None:
     """The clip at the model's sample rate; None for a model that takes text only. The weights are not read for it."""
     data, rate = subject.config.data, read_family(subject.config.model.path, subject.config.model.policy).sample_rate
-    if (example.audio_path is None) != (rate is None):
+    if bool(example.clips) != (rate is not None):
         expected = "text only, so CLIP must be -" if rate is None else "audio, so CLIP must be a file"
         raise ConfigError(f"{subject.name} takes {expected}")
-    if example.audio_path is None or rate is None:
+    if rate is None:
         return None
-    return load_waveform(example.audio_path, sample_rate=rate, max_seconds=data.max_seconds, long_clips=data.long_clips)
+    return load_waveform(example.clips[0], sample_rate=rate, max_seconds=data.max_seconds, long_clips=data.long_clips)
 
 
 def drawn(policy: Policy, prompt: Prompt, *, limit: int, count: int = 1, temperature: float = 0.0) -> list[str]:

@@ -4,7 +4,9 @@ What was found in a clip is remembered: until its file changes, neither this pro
 check it.
 
     python launch/check_data.py FILE [--audio-root DIRECTORY] [--max-seconds 30] [--benchmark] [--json OUT]
+                                [--columns question_text=question ...]
 
+FILE has JSON lines, JSON or parquet, or is a directory of parquet files, or a data set hf:OWNER/NAME:SPLIT.
 --benchmark accepts what is an error in training data: choices that are equal when normalised, and unknown answers.
 """
 
@@ -17,11 +19,11 @@ import torch
 
 from hark.data.benchmarks.baselines import BASELINES
 from hark.data.benchmarks.report import NAMES
-from hark.data.clips import Rules
+from hark.data.clips import Rules, clips_in
 from hark.data.errors import DataError
 from hark.data.examples import load_examples
 from hark.data.sources.survey import survey
-from hark.launch.common.clips import decoded, paths_of
+from hark.launch.common.clips import decoded
 from hark.launch.common.entry import run
 
 SAMPLE_RATE = 16_000  # Hz, of all supported models
@@ -33,10 +35,14 @@ def main(argv: list[str]) -> None:
     arguments = parse(argv)
     torch.set_num_threads(1)  # the clips are already decoded in parallel
     examples, bad = load_examples(
-        arguments.file, audio_root=arguments.audio_root, skip_bad=True, benchmark=arguments.benchmark
+        arguments.file,
+        audio_root=arguments.audio_root,
+        columns=columns_of(arguments.columns),
+        skip_bad=True,
+        benchmark=arguments.benchmark,
     )
-    found = decoded(paths_of(examples), Rules(SAMPLE_RATE, arguments.max_seconds), workers=arguments.workers)
-    figures = survey(examples, bad, [found[example.audio_path] for example in examples if example.audio_path])
+    found = decoded(clips_in(examples), Rules(SAMPLE_RATE, arguments.max_seconds), workers=arguments.workers)
+    figures = survey(examples, bad, found)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     show(figures, arguments.file)
@@ -51,9 +57,12 @@ def main(argv: list[str]) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("file", metavar="FILE")
     parser.add_argument(
         "--audio-root", type=Path, metavar="DIRECTORY", help="directory of relative audio paths (FILE's directory)"
+    )
+    parser.add_argument(
+        "--columns", nargs="+", default=[], metavar="KEY=NAME", help="keys that have another name in FILE"
     )
     parser.add_argument("--max-seconds", type=float, default=30.0, help="longest clip that can be used (30)")
     parser.add_argument("--benchmark", action="store_true", help="accept equal choices and unknown answers")
@@ -65,7 +74,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def show(figures: dict, file: Path) -> None:
+def columns_of(words: list[str]) -> dict[str, str]:
+    """The words of --columns, as data.columns."""
+    pairs = [word.partition("=")[::2] for word in words]
+    for key, name in pairs:
+        if not key or not name:
+            raise DataError(f"--columns has {key or name!r}; expected KEY=NAME, such as question_text=question")
+    return dict(pairs)
+
+
+def show(figures: dict, file: str) -> None:
     """Print the figures, one aligned line each."""
     line("questions", f"{figures['questions']} about {figures['clips']} clips, in {file}")
     line("datasets", listed(figures["datasets"]))
@@ -80,10 +98,15 @@ def show(figures: dict, file: Path) -> None:
             line("", f"{count:8} {name}")
     line("sample rates", listed(figures["sample_rates"], " Hz"))
     line("channels", listed(figures["channels"]))
-    line("choices", listed(figures["choices"]))
-    line("position of the answer", listed(figures["answers"]))
+    if figures["choices"]:
+        line("choices", listed(figures["choices"]))
+        line("position of the answer", listed(figures["answers"]))
+    if figures["open"]:
+        line("open questions", str(figures["open"]))
     if figures["unanswered"]:
         line("no answer", str(figures["unanswered"]))
+    if figures["extra"]:
+        line("other keys, for rewards", listed(figures["extra"]))
     for name in BASELINES:
         if name in figures:
             line(NAMES[name], f"{100 * figures[name]:.1f} %")

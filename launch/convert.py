@@ -4,7 +4,8 @@
 
 SOURCE is avqa, avqa_processed, audiomcq, audio_flamingo, mmau, mmar or mmsu; data/sources/SOURCE.py describes INPUT.
 SOURCE csv is your own file with the columns audio, question, choices (as dog|car|rain, or columns choice_1, choice_2,
-...), answer (text, letter or number from 1) and, if you like, id and task; data/sources/own_csv.py has the details.
+...; none for open questions), answer (text, letter or number from 1) and, if you like, start, end, id and task;
+data/sources/own_csv.py has the details.
 Rows that cannot be converted are counted, and listed in OUTPUT.bad.jsonl with row and reason.
 """
 
@@ -109,6 +110,8 @@ def report(result: Conversion, listed: Path) -> None:
         print(f"{len(result.missing):8} clips are missing, first {first}")
     if result.renamed:
         print(f"{result.renamed:8} repeated ids have a number added, as in id#2")
+    if opened := sum(not record["multi_choice"] for record in result.records):
+        print(f"{opened:8} of the questions are open: they have no choices")
     unanswered = sum(record["answer"] is None for record in result.records)
     if unanswered:
         print(f"{unanswered:8} of the questions have no known answer")

@@ -16,13 +16,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hark.data.clips import Rules, usable
+from hark.data.clips import Rules, clips_in, usable
 from hark.data.errors import DataError
 from hark.data.examples import Example, load_examples
-from hark.data.prompts import find_template, render, target, texts_of
+from hark.data.prompts import find_template, render, target, text_of, texts_of
 from hark.grpo.config import DataConfig
 from hark.launch.check_data import SAMPLE_RATE
-from hark.launch.common.clips import decoded, paths_of
+from hark.launch.common.clips import decoded
 from hark.launch.common.entry import run
 from hark.models.loading import build_policy
 from hark.models.mini import SIZES, build_mini, check_whisper
@@ -79,20 +79,23 @@ def size_table() -> str:
 
 def measured(examples: Sequence[Example]) -> list[Example]:
     """The examples whose clips can be used, with the lengths of the clips."""
-    found = decoded(paths_of(examples), Rules(SAMPLE_RATE, DataConfig.max_seconds), workers=os.cpu_count() or 1)
+    found = decoded(clips_in(examples), Rules(SAMPLE_RATE, DataConfig.max_seconds), workers=os.cpu_count() or 1)
     return usable(examples, found, long_clips=DataConfig.long_clips, skip_bad=True)[0]
 
 
 def longest(policy: Policy, examples: Sequence[Example], template: str) -> Lengths:
     """The longest prompt and answer; lengths of clips are rounded to a token of audio to find it."""
     durations = [example.seconds or 0.0 for example in examples]
-    texts = [render(example, template) for example in examples]
+    texts = [text_of(render(example, template)) for example in examples]
     of_text = completion_lengths(policy.tokenizer, texts)
     index = max(range(len(texts)), key=lambda n: of_text[texts[n]] + round(25 * durations[n]))
-    silence = np.zeros(round(durations[index] * SAMPLE_RATE), np.float32)
-    ids = policy.prepare(texts[index], silence).ids
-    answers = completion_lengths(policy.tokenizer, (target(example, template) for example in examples))
-    return Lengths(len(ids), ids.tolist().count(policy.audio_id), max(answers.values()))
+    clips = len(examples[index].clips)
+    silence = np.zeros(round(durations[index] / clips * SAMPLE_RATE), np.float32)
+    ids = policy.prepare(render(examples[index], template), *[silence] * clips).ids
+    answers = completion_lengths(
+        policy.tokenizer, (target(example, template) for example in examples if example.has_answer)
+    )
+    return Lengths(len(ids), ids.tolist().count(policy.audio_id), max(answers.values(), default=0))
 
 
 def report(policy: Policy, lengths: Lengths, out: Path) -> str:

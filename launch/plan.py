@@ -13,23 +13,26 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hark.data.audio import read_header
+from hark.data.audio import read_header, seconds_of
+from hark.data.clip import Clip
+from hark.data.clips import clips_in
 from hark.data.errors import AudioError
-from hark.data.examples import Example, load_examples
+from hark.data.examples import Example, joined, load_examples
 from hark.data.json_files import write_json
 from hark.data.loader import CANDIDATES
 from hark.data.parallel import in_threads
-from hark.data.prompts import render
+from hark.data.prompts import render, text_of
 from hark.grpo.config import Config, ConfigError
 from hark.grpo.instruments.memory import PARTS, Plan, Setting, Work, plan
 from hark.grpo.instruments.shape import Shape, shape_of
-from hark.launch.common.clips import paths_of
 from hark.launch.common.config_file import load_config
 from hark.launch.common.entry import run
 from hark.launch.common.policies import lora_of
+from hark.launch.common.questions import weighted
 from hark.models.families.qwen2_audio import QWEN2_AUDIO_7B
 from hark.models.loading import build_from_config, load_tokenizer, read_config
 from hark.models.policy import PolicyError, text_ids
@@ -115,29 +118,31 @@ def lengths(config: Config, options: argparse.Namespace) -> tuple[float, int, st
 
 def planned_examples(config: Config) -> tuple[str | None, list[Example]]:
     """The first file of questions that is there, and its examples."""
-    path = next((file for file in (config.data.train, config.data.test) if file and Path(file).is_file()), None)
-    if path is None:
+    named = [weighted(files)[0] for files in (config.data.train, config.data.test) if files]
+    files = next((files for files in named if all(Path(file).exists() for file in files)), None)
+    if files is None:
         return None, []
-    root = config.data.audio_root
-    return path, load_examples(path, audio_root=root, require_audio=False, skip_bad=True, benchmark=True)[0]
+    read = partial(load_examples, audio_root=config.data.audio_root, columns=config.data.columns)
+    found = [read(file, require_audio=False, skip_bad=True, benchmark=True)[0] for file in files]
+    return ", ".join(files), joined(found)
 
 
 def longest_clip(examples: Sequence[Example], config: Config) -> float | None:
     """The length that the headers of the clips give, at most data.max_seconds; None if no header can be read."""
 
-    def seconds(path: Path) -> float:
+    def seconds(clip: Clip) -> float:
         try:
-            return read_header(path).seconds or 0.0
+            return seconds_of(clip, read_header(clip)) or 0.0
         except AudioError:  # training says what is wrong with it
             return 0.0
 
-    longest = max(in_threads(seconds, paths_of(examples), workers=os.cpu_count() or 1), default=0.0)
+    longest = max(in_threads(seconds, clips_in(examples), workers=os.cpu_count() or 1), default=0.0)
     return min(longest, config.data.max_seconds) or None
 
 
 def longest_text(examples: Sequence[Example], config: Config) -> int:
     """Tokens of the longest text with its chat template, estimated from its letters if there is no tokenizer."""
-    texts = sorted({render(example, config.data.template) for example in examples}, key=len)
+    texts = sorted({text_of(render(example, config.data.template)) for example in examples}, key=len)
     try:
         tokenizer = load_tokenizer(config.model.path)
     except PolicyError:

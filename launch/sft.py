@@ -19,7 +19,7 @@ from hark.models.policy import Policy
 
 def main(argv: list[str]) -> None:
     help_if_asked(argv, __doc__)
-    train(load_config(argv), make_trainer, judged=False)
+    train(load_config(argv), make_trainer, judged=False, answered="fine-tuning")
 
 
 def make_trainer(config: Config, world: World, policy: Policy, **parts: Any) -> SupervisedTrainer:

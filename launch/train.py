@@ -22,7 +22,8 @@ def main(argv: list[str]) -> None:
     config = load_config(argv)
     if config.rollout.group_size < 2:
         raise ConfigError("rollout.group_size must be at least 2: an advantage is relative to the group's mean")
-    train(config, make_trainer, judged=config.reward.weights.get("accuracy", 0) != 0)
+    judged = config.reward.weights.get("accuracy", 0) != 0
+    train(config, make_trainer, judged=judged, answered="the reward accuracy" if judged else "")
 
 
 def make_trainer(config: Config, world: World, policy: Policy, **parts: Any) -> Trainer:

@@ -262,11 +262,46 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "data/choices.py": (
         ("one of two equal choices", "matches[0] if len(matches) == 1", "matches[0] if matches", "test_choices"),
     ),
+    "data/audio.py": (
+        ("windows begin between samples", "0) // step * step", "0)", "test_windows"),
+        ("windows are the beginning", "        file.seek(frames)\n", "        pass\n", "test_windows"),
+        ("seeking in ogg files", 'if file.format != "OGG":', "if file:", "test_windows"),
+        ("no filter before a window", "_frames(CROP_MARGIN, file.samplerate), 0)", "0, 0)", "test_windows"),
+    ),
+    "data/examples.py": (
+        (
+            "open answers are choices",
+            "return is_accepted(completion, example.accepted)",
+            "return completion in example.accepted",
+            "test_open_questions",
+        ),
+        ("every part is the first", "id=name, part=part", "id=name, part=0", "test_mixture"),
+    ),
+    "data/order.py": (
+        (
+            "a part restarts in each block",
+            "block * in_block[part] + int(",
+            "int(",
+            "test_mixture.py::test_each_part_is_drawn_without_repetition_until_its_end",
+        ),
+        ("weights are the order of files", "seed, block, MIXING)]", "seed, 0, MIXING)]", "test_mixture"),
+        ("clips in common are not followed", "return [find(own[0])", "return [own[0]", "test_open_questions"),
+    ),
+    "data/loader.py": (
+        ("replaced by another file", "if one == part]", "if one >= 0]", "test_mixture"),
+    ),
+    "data/tables.py": (
+        ("cells of the first row group", "table.read_row_group(group,", "table.read_row_group(0,", "test_tables"),
+        ("places go on in the next group", "            place = 0\n", "            place = row\n", "test_tables"),
+    ),
+    "data/benchmarks/report.py": (
+        ("open answers are no choice", 'if not row.get("open"))', "if row)", "test_open_questions"),
+    ),
     "data/clips.py": (
         (
             "cut clips are forgotten",
-            "Clip.from_json(text) if same else",
-            "Clip.from_json(text) if before else",
+            "Finding.from_json(text) if same else",
+            "Finding.from_json(text) if before else",
             "test_clips",
         ),
     ),

@@ -13,7 +13,8 @@ import soundfile
 
 from hark.data.benchmarks.answer_files import BENCHMARKS, graded
 from hark.data.benchmarks.rules import mmau
-from hark.data.examples import Example, load_examples
+from hark.data.clip import Clip
+from hark.data.examples import Example, load_examples, load_questions
 from hark.grpo.config import ConfigError
 from hark.grpo.runtime.collectives import World, exchange_rows
 from hark.launch import grade
@@ -90,10 +91,10 @@ def test_a_limit_counts_questions_of_the_file_and_not_those_that_can_be_asked(co
 
 def test_a_hidden_answer_is_handed_in_and_left_out_of_the_figures(config, tmp_path, capsys, monkeypatch):
     def hidden(*args, **kwargs):
-        examples, bad = load_examples(*args, **kwargs)
-        return [replace(example, answer=None) for example in examples], bad
+        questions = load_questions(*args, **kwargs)
+        return [replace(one, answer=None) if isinstance(one, Example) else one for one in questions]
 
-    monkeypatch.setattr("hark.launch.common.questions.load_examples", hidden)
+    monkeypatch.setattr("hark.launch.common.questions.load_questions", hidden)
     ask([str(config)], silent=True, audio=True, choices=True)
     assert [row["correct"] for row in result(tmp_path)["rows"]] == [None] * 4 + [False] + [None] * 3
     handed_in = json.loads((tmp_path / "run" / "answers.json").read_text())
@@ -129,9 +130,11 @@ def test_controls_change_what_they_say_and_ask_only_what_could_be_asked(config, 
     def remember(config, world, policy, examples, *, waveform, on_bad):
         asked.append([])
 
-        def heard(example):
-            sound = waveform(example)
-            asked[-1].append((example, sound))
+        owners = {example.clips: example for example in examples}
+
+        def heard(clip):
+            sound = waveform(clip)
+            asked[-1].append((owners[clip,], sound))
             return sound
 
         return rank_batches(config, world, policy, examples, waveform=heard, on_bad=on_bad)
@@ -143,13 +146,13 @@ def test_controls_change_what_they_say_and_ask_only_what_could_be_asked(config, 
     assert all([example.id for example, _ in control] == ids for control in asked)
     for (a, x), (b, y), (c, z), (d, w) in zip(main, silent, audio, choices, strict=True):
         assert a == b and len(x) == len(y) and x.any() and not y.any()
-        assert c == replace(a, audio_path=c.audio_path) and c.audio_path != a.audio_path and z.any()
-        assert d.answer_text == a.answer_text and d.audio_path == a.audio_path and np.array_equal(w, x)
+        assert c == replace(a, clips=c.clips) and c.clips != a.clips and z.any()
+        assert d.answer_text == a.answer_text and d.clips == a.clips and np.array_equal(w, x)
     assert any(a.choices != d.choices for (a, _), (d, _) in zip(main, choices, strict=True))
 
 
 def questions(*clips: str) -> list[Example]:
-    return [Example(f"q{n}", Path(clip), "?", ("a", "b"), 0) for n, clip in enumerate(clips)]
+    return [Example(f"q{n}", (Clip(Path(clip)),), "?", ("a", "b"), 0) for n, clip in enumerate(clips)]
 
 
 @pytest.mark.parametrize("clips", ["ab", "abcdefgh", "aabb", "aaabbcd", "aaabbb", "abacadbe", "aabbccdd" * 5])
@@ -157,9 +160,9 @@ def test_no_question_keeps_its_clip_and_every_clip_is_heard_as_often_as_before(c
     for seed in range(30):
         before = questions(*clips)
         after = with_shuffled_audio(before, seed=seed)
-        assert all(a.audio_path != b.audio_path for a, b in zip(before, after, strict=True))
-        assert Counter(a.audio_path for a in before) == Counter(b.audio_path for b in after)
-        assert before == [replace(b, audio_path=a.audio_path) for a, b in zip(before, after, strict=True)]
+        assert all(a.clips != b.clips for a, b in zip(before, after, strict=True))
+        assert Counter(a.clips for a in before) == Counter(b.clips for b in after)
+        assert before == [replace(b, clips=a.clips) for a, b in zip(before, after, strict=True)]
 
 
 def test_as_few_questions_as_can_be_keep_a_clip_that_most_of_them_share():
@@ -171,9 +174,9 @@ def test_as_few_questions_as_can_be_keep_a_clip_that_most_of_them_share():
 
 def test_whose_clip_a_question_gets_follows_from_the_seed_and_the_ids_alone():
     before = questions(*"abcdefghij")
-    clips = {example.id: example.audio_path for example in with_shuffled_audio(before, seed=1)}
-    assert clips == {example.id: example.audio_path for example in with_shuffled_audio(before[::-1], seed=1)}
-    assert clips != {example.id: example.audio_path for example in with_shuffled_audio(before, seed=2)}
+    clips = {example.id: example.clips for example in with_shuffled_audio(before, seed=1)}
+    assert clips == {example.id: example.clips for example in with_shuffled_audio(before[::-1], seed=1)}
+    assert clips != {example.id: example.clips for example in with_shuffled_audio(before, seed=2)}
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -203,7 +206,7 @@ def test_a_benchmark_with_hidden_answers_and_equal_choices_is_answered_as_it_is(
 def test_an_answer_that_is_no_choice_is_judged_by_its_words_where_the_rule_does(config, tmp_path):
     path = write_questions(tmp_path / "odd", 2, name="test", line1={"answer": "a bell ringing"})
     example = load_examples(path, benchmark=True)[0][0]
-    assert (example.answer, example.truth) == (None, "a bell ringing")
+    assert (example.answer, example.accepted) == (None, ("a bell ringing",))
     completion = "<answer>Ringing: a bell</answer>"
     right = {name: graded(example, completion, benchmark) for name, benchmark in BENCHMARKS.items()}
     assert right == {"strict": False, "mmau": True, "mmar": True, "mmsu": False}

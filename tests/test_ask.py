@@ -18,7 +18,7 @@ CHOICES = ("a bell", "rain", "a dog")
 
 def test_the_probabilities_are_those_of_separate_sequences_in_transformers(case):
     text = "Which sound?"
-    example = Example("q", None, text, CHOICES, None)
+    example = Example("q", (), text, CHOICES, None)
     found = ask.probabilities(case.policy, case.prompts[0], example, "answer")
     hf, inputs = case.load_hf(), case.hf_inputs(0)
     length = inputs["input_ids"].shape[1]

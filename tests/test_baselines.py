@@ -8,7 +8,7 @@ from hark.data.examples import Example
 
 
 def example(choices, answer):
-    return Example("1", None, "Which?", tuple(choices), answer, line="a.jsonl:1")
+    return Example("1", (), "Which?", tuple(choices), answer, line="a.jsonl:1")
 
 
 def test_the_first_choice_is_right_where_the_answer_is_the_first():

@@ -152,7 +152,7 @@ def test_the_rule_of_mmsu_compares_the_choice_at_the_letter_with_the_answer(pred
     assert mmsu(prediction, choices, answer) is right
 
 
-QUESTION = Example("q", None, "What?", ("wind", "rain", "Dogs", "a bell"), 1, "set", "sound", "Reasoning, Layer")
+QUESTION = Example("q", (), "What?", ("wind", "rain", "Dogs", "a bell"), 1, "set", "sound", "Reasoning, Layer")
 
 
 def test_what_is_judged_is_the_inside_of_the_only_answer_element():
@@ -223,7 +223,7 @@ def test_the_official_share_of_an_evaluation_leaves_out_what_the_script_leaves_o
     answers = [(QUESTION, completion) for completion in ("rain", "wind", "no idea", "")]
     assert official_share(answers, BENCHMARKS["mmsu"]) == Share(1, 3)
     assert official_share(answers, BENCHMARKS["mmau"]) == Share(1, 4)
-    hidden = Example("h", None, "What?", ("wind", "rain"), None)
+    hidden = Example("h", (), "What?", ("wind", "rain"), None)
     assert official_share([(hidden, "hail"), (hidden, "rain")], BENCHMARKS["mmau"]) == Share(1, 2)
 
 

@@ -55,7 +55,7 @@ def test_lengths_rates_and_channels_are_those_of_the_decoded_clips(tmp_path):
 
 def test_a_shared_clip_is_decoded_once(tmp_path, monkeypatch):
     decoded, load = [], clips.load_waveform
-    monkeypatch.setattr(clips, "load_waveform", lambda path, **k: decoded.append(path.name) or load(path, **k))
+    monkeypatch.setattr(clips, "load_waveform", lambda clip, **k: decoded.append(clip.source.name) or load(clip, **k))
     path = write(tmp_path, 4, line4={"audio_path": "train-2.wav"})
     figures = check(path)
     assert sorted(decoded) == ["train-0.wav", "train-1.wav", "train-2.wav"]

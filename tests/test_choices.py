@@ -67,7 +67,7 @@ def test_the_extracted_answer_is_the_inside_of_the_only_tag():
 
 
 def example(identity="7"):
-    return Example(identity, None, "Which?", ("a", "b", "c", "d"), 2)
+    return Example(identity, (), "Which?", ("a", "b", "c", "d"), 2)
 
 
 def test_shuffling_moves_the_answer_with_its_choice():

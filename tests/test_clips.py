@@ -12,8 +12,9 @@ import pytest
 import soundfile
 
 from hark.data import clips
+from hark.data.clip import Clip
 from hark.data.clip_memory import ClipMemory, State, default_path
-from hark.data.clips import Rules, inspect, inspect_all, memory_of, usable
+from hark.data.clips import Rules, clips_in, inspect, inspect_all, memory_of, usable
 from hark.data.errors import AudioError
 from hark.data.examples import Example
 from tests.clips import waveform
@@ -27,14 +28,16 @@ def on_disk(tmp_path):
     soundfile.write(tmp_path / "silent.wav", np.zeros(16_000), 16_000)
     names = ["good.wav", "missing.wav", "long.wav", None, "silent.wav"]
     return [
-        Example(f"id{i}", name and tmp_path / name, "Which?", ("a", "b"), 0, line=f"train.jsonl:{i + 1}")
+        Example(
+            f"id{i}", (Clip(tmp_path / name),) if name else (), "Which?", ("a", "b"), 0, line=f"train.jsonl:{i + 1}"
+        )
         for i, name in enumerate(names)
     ]
 
 
 def sorted_out(data, *, max_seconds=2.0, long_clips="error", skip_bad=False):
     rules = Rules(16_000, max_seconds, crop=long_clips == "crop")
-    found = {path: inspect(path, rules) for example in data if (path := example.audio_path)}
+    found = {clip: inspect(clip, rules) for clip in clips_in(data)}
     return usable(data, found, long_clips=long_clips, skip_bad=skip_bad)
 
 
@@ -78,7 +81,7 @@ def test_the_check_tells_the_length_of_each_clip_that_is_used(tmp_path):
 def decoded(monkeypatch) -> list[str]:
     """The names of the files that are decoded."""
     names: list[str] = []
-    monkeypatch.setattr(clips, "inspect", lambda path, rules: names.append(path.name) or inspect(path, rules))
+    monkeypatch.setattr(clips, "inspect", lambda clip, rules: names.append(clip.source.name) or inspect(clip, rules))
     return names
 
 
@@ -88,20 +91,20 @@ def look(paths, path, rules=RULES):
 
 
 def test_a_clip_is_decoded_once_until_its_content_or_the_rules_change(tmp_path, decoded):
-    paths, base = [example.audio_path for example in on_disk(tmp_path) if example.audio_path], tmp_path / "memory"
-    first, _ = look(paths, base)
-    assert [clip.fault for clip in first.values()] == ["", "missing", "over-long", "silent"]
-    assert look(paths, base) == (first, "") and decoded.count("good.wav") == decoded.count("silent.wav") == 1
+    found, base = clips_in(on_disk(tmp_path)), tmp_path / "memory"
+    first, _ = look(found, base)
+    assert [finding.fault for finding in first.values()] == ["", "missing", "over-long", "silent"]
+    assert look(found, base) == (first, "") and decoded.count("good.wav") == decoded.count("silent.wav") == 1
     assert decoded.count("missing.wav") == 2, "nothing is known of what is not there"
     decoded.clear()
-    os.utime(paths[0], (1, 1))
+    os.utime(found[0].source, (1, 1))
     for _ in range(2):
-        assert look(paths[:1], base)[0] == {paths[0]: first[paths[0]]} and not decoded, "another time, the same content"
-    content = bytearray(paths[0].read_bytes())
+        assert look(found[:1], base)[0] == {found[0]: first[found[0]]} and not decoded, "another time, the same content"
+    content = bytearray(found[0].source.read_bytes())
     content[44:] = bytes(len(content) - 44)
-    paths[0].write_bytes(content)
-    assert look(paths[:1], base)[0][paths[0]].fault == "silent", "the same size, another content"
-    assert look(paths[2:3], base, Rules(16_000, 2.0, crop=True))[0][paths[2]].seconds == 2.0
+    found[0].source.write_bytes(content)
+    assert look(found[:1], base)[0][found[0]].fault == "silent", "the same size, another content"
+    assert look(found[2:3], base, Rules(16_000, 2.0, crop=True))[0][found[2]].seconds == 2.0
     assert decoded == ["good.wav", "long.wav"]
 
 
@@ -111,7 +114,7 @@ def test_the_rules_that_the_memory_tells_apart_are_all_on_which_decoding_depends
 
 
 def test_a_memory_that_cannot_be_used_stops_nothing_and_says_so(tmp_path, decoded):
-    paths = [on_disk(tmp_path)[0].audio_path]
+    paths = clips_in(on_disk(tmp_path)[:1])
     (tmp_path / "broken").write_text("no database at all, but text that is long enough to be read as one" * 20)
     (tmp_path / "other").mkdir()
     with sqlite3.connect(tmp_path / "strange") as strange:
@@ -125,7 +128,7 @@ def test_a_memory_that_cannot_be_used_stops_nothing_and_says_so(tmp_path, decode
 def write_many(path, worker):
     memory = ClipMemory("rules", path)
     for number in range(4):
-        memory.remember({path / f"{worker}-{number}": (State(1, 2, "3"), str(worker))})
+        memory.remember({f"{path}/{worker}-{number}": (State(1, 2, "3"), str(worker))})
     return memory.problem
 
 
@@ -133,7 +136,7 @@ def test_several_processes_may_write_at_once(tmp_path):
     path = tmp_path / "memory"
     with ProcessPoolExecutor(3, mp_context=get_context("fork")) as processes:
         assert list(processes.map(write_many, [path] * 3, range(3))) == ["", "", ""]
-    names = [path / f"{worker}-{number}" for worker in range(3) for number in range(4)]
+    names = [f"{path}/{worker}-{number}" for worker in range(3) for number in range(4)]
     assert len(ClipMemory("rules", path).recall(names)) == 12
 
 

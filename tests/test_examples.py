@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from hark.data.clip import Clip
 from hark.data.errors import DataError
 from hark.data.examples import load_examples
 
@@ -25,13 +26,13 @@ def test_a_line_of_r1_aqa_becomes_an_example_with_the_clip_beside_the_file(tmp_p
     assert bad == []
     assert (example.id, example.dataset, example.task) == ("183", "AVQA", "")
     assert example.line == f"{tmp_path}/train.jsonl:1", "a path that can be opened"
-    assert example.audio_path == tmp_path / "clips" / "a.wav"
+    assert example.clips == (Clip(tmp_path / "clips" / "a.wav"),)
     assert (example.choices, example.answer, example.answer_text) == (("Car", "Dog", "Bell"), 1, "Dog")
 
 
 def test_the_audio_root_replaces_the_files_own_directory(tmp_path):
     (example,), _ = load_examples(write(tmp_path, GOOD), audio_root=tmp_path / "elsewhere")
-    assert example.audio_path == tmp_path / "elsewhere" / "clips" / "a.wav"
+    assert example.clips == (Clip(tmp_path / "elsewhere" / "clips" / "a.wav"),)
 
 
 def test_a_missing_key_names_the_line_the_key_and_what_a_line_needs(tmp_path):
@@ -39,8 +40,7 @@ def test_a_missing_key_names_the_line_the_key_and_what_a_line_needs(tmp_path):
     with pytest.raises(DataError) as error:
         load_examples(write(tmp_path, GOOD, bad))
     assert str(error.value) == (
-        f'{tmp_path}/train.jsonl:2: "audio_path" is missing; '
-        "each line needs id, audio_path, question_text, multi_choice, answer"
+        f'{tmp_path}/train.jsonl:2: "audio_path" is missing; each line needs id, audio_path, question_text, answer'
     )
 
 
@@ -117,7 +117,7 @@ def test_text_only_examples_are_read_only_when_asked_for(tmp_path):
     path = write(tmp_path, {**GOOD, "audio_path": None}, {k: v for k, v in {**GOOD, "id": 1}.items() if k[0] != "a"}
                  | {"answer": 0})  # fmt: skip
     examples, _ = load_examples(path, require_audio=False)
-    assert [example.audio_path for example in examples] == [None, None]
+    assert [example.clips for example in examples] == [(), ()]
     with pytest.raises(DataError, match='"audio_path" is missing'):
         load_examples(path)
 

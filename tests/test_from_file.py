@@ -12,7 +12,7 @@ from hark.data.prompts import find_template, render, target
 from hark.data.rewards import check_rewards, find_reward, reward_matrix
 from hark.from_file import from_file, short_name
 
-EXAMPLE = Example(id="a", audio_path=None, question="Which?", choices=("dog", "car"), answer=1)
+EXAMPLE = Example(id="a", clips=(), question="Which?", choices=("dog", "car"), answer=1)
 OWN = """
 from pathlib import Path
 

@@ -92,7 +92,7 @@ GOOD = json.dumps(ROWS[0])
         (f'{GOOD}\n\n{{"answer": "x"}}', r'f:3: "choices" is missing; the rule needs'),
         ('{"choices": "rain", "answer": "x"}', r"f:1: \"choices\" is 'rain'; expected a list of texts"),
         ('{"choices": ["rain", true], "answer": "x"}', r'f:1: "choices" is .*expected a list of texts'),
-        ('{"choices": [], "answer": "x"}', r'f:1: "choices" is \[\]; expected'),
+        ('{"choices": "x", "answer": "x"}', r'f:1: "choices" is \'x\'; expected'),
         ('{"choices": ["rain", "x"]}', r'f:1: "answer" is missing; expected the text .* or null'),
         (
             '{"choices": ["rain", "x"], "answer": ["x"]}',

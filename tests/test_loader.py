@@ -3,10 +3,12 @@
 import json
 import threading
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from hark.data.clip import Clip
 from hark.data.errors import AudioError, DataError, SkippedClipError
 from hark.data.examples import BadExample, Example
 from hark.data.loader import BadLog, Loader, evaluation_batches
@@ -17,7 +19,14 @@ COUNT = 11
 
 def examples(count=COUNT):
     return [
-        Example(f"id{i}", f"{i}.wav", f"Question {i}?", ("a", "b", "c", "d"), i % 4, line=f"train.jsonl:{i + 1}")
+        Example(
+            f"id{i}",
+            (Clip(Path(f"{i}.wav")),),
+            f"Question {i}?",
+            ("a", "b", "c", "d"),
+            i % 4,
+            line=f"train.jsonl:{i + 1}",
+        )
         for i in range(count)
     ]
 
@@ -27,10 +36,11 @@ def position(example):
 
 
 def reading(bad=(), error=AudioError):
-    def waveform(example):
-        if position(example) in bad:
-            raise error(f"{example.audio_path}: is silent")
-        return np.full(4, position(example), dtype=np.float32)
+    def waveform(clip):
+        number = int(clip.source.stem)
+        if number in bad:
+            raise error(f"{clip}: is silent")
+        return np.full(4, number, dtype=np.float32)
 
     return waveform
 
@@ -150,9 +160,9 @@ def test_a_bad_clip_is_replaced_by_the_next_good_one_listed_once_and_counted():
 def test_a_clip_once_found_bad_is_not_decoded_again():
     read, bad = Counter(), reading({3})
 
-    def waveform(example):
-        read[position(example)] += 1
-        return bad(example)
+    def waveform(clip):
+        read[int(clip.source.stem)] += 1
+        return bad(clip)
 
     with make(waveform=waveform, skip_bad=True, workers=1) as loader:
         for step in range(40):
@@ -195,7 +205,7 @@ def test_all_examples_bad_is_an_error_even_with_skip_bad():
 
 
 def test_an_example_without_audio_is_prepared_from_its_text_alone():
-    data = [Example("id0", None, "Which?", ("a", "b"), 0, line="train.jsonl:1")]
+    data = [Example("id0", (), "Which?", ("a", "b"), 0, line="train.jsonl:1")]
     with make(data, prepare=lambda text, *waveforms: (text, *waveforms)) as loader:
         assert all(len(prepared) == 1 for _, prepared, _ in loader.step(0))
 

@@ -34,7 +34,7 @@ def test_the_model_loads_and_its_printed_lengths_are_those_of_every_example(data
     examples, _ = load_examples(data)
     texts = texts_of(examples, "answer")
     prompts = [
-        len(policy.prepare(text, soundfile.read(example.audio_path, dtype="float32")[0]).ids)
+        len(policy.prepare(text, soundfile.read(example.clips[0].source, dtype="float32")[0]).ids)
         for text, example in zip(texts[::2], examples, strict=True)
     ]
     answer = max(len(policy.tokenizer(text)["input_ids"]) for text in texts[1::2]) + 1

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from hark.data.clip import Clip
 from hark.data.errors import DataError
 from hark.data.examples import Example
 from hark.data.order import hold_out, rank_slice, step_indices
@@ -51,7 +52,8 @@ def test_what_cannot_be_split_or_is_not_there_is_refused():
 
 def questions(*clips, root="data"):
     """One example for each clip name; None is a question without audio."""
-    return [Example(f"q{n}", clip and Path(root) / clip, "Which?", ("a", "b"), 0) for n, clip in enumerate(clips)]
+    places = [() if clip is None else (Clip(Path(root) / clip),) for clip in clips]
+    return [Example(f"q{n}", place, "Which?", ("a", "b"), 0) for n, place in enumerate(places)]
 
 
 MANY = [f"{kind}/{n % 40}.wav" for kind in ("rain", "dog") for n in range(100)] + [None] * 20
@@ -68,9 +70,9 @@ def test_examples_are_held_out_by_whole_clips_in_file_order_and_none_is_lost():
     assert 30 <= len(held_out) < 30 + 3, "no more than the last clip brings beyond the count"
     assert sorted(training + held_out, key=examples.index) == examples
     assert [examples.index(example) for example in training] == sorted(examples.index(example) for example in training)
-    assert not {example.audio_path for example in training} & {e.audio_path for e in held_out if e.audio_path}
+    assert not {example.clips for example in training} & {e.clips for e in held_out if e.clips}
     # 20 of 120 examples are their own clip, so some are held out and most are not.
-    assert 0 < sum(example.audio_path is None for example in held_out) < 20
+    assert 0 < sum(not example.clips for example in held_out) < 20
 
 
 def test_what_is_held_out_depends_on_seed_and_clips_alone_not_on_order_or_place():

@@ -45,6 +45,18 @@ def test_a_number_that_is_a_choice_is_that_choice_and_not_its_place(tmp_path):
     assert run(tmp_path, "audio,question,choices,answer\nc1,How many?,3|2|1,1\n")[0]["answer"] == 2
 
 
+def test_a_row_without_choices_is_an_open_question_and_a_window_is_kept(tmp_path, capsys):
+    text = "audio,question,choices,answer,start,end,system\nc1,How many?,,two|2,0.05,0.2,Count.\nc2,Say it.,,,,,\n"
+    first, second = run(tmp_path, text)
+    assert first["answer"] == ["two", "2"] and (first["start"], first["end"]) == (0.05, 0.2)
+    assert first["system"] == "Count." and second["answer"] is None and "start" not in second
+    said = capsys.readouterr().out
+    assert "2 of the questions are open" in said and "1 of the questions have no known answer" in said
+    with pytest.raises(DataError, match="no row could be converted.*\"end\" is 'soon'; expected seconds"):
+        run(tmp_path, "audio,question,answer,end\nc1,How many?,two,soon\n", "--force")
+    assert [one.accepted for one in load_examples(tmp_path / "train.jsonl")[0]] == [("two", "2"), ()]
+
+
 def test_a_bad_row_is_listed_with_its_line_and_the_others_are_written(tmp_path, capsys):
     rows = ["c1,Which?,dog|car,dog", "c2,Which?,dog|car,cat", "none,Which?,dog|car,1", "c3,Which?,dog", "c4,,dog|car,1"]
     assert len(run(tmp_path, "\n".join(["audio,question,choices,answer", *rows]))) == 1
@@ -58,7 +70,7 @@ def test_a_bad_row_is_listed_with_its_line_and_the_others_are_written(tmp_path, 
     ("heading", "message"),
     [
         ("audio,choices,answer", "no column question; the first line names audio, choices, answer"),
-        ("clip,question,answer", "no column audio or choices"),
+        ("clip,question,answer", "no column audio; the first line names clip, question, answer"),
         ("audio,question,choices,answer,answer", "names a column twice"),
     ],
 )

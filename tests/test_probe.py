@@ -27,7 +27,7 @@ def loader_of(path, prepare) -> Loader:
     examples, _ = load_examples(path)
     return Loader(
         examples, prepare, seed=0, prompts_per_step=2, rank=0, world=1, template="answer", shuffle_choices=True,
-        waveform=lambda example: None, skip_bad=False, workers=1,
+        waveform=lambda clip: None, skip_bad=False, workers=1,
     )  # fmt: skip
 
 
@@ -147,7 +147,7 @@ def test_questions_held_out_of_the_training_data_are_validated_on(settings, tmp_
         policy = build(world, config).policy
         training, held_out = training_examples(config, world, policy)
         assert len(training) == 9 and len(held_out) == 3
-        assert not {example.audio_path for example in training} & {example.audio_path for example in held_out}
+        assert not {example.clips for example in training} & {example.clips for example in held_out}
 
     on_ranks(1, run)
     lines = [json.loads(line) for line in open(config.data.train)]

@@ -6,7 +6,7 @@ from hark.data.choices import extract_answer
 from hark.data.examples import Example
 from hark.data.prompts import TEMPLATES, Template, render, target
 
-EXAMPLE = Example("1", None, "What {is} it?", ("a car", "the dog's bark"), 1)
+EXAMPLE = Example("1", (), "What {is} it?", ("a car", "the dog's bark"), 1)
 ASK = "What {is} it? Please choose the answer from the following options: ['a car', \"the dog's bark\"]."
 
 

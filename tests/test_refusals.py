@@ -18,7 +18,7 @@ from hark.grpo.runtime.collectives import World, exchange_rows
 from hark.launch import choose, evaluate, sft, train
 from hark.launch.common import questions, trained, training
 from hark.launch.common.config_file import load_config
-from hark.launch.common.questions import clips_of
+from hark.launch.common.questions import found_in_clips
 from hark.models.families.causal_lm import CausalLMPolicy
 from hark.models.families.qwen2_audio import Qwen2AudioPolicy
 from hark.models.loading import load_policy, load_tokenizer, read_family
@@ -188,14 +188,14 @@ def test_the_tokens_of_completions_are_those_of_the_policy(case):
 
 def look_at_clips(world: World, words: list[str]) -> None:
     config, names, inspect = load_config(words), [], clips.inspect
-    clips.inspect = lambda path, rules: names.append(path.name) or inspect(path, rules)
-    examples, _ = questions.read_examples(config, Qwen2AudioPolicy, config.data.train)
-    found = clips_of(config, world, Qwen2AudioPolicy, examples)
+    clips.inspect = lambda clip, rules: names.append(clip.source.name) or inspect(clip, rules)
+    examples = questions.read_questions(config, Qwen2AudioPolicy, config.data.train)
+    found = found_in_clips(config, world, Qwen2AudioPolicy, examples)
     assert sorted(names) == [f"train-{n}.wav" for n in range(world.rank, 4, world.size)], "each rank decodes its share"
     assert exchange_rows([found], world) == [found] * world.size, "all ranks know the same"
-    assert [found[path].fault for path in sorted(found)] == ["", "silent", "", "cut off"]
+    assert [found[clip].fault for clip in sorted(found, key=str)] == ["", "silent", "", "cut off"]
     names.clear()
-    assert clips_of(config, world, Qwen2AudioPolicy, examples) == found and not names, "nothing is decoded again"
+    assert found_in_clips(config, world, Qwen2AudioPolicy, examples) == found and not names, "nothing is decoded again"
 
 
 def test_ranks_decode_their_shares_and_agree(config, tmp_path):

@@ -24,7 +24,7 @@ def row(correct, task="sound", category="", sub_category="", difficulty="", stop
 
 
 ROWS = [row(True), row(False, "sound", "A, B"), row(None, "music"), row(True, "speech", "A, B", "deep", "hard")]
-EXAMPLES = [Example(str(n), None, "?", ("a", "bell", "rain"), answer) for n, answer in enumerate((0, 1, None, 1))]
+EXAMPLES = [Example(str(n), (), "?", ("a", "bell", "rain"), answer) for n, answer in enumerate((0, 1, None, 1))]
 
 
 def test_the_interval_solves_the_equation_it_comes_from():
@@ -100,14 +100,14 @@ def test_a_row_whose_answer_is_hidden_is_in_no_accuracy():
 
 def question(**changes) -> Example:
     values = {"task": "sound", "category": "c", "sub_category": "s", "difficulty": "hard", "answer": 0, **changes}
-    return Example("q", None, "?", ("a", "b"), **values)
+    return Example("q", (), "?", ("a", "b"), **values)
 
 
 def test_a_question_that_could_not_be_asked_is_wrong_unless_its_answer_is_hidden():
     row = {"id": "q", "task": "sound", "category": "c", "sub_category": "s", "difficulty": "hard"}
     assert blank_row(question()) == row | {"prediction": "", "correct": False, "stopped": None, "choice": None}
     assert blank_row(question(answer=None))["correct"] is None
-    assert blank_row(question(answer=None, truth="none of the choices"))["correct"] is False
+    assert blank_row(question(answer=None, accepted=("none of the choices",)))["correct"] is False
     assert blank_row(BadExample("test.jsonl:3", "q", "no JSON"))["correct"] is False
 
 

@@ -7,7 +7,7 @@ from hark.data.examples import Example
 from hark.data.prompts import TEMPLATES, target
 from hark.data.rewards import REWARDS, RewardError, reward_matrix
 
-EXAMPLE = Example("7", None, "Which?", ("Car", "Dog"), 0)
+EXAMPLE = Example("7", (), "Which?", ("Car", "Dog"), 0)
 
 
 def well_formed(completion, template):
@@ -15,7 +15,7 @@ def well_formed(completion, template):
 
 
 def test_the_matrix_has_one_row_per_completion_and_one_column_per_name_in_order():
-    other = Example("8", None, "Which?", ("Car", "Dog"), 1)
+    other = Example("8", (), "Which?", ("Car", "Dog"), 1)
     completions = ["<answer>car</answer>", "car", "<answer>car</answer>"]
     rewards = reward_matrix([EXAMPLE, EXAMPLE, other], completions, ["format", "accuracy"], "answer")
     assert rewards.dtype == torch.float32

@@ -18,7 +18,7 @@ from hark.data.benchmarks.rules import (
 )
 from hark.data.choices import extract_answer, normalise
 from hark.data.errors import named
-from hark.data.examples import Example
+from hark.data.examples import Example, is_right
 
 Record = Callable[[Example], dict]
 
@@ -26,7 +26,7 @@ Record = Callable[[Example], dict]
 def mmau_record(example: Example) -> dict:
     return _asked(example, audio="audio_id") | {
         "choices": list(example.choices),
-        "answer": answer_text(example) or "",
+        "answer": _answer(example),
         "dataset": example.dataset,
         "task": example.task,
         **_labels(example),
@@ -35,18 +35,19 @@ def mmau_record(example: Example) -> dict:
 
 
 def mmar_record(example: Example) -> dict:
-    answer = {"choices": list(example.choices), "answer": answer_text(example) or ""}
+    answer = {"choices": list(example.choices), "answer": _answer(example)}
     return _asked(example) | answer | {"modality": example.task, **_labels(example)}
 
 
 def mmsu_record(example: Example) -> dict:
     choices = {f"choice_{letter.lower()}": choice for letter, choice in zip(LETTERS, example.choices, strict=False)}
-    answer = {"answer_gt": answer_text(example) or ""}
+    answer = {"answer_gt": _answer(example)}
     return _asked(example) | choices | answer | {"task_name": example.task, **_labels(example)}
 
 
 def _asked(example: Example, audio: str = "audio_path") -> dict:
-    return {"id": example.id, audio: str(example.audio_path or ""), "question": example.question}
+    clips = ", ".join(str(clip) for clip in example.clips)
+    return {"id": example.id, audio: clips, "question": example.question}
 
 
 def _labels(example: Example) -> dict:
@@ -55,7 +56,12 @@ def _labels(example: Example) -> dict:
 
 def answer_text(example: Example) -> str | None:
     """The right answer; None where the benchmark does not publish it."""
-    return example.truth or (None if example.answer is None else example.choices[example.answer])
+    return example.answer_text if example.has_answer else None
+
+
+def _answer(example: Example) -> str | list[str]:
+    """The right answer in an answer file: "" where it is not known, a list where several are accepted."""
+    return list(example.accepted) if len(example.accepted) > 1 else answer_text(example) or ""
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,12 @@ def prediction_of(completion: str, choices: Sequence[str], benchmark: Benchmark)
 
 
 def graded(example: Example, completion: str, benchmark: Benchmark) -> bool | None:
-    """Whether a completion is right by the benchmark's rule; None where the right answer is not known."""
+    """Whether a completion is right by the benchmark's rule; None where the right answer is not known.
+
+    An open question is graded as the accuracy reward does, whatever the benchmark is.
+    """
+    if not example.choices:
+        return is_right(example, completion)
     answer = answer_text(example)
     if answer is None:
         return None

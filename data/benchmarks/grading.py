@@ -9,6 +9,7 @@ from typing import Any
 from hark.data.benchmarks.answer_files import Benchmark, find_benchmark
 from hark.data.benchmarks.report import Share, figures, row_of, share, table
 from hark.data.benchmarks.rules import LETTERS, Value, index_of
+from hark.data.choices import is_accepted
 from hark.data.errors import DataError
 from hark.data.examples import Example
 from hark.data.json_files import as_text, read_rows, write_json
@@ -24,13 +25,18 @@ class AnswerRow:
     where: str  # "answers.json[3]" or "answers.jsonl:3"
     id: str | int
     choices: tuple[Value, ...]  # always four if the keys are choice_a to choice_d, "" for a missing one
-    answer: Value  # None or "" where the benchmark does not publish it
+    accepted: tuple[Value, ...]  # the right answer, or the accepted ones of an open question; (None,) or ("",) where
+    # the benchmark does not publish it
     prediction: Value  # None where the row has none
     official_prediction: Value  # the value that the official script reads, None where it finds none
     task: str
     category: str
     sub_category: str
     difficulty: str
+
+    @property
+    def answer(self) -> Value:
+        return self.accepted[0]
 
 
 def grade_file(path: str, *, benchmark: str, out: str | None) -> None:
@@ -71,10 +77,18 @@ def grade(answers: Sequence[AnswerRow], benchmark: Benchmark) -> list[dict]:
     rows = []
     for answer in answers:
         prediction = as_text(answer.prediction) or ""
-        correct = None if _is_unknown(answer) else benchmark.rule(prediction, answer.choices, answer.answer)
-        row = row_of(answer, prediction=prediction, correct=correct, stopped=None)
-        rows.append(row | {"official": benchmark.official(answer.official_prediction, answer.choices, answer.answer)})
+        row = row_of(answer, prediction=prediction, correct=_is_correct(answer, prediction, benchmark), stopped=None)
+        official = benchmark.official(answer.official_prediction, answer.choices, answer.answer)
+        rows.append(row | {"official": official if answer.choices else None})
     return rows
+
+
+def _is_correct(answer: AnswerRow, prediction: str, benchmark: Benchmark) -> bool | None:
+    if _is_unknown(answer):
+        return None
+    if answer.choices:
+        return benchmark.rule(prediction, answer.choices, answer.answer)
+    return is_accepted(prediction, [as_text(text) or "" for text in answer.accepted])
 
 
 def as_example(answer: AnswerRow) -> Example | None:
@@ -82,7 +96,7 @@ def as_example(answer: AnswerRow) -> Example | None:
     if _is_unknown(answer) or _is_no_choice(answer):
         return None
     given = [choice for choice in answer.choices if choice not in (None, "")]
-    return Example(str(answer.id), None, "", tuple(map(str, given)), index_of(answer.answer, given))
+    return Example(str(answer.id), (), "", tuple(map(str, given)), index_of(answer.answer, given)) if given else None
 
 
 def _is_unknown(answer: AnswerRow) -> bool:
@@ -90,7 +104,7 @@ def _is_unknown(answer: AnswerRow) -> bool:
 
 
 def _is_no_choice(answer: AnswerRow) -> bool:
-    return not _is_unknown(answer) and index_of(answer.answer, answer.choices) is None
+    return bool(answer.choices) and not _is_unknown(answer) and index_of(answer.answer, answer.choices) is None
 
 
 # Reading ------------------------------------------------------------------------------------------------------------
@@ -116,13 +130,13 @@ def read_answers(path: str | Path, benchmark: Benchmark) -> list[AnswerRow]:
 
 
 def _answer_row(record: dict, where: str, number: int, benchmark: Benchmark, official: str) -> AnswerRow:
-    identity = record.get("id")
+    identity, choices = record.get("id"), _choices(record)
     key = next((key for key in (*benchmark.keys, *PREDICTIONS) if key in record), benchmark.key)
     return AnswerRow(
         where=where,
         id=identity if isinstance(identity, (str, int)) else number,
-        choices=_choices(record),
-        answer=_answer(record),
+        choices=choices,
+        accepted=_accepted(record, is_open=not choices),
         prediction=_value(record, key, None),
         official_prediction=_value(record, official, benchmark.default),
         task=_label(record, "task", "modality", "task_name"),
@@ -133,24 +147,29 @@ def _answer_row(record: dict, where: str, number: int, benchmark: Benchmark, off
 
 
 def _choices(record: dict) -> tuple[Value, ...]:
-    """The list `choices`, or MMSU's choice_a to choice_d, where a missing or null choice keeps its letter."""
+    """The list `choices`, or MMSU's choice_a to choice_d, where a missing or null choice keeps its letter.
+
+    The list is empty for an open question.
+    """
     lettered = [f"choice_{letter.lower()}" for letter in LETTERS]
     if "choices" not in record and any(key in record for key in lettered):
         return tuple(_value(record, key, "") for key in lettered)
     value = record.get("choices")
     if value is None:
         raise DataError('"choices" is missing; the rule needs the texts of all choices: copy them from the benchmark')
-    if not isinstance(value, list) or not value or any(as_text(choice) is None for choice in value):
+    if not isinstance(value, list) or any(as_text(choice) is None for choice in value):
         raise DataError(f'"choices" is {reprlib.repr(value)}; expected a list of texts')
     return tuple(value)
 
 
-def _answer(record: dict) -> Value:
-    """The `answer`, or MMSU's answer_gt."""
+def _accepted(record: dict, *, is_open: bool) -> tuple[Value, ...]:
+    """The `answer`, or MMSU's answer_gt; of an open question it may be a list of accepted answers."""
     key = "answer" if "answer" in record else "answer_gt"
     if key not in record:
         raise DataError('"answer" is missing; expected the text of the right choice, or null where it is not known')
-    return _value(record, key, None)
+    if is_open and isinstance(record[key], list) and record[key]:
+        return tuple(_value({key: one}, key, None) for one in record[key])
+    return (_value(record, key, None),)
 
 
 def _value(record: dict, key: str, default: Value) -> Value:

@@ -49,16 +49,17 @@ def row_of(
     """The row of a question in a report: its id and COLUMNS ("" where it has none), its prediction and its grade.
 
     correct: None where the right answer is not known. stopped: whether the completion ended with a stop token; None
-    where that is not known. choice: the choice that the answer equals; None if it is none of them, or not known.
+    where that is not known. choice: the choice that the answer equals; None if it is none of them, or not known. The
+    row of an open question has no choice, and says that it is open.
     """
     columns = {column: getattr(question, column, "") for column in COLUMNS}
     outcome = {"prediction": prediction, "correct": correct, "stopped": stopped, "choice": choice}
-    return {"id": question.id} | columns | outcome
+    return {"id": question.id} | columns | outcome | ({} if getattr(question, "choices", True) else {"open": True})
 
 
 def blank_row(question: Any) -> dict:
     """The row of a question that could not be asked: wrong, or None where its right answer is not known."""
-    hidden = getattr(question, "answer", -1) is None and not question.truth
+    hidden = not getattr(question, "has_answer", True)
     return row_of(question, prediction="", correct=None if hidden else False, stopped=None)
 
 
@@ -88,14 +89,17 @@ def accuracies(rows: Sequence[dict], *by: str) -> dict[str, float]:
 
 
 def answer_shares(rows: Sequence[dict]) -> dict[str, float]:
-    """The share of answers that are none of the choices, and of those cut off at the longest length; {} without any."""
+    """The share of answers that are none of the choices, and of those cut off at the longest length; {} without any.
+
+    Open questions have no choices, so they do not count in the first.
+    """
     return {name: found.right / found.total for name, found in _answer_counts(rows).items() if found.total}
 
 
 def _answer_counts(rows: Sequence[dict]) -> dict[str, Share]:
     given = [row for row in rows if row["stopped"] is not None]
     return {
-        "no_choice_share": Share.of(row["choice"] is None for row in given),
+        "no_choice_share": Share.of(row["choice"] is None for row in given if not row.get("open")),
         "cut_off_share": Share.of(not row["stopped"] for row in given),
     }
 

@@ -75,8 +75,8 @@ def _record(source: Source, question: Question, clips: "_Clips", root: Path, whe
         "answer": question.answer,
         "dataset_name": source.dataset,
     }
-    for key in ("task", "category", "sub_category", "difficulty"):
-        if getattr(question, key):
+    for key in ("task", "category", "sub_category", "difficulty", "system", "start", "end"):
+        if getattr(question, key) not in ("", None):
             record[key] = getattr(question, key)
     parse_example(record, root=root, line=where, benchmark=source.benchmark)
     return record

@@ -4,10 +4,12 @@
 |---|---|
 | `audio`, `audio_path`, `file_name`, `file` or `path` | the clip's file, relative to the clips' directory |
 | `question` or `question_text` | the question |
-| `choices` | the choices, as `dog|car|rain` |
+| `choices` | the choices, as `dog|car|rain`; where it is empty, or missing, the question is open |
 | `choice_1`, `choice_2`, ... | instead of `choices`: one choice each; an empty one is left out |
 | `answer` | the right choice: its text, its letter (A is the first) or its number (1 is the first) |
-| `id`, `task` | not needed; without an id it is the name of the clip |
+| | of an open question: the accepted texts, as `two|2`; empty for a reward that needs none |
+| `start`, `end` | not needed: the part of the clip that is meant, in seconds |
+| `id`, `task`, `category`, `difficulty`, `system` | not needed; without an id it is the name of the clip |
 """
 
 import csv
@@ -32,8 +34,13 @@ def question(row: dict) -> Question:
         clips=(clip,),
         text=text(row, *QUESTION),
         choices=choices,
-        answer=answer_of(text(row, "answer"), choices),
+        answer=answer_of(text(row, "answer"), choices) if choices else accepted_of(row),
         task=label(row, "task"),
+        category=label(row, "category"),
+        difficulty=label(row, "difficulty"),
+        system=label(row, "system"),
+        start=seconds_of(row, "start"),
+        end=seconds_of(row, "end"),
     )
 
 
@@ -46,7 +53,21 @@ def choices_of(row: dict) -> list[str]:
         )
     if numbered:
         return [row[key] for key in numbered if row[key] is not None]
-    return [choice.strip() for choice in text(row, "choices").split("|")]
+    return [choice.strip() for choice in label(row, "choices").split("|")] if row.get("choices") else []
+
+
+def accepted_of(row: dict) -> str | list[str] | None:
+    """The accepted texts of an open question; None if the cell is empty."""
+    texts = [part.strip() for part in label(row, "answer").split("|")]
+    return texts if len(texts) > 1 else texts[0] or None
+
+
+def seconds_of(row: dict, key: str) -> float | None:
+    """The number in a cell; None if it is empty."""
+    try:
+        return float(row[key]) if row.get(key) is not None else None
+    except ValueError:
+        raise SourceError(f'wrong "{key}"', f'"{key}" is {row[key]!r}; expected seconds') from None
 
 
 def answer_of(answer: str, choices: list[str]) -> int:
@@ -87,7 +108,6 @@ def rows(path: str | Path) -> Iterator[tuple[str, dict | DataError]]:
 def check_columns(names: list[str], path: Path) -> None:
     """DataError where the first line lacks a column, or has one twice."""
     needed = {"audio": {*AUDIO} & {*names}, "question": {*QUESTION} & {*names}, "answer": {"answer"} & {*names}}
-    needed["choices"] = {name for name in names if name == "choices" or re.fullmatch(r"choice_\d+", name)}
     missing = [name for name, found in needed.items() if not found]
     if missing:
         raise DataError(

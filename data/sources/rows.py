@@ -15,12 +15,16 @@ class Question:
     id: str
     clips: tuple[str, ...]  # possible names of the clip's file, the likeliest first; the suffix may be missing
     text: str
-    choices: list[str]
-    answer: int | str | None  # an index; in a benchmark also the text of no choice, or None if unknown
+    choices: list[str]  # none for an open question
+    answer: int | str | list[str] | None  # an index; a text or accepted texts of an open question; in a benchmark also
+    # the text of no choice, or None if unknown
     task: str = ""
     category: str = ""
     sub_category: str = ""
     difficulty: str = ""
+    system: str = ""
+    start: float | None = None  # seconds
+    end: float | None = None
 
 
 class SourceError(DataError):

@@ -1,19 +1,23 @@
 """The figures of a file of questions: lengths and formats of its decoded clips, faults, answers and baselines."""
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from statistics import fmean, median
 
 from hark.data.benchmarks.baselines import baseline_figures
-from hark.data.clips import FAULTS, Clip
+from hark.data.clip import Clip
+from hark.data.clips import FAULTS, Finding, clips_in
 from hark.data.examples import BadExample, Example
 
 LENGTHS = (1, 2, 5, 10, 20, 30, 60, 120, 300)  # seconds, upper ends of the histogram's bins
 
 
-def survey(examples: Sequence[Example], bad: Sequence[BadExample], clips: Sequence[Clip]) -> dict:
-    """All figures of a file as plain values for JSON; a clip that several questions share is counted once."""
-    unique = list({example.audio_path: clip for example, clip in zip(examples, clips, strict=True)}.values())
+def survey(examples: Sequence[Example], bad: Sequence[BadExample], found: Mapping[Clip, Finding]) -> dict:
+    """All figures of a file as plain values for JSON; a clip that several questions share is counted once.
+
+    found: what decoding found in each clip of the examples.
+    """
+    unique = [found[clip] for clip in clips_in(examples)]
     known = [example.answer for example in examples if example.answer is not None]
     return {
         "questions": len(examples),
@@ -23,11 +27,13 @@ def survey(examples: Sequence[Example], bad: Sequence[BadExample], clips: Sequen
         **_lengths([clip.seconds for clip in unique if clip.seconds is not None]),
         "sample_rates": _counted(clip.header.sample_rate for clip in unique if clip.header),
         "channels": _counted(clip.header.channels for clip in unique if clip.header),
-        "choices": _counted((len(example.choices) for example in examples), ordered=True),
+        "choices": _counted((len(example.choices) for example in examples if example.choices), ordered=True),
+        "open": sum(not example.choices for example in examples),
         "answers": _counted((answer + 1 for answer in known), ordered=True),
-        "unanswered": len(examples) - len(known),
+        "unanswered": sum(not example.has_answer for example in examples),
+        "extra": _counted(key for example in examples for key in example.extra),
         **baseline_figures(examples),
-        "faults": {"bad line": [line.record() for line in bad], **_faults(examples, clips)},
+        "faults": {"bad line": [line.record() for line in bad], **_faults(examples, found)},
     }
 
 
@@ -41,14 +47,14 @@ def _lengths(seconds: list[float]) -> dict:
     return {"seconds": figures | {"total": sum(seconds)}, "lengths": named | longer}
 
 
-def _faults(examples: Sequence[Example], clips: Sequence[Clip]) -> dict[str, list[dict]]:
+def _faults(examples: Sequence[Example], found: Mapping[Clip, Finding]) -> dict[str, list[dict]]:
     """The questions whose clips cannot be used, by fault."""
     faults: dict[str, list[dict]] = {name: [] for name in FAULTS.values()}
-    for example, clip in zip(examples, clips, strict=True):
-        if clip.fault:
-            faults[clip.fault].append(
-                BadExample(example.line, example.id, f"{example.audio_path}: {clip.reason}").record()
-            )
+    for example in examples:
+        for clip in example.clips:
+            if found[clip].fault:
+                bad = BadExample(example.line, example.id, f"{clip}: {found[clip].reason}")
+                faults[found[clip].fault].append(bad.record())
     return faults
 
 

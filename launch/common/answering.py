@@ -15,6 +15,7 @@ import numpy as np
 from hark.data.benchmarks.answer_files import BENCHMARKS, graded, official_share, write_answers
 from hark.data.benchmarks.report import NAMES, Share, answer_shares, blank_row, figures, row_of, share, table
 from hark.data.choices import choice_of
+from hark.data.clip import Clip
 from hark.data.examples import BadExample, Example
 from hark.data.json_files import write_json
 from hark.data.order import shuffle_choices
@@ -47,7 +48,7 @@ def answer_benchmark(subject: Subject, *, silent: bool, audio: bool, choices: bo
     """Answer data.test, and again for each control: without sound, with other sound, with choices in another order."""
     config = subject.config
     if config.data.test is None:
-        raise ConfigError("data.test is missing; it names the JSONL file of the questions to answer: data.test=FILE")
+        raise ConfigError("data.test is missing; it names the file of the questions to answer: data.test=FILE")
     refuse_another(subject)
     with joined_world(threads=config.run.threads) as world:
         announce(config, world)
@@ -103,7 +104,7 @@ def answer_test(
     usable = [example for example in usable if example.id not in bad]
     controls: dict[str, list[dict] | None] = {}
     if silent:
-        controls["silent"] = ask(usable, lambda example: np.zeros_like(load(example)), "questions without sound")
+        controls["silent"] = ask(usable, lambda clip: np.zeros_like(load(clip)), "questions without sound")
     if audio:
         controls["shuffled_audio"] = ask(
             with_shuffled_audio(usable, seed=config.run.seed), load, "questions with other sound"
@@ -121,7 +122,7 @@ def answers(
     policy: Policy,
     questions: Sequence[Question],
     examples: Sequence[Example],
-    waveform: Callable[[Example], np.ndarray],
+    waveform: Callable[[Clip], np.ndarray],
     what: str,
     *,
     on_bad: Callable[[BadExample], None] = lambda bad: None,
@@ -152,23 +153,32 @@ def answers(
 
 
 def with_shuffled_audio(examples: Sequence[Example], *, seed: int) -> list[Example]:
-    """Each example with the clip of another: a permutation of the clips, a function of the seed and the ids.
+    """Each example with the clips of another: a permutation of the clips, a function of the seed and the ids.
 
-    No example keeps its clip unless more than half of them share one; then as few as possible keep it.
+    Clips go to examples that have as many. No example keeps its clips unless more than half of these share them; then
+    as few as possible keep them.
     """
+    numbers = {len(example.clips) for example in examples}
+    alike = [[example for example in examples if len(example.clips) == number] for number in numbers]
+    clips = {example.id: clips for part in alike for example, clips in _exchanged(part, seed)}
+    return [dataclasses.replace(example, clips=clips[example.id]) for example in examples]
+
+
+def _exchanged(examples: Sequence[Example], seed: int) -> Iterator[tuple[Example, tuple[Clip, ...]]]:
+    """Each example, all of which have equally many clips, and the clips of another."""
 
     def key(example: Example) -> bytes:
         return hashlib.sha256(f"{seed}/audio/{example.id}".encode()).digest()
 
-    clips: dict[Path | None, list[Example]] = {}
+    clips: dict[tuple[Clip, ...], list[Example]] = {}
     for example in sorted(examples, key=key):
-        clips.setdefault(example.audio_path, []).append(example)
+        clips.setdefault(example.clips, []).append(example)
     # Examples of one clip are adjacent in `ordered`. Each gets the clip of the example `shift` places later, which is
     # outside of its group, because no group is larger than `shift`.
     ordered = [example for members in clips.values() for example in members]
     shift = max(map(len, clips.values()), default=0)
-    paths = {e.id: ordered[(index + shift) % len(ordered)].audio_path for index, e in enumerate(ordered)}
-    return [dataclasses.replace(example, audio_path=paths[example.id]) for example in examples]
+    for index, example in enumerate(ordered):
+        yield example, ordered[(index + shift) % len(ordered)].clips
 
 
 def report(

@@ -6,8 +6,10 @@ ignored.
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import math
+import operator
 import os
 import re
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, ge
 
 import yaml
 
-from hark.grpo.config import Bound, Config, ConfigError, default_of, flow
+from hark.grpo.config import Bound, Config, ConfigError, Files, default_of, flow
 from hark.launch.common.nearest import nearest
 
 CONFIGS = Path(__file__).parents[1] / "configs"  # configurations of the package, found by their names
@@ -227,7 +229,8 @@ def _read_override(text: str) -> tuple[str, Entry]:
             raise ConfigError(f"{where}: the value is not YAML: {error}") from None
         value = written
     # run.directory=2026 means the directory "2026": a shell has no good way to quote a YAML string.
-    if _is_text(HINTS[name]) and not isinstance(value, str) and not (value is None and _is_optional(HINTS[name])):
+    is_other = not isinstance(value, str) and not (value is None and _is_optional(HINTS[name]))
+    if _is_text(HINTS[name]) and is_other and not (isinstance(value, list) and HINTS[name] == Files | None):
         value = written
     return name, Entry(value, where)
 
@@ -255,6 +258,8 @@ def convert(value: Any, hint: Any) -> Any:
     """`value` as YAML gave it, checked and converted to the type `hint`."""
     if _is_optional(hint):
         return None if value is None else convert(value, _inner(hint))
+    if hint == Files:
+        return _list(value, str) if isinstance(value, list) and value else _str(value)
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _within(convert(value, args[0]), args[1])
@@ -275,11 +280,11 @@ def _is_optional(hint: Any) -> bool:
 
 def _inner(hint: Any) -> Any:
     """T of `T | None`."""
-    return next(arg for arg in get_args(hint) if arg is not type(None))
+    return functools.reduce(operator.or_, (arg for arg in get_args(hint) if arg is not type(None)))
 
 
 def _is_text(hint: Any) -> bool:
-    return (_inner(hint) if _is_optional(hint) else hint) is str
+    return (_inner(hint) if _is_optional(hint) else hint) in (str, Files)
 
 
 def _within(value: float, bound: Bound) -> float:
@@ -325,6 +330,9 @@ def _list(value: Any, item: Any) -> list:
 
 
 def _mapping(value: Any, item: Any) -> dict:
-    if not isinstance(value, dict) or not value or not all(isinstance(key, str) for key in value):
+    if item is str:
+        if not isinstance(value, dict) or not all(isinstance(text, str) for pair in value.items() for text in pair):
+            raise ConfigError("a mapping of names to names")
+    elif not isinstance(value, dict) or not value or not all(isinstance(key, str) for key in value):
         raise ConfigError("a mapping of at least one name to a number")
     return {key: convert(element, item) for key, element in value.items()}

@@ -24,6 +24,7 @@ OTHER_NAMES = {
     "data.train": "train_file train_files train_data dataset data_path train_path dataset_path",
     "data.validation": "val val_file valid dev eval_file eval_data validation_file",
     "data.test": "test_file test_files test_data",
+    "data.columns": "column_mapping rename_columns column_names text_column audio_column columns_mapping",
     "data.audio_root": "audio_dir audio_path audio_folder clips",
     "data.template": "prompt prompt_template chat_template system_prompt",
     "data.max_seconds": "max_duration max_audio_length max_audio_seconds duration",

@@ -15,16 +15,17 @@ import torch
 from hark.data.audio import load_waveform
 from hark.data.benchmarks.report import accuracies, answer_shares, row_of
 from hark.data.choices import choice_of
-from hark.data.clips import Clip, Rules, usable
-from hark.data.examples import BadExample, Example, load_examples
+from hark.data.clip import Clip
+from hark.data.clips import Finding, Rules, clips_in, usable
+from hark.data.examples import BadExample, Example, is_right, joined, load_questions
 from hark.data.loader import BadLog, Loader, evaluation_batches
 from hark.data.order import hold_out
-from hark.data.prompts import target
+from hark.data.prompts import render, target
 from hark.data.rewards import reward_matrix
-from hark.grpo.config import Config, ConfigError
+from hark.grpo.config import Config, ConfigError, Files
 from hark.grpo.evaluate import evaluate
 from hark.grpo.runtime.collectives import World, exchange_rows
-from hark.launch.common.clips import decoded, paths_of
+from hark.launch.common.clips import decoded
 from hark.models.loading import FAMILIES, load_tokenizer
 from hark.models.policy import Policy, Prompt, completion_lengths
 
@@ -37,10 +38,39 @@ AnyPolicy: TypeAlias = "Policy | type[Policy]"
 def training_examples(config: Config, world: World, policy: AnyPolicy) -> tuple[list[Example], list[Example]]:
     """The examples to train on, and those to validate on: data.validation, or held out of data.train."""
     assert config.data.train is not None  # by `check_training`
-    examples = checked_examples(config, world, policy, config.data.train)
+    examples = checked_examples(config, world, policy, weighted(config.data.train)[0])
     if config.data.validation is not None:
-        return examples, checked_examples(config, world, policy, config.data.validation)
+        files, weights = weighted(config.data.validation)
+        if weights:
+            raise ConfigError("data.validation has weights; all of its questions are asked: remove the weights")
+        return examples, checked_examples(config, world, policy, files)
     return hold_out(examples, config.data.held_out, config.run.seed) if config.data.held_out else (examples, [])
+
+
+def weighted(files: Files) -> tuple[list[str], list[float]]:
+    """The names of files, and their weights if they have any: `[a.jsonl:0.7, b.jsonl:0.3]`. Raises ConfigError."""
+    words = [files] if isinstance(files, str) else files
+    found = [None if Path(word).exists() else re.fullmatch(r"(.+):(\d*\.?\d+)", word) for word in words]
+    names = [match[1] if match else word for match, word in zip(found, words, strict=True)]
+    if not any(found):
+        return names, []
+    for match, word in zip(found, words, strict=True):
+        if match is None or float(match[2]) == 0:
+            raise ConfigError(
+                f"{word!r} has no weight above 0, and other files have one; expected a weight for each, as in "
+                f"{names[words.index(word)]}:0.5, or for none"
+            )
+    return names, [float(match[2]) for match in found if match]
+
+
+def check_answers(examples: Sequence[Example], why: str) -> None:
+    """Raise ConfigError if an example has no answer."""
+    without = [example for example in examples if not example.has_answer]
+    if without:
+        raise ConfigError(
+            f"{len(without)} of {len(examples)} questions have no answer, first {without[0].line}, and {why} needs "
+            "one; give each an answer, or leave those out"
+        )
 
 
 def check_lengths(config: Config, examples: Sequence[Example]) -> None:
@@ -56,7 +86,7 @@ def long_answers(config: Config, examples: Sequence[Example]) -> str:
     The model's weights are not needed.
     """
     limit, template = config.rollout.max_new_tokens, config.data.template
-    answers = {example: target(example, template) for example in examples if example.answer is not None}
+    answers = {example: target(example, template) for example in examples if example.has_answer}
     lengths = completion_lengths(load_tokenizer(config.model.path), answers.values())
     long = [example for example, text in answers.items() if lengths[text] > limit]
     if not long:
@@ -84,6 +114,7 @@ def training_loader(config: Config, world: World, policy: Policy, examples: Sequ
         waveform=waveform_of(config, policy),
         skip_bad=config.data.skip_bad,
         workers=config.data.workers,
+        weights=weighted(config.data.train or [])[1],
         silent_share=config.data.silent_share,
         on_bad=bad_log(config).add,
     )
@@ -104,7 +135,8 @@ def validation_rows(config: Config, world: World, policy: Policy, examples: Sequ
 
     def to_row(example: Example, completion: str, stopped: bool) -> dict:
         choice = choice_of(completion, example.choices)
-        return row_of(example, prediction=completion, correct=choice == example.answer, stopped=stopped, choice=choice)
+        correct = is_right(example, completion)
+        return row_of(example, prediction=completion, correct=correct, stopped=stopped, choice=choice)
 
     return evaluate(policy, batches, to_row, world, **evaluation_settings(config))
 
@@ -115,7 +147,7 @@ def rank_batches(
     policy: Policy,
     examples: Sequence[Example],
     *,
-    waveform: Callable[[Example], np.ndarray],
+    waveform: Callable[[Clip], np.ndarray],
     on_bad: Callable[[BadExample], None],
 ) -> Iterator[Sequence[tuple[Example, Prompt]]]:
     """This rank's share of the examples, in batches; on_bad gets each one that cannot be used and is left out."""
@@ -137,11 +169,13 @@ def evaluation_settings(config: Config) -> dict[str, Any]:
     return dict(max_new_tokens=rollout.max_new_tokens, batch=config.evaluation.batch, graphs=rollout.cuda_graphs)
 
 
-def checked_examples(config: Config, world: World, policy: AnyPolicy, path: str) -> list[Example]:
-    """The examples of a JSONL file whose clips can be used; the others are listed in the run directory."""
-    examples, bad = read_examples(config, policy, path)
+def checked_examples(config: Config, world: World, policy: AnyPolicy, files: Sequence[str]) -> list[Example]:
+    """The examples of files whose clips can be used; the others are listed in the run directory."""
+    questions = [read_questions(config, policy, file) for file in files]
+    examples = joined([[question for question in part if isinstance(question, Example)] for part in questions])
+    bad = [question for part in questions for question in part if isinstance(question, BadExample)]
     examples, unusable = check_clips(config, world, policy, examples)
-    list_bad(config, world, path, bad + unusable, "bad examples skipped")
+    list_bad(config, world, ", ".join(files), bad + unusable, "bad examples skipped")
     return examples
 
 
@@ -150,10 +184,7 @@ def checked_questions(
 ) -> tuple[list[Example | BadExample], list[Example]]:
     """The first evaluation.limit questions of data.test in file order, and those of them that can be asked."""
     assert config.data.test is not None
-    examples, bad = read_examples(config, policy, config.data.test, benchmark=True)
-    questions: list[Example | BadExample] = [*examples, *bad]
-    questions.sort(key=lambda question: int(re.findall(r"\d+", question.line)[-1]))  # test.jsonl:17 or test.json[17]
-    questions = questions[: config.evaluation.limit]
+    questions = read_questions(config, policy, config.data.test, benchmark=True)[: config.evaluation.limit]
     usable, unusable = check_clips(config, world, policy, [q for q in questions if isinstance(q, Example)])
     bad = [question for question in questions if isinstance(question, BadExample)]
     list_bad(config, world, config.data.test, bad + unusable, "questions cannot be asked and count as wrong")
@@ -164,43 +195,47 @@ def checked_questions(
     return questions, usable
 
 
-def read_examples(
-    config: Config, policy: AnyPolicy, path: str, *, benchmark: bool = False
-) -> tuple[list[Example], list[BadExample]]:
-    """The examples of a JSONL file, and the lines that are skipped by data.skip_bad."""
-    examples, bad = load_examples(
-        path,
+def read_questions(
+    config: Config, policy: AnyPolicy, file: str, *, benchmark: bool = False
+) -> list[Example | BadExample]:
+    """The questions of a file in its order, and its rows that are skipped by data.skip_bad."""
+    questions = load_questions(
+        file,
         audio_root=config.data.audio_root,
+        columns=config.data.columns,
         require_audio=policy.sample_rate is not None,
         skip_bad=config.data.skip_bad,
         benchmark=benchmark,
     )
-    with_clip = next((example for example in examples if example.audio_path), None)
+    examples = [question for question in questions if isinstance(question, Example)]
+    with_clip = next((example for example in examples if example.clips), None)
     if policy.sample_rate is None and with_clip:
         raise ConfigError(
             f"model.path={config.model.path} is a model that takes text only, and {with_clip.line} has a clip; "
             f"set model.path to a model that takes audio (model type {', '.join(sorted(FAMILIES))})"
         )
-    return examples, bad
+    for example in [example for example in examples if not example.choices][:1]:
+        render(example, config.data.template)  # raises if the template has no prompt for open questions
+    return questions
 
 
 def check_clips(
     config: Config, world: World, policy: AnyPolicy, examples: Sequence[Example]
 ) -> tuple[list[Example], list[BadExample]]:
     """The examples whose clips can be used, and the others; the same on all ranks."""
-    clips = clips_of(config, world, policy, examples)
-    return usable(examples, clips, long_clips=config.data.long_clips, skip_bad=config.data.skip_bad)
+    found = found_in_clips(config, world, policy, examples)
+    return usable(examples, found, long_clips=config.data.long_clips, skip_bad=config.data.skip_bad)
 
 
-def clips_of(config: Config, world: World, policy: AnyPolicy, examples: Sequence[Example]) -> dict[Path, Clip]:
+def found_in_clips(config: Config, world: World, policy: AnyPolicy, examples: Sequence[Example]) -> dict[Clip, Finding]:
     """What decoding finds in each clip; each rank decodes its share of those that its user's memory does not know."""
-    paths = paths_of(examples)
-    if policy.sample_rate is None or not paths:
+    clips = clips_in(examples)
+    if policy.sample_rate is None or not clips:
         return {}
     rules = Rules(policy.sample_rate, config.data.max_seconds, crop=config.data.long_clips == "crop")
     workers = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    share = "clips checked" if world.size == 1 else f"clips of the share of rank 0 checked ({len(paths)} in all)"
-    mine = decoded(paths[world.rank :: world.size], rules, workers=workers, what=share, show=world.is_main)
+    share = "clips checked" if world.size == 1 else f"clips of the share of rank 0 checked ({len(clips)} in all)"
+    mine = decoded(clips[world.rank :: world.size], rules, workers=workers, what=share, show=world.is_main)
     return dict(exchange_rows(list(mine.items()), world))
 
 
@@ -218,15 +253,13 @@ def bad_log(config: Config) -> BadLog:
     return BadLog(Path(config.run.directory) / "bad.jsonl")
 
 
-def waveform_of(config: Config, policy: Policy) -> Callable[[Example], np.ndarray]:
-    """A function from an example to its waveform at the policy's sample rate."""
+def waveform_of(config: Config, policy: Policy) -> Callable[[Clip], np.ndarray]:
+    """A function from a clip to its waveform at the policy's sample rate."""
     data, rate = config.data, policy.sample_rate
 
-    def waveform(example: Example) -> np.ndarray:
-        assert rate is not None and example.audio_path is not None  # by `read_examples`; asked for clips only
-        return load_waveform(
-            example.audio_path, sample_rate=rate, max_seconds=data.max_seconds, long_clips=data.long_clips
-        )
+    def waveform(clip: Clip) -> np.ndarray:
+        assert rate is not None  # by `read_questions`
+        return load_waveform(clip, sample_rate=rate, max_seconds=data.max_seconds, long_clips=data.long_clips)
 
     return waveform
 

@@ -16,6 +16,7 @@ from hark.launch.common.exports import announce_export
 from hark.launch.common.policies import make_policy
 from hark.launch.common.questions import (
     bad_log,
+    check_answers,
     check_lengths,
     training_examples,
     training_loader,
@@ -25,10 +26,11 @@ from hark.launch.common.run_directory import check_run_directory
 from hark.models.loading import read_family
 
 
-def train(config: Config, make_trainer: Callable[..., Learner], *, judged: bool) -> None:
+def train(config: Config, make_trainer: Callable[..., Learner], *, judged: bool, answered: str) -> None:
     """Train what `make_trainer(config, world, policy, data=, validate=)` makes, on the processes of torchrun.
 
     judged: whether rewards judge completions to the training examples, whose right answers must then be possible.
+    answered: what needs the right answers of all training examples; "" where nothing does.
     """
     with joined_world(threads=config.run.threads) as world:
         announce(config, world)
@@ -36,6 +38,8 @@ def train(config: Config, make_trainer: Callable[..., Learner], *, judged: bool)
         # The data is checked before the weights are read, which takes minutes for a large model.
         family = read_family(config.model.path, config.model.policy)
         examples, held_out = training_examples(config, world, family)
+        if answered:
+            check_answers(examples, answered)
         check_lengths(config, examples + held_out if judged else held_out)
         policy = make_policy(config, world)
         validate = partial(validation_figures, config, world, policy, held_out) if held_out else None
@@ -60,7 +64,7 @@ def check_training(config: Config, world: World) -> None:
     """Refuse, before anything is loaded, a configuration that cannot be trained or would overwrite another run."""
     check_run_directory(config)
     if config.data.train is None:
-        raise ConfigError("data.train is missing; training needs a JSONL file of examples")
+        raise ConfigError("data.train is missing; training needs a file of examples")
     if config.optim.prompts_per_step % world.size:
         raise ConfigError(
             f"optim.prompts_per_step is {config.optim.prompts_per_step}; "
