@@ -37,7 +37,7 @@ def _check_fields(name: str, text: str, *, allowed: set[str], needed: set[str]) 
         raise ValueError(f"template {name} {text!r} names {sorted(fields)}; expected {sorted(allowed)} in braces")
 
 
-# The three prompts of R1-AQA (Li et al. 2025, arXiv:2503.11197), unchanged.
+# The first three are the prompts of R1-AQA (Li et al. 2025, arXiv:2503.11197), unchanged.
 TEMPLATES: dict[str, Template] = {
     "plain": Template(ASK),
     "answer": Template(
@@ -48,6 +48,7 @@ TEMPLATES: dict[str, Template] = {
         "<answer>{answer}</answer>",
         ("think", "answer"),
     ),
+    "open": Template("{question}"),  # the choices are not said
 }
 
 

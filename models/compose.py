@@ -1,6 +1,6 @@
 """A Qwen2-Audio from a pretrained Whisper encoder, a pretrained language model and a new projector between them.
 
-The result is a checkpoint directory of `Qwen2AudioForConditionalGeneration`, loaded like that of Qwen2-Audio-7B-Instruct.
+The result is a Hugging Face checkpoint directory, loaded like that of Qwen2-Audio-7B-Instruct.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import torch
 
 from hark.data.errors import DataError
 from hark.data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
-from hark.models.loading import meta_parameters, read_config
-from hark.models.mini import AUDIO, AUDIO_BOS, AUDIO_EOS, like_whisper, whisper_encoder
+from hark.models.loading import load_tokenizer, meta_parameters, read_config
+from hark.models.mini import like_whisper, whisper_encoder
 from hark.models.policy import PolicyError
 
+AUDIO, AUDIO_BOS, AUDIO_EOS = "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"  # Qwen2-Audio's names
+ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 POSITIONS = 50  # of a Whisper encoder, per second
-SAMPLE_RATE = 16_000
+NOT_OF_QWEN2 = {"model_type", "architectures", "transformers_version"}  # keys of a Llama's config
 TOLERANCE = 1e-3  # between logits of the language model alone and inside, relative to the largest
 
 # Put before the language model's own template, which takes the content of a message as one string.
@@ -87,9 +89,9 @@ def _language_model(directory: Path) -> Any:
 def _tokenizer(directory: Path, decoder: Any) -> tuple[Any, dict[str, str]]:
     """The tokenizer with three unused special tokens renamed to Qwen2-Audio's, and their old names."""
     from tokenizers import Tokenizer
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    old = AutoTokenizer.from_pretrained(directory)
+    old = load_tokenizer(directory)
     if not isinstance(old.chat_template, str):
         raise DataError(
             f"{directory}: its tokenizer has no chat template; expected an instruction-tuned model, whose "
@@ -100,15 +102,12 @@ def _tokenizer(directory: Path, decoder: Any) -> tuple[Any, dict[str, str]]:
     names = {spare: new for spare, new in zip(_spare_tokens(old, decoder, directory), _missing(old), strict=True)}
     new = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_renamed(old.backend_tokenizer.to_str(), names)),
-        **{name: token for name in _ROLES if (token := getattr(old, name, None)) is not None},
+        **{name: token for name in ROLES if (token := getattr(old, name, None)) is not None},
         extra_special_tokens={"audio_token": AUDIO, "audio_bos_token": AUDIO_BOS, "audio_eos_token": AUDIO_EOS},
         clean_up_tokenization_spaces=False,
         chat_template=PARTS_TO_TEXT + old.chat_template,
     )
     return new, {name: spare for spare, name in names.items()}
-
-
-_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def _missing(tokenizer: Any) -> list[str]:
@@ -119,8 +118,10 @@ def _missing(tokenizer: Any) -> list[str]:
 def _spare_tokens(tokenizer: Any, decoder: Any, directory: Path) -> list[str]:
     """Special tokens that neither the chat template nor generation uses, as many as are needed; reserved ones first."""
     stop = decoder.generation_config.eos_token_id
-    used = {getattr(tokenizer, name, None) for name in _ROLES}
-    used |= set(tokenizer.convert_ids_to_tokens(stop if isinstance(stop, list) else [stop])) if stop is not None else set()
+    used = {getattr(tokenizer, name, None) for name in ROLES}
+    used |= (
+        set(tokenizer.convert_ids_to_tokens(stop if isinstance(stop, list) else [stop])) if stop is not None else set()
+    )
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     spare = [token for token in special if token not in used and token not in tokenizer.chat_template]
     spare.sort(key=lambda token: not ("reserved" in token or "unused" in token))
@@ -160,11 +161,8 @@ def _as_qwen2(model: Any) -> tuple[Any, dict[str, torch.Tensor]]:
     for name in [name for name in weights if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))]:
         weights[name.removesuffix("weight") + "bias"] = weights[name].new_zeros(len(weights[name]))
     own = config.to_dict()
-    kept = {key: own[key] for key in Qwen2Config().to_dict() if key in own and key not in _NOT_OF_LLAMA}
+    kept = {key: own[key] for key in Qwen2Config().to_dict() if key in own and key not in NOT_OF_QWEN2}
     return Qwen2Config(**kept), weights
-
-
-_NOT_OF_LLAMA = {"model_type", "architectures", "transformers_version", "layer_types", "use_sliding_window"}
 
 
 def _model(

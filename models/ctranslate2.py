@@ -62,7 +62,7 @@ def import_whisper(source: Path, out: Path) -> int:
     missing, unexpected = model.load_state_dict(weights, strict=False)
     if set(missing) != {"proj_out.weight"} or unexpected:  # the head is the table of embeddings
         raise DataError(f"{source}: tensors do not fit a Whisper: missing {missing[:3]}, unknown {unexpected[:3]}")
-    _set_generation(model.generation_config, _json(source / "config.json"), tokens)
+    model.generation_config = _generation(model.config, _json(source / "config.json"), tokens)
     model.save_pretrained(out)
     WhisperFeatureExtractor(feature_size=model.config.num_mel_bins).save_pretrained(out)
     shutil.copyfile(source / "tokenizer.json", out / "tokenizer.json")
@@ -156,14 +156,23 @@ def _config(weights: dict[str, torch.Tensor], stored: dict[str, torch.Tensor], t
     )
 
 
-def _set_generation(generation: Any, settings: dict, tokens: dict[str, int]) -> None:
-    """What Whisper's `generate` needs: suppressed tokens, languages and tasks."""
-    generation.suppress_tokens = settings.get("suppress_ids")
-    generation.begin_suppress_tokens = settings.get("suppress_ids_begin")
-    generation.alignment_heads = settings.get("alignment_heads")
-    generation.no_timestamps_token_id = tokens["<|notimestamps|>"]
-    generation.is_multilingual = tokens["<|startoftranscript|>"] == MULTILINGUAL_START
-    if generation.is_multilingual:
+def _generation(config: Any, settings: dict, tokens: dict[str, int]) -> Any:
+    """What Whisper's `generate` needs: its special tokens, suppressed tokens, languages and tasks."""
+    from transformers import GenerationConfig
+
+    more: dict[str, Any] = {}
+    if tokens["<|startoftranscript|>"] == MULTILINGUAL_START:
         languages = settings.get("lang_ids") or []
-        generation.lang_to_id = {token: index for token, index in tokens.items() if index in languages}
-        generation.task_to_id = {task: tokens[f"<|{task}|>"] for task in ("transcribe", "translate")}
+        more["lang_to_id"] = {token: index for token, index in tokens.items() if index in languages}
+        more["task_to_id"] = {task: tokens[f"<|{task}|>"] for task in ("transcribe", "translate")}
+    return GenerationConfig(
+        suppress_tokens=settings.get("suppress_ids"),
+        begin_suppress_tokens=settings.get("suppress_ids_begin"),
+        alignment_heads=settings.get("alignment_heads"),
+        no_timestamps_token_id=tokens["<|notimestamps|>"],
+        is_multilingual=bool(more),
+        max_length=config.max_target_positions,
+        decoder_start_token_id=config.decoder_start_token_id,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), config.eos_token_id),
+        **more,
+    )

@@ -127,7 +127,16 @@ def whisper_encoder(directory: Path) -> Any:
     from transformers import WhisperModel
 
     check_whisper(directory)
-    return WhisperModel.from_pretrained(directory).encoder
+    try:
+        model, loading = WhisperModel.from_pretrained(directory, output_loading_info=True)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{directory}: cannot be loaded ({' '.join(str(error).split())[:200]}); copy it again"
+        ) from error
+    missing = [name for name in loading["missing_keys"] if name.startswith("encoder.")]
+    if missing:
+        raise DataError(f"{directory}: its weights lack {len(missing)} tensors of the encoder, such as {missing[0]}")
+    return model.encoder
 
 
 def check_whisper(directory: Path) -> None:
