@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from hark.data.chat import Turn
 from hark.data.errors import DataError
 from hark.grpo.sampler import sample
 from hark.grpo.scorer import score
 from hark.launch import compose as program
+from hark.launch import sft
 from hark.models.compose import AUDIO, AUDIO_BOS, AUDIO_EOS, compose
 from hark.models.loading import load_policy
 from tests.clips import waveform
@@ -204,11 +206,23 @@ def test_a_directory_that_is_no_whisper_and_clips_that_are_too_long_are_refused(
 
 
 def test_a_whisper_without_the_weights_of_its_encoder_is_refused(whisper, llama, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     broken = shutil.copytree(whisper, tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")
     kept = {name: tensor for name, tensor in weights.items() if "encoder.layers.1" not in name}
     save_file(kept, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(DataError, match="lack 15 tensors of the encoder"):
         compose(broken, llama, tmp_path / "out", seconds=SECONDS)
+
+
+def test_the_first_stage_trains_the_projector_alone_and_the_second_all_but_the_tower(composed, questions, tmp_path):
+    paths = [f"data.train={questions}", "data.validation=null", "evaluation.every=0", "model.dtype=float32"]
+    sizes = ["optim.steps=2", "optim.prompts_per_step=4", "optim.micro_batch=4", "optim.warmup_steps=0"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    sft.main(["compose_projector", f"model.path={composed}", f"run.directory={first}", *paths, *sizes])
+    sft.main(["compose_decoder", f"model.path={first}/model", f"run.directory={second}", *paths, *sizes])
+    weights = [load_file(path / "model.safetensors") for path in (composed, first / "model", second / "model")]
+    changed = [
+        {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+        for before, after in zip(weights, weights[1:], strict=False)
+    ]
+    assert changed == [{"multi_modal_projector"}, {"multi_modal_projector", "language_model"}]
