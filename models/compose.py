@@ -62,15 +62,15 @@ def compose(audio: Path, text: Path, out: Path, *, seconds: int = 30, seed: int 
     if not 0 < positions <= encoder.config.max_source_positions:
         longest = encoder.config.max_source_positions // POSITIONS
         raise DataError(f"--seconds {seconds}: the encoder of {audio} takes clips of 1 to {longest} s")
-    family, weights = _as_qwen2(decoder)
-    model = _model(encoder, positions, family, weights, decoder, tokenizer.convert_tokens_to_ids(AUDIO), seed)
+    model = _model(encoder, positions, decoder, tokenizer.convert_tokens_to_ids(AUDIO), seed)
     _check_text(model, decoder, text)
     model.save_pretrained(out)
+    # transformers pads clips to chunk_length seconds, for which the table of positions must suffice.
     extractor = WhisperFeatureExtractor(feature_size=encoder.config.num_mel_bins, chunk_length=seconds)
     Qwen2AudioProcessor(extractor, tokenizer, chat_template=tokenizer.chat_template).save_pretrained(out)
     parts = (model.model.audio_tower, model.model.multi_modal_projector, model.model.language_model, model.lm_head)
     tower, projector, layers, head = (sum(p.numel() for p in part.parameters()) for part in parts)
-    return Composed(tower, projector, layers + head, tokens, family.model_type)
+    return Composed(tower, projector, layers + head, tokens, model.config.text_config.model_type)
 
 
 def _language_model(directory: Path) -> Any:
@@ -99,7 +99,7 @@ def _tokenizer(directory: Path, decoder: Any) -> tuple[Any, dict[str, str]]:
         )
     if not old.is_fast:
         raise DataError(f"{directory}: its tokenizer has no tokenizer.json; save it with a fast tokenizer first")
-    names = {spare: new for spare, new in zip(_spare_tokens(old, decoder, directory), _missing(old), strict=True)}
+    names = dict(zip(_spare_tokens(old, decoder, directory), _missing(old), strict=True))
     new = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_renamed(old.backend_tokenizer.to_str(), names)),
         **{name: token for name in ROLES if (token := getattr(old, name, None)) is not None},
@@ -107,7 +107,7 @@ def _tokenizer(directory: Path, decoder: Any) -> tuple[Any, dict[str, str]]:
         clean_up_tokenization_spaces=False,
         chat_template=PARTS_TO_TEXT + old.chat_template,
     )
-    return new, {name: spare for spare, name in names.items()}
+    return new, {new_name: old_name for old_name, new_name in names.items()}
 
 
 def _missing(tokenizer: Any) -> list[str]:
@@ -118,10 +118,8 @@ def _missing(tokenizer: Any) -> list[str]:
 def _spare_tokens(tokenizer: Any, decoder: Any, directory: Path) -> list[str]:
     """Special tokens that neither the chat template nor generation uses, as many as are needed; reserved ones first."""
     stop = decoder.generation_config.eos_token_id
-    used = {getattr(tokenizer, name, None) for name in ROLES}
-    used |= (
-        set(tokenizer.convert_ids_to_tokens(stop if isinstance(stop, list) else [stop])) if stop is not None else set()
-    )
+    stops = stop if isinstance(stop, list) else [] if stop is None else [stop]
+    used = {getattr(tokenizer, name, None) for name in ROLES} | set(tokenizer.convert_ids_to_tokens(stops))
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     spare = [token for token in special if token not in used and token not in tokenizer.chat_template]
     spare.sort(key=lambda token: not ("reserved" in token or "unused" in token))
@@ -165,12 +163,11 @@ def _as_qwen2(model: Any) -> tuple[Any, dict[str, torch.Tensor]]:
     return Qwen2Config(**kept), weights
 
 
-def _model(
-    encoder: Any, positions: int, text_config: Any, weights: dict, decoder: Any, audio_id: int, seed: int
-) -> Any:
+def _model(encoder: Any, positions: int, decoder: Any, audio_id: int, seed: int) -> Any:
     """The whole model with all of its weights."""
     from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
+    text_config, weights = _as_qwen2(decoder)
     head = decoder.get_output_embeddings().weight
     config = Qwen2AudioConfig(
         audio_config=like_whisper(encoder.config) | {"max_source_positions": positions},

@@ -460,6 +460,28 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ),
         ("surplus tensors ignored", "for name in stored.surplus]", "for name in ()]", "test_models"),
     ),
+    "models/compose.py": (
+        ("bias of a Llama", "weights[name].new_zeros(", "weights[name].new_ones(", "test_compose"),
+        ("projector of unit scale", "generator=generator) * scale", "generator=generator)", "test_compose"),
+        (
+            "end of the position table",
+            '["embed_positions.weight"][:positions]',
+            '["embed_positions.weight"][-positions:]',
+            "test_compose",
+        ),
+        (
+            "a token of the template is spare",
+            "token not in used and token not in tokenizer.chat_template",
+            "token not in used",
+            "test_compose",
+        ),
+        ("reserved tokens last", 'not ("reserved" in token or', '("reserved" in token or', "test_compose"),
+        ("any head is taken", "if not difference <= TOLERANCE", "if difference < 0 * TOLERANCE", "test_compose"),
+    ),
+    "models/ctranslate2.py": (
+        ("keys for queries", '("q_proj", "k_proj", "v_proj")', '("k_proj", "q_proj", "v_proj")', "test_import_model"),
+        ("norms swapped", r"\1/encoder_attn_layer_norm", r"\1/final_layer_norm", "test_import_model"),
+    ),
     "models/whisper.py": (
         ("an odd frame lost", "(frames - 1) // 2 + 1", "frames // 2", "test_parity"),
         ("clips cut where they end", "CONV_REACH = 2", "CONV_REACH = 0", "test_parity"),
