@@ -136,14 +136,14 @@ def _config(weights: dict[str, torch.Tensor], stored: dict[str, torch.Tensor], t
     """The config that the shapes of the weights and the numbers of heads give."""
     from transformers import WhisperConfig
 
-    sizes: dict[str, int] = {}
+    sizes: dict[str, Any] = {}
     for part in ("encoder", "decoder"):
         layers = {name.split(".")[3] for name in weights if name.startswith(f"model.{part}.layers.")}
         sizes[f"{part}_layers"] = len(layers)
         sizes[f"{part}_ffn_dim"] = len(weights[f"model.{part}.layers.0.fc1.weight"])
         sizes[f"{part}_attention_heads"] = int(stored[f"{part}/num_heads"])
     vocabulary, width = weights["model.decoder.embed_tokens.weight"].shape
-    end = tokens["<|endoftext|>"]
+    sizes |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokens["<|endoftext|>"])
     return WhisperConfig(
         vocab_size=vocabulary,
         d_model=width,
@@ -151,7 +151,6 @@ def _config(weights: dict[str, torch.Tensor], stored: dict[str, torch.Tensor], t
         max_source_positions=len(weights["model.encoder.embed_positions.weight"]),
         max_target_positions=len(weights["model.decoder.embed_positions.weight"]),
         decoder_start_token_id=tokens["<|startoftranscript|>"],
-        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end),
         **sizes,
     )
 
@@ -160,8 +159,9 @@ def _generation(config: Any, settings: dict, tokens: dict[str, int]) -> Any:
     """What Whisper's `generate` needs: its special tokens, suppressed tokens, languages and tasks."""
     from transformers import GenerationConfig
 
-    more: dict[str, Any] = {}
-    if tokens["<|startoftranscript|>"] == MULTILINGUAL_START:
+    more: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), config.eos_token_id)
+    multilingual = tokens["<|startoftranscript|>"] == MULTILINGUAL_START
+    if multilingual:
         languages = settings.get("lang_ids") or []
         more["lang_to_id"] = {token: index for token, index in tokens.items() if index in languages}
         more["task_to_id"] = {task: tokens[f"<|{task}|>"] for task in ("transcribe", "translate")}
@@ -170,9 +170,8 @@ def _generation(config: Any, settings: dict, tokens: dict[str, int]) -> Any:
         begin_suppress_tokens=settings.get("suppress_ids_begin"),
         alignment_heads=settings.get("alignment_heads"),
         no_timestamps_token_id=tokens["<|notimestamps|>"],
-        is_multilingual=bool(more),
+        is_multilingual=multilingual,
         max_length=config.max_target_positions,
         decoder_start_token_id=config.decoder_start_token_id,
-        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), config.eos_token_id),
         **more,
     )
