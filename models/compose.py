@@ -34,7 +34,7 @@ PARTS_TO_TEXT = (
     "{%- else -%}{%- set text.value = text.value ~ part['text'] -%}{%- endif -%}{%- endfor -%}"
     "{%- set joined.messages = joined.messages + [{'role': message['role'], 'content': text.value}] -%}"
     "{%- endif -%}{%- endfor -%}"
-    "{%- set messages = joined.messages -%}"
+    "{%- set messages = joined.messages %}"
 )
 
 
