@@ -40,6 +40,10 @@ COMMANDS = {
     "sweep": Command("sweep", "train with every combination of some settings, and compare the runs"),
     "init": Command("init", "begin a project of your own: configurations and sample data that run as they are"),
     "new-model": Command("new_model", "write a small model with random weights for your own questions"),
+    "compose": Command("compose", "make an audio language model of a Whisper encoder and a language model"),
+    "import-model": Command(
+        "import_model", "write a GGUF model, or a Whisper of CTranslate2, as a Hugging Face directory"
+    ),
     "build-mini": Command("build_mini", "write the demo's data set and its small model"),
     "demo": Command("demo", "run the whole demo: data, warm start, GRPO, evaluation"),
     "families": Command("studies.families", "train, shard, export and time a small model of every audio family"),

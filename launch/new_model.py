@@ -17,13 +17,13 @@ from typing import NamedTuple
 import numpy as np
 
 from hark.data.clips import Rules, clips_in, usable
-from hark.data.errors import DataError
 from hark.data.examples import Example, load_examples
 from hark.data.prompts import find_template, render, target, text_of, texts_of
 from hark.grpo.config import DataConfig
 from hark.launch.check_data import SAMPLE_RATE
 from hark.launch.common.clips import decoded
 from hark.launch.common.entry import run
+from hark.launch.common.new_directory import check_new
 from hark.models.loading import build_policy
 from hark.models.mini import SIZES, build_mini, check_whisper
 from hark.models.policy import Policy, completion_lengths
@@ -42,8 +42,7 @@ class Lengths(NamedTuple):
 def main(argv: list[str]) -> None:
     arguments = parse(argv)
     template, out = arguments.template, arguments.out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out}: exists and is not an empty directory; name another one with --out")
+    check_new(out)
     find_template(template)
     if arguments.tower_from is not None:
         check_whisper(arguments.tower_from)

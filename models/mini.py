@@ -57,10 +57,10 @@ def build_mini(
 
     made, chosen = FAMILIES[family], Sizes(**sizes)
     tokenizer = _build_tokenizer(texts, chosen.vocabulary, made.tokens)
-    encoder = None if tower_from is None else _whisper_encoder(Path(tower_from))
+    encoder = None if tower_from is None else whisper_encoder(Path(tower_from))
     config = made.config(tokenizer, chosen)
     if encoder is not None:
-        config.audio_config = transformers.AutoConfig.for_model(**_like_whisper(encoder.config))
+        config.audio_config = transformers.AutoConfig.for_model(**like_whisper(encoder.config))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = getattr(transformers, made.model)(config)
@@ -101,7 +101,8 @@ def _build_tokenizer(texts: Iterable[str], vocabulary: int, tokens: dict[str, st
     )
 
 
-def _like_whisper(config: Any) -> dict:
+def like_whisper(config: Any) -> dict:
+    """The sizes of a Whisper encoder as the audio_config of a Qwen2-Audio."""
     keys = "num_mel_bins d_model encoder_layers encoder_attention_heads encoder_ffn_dim activation_function".split()
     sizes = {key: getattr(config, key) for key in (*keys, "max_source_positions", "scale_embedding")}
     return {"model_type": "qwen2_audio_encoder", **sizes}
@@ -121,12 +122,21 @@ def _init_tower(model: Any) -> None:
         tower.embed_positions.weight.copy_(0.2 * _sinusoids(*tower.embed_positions.weight.shape))
 
 
-def _whisper_encoder(directory: Path) -> Any:
+def whisper_encoder(directory: Path) -> Any:
     """The encoder of a Whisper checkpoint; DataError for a directory that holds none."""
     from transformers import WhisperModel
 
     check_whisper(directory)
-    return WhisperModel.from_pretrained(directory).encoder
+    try:
+        model, loading = WhisperModel.from_pretrained(directory, output_loading_info=True)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{directory}: cannot be loaded ({' '.join(str(error).split())[:200]}); copy it again"
+        ) from error
+    missing = [name for name in loading["missing_keys"] if name.startswith("encoder.")]
+    if missing:
+        raise DataError(f"{directory}: its weights lack {len(missing)} tensors of the encoder, such as {missing[0]}")
+    return model.encoder
 
 
 def check_whisper(directory: Path) -> None:

@@ -31,11 +31,16 @@ def test_prompts_are_those_of_r1_aqa_and_braces_in_a_question_stay(template, tex
         ("plain", "the dog's bark"),
         ("answer", "<answer>the dog's bark</answer>"),
         ("think", "<answer>the dog's bark</answer>"),
+        ("open", "the dog's bark"),
     ],
 )
 def test_the_sft_target_is_the_right_choice_in_the_templates_tags(template, text):
     assert target(EXAMPLE, template) == text
     assert extract_answer(text) == EXAMPLE.answer_text
+
+
+def test_an_open_question_does_not_say_its_choices():
+    assert render(EXAMPLE, "open") == "What {is} it?"
 
 
 def test_an_unknown_template_names_the_nearest():
