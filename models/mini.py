@@ -128,11 +128,12 @@ def whisper_encoder(directory: Path) -> Any:
 
     check_whisper(directory)
     try:
-        model, loading = WhisperModel.from_pretrained(directory, output_loading_info=True)
+        loaded: Any = WhisperModel.from_pretrained(directory, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise DataError(
             f"{directory}: cannot be loaded ({' '.join(str(error).split())[:200]}); copy it again"
         ) from error
+    model, loading = loaded
     missing = [name for name in loading["missing_keys"] if name.startswith("encoder.")]
     if missing:
         raise DataError(f"{directory}: its weights lack {len(missing)} tensors of the encoder, such as {missing[0]}")
