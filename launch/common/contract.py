@@ -44,14 +44,14 @@ class Question:
 
 
 def questions_of(policy: Policy, *, clips: int = 1) -> list[Question]:
-    """Two questions of different lengths, with noise of different lengths if the policy takes audio.
+    """Two questions of different lengths, with noise of more and of less than a second if the policy takes audio.
 
     Two clips of one prompt have the same length, because transformers' Granite Speech reads the padding of the shorter.
     """
     texts = ("Which sound is this?", "How many? Give the number of sounds, no other word.")
     questions = []
     for n, text in enumerate(texts):
-        waveforms = tuple(_noise(policy, 1.03 + 0.4 * n, seed=10 * n + k) for k in range(clips))
+        waveforms = tuple(_noise(policy, (1.03, 0.45)[n], seed=10 * n + k) for k in range(clips))
         waveforms = () if policy.sample_rate is None else waveforms
         questions.append(Question(text, waveforms, policy.prepare(text, *waveforms)))
     return questions

@@ -29,6 +29,10 @@ class Qwen3OmniMoePolicy(Qwen2_5OmniPolicy):
         return tokens_by_chunks(frames, 2 * self.tower.config.n_window)
 
     def encode(self, clips: Sequence[Audio]) -> torch.Tensor:
+        chunk = 2 * self.tower.config.n_window
+        if len(clips) > 1 and any(clip.frames < chunk for clip in clips):
+            # The tower pads chunks to the longest of a call, and its convolutions read the padding.
+            return torch.cat([self.encode((clip,)) for clip in clips])
         mels = torch.cat([clip.features for clip in clips], dim=1).to(self.device)
         frames = torch.tensor([clip.frames for clip in clips], device=self.device)
         return self.tower(mels, feature_lens=frames).last_hidden_state
