@@ -29,7 +29,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(CONF
 PROGRAMS = ("python", "torchrun", "hark", "make")
 TOP = "grpo|models|data|launch|tests|docs|hark"
 # What an uppercase word stands for where a parser would refuse the word itself.
-EXAMPLES = {"CONFIG": "r1_aqa", "N": "1", "NAME": "mmau", "SOURCE": "avqa", "GPUS": "8"}
+EXAMPLES = {"CONFIG": "r1_aqa", "N": "1", "NAME": "mmau", "SOURCE": "avqa", "GPUS": "8", "FAMILY": "glmasr"}
 EXAMPLES |= {f"mine/{name}.yaml": "r1_aqa" for name in ("sft", "train")}  # written by `hark init mine`
 RUNS = ("RUN", "mine/warm", "mine/grpo", "runs/compose/projector", "runs/compose/decoder")
 

@@ -118,7 +118,7 @@ def test_a_reward_of_ones_own_reads_other_keys_where_the_answer_is_null(tmp_path
 # Prompts --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "open"])
 def test_an_open_question_is_asked_without_choices_and_in_the_same_form(tmp_path, name):
     closed, opened = one(tmp_path, multi_choice=["two", "one"], answer=0), one(tmp_path)
     choices = " Please choose the answer from the following options: ['two', 'one']."

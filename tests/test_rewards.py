@@ -96,4 +96,4 @@ def test_unknown_names_and_unequal_lengths_are_refused():
         reward_matrix([EXAMPLE], ["Car"], ["accuracy"], "plane")
     with pytest.raises(ValueError, match="1 examples for 2 completions"):
         reward_matrix([EXAMPLE], ["Car", "Dog"], ["accuracy"], "plain")
-    assert set(TEMPLATES) == {"plain", "answer", "think"}
+    assert set(TEMPLATES) == {"plain", "answer", "think", "open"}
