@@ -198,6 +198,9 @@ def test_keys_that_have_another_name_are_named_by_columns(tmp_path, jsonl):
     assert isinstance(examples[0].clips[0].source, tables.ParquetCell)
     with pytest.raises(DataError, match="unknown key in columns 'question'; did you mean 'question_text'"):
         load_examples(path, columns={"question": "text"})
+    check_data.main([str(path), "--columns", "audio_path=sound2", "question_text=text"])
+    with pytest.raises(DataError, match="--columns has 'text'; expected KEY=NAME, such as question_text=question"):
+        check_data.main([str(path), "--columns", "text"])
     lines = jsonl.with_name("renamed.jsonl")
     lines.write_text(jsonl.read_text().replace("question_text", "text"))
     assert load_examples(lines, columns={"question_text": "text"})[0][0].question == examples[0].question
