@@ -11,7 +11,7 @@ class Cell(Protocol):
 
     @property
     def key(self) -> str:
-        """A name that is the same in every working directory."""
+        """A name that does not depend on the working directory, where that is possible."""
 
     @property
     def file(self) -> Path | None:

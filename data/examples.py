@@ -139,7 +139,7 @@ def load_questions(
     questions: list[Example | BadExample] = []
     seen: dict[str, str] = {}
     for line, folder, row in rows:
-        record = {keys.get(name, name): value for name, value in row.items()} if isinstance(row, dict) else {}
+        record = _renamed(row, keys) if isinstance(row, dict) else {}
         try:
             if isinstance(row, DataError):
                 raise row
@@ -163,6 +163,14 @@ def load_questions(
 def _file_rows(path: Path, root: Path | None) -> Iterator[tuple[str, Path, dict | DataError]]:
     for name, row in read_rows(path):
         yield str(path.parent / name), root or path.parent, row
+
+
+def _renamed(row: dict, keys: Mapping[str, str]) -> dict:
+    """The row with other names of its keys; `keys` maps the old to the new."""
+    if not keys:
+        return row
+    kept = {name: value for name, value in row.items() if name not in keys}
+    return kept | {key: row[name] for name, key in keys.items() if name in row}
 
 
 def _check_columns(columns: Mapping[str, str]) -> None:

@@ -58,13 +58,13 @@ def _check_fields(name: str, text: str, *, allowed: set[str], needed: set[str]) 
         raise ValueError(f"template {name} {text!r} names {sorted(fields)}; expected {sorted(allowed)} in braces")
 
 
-# The first three are the prompts of R1-AQA (Li et al. 2025, arXiv:2503.11197), unchanged; `open` is their part without
-# the choices.
+# The first three are the prompts of R1-AQA (Li et al. 2025, arXiv:2503.11197), unchanged, and for open questions their
+# part without the choices.
 TEMPLATES: dict[str, Template] = {
     "plain": Template(ASK, open="{question}"),
     "answer": Template(ASK + ANSWER, "<answer>{answer}</answer>", ("answer",), "{question}" + ANSWER),
     "think": Template(ASK + THINK, "<answer>{answer}</answer>", ("think", "answer"), "{question}" + THINK),
-    "open": Template("{question}", open="{question}"),  # the choices are not said
+    "open": Template("{question}"),  # the choices are not said
 }
 
 

@@ -143,14 +143,18 @@ class HubCell:
     row: int
     column: str
     item: int | None = None  # of a list of clips
-    file: Path | None = None
 
     def __str__(self) -> str:
         return f"{self.name}[{self.row}].{self.column}{'' if self.item is None else f'[{self.item}]'}"
 
     @property
     def key(self) -> str:
+        """The name itself: where two directories have the same relative path, the content tells them apart."""
         return str(self)
+
+    @property
+    def file(self) -> None:
+        return None
 
     def read(self) -> bytes:
         with _reading:

@@ -49,8 +49,9 @@ def main(argv: list[str]) -> None:
     waveform = waveform_of(example, subject)
     with joined_world(threads=config.run.threads) as world:
         policy = subject.load(world)
-        # A question without choices is asked as it stands: the model may not have been trained with a template.
-        text = render(example, template) if example.choices else example.question
+        # A model that was not trained here may know no template: a question without choices is asked as it stands.
+        in_template = example.choices or subject.run or arguments.template
+        text = render(example, template) if in_template else example.question
         waveforms = [] if waveform is None else [waveform]
         sounds = {"with sound" if arguments.silent else "": waveforms}
         if arguments.silent:

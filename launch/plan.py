@@ -117,7 +117,7 @@ def lengths(config: Config, options: argparse.Namespace) -> tuple[float, int, st
 
 
 def planned_examples(config: Config) -> tuple[str | None, list[Example]]:
-    """The first file of questions that is there, and its examples."""
+    """The first of data.train and data.test that is there, and its examples."""
     named = [weighted(files)[0] for files in (config.data.train, config.data.test) if files]
     files = next((files for files in named if all(Path(file).exists() for file in files)), None)
     if files is None:
@@ -128,7 +128,10 @@ def planned_examples(config: Config) -> tuple[str | None, list[Example]]:
 
 
 def longest_clip(examples: Sequence[Example], config: Config) -> float | None:
-    """The length that the headers of the clips give, at most data.max_seconds; None if no header can be read."""
+    """The length that the headers of the clips of an example give; None if no header can be read.
+
+    A clip counts at most data.max_seconds, and the clips of an example are added up.
+    """
 
     def seconds(clip: Clip) -> float:
         try:
@@ -136,8 +139,10 @@ def longest_clip(examples: Sequence[Example], config: Config) -> float | None:
         except AudioError:  # training says what is wrong with it
             return 0.0
 
-    longest = max(in_threads(seconds, clips_in(examples), workers=os.cpu_count() or 1), default=0.0)
-    return min(longest, config.data.max_seconds) or None
+    clips = clips_in(examples)
+    found = dict(zip(clips, in_threads(seconds, clips, workers=os.cpu_count() or 1), strict=True))
+    own = [[min(found[clip], config.data.max_seconds) for clip in example.clips] for example in examples]
+    return max(map(sum, own), default=0.0) or None
 
 
 def longest_text(examples: Sequence[Example], config: Config) -> int:

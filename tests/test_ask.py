@@ -65,7 +65,7 @@ def test_a_model_is_asked_with_and_without_sound(qwen2_audio_dir, clip, capsys, 
     assert "probability" not in capsys.readouterr().out
 
 
-def test_a_run_is_asked_by_its_own_settings(settings, tmp_path, clip, capsys):
+def test_a_run_is_asked_by_its_own_settings(settings, tmp_path, clip, capsys, monkeypatch):
     """The run learns its answers by heart, so the trained model gives them and the model that it started from not."""
     few = tmp_path / "few" / "train.jsonl"
     sft.main([
@@ -77,6 +77,12 @@ def test_a_run_is_asked_by_its_own_settings(settings, tmp_path, clip, capsys):
     words = [str(few.parent / row["audio_path"]), row["question_text"], "--choices", *row["multi_choice"]]
     ask.main([str(tmp_path / "run"), *words])
     assert f"answer{' ' * 26}{row['multi_choice'][row['answer']]}\n" in capsys.readouterr().out
+    asked, render = [], ask.render
+    monkeypatch.setattr(ask, "render", lambda *given: asked.append(render(*given)) or asked[-1])
+    ask.main([str(tmp_path / "run"), *words[:2], "--template", "answer"])
+    ask.main([str(tmp_path / "run"), *words[:2]])
+    ask.main([settings[1].removeprefix("model.path="), *words[:2], "--max-new-tokens", "2"])
+    assert asked == [f"{words[1]} Output the final answer in <answer> </answer>.", words[1]], "open, in the run's form"
     with pytest.raises(ConfigError, match="--step needs the run.directory"):
         ask.main([str(tmp_path / "nothing"), *words, "--step", "3"])
 

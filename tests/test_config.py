@@ -92,6 +92,8 @@ def test_an_integer_becomes_a_float_where_a_float_is_expected(load):
         ("run.directory=", "a string that is not empty"),
         ("reward.weights=accuracy", "a mapping"),
         ("reward.weights={}", "a mapping"),
+        ("data.columns=[a]", "a mapping of names to names"),
+        ("data.columns={answer: 1}", "a mapping of names to names"),
         ("reward.weights={accuracy: high}", "a finite number"),
         ("model.dtype=float16", "one of float32, bfloat16"),
         ("loss.advantage=null", "one of std, none"),

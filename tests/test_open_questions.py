@@ -7,6 +7,7 @@ import json
 import pytest
 
 from hark.data.benchmarks.answer_files import BENCHMARKS, graded, write_answers
+from hark.data.benchmarks.baselines import baseline_figures
 from hark.data.benchmarks.grading import grade_file
 from hark.data.benchmarks.report import answer_shares, blank_row, row_of
 from hark.data.chat import Turn
@@ -118,7 +119,7 @@ def test_a_reward_of_ones_own_reads_other_keys_where_the_answer_is_null(tmp_path
 # Prompts --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "open"])
+@pytest.mark.parametrize("name", ["plain", "answer", "think"])
 def test_an_open_question_is_asked_without_choices_and_in_the_same_form(tmp_path, name):
     closed, opened = one(tmp_path, multi_choice=["two", "one"], answer=0), one(tmp_path)
     choices = " Please choose the answer from the following options: ['two', 'one']."
@@ -212,6 +213,17 @@ def test_answers_to_open_questions_are_not_none_of_the_choices(tmp_path):
     assert "no_choice_share" not in answer_shares(rows[:1])
 
 
+def test_a_rule_without_audio_answers_no_open_question(tmp_path):
+    closed, opened, unknown = (
+        one(tmp_path, multi_choice=["two", "one"], answer=0),
+        one(tmp_path),
+        one(tmp_path, answer=None),
+    )
+    expected = {"always_first_accuracy": 0.5, "longest_choice_accuracy": 0.5, "chance": 0.25}
+    assert baseline_figures([closed, opened, unknown]) == expected
+    assert baseline_figures([opened, unknown]) == {}
+
+
 def test_the_answer_file_of_open_questions_is_graded_as_the_evaluation_does(tmp_path):
     examples, _ = load_examples(write(tmp_path, {"answer": ["two", "2"]}, {}, {"answer": None}, {"answer": "three"}))
     pairs = list(zip(examples, ["2", "<answer>Two.</answer>", "two", "two"], strict=True))
@@ -264,6 +276,15 @@ def test_a_run_that_needs_answers_refuses_questions_without_one_before_it_starts
     with pytest.raises(ConfigError, match=r"4 of 4 questions have no answer.* and fine-tuning needs one"):
         sft.main(settings)
     train.main([*settings, "reward.weights={format: 1.0}", "loss.beta=0"])
+
+
+def test_fine_tuning_teaches_the_first_accepted_answer(tmp_path, qwen2_audio_dir, capsys):
+    data = open_questions(tmp_path, 2)
+    more = ["data.template=plain", "optim.steps=24", "optim.lr=3e-3", f"data.test={data}"]
+    sft.main(settings_of(tmp_path, qwen2_audio_dir, data, *more))
+    evaluate.main([f"{tmp_path}/run"])
+    rows = json.loads((tmp_path / "run" / "evaluation.json").read_text())["rows"]
+    assert [row["prediction"] for row in rows] == ["rain", "rain"] and all(row["correct"] for row in rows)
 
 
 def test_a_template_that_cannot_ask_open_questions_is_refused_before_a_run(tmp_path, qwen2_audio_dir):

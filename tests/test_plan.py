@@ -113,6 +113,17 @@ def test_the_lengths_are_those_of_the_data_unless_they_are_given(small, capsys, 
     assert "clips of 1 s and" in planned(capsys, *small, "data.max_seconds=1")
 
 
+def test_windows_count_instead_of_their_files_and_the_clips_of_a_question_together(small, capsys, tmp_path):
+    clips = {"audio_path": None, "audio_paths": ["t-1.wav", "t-2.wav"], "start": [1, 0.1], "end": [2.2, None]}
+    data = write_questions(tmp_path / "data", 3, name="t", line1=clips, line2={"end": 0.2}, line3={"end": 0.2})
+    soundfile.write(tmp_path / "data" / "t-1.wav", waveform(2.5, 0), 16_000)
+    soundfile.write(tmp_path / "data" / "t-2.wav", waveform(0.8, 0), 16_000)
+    words = [*small, f"data.train=[{data}:1, {tmp_path}/data/train.jsonl:1]"]
+    assert "clips of 2.5 s and texts of" in planned(capsys, *words)
+    assert "clips of 1.9 s and" in planned(capsys, *small, f"data.train={data}")
+    assert "clips of 1 s and" in planned(capsys, *small, f"data.train={data}", "data.max_seconds=0.5")
+
+
 def test_a_small_model_and_little_memory_are_told_in_mebibytes(small, capsys):
     printed = planned(capsys, *small, "--memory", 0.001)
     assert re.search(r"\d\.\d+ M parameters|\d+ M parameters|0\.\d+ M parameters", printed) and "MiB per GPU" in printed

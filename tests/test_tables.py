@@ -186,6 +186,15 @@ def test_rows_need_no_id_and_other_columns_of_bytes_are_not_read(tmp_path, jsonl
     assert example.id == "3" and "image" not in example.extra
 
 
+def test_a_column_of_another_name_counts_instead_of_the_key_itself(tmp_path, jsonl):
+    rows = [{"uid": row["id"], "text": row["question_text"], **row, "question_text": "other"} for row in rows_of(jsonl)]
+    rows = [{key: value for key, value in row.items() if key != "id"} for row in rows]
+    path = written(tmp_path / "a.parquet", rows, BYTES, [content(jsonl, row) for row in rows])
+    examples, _ = load_examples(path, columns={"id": "uid", "question_text": "text"})
+    assert [(one.id, one.question) for one in examples] == [(row["uid"], row["text"]) for row in rows]
+    assert "question_text" not in examples[0].extra and "uid" not in examples[0].extra
+
+
 def test_keys_that_have_another_name_are_named_by_columns(tmp_path, jsonl):
     rows = [{"sound": row["audio_path"], "text": row["question_text"], **row} for row in rows_of(jsonl)]
     for row in rows:
@@ -198,6 +207,9 @@ def test_keys_that_have_another_name_are_named_by_columns(tmp_path, jsonl):
     assert isinstance(examples[0].clips[0].source, tables.ParquetCell)
     with pytest.raises(DataError, match="unknown key in columns 'question'; did you mean 'question_text'"):
         load_examples(path, columns={"question": "text"})
+    check_data.main([str(path), "--columns", "audio_path=sound2", "question_text=text"])
+    with pytest.raises(DataError, match="--columns has 'text'; expected KEY=NAME, such as question_text=question"):
+        check_data.main([str(path), "--columns", "text"])
     lines = jsonl.with_name("renamed.jsonl")
     lines.write_text(jsonl.read_text().replace("question_text", "text"))
     assert load_examples(lines, columns={"question_text": "text"})[0][0].question == examples[0].question

@@ -111,3 +111,33 @@ def test_a_project_of_ones_own_begins_with_the_installed_package(installed):
     printed = installed.hark("new-model", "--data", "mine/train.jsonl", "--size", "tiny", "--out", "mine/model")
     assert "hark sft mine/sft.yaml model.path=mine/model" in printed
     assert (installed.directory / "mine" / "model" / "model.safetensors").exists()
+
+
+# Clips and questions of one's own in a parquet file, and a policy of one's own.
+OWN = """
+import json
+from pathlib import Path
+import pyarrow, pyarrow.parquet
+from hark.data.mini.build import build
+from hark.models.mini import build_mini
+build("own", train=8, validation=0, test=0)
+rows = [json.loads(line) for line in Path("own/train.jsonl").read_text().splitlines()]
+for row in rows:
+    row["audio"] = Path("own", row.pop("audio_path")).read_bytes()
+pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "own.parquet")
+build_mini("own_model", ["Which is it?"], vocabulary=320, hidden=64, layers=1, tower_hidden=64, tower_layers=1)
+Path("mine.py").write_text(
+    "from hark.models.families.qwen2_audio import Qwen2AudioPolicy\\nclass Mine(Qwen2AudioPolicy):\\n    pass\\n"
+)
+"""
+
+
+def test_an_own_policy_is_trained_on_an_own_parquet_file_by_one_command(installed):
+    installed.run(installed.prefix / "bin" / "python", "-c", OWN)
+    shutil.rmtree(installed.directory / "own")
+    installed.hark(
+        "train", "mini", "model.path=own_model", "model.policy=mine.py:Mine", "data.train=own.parquet",
+        "data.validation=null", "run.directory=own_run", "optim.steps=1", "optim.warmup_steps=0",
+        "optim.prompts_per_step=2", "evaluation.every=0", "rollout.group_size=4", "rollout.max_new_tokens=12",
+    )  # fmt: skip
+    assert (installed.directory / "own_run" / "model" / "model.safetensors").exists()

@@ -36,6 +36,10 @@ BASELINES: dict[str, Callable[[Example], float]] = {
 
 
 def baseline_figures(examples: Sequence[Example]) -> dict[str, float]:
-    """Accuracies of rules that do not use the audio, over the examples whose answer is known; {} without any."""
-    known = [example for example in examples if example.answer is not None]
-    return {name: sum(map(rule, known)) / len(known) for name, rule in BASELINES.items()} if known else {}
+    """Accuracies of rules that do not use the audio, over the examples whose answer is known; {} without choices.
+
+    An open question counts as wrong, as no rule can answer it, so that the accuracy of a model can be compared.
+    """
+    chosen = [example for example in examples if example.answer is not None]
+    known = len(chosen) + sum(example.has_answer and not example.choices for example in examples)
+    return {name: sum(map(rule, chosen)) / known for name, rule in BASELINES.items()} if chosen else {}

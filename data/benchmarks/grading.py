@@ -96,7 +96,8 @@ def as_example(answer: AnswerRow) -> Example | None:
     if _is_unknown(answer) or _is_no_choice(answer):
         return None
     given = [choice for choice in answer.choices if choice not in (None, "")]
-    return Example(str(answer.id), (), "", tuple(map(str, given)), index_of(answer.answer, given)) if given else None
+    index, accepted = (index_of(answer.answer, given), ()) if given else (None, tuple(map(str, answer.accepted)))
+    return Example(str(answer.id), (), "", tuple(map(str, given)), index, accepted=accepted)
 
 
 def _is_unknown(answer: AnswerRow) -> bool:
