@@ -31,7 +31,7 @@ TOP = "grpo|models|data|launch|tests|docs|hark"
 # What an uppercase word stands for where a parser would refuse the word itself.
 EXAMPLES = {"CONFIG": "r1_aqa", "N": "1", "NAME": "mmau", "SOURCE": "avqa", "GPUS": "8", "FAMILY": "glmasr"}
 EXAMPLES |= {f"mine/{name}.yaml": "r1_aqa" for name in ("sft", "train")}  # written by `hark init mine`
-RUNS = ("RUN", "mine/warm", "mine/grpo", "runs/compose/projector", "runs/compose/decoder")
+RUNS = ("RUN", "mine/warm", "mine/grpo", "runs/compose/heard", "runs/compose/decoder")
 
 
 def problems(text: str, path: Path, scratch: Path) -> list[str]:
