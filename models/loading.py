@@ -30,7 +30,7 @@ from hark.models.families.qwen3_asr import Qwen3ASRPolicy
 from hark.models.families.qwen3_omni_moe import Qwen3OmniMoePolicy
 from hark.models.families.voxtral import VoxtralPolicy
 from hark.models.linear import use_onednn
-from hark.models.lora import add_adapters, initial_weight, is_adapter
+from hark.models.lora import WEIGHTS_FILE, add_adapters, initial_weight, is_adapter
 from hark.models.policy import Lora, Policy, PolicyError
 from hark.models.stored import INDEX, SINGLE, Part, StoredTensors
 
@@ -95,6 +95,11 @@ def load_policy(
     Raises PolicyError if the directory is not a checkpoint, the family is unknown, or tensors do not fit the model.
     """
     directory = _directory(path)
+    if (directory / WEIGHTS_FILE).exists() and (lora is None or lora.path is None):
+        raise PolicyError(
+            f"{directory}: holds adapters beside its weights, as Granite Speech does, and they would be left out; set "
+            "lora.path to this directory, or merge them with PEFT first"
+        )
     policy = build_policy(directory, own)
     policy.device, policy.name, policy.attention = torch.device(device), str(path), attention
     use_onednn(policy.model)

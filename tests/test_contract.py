@@ -277,6 +277,13 @@ def test_a_placeholder_outside_the_vocabulary_needs_no_embedding(directories, tm
     assert score(policy, [prompt], tokens, mask, group_size=1)[0].isfinite().all()
 
 
+def test_adapters_beside_the_weights_are_not_left_out_silently(directories, tmp_path):
+    directory = Path(shutil.copytree(directories["granite_speech"], tmp_path / "model"))
+    (directory / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(PolicyError, match="holds adapters beside its weights.*set lora.path"):
+        load_policy(directory)
+
+
 def test_clips_shorter_and_longer_than_a_tower_takes_are_named(directories):
     for name in FAMILIES:
         policy = load_policy(directories[name])
