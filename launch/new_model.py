@@ -1,6 +1,6 @@
-"""Write a small Qwen2-Audio with random weights for your own questions, with a tokenizer trained on their texts.
+"""Write a small model with random weights for your own questions, with a tokenizer trained on their texts.
 
-    python launch/new_model.py --data train.jsonl --out DIR [--size small] [--tower-from WHISPER] [--template answer]
+    python launch/new_model.py --data train.jsonl --out DIR [--size small] [--family qwen2_audio] [--tower-from WHISPER]
 
 DIR becomes a Hugging Face checkpoint directory, to name in model.path. Prints its sizes, the longest prompt and answer
 of the data, and the next commands. WHISPER is the directory of a Whisper checkpoint, such as whisper-tiny; its encoder
@@ -26,6 +26,7 @@ from hark.launch.common.entry import run
 from hark.launch.common.new_directory import check_new
 from hark.models.loading import build_policy
 from hark.models.mini import SIZES, build_mini, check_whisper
+from hark.models.mini_families import FAMILIES
 from hark.models.policy import Policy, completion_lengths
 
 MAX_NEW_TOKENS = 12  # rollout.max_new_tokens in the configurations that are named as the next ones
@@ -48,7 +49,8 @@ def main(argv: list[str]) -> None:
         check_whisper(arguments.tower_from)
     examples, _ = load_examples(arguments.data)
     examples_with_clips = measured(examples)
-    build_mini(out, texts_of(examples, template), tower_from=arguments.tower_from, **SIZES[arguments.size])
+    family, tower = arguments.family, arguments.tower_from
+    build_mini(out, texts_of(examples, template), family=family, tower_from=tower, **SIZES[arguments.size])
     policy = build_policy(out)
     lengths = longest(policy, examples_with_clips, template)
     print(report(policy, lengths, out))
@@ -63,6 +65,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--data", type=Path, required=True, metavar="FILE", help="JSONL file of the training questions")
     add("--out", type=Path, required=True, metavar="DIR", help="a new or empty directory")
     add("--size", choices=SIZES, default="small", help="of the decoder and the tower, see below (small)")
+    add("--family", choices=FAMILIES, default="qwen2_audio", help="of docs/families.md (%(default)s)")
     add("--tower-from", type=Path, metavar="WHISPER", help="take the audio tower of this Whisper checkpoint")
     add("--template", default=DataConfig.template, metavar="NAME", help="as data.template (%(default)s)")
     return parser.parse_args(argv)

@@ -55,6 +55,8 @@ def build_mini(
     """
     import transformers
 
+    if tower_from is not None and family != "qwen2_audio":
+        raise DataError(f"the encoder of {tower_from} fits a qwen2_audio only; leave it out for a {family}")
     made, chosen = FAMILIES[family], Sizes(**sizes)
     tokenizer = _build_tokenizer(texts, chosen.vocabulary, made.tokens)
     encoder = None if tower_from is None else whisper_encoder(Path(tower_from))

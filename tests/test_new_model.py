@@ -50,6 +50,17 @@ def test_audio_tokens_are_25_per_second(data, tmp_path, capsys):
     assert int(shown) <= math.ceil(25 * (0.3 + 0.07 * 5)) and int(shown) >= 7
 
 
+def test_a_model_of_another_family_is_written_and_takes_no_whisper(data, tmp_path, capsys):
+    words = ["--data", str(data), "--size", "tiny", "--family", "qwen3_asr"]
+    new_model.main([*words, "--out", str(tmp_path / "m")])
+    assert "longest prompt" in capsys.readouterr().out
+    assert type(load_policy(tmp_path / "m")).__name__ == "Qwen3ASRPolicy"
+    (tmp_path / "whisper").mkdir()
+    (tmp_path / "whisper" / "config.json").write_text('{"model_type": "whisper"}')
+    with pytest.raises(UserError, match="fits a qwen2_audio only"):
+        new_model.main([*words, "--out", str(tmp_path / "n"), "--tower-from", str(tmp_path / "whisper")])
+
+
 def test_the_small_size_is_that_of_the_demo():
     assert SIZES["small"] == dataclasses.asdict(Sizes())
 
