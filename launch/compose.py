@@ -30,7 +30,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--audio", type=Path, required=True, metavar="WHISPER")
     add("--text", type=Path, required=True, metavar="MODEL")
     add("--out", type=Path, required=True, metavar="DIR", help="a new or empty directory")
-    add("--seconds", type=int, default=30, help="the longest clip; less computes less in transformers and vLLM (30)")
+    add("--seconds", type=int, default=30, help="the longest clip; vLLM needs 30 (30)")
     add("--seed", type=int, default=0, help="of the projector's random weights (0)")
     return parser.parse_args(argv)
 
