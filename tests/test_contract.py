@@ -277,6 +277,17 @@ def test_a_placeholder_outside_the_vocabulary_needs_no_embedding(directories, tm
     assert score(policy, [prompt], tokens, mask, group_size=1)[0].isfinite().all()
 
 
+def test_a_placeholder_that_pads_a_batch_is_no_clip(directories, monkeypatch):
+    """As in a tokenizer whose padding token is the placeholder."""
+    policy = load_policy(directories["glmasr"])
+    monkeypatch.setattr(type(policy), "pad_id", property(lambda self: self.audio_id))
+    prompts = [question.prompt for question in questions_of(policy)]
+    together, lengths = policy.embed(prompts)
+    assert lengths[0] != lengths[1]
+    for row, prompt, length in zip(together, prompts, lengths, strict=True):
+        torch.testing.assert_close(row[:length], policy.embed([prompt])[0][0], atol=1e-5, rtol=1e-5)
+
+
 def test_adapters_beside_the_weights_are_not_left_out_silently(directories, tmp_path):
     directory = Path(shutil.copytree(directories["granite_speech"], tmp_path / "model"))
     (directory / "adapter_model.safetensors").write_bytes(b"")
