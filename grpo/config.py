@@ -156,6 +156,15 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class RecordConfig:
+    every: CountOrZero = 0  # steps between recorded steps, the last step included; 0 records none
+    keep: Count = 50  # how many of the newest recorded steps to keep
+    last: CountOrZero = 3  # steps before an error to record
+    likeliest: CountOrZero = 5  # likeliest tokens to record at each place of a recorded step
+    answers: CountOrZero = 1  # questions per rank to answer again: greedily, silent, and with another clip
+
+
+@dataclass(frozen=True)
 class Config:
     run: RunConfig
     model: ModelConfig
@@ -168,6 +177,7 @@ class Config:
     optim: OptimConfig
     evaluation: EvaluationConfig
     checkpoint: CheckpointConfig
+    record: RecordConfig
 
 
 def to_yaml(config: Config) -> str:

@@ -14,11 +14,14 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 from hark.grpo.config import Config
+from hark.grpo.instruments.by_module import gradient_norms
 from hark.grpo.instruments.console import Completion
+from hark.grpo.instruments.draft import Describe
 from hark.grpo.instruments.flops import Macs, cost_of, macs
 from hark.grpo.instruments.metrics import Clock
-from hark.grpo.instruments.trace import check_finite
-from hark.grpo.loss import MetricSums, token_weights
+from hark.grpo.instruments.nonfinite import check_finite
+from hark.grpo.instruments.recorder import Recorder
+from hark.grpo.loss import TokenTerms, token_weights
 from hark.grpo.optimizer import build_optimizer, clip_gradients, learning_rate
 from hark.grpo.runtime.collectives import World, reduce_max
 from hark.grpo.scorer import score
@@ -28,6 +31,12 @@ from hark.models.policy import Policy, Prompt
 
 Kind = TypeVar("Kind", bound=Batch)
 Key = tuple[int, ...]  # the integers that seed the random numbers of a prompt
+MEANS = {  # the terms of tokens whose weighted means are metrics, and the names of these
+    "clipped": "clip_share",
+    "kl": "kl",
+    "entropy": "entropy",
+    "sampler_gap": "sampler_gap",
+}
 
 
 class TrainingData(Protocol):
@@ -49,6 +58,7 @@ class Learner(Generic[Kind]):
     """A policy and its optimizer; `update` does one optimizer step on a batch.
 
     validate: evaluates the validation questions, on all ranks, and returns the metrics to log; None if there are none.
+    describe: what a recorded step holds about an example.
     """
 
     shown: tuple[str, ...] = ()  # names of the metrics on the console line
@@ -61,6 +71,7 @@ class Learner(Generic[Kind]):
         *,
         data: TrainingData,
         validate: Callable[[], dict[str, float]] | None = None,
+        describe: Describe = lambda example: {"row": {"id": str(example.id)}},
     ):
         self.config, self.world, self.policy = config, world, policy
         self.data, self.validate = data, validate
@@ -68,6 +79,10 @@ class Learner(Generic[Kind]):
         optim = config.optim
         self.optimizer = build_optimizer(policy, weight_decay=optim.weight_decay, betas=(optim.beta1, optim.beta2))
         self.clock = Clock(world.device)
+        self.recorder = Recorder(
+            self.directory, world, policy, every=config.record.every, total=optim.steps, keep=config.record.keep,
+            last=config.record.last, about={"config": dataclasses.asdict(config)}, describe=describe,
+        )  # fmt: skip
         self._cost = cost_of(policy)
         self._router_load = RouterLoad(policy.decoder)
 
@@ -75,8 +90,8 @@ class Learner(Generic[Kind]):
         """Do step number `step`, counted from 0; returns its metrics over all ranks."""
         raise NotImplementedError
 
-    def loss(self, micro: Kind, logprobs: torch.Tensor) -> tuple[torch.Tensor, MetricSums]:
-        """The loss of a micro-batch, and metrics to be summed over micro-batches and ranks."""
+    def loss(self, micro: Kind, logprobs: torch.Tensor) -> tuple[torch.Tensor, TokenTerms]:
+        """The loss of a micro-batch, and its terms; those of MEANS become metrics."""
         raise NotImplementedError
 
     def completions(self) -> list[Completion]:
@@ -89,12 +104,15 @@ class Learner(Generic[Kind]):
 
     def update(self, batch: Kind, step: int, examples: Sequence[Any]) -> dict[str, float]:
         """Do one optimizer step on a batch; returns this rank's term of each metric, which is their sum over ranks."""
+        self.recorder.note(batch=batch, learning_rate=self.learning_rate(step))
         sums = self.accumulate(batch)
         self.clock.lap("forward_backward")
+        norms = gradient_norms(self.policy, self.world) if self.recorder.is_due else {}
         norm = clip_gradients(self.policy, self.config.optim.clip_norm)
+        self.recorder.note_update(sums | {"grad_norm": norm, "grad_norms": norms})
         check_finite(
             {"the loss": sums["loss"], "the gradient": norm},
-            batch, step=step, rank=self.world.rank, examples=examples, directory=self.directory / "nonfinite",
+            batch, step=step, rank=self.world.rank, examples=examples, place=self.recorder.place,
         )  # fmt: skip
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
@@ -106,16 +124,19 @@ class Learner(Generic[Kind]):
 
     def accumulate(self, batch: Kind) -> dict[str, float]:
         """Sum the gradients of a batch's micro-batches; returns this rank's term of each metric."""
-        sums: MetricSums = {}
-        for micro in self._micro_batches(batch):
-            logprobs, entropy = score(
-                self.policy, micro.prompts, micro.tokens, micro.mask,
-                group_size=micro.group_size, temperature=self.config.rollout.temperature,
+        sums: dict[str, Any] = {}
+        likeliest = self.config.record.likeliest if self.recorder.is_due else 0
+        for groups, micro in self._micro_batches(batch):
+            logprobs, spread = score(
+                self.policy, micro.prompts, micro.tokens, micro.mask, group_size=micro.group_size,
+                temperature=self.config.rollout.temperature, likeliest=likeliest,
             )  # fmt: skip
-            loss, metrics = self.loss(micro, logprobs)
+            loss, terms = self.loss(micro, logprobs)
             loss.backward()
-            metrics |= {"entropy": (micro.weights * entropy).sum()}
-            sums = {name: sums.get(name, 0.0) + value for name, value in metrics.items()}
+            terms |= spread._asdict() | {"logprobs": logprobs.detach()}
+            self.recorder.note_terms(batch.rows(groups), terms)
+            for name, value in _metrics(micro, terms).items():
+                sums[name] = sums.get(name, 0.0) + value
         return {name: float(value) for name, value in sums.items()}  # only at the end, because float() waits for a GPU
 
     def learning_rate(self, step: int) -> float:
@@ -134,8 +155,8 @@ class Learner(Generic[Kind]):
             audio_id=self.policy.audio_id, groups_with_gradient=batch.groups_with_gradient(),
         )  # fmt: skip
 
-    def _micro_batches(self, batch: Kind) -> Iterator[Kind]:
-        """The groups of a batch that have a gradient, `optim.micro_batch` at a time.
+    def _micro_batches(self, batch: Kind) -> Iterator[tuple[list[int], Kind]]:
+        """The groups of a batch that have a gradient, `optim.micro_batch` at a time: their indices, and the groups.
 
         Every rank must issue the same collectives, so all ranks do as many micro-batches as the one with the most. A
         rank with fewer repeats its shortest group with weight 0. At least one is done even if no group of any rank has
@@ -143,7 +164,14 @@ class Learner(Generic[Kind]):
         """
         parts = batch.split_by_length(self.config.optim.micro_batch, batch.groups_with_gradient())
         count = max(1, reduce_max(len(parts), self.world)) if batch.skips_groups else len(parts)
-        yield from map(batch.select, parts)
+        yield from ((groups, batch.select(groups)) for groups in parts)
         for _ in range(count - len(parts)):
-            shortest = batch.select(batch.split_by_length(1)[-1])
-            yield dataclasses.replace(shortest, weights=torch.zeros_like(shortest.weights))
+            groups = batch.split_by_length(1)[-1]
+            shortest = batch.select(groups)
+            yield groups, dataclasses.replace(shortest, weights=torch.zeros_like(shortest.weights))
+
+
+def _metrics(micro: Batch, terms: TokenTerms) -> dict[str, torch.Tensor]:
+    """What a micro-batch adds to the metrics of a step: `scored` is the weight of its tokens."""
+    means = {metric: (micro.weights * terms[name]).sum() for name, metric in MEANS.items() if name in terms}
+    return means | {"loss": terms["loss"].sum(), "scored": micro.weights.sum()}

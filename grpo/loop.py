@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 
 import torch
 
@@ -11,6 +12,7 @@ from hark.grpo.config import to_yaml
 from hark.grpo.instruments.diagnosis import Diagnosis
 from hark.grpo.instruments.flops import best_matmul_rate
 from hark.grpo.instruments.metrics import Metrics, peak_gib, restart_peak, speed
+from hark.grpo.instruments.record import RecordError
 from hark.grpo.learner import Learner
 from hark.grpo.optimizer import allocate_moments
 from hark.grpo.runtime.checkpoint import (
@@ -48,9 +50,10 @@ def train(learner: Learner) -> None:
         (learner.directory / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         print(f"all settings are in {learner.directory / 'config.yaml'}", flush=True)
     metrics.truncate(start + 1 if start else 0)
+    learner.recorder.truncate(start)
     learner.data.prepare(start)
     with interruptible(lambda: how_to_resume(learner, done=metrics.step)):
-        with closing(metrics):
+        with closing(metrics), recorded(learner):
             do_steps(learner, metrics, start=start, rate=rate)
         if config.checkpoint.export:
             export(learner.policy, learner.directory / "model", world)
@@ -68,7 +71,10 @@ def do_steps(learner: Learner, metrics: Metrics, *, start: int, rate: float) -> 
         learner.clock.start()
         world.meter.start()
         restart_peak(world.device)
-        values = learner.step(step)
+        learner.recorder.begin(step + 1)
+        learner.clock.lap("record")
+        values = learner.step(step) | learner.recorder.end()
+        learner.clock.lap("record")
         values |= {"lr": optimizer.param_groups[0]["lr"], "memory/peak_gib": peak_gib(world.device)}
         values |= learner.clock.seconds() | world.meter.measured()
         done = step + 1
@@ -84,6 +90,22 @@ def do_steps(learner: Learner, metrics: Metrics, *, start: int, rate: float) -> 
             )  # fmt: skip
         if _is_due(done, config.evaluation.every, config.optim.steps):
             _evaluate(learner, metrics, done)
+
+
+@contextmanager
+def recorded(learner: Learner) -> Iterator[None]:
+    """If an error leaves the block, write the steps before it and the one that it ended."""
+    try:
+        yield
+    except Exception as error:
+        try:
+            steps = learner.recorder.write_last(error)
+        except RecordError as failure:
+            print(f"warning: the steps before the error are not recorded: {failure}", flush=True)
+        else:
+            if steps and learner.world.is_main:
+                print(f"steps {steps[0]} to {steps[-1]} are in {learner.recorder.place.parent}", flush=True)
+        raise
 
 
 def how_to_resume(learner: Learner, *, done: int) -> str:

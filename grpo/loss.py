@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-MetricSums = dict[str, torch.Tensor]  # metric name -> its weighted sum; weights add up to 1 over the step
+# Name -> a value (B, T) for each token, without a gradient. "loss" is weighted and adds up to the loss of the step over
+# all tokens of all ranks; the others are not weighted.
+TokenTerms = dict[str, torch.Tensor]
 
 
 def token_weights(mask: torch.Tensor, *, kind: str, completions: float, tokens: float) -> torch.Tensor:
@@ -40,32 +42,32 @@ def policy_loss(
     clip_low: float,
     clip_high: float,
     beta: float,
-) -> tuple[torch.Tensor, MetricSums]:
-    """The GRPO objective, negated (arXiv 2402.03300, equation 3), and the sums of its metrics.
+) -> tuple[torch.Tensor, TokenTerms]:
+    """The GRPO objective, negated (arXiv 2402.03300, equation 3), and its terms.
 
     rho = pi / pi_old
     loss = sum_t w_t * ( -min(rho * A, clip(rho, 1 - clip_low, 1 + clip_high) * A) + beta * k3 )
 
     logprobs, old_logprobs, ref_logprobs, weights: (B, T), 0 at padding; advantages: (B,). The weights contain
     every normalisation, so losses of micro-batches and ranks are summed. ref_logprobs may be None if beta is 0.
+    Terms: "ratio", "clipped" (where the clipped product is the smaller one), "kl" with a reference, and "loss".
     """
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     advantage = advantages[:, None]
     surrogate = torch.minimum(ratio * advantage, clipped * advantage)
-    loss = -(weights * surrogate).sum()
-    sums: MetricSums = {"clip_share": (weights * (clipped * advantage < ratio * advantage)).sum()}
+    loss = weights * -surrogate
+    terms = {"ratio": ratio, "clipped": clipped * advantage < ratio * advantage}
     if ref_logprobs is not None:
-        kl = (weights * kl_k3(logprobs, ref_logprobs)).sum()
-        loss = loss + beta * kl
-        sums["kl"] = kl
+        terms["kl"] = kl_k3(logprobs, ref_logprobs)
+        loss = loss + beta * weights * terms["kl"]
     elif beta != 0:
         raise ValueError(f"beta is {beta}; a KL term needs the reference's logprobs")
-    sums["loss"] = loss
-    return loss, {name: value.detach() for name, value in sums.items()}
+    terms["loss"] = loss
+    return loss.sum(), {name: value.detach() for name, value in terms.items()}
 
 
-def supervised_loss(logprobs: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, MetricSums]:
+def supervised_loss(logprobs: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, TokenTerms]:
     """Negative log-likelihood of given completions: -sum_t w_t * log pi(t)."""
-    loss = -(weights * logprobs).sum()
-    return loss, {"loss": loss.detach()}
+    loss = weights * -logprobs
+    return loss.sum(), {"loss": loss.detach()}

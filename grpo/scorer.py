@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -16,6 +17,17 @@ from hark.models.split_attention import SplitAttention
 CHUNK = 2048  # scored tokens whose logits over the vocabulary exist at the same time
 
 
+class Spread(NamedTuple):
+    """Figures of the distributions from which the tokens were drawn, without a gradient; 0 at padding.
+
+    entropy: (B, T) in nats. likeliest_ids, likeliest_logprobs: (B, T, k), the k likeliest tokens, the likeliest first.
+    """
+
+    entropy: torch.Tensor
+    likeliest_ids: torch.Tensor
+    likeliest_logprobs: torch.Tensor
+
+
 @on_policy
 def score(
     policy: Policy,
@@ -25,20 +37,21 @@ def score(
     *,
     group_size: int,
     temperature: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logprobs (B, T) of completions (B, T) under `log_distribution`, and its entropy (B, T) in nats.
+    likeliest: int = 0,
+) -> tuple[torch.Tensor, Spread]:
+    """Logprobs (B, T) of completions (B, T) under `log_distribution`, and figures of these distributions.
 
-    The logprobs have a gradient for every trained parameter, those of the audio tower included; the entropy has none.
+    The logprobs have a gradient for every trained parameter, those of the audio tower included. likeliest: how many of
+    the likeliest tokens the figures have.
     """
     hidden = _predicting_states(policy, prompts, tokens, group_size)[mask]  # (scored, D)
     chosen = tokens[mask]
     chunks = list(zip(hidden.split(CHUNK), chosen.split(CHUNK), strict=True))
-    parts = [checkpoint(_chosen, policy, h, c, temperature, use_reentrant=False) for h, c in chunks[:-1]]
+    parts = [checkpoint(_chosen, policy, h, c, temperature, likeliest, use_reentrant=False) for h, c in chunks[:-1]]
     # The backward starts with the last chunk, so recomputing that one would save no memory.
-    parts += [_chosen(policy, h, c, temperature) for h, c in chunks[-1:]]
-    logprobs, entropies = (torch.cat(column) for column in zip(*parts, strict=True))
-    empty = torch.zeros(mask.shape, device=mask.device)
-    return empty.masked_scatter(mask, logprobs), empty.masked_scatter(mask, entropies)
+    parts += [_chosen(policy, h, c, temperature, likeliest) for h, c in chunks[-1:]]
+    logprobs, *figures = (_padded(torch.cat(column), mask) for column in zip(*parts, strict=True))
+    return logprobs, Spread(*figures)
 
 
 def tree_blocks(policy: Policy, row: Layout) -> BlockAttention:
@@ -88,8 +101,16 @@ def row_attention(
 
 
 def _chosen(
-    policy: Policy, hidden: torch.Tensor, tokens: torch.Tensor, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logprobs (scored,) of tokens (scored,), and the entropy of their distributions."""
-    logprobs = log_distribution(policy, hidden, temperature)  # (scored, V)
-    return logprobs.gather(-1, tokens[:, None]).squeeze(-1), entropy(logprobs)
+    policy: Policy, hidden: torch.Tensor, tokens: torch.Tensor, temperature: float, likeliest: int
+) -> tuple[torch.Tensor, ...]:
+    """Logprobs (scored,) of tokens (scored,); entropy and likeliest tokens of their distributions, as in `Spread`."""
+    distribution = log_distribution(policy, hidden, temperature)  # (scored, V)
+    logprobs = distribution.gather(-1, tokens[:, None]).squeeze(-1)
+    best = distribution.detach().topk(likeliest)
+    return logprobs, entropy(distribution), best.indices, best.values
+
+
+def _padded(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Values (scored, ...) at the places (B, T) where the mask is True, and 0 elsewhere."""
+    empty = values.new_zeros((*mask.shape, *values.shape[1:]))
+    return empty.masked_scatter(mask.reshape(*mask.shape, *[1] * (values.dim() - 1)), values)

@@ -10,7 +10,7 @@ import torch
 from hark.grpo.config import Config
 from hark.grpo.instruments.console import PACE
 from hark.grpo.learner import Learner, TrainingData
-from hark.grpo.loss import MetricSums, supervised_loss
+from hark.grpo.loss import TokenTerms, supervised_loss
 from hark.grpo.runtime.collectives import World, reduce_sums
 from hark.grpo.types import Batch
 from hark.models.policy import Policy, Prompt, completion_lengths
@@ -32,20 +32,23 @@ class SupervisedTrainer(Learner[Batch]):
         *,
         data: TrainingData,
         target: Callable[[Any], str],
-        validate: Callable[[], dict[str, float]] | None = None,
+        **options: Any,
     ):
-        super().__init__(config, world, policy, data=data, validate=validate)
+        super().__init__(config, world, policy, data=data, **options)
         self.target = target
 
     def step(self, step: int) -> dict[str, float]:
         examples, prompts, _ = zip(*self.data.step(step), strict=True)
+        self.recorder.note(examples=examples, prompts=prompts)
         self.clock.lap("load")
         batch, tokens = self._batch([self.target(example) for example in examples], prompts)
         sums = self.update(batch, step, examples)
         macs = self.macs(batch).step(rollout=False, reference=False)
-        return reduce_sums(sums | {"macs": macs}, self.world) | {"tokens": tokens}
+        means = reduce_sums(sums | {"macs": macs}, self.world)
+        del means["scored"]  # all tokens are
+        return means | {"tokens": tokens}
 
-    def loss(self, micro: Batch, logprobs: torch.Tensor) -> tuple[torch.Tensor, MetricSums]:
+    def loss(self, micro: Batch, logprobs: torch.Tensor) -> tuple[torch.Tensor, TokenTerms]:
         return supervised_loss(logprobs, micro.weights)
 
     def longest_batch(self, prompts: tuple[Prompt, ...]) -> Batch:

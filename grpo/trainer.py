@@ -13,7 +13,7 @@ from hark.grpo.advantage import equal_rewards, group_advantages, weighted_reward
 from hark.grpo.config import Config
 from hark.grpo.instruments.console import PACE, Completion
 from hark.grpo.learner import Key, Learner, TrainingData
-from hark.grpo.loss import MetricSums, policy_loss
+from hark.grpo.loss import TokenTerms, policy_loss
 from hark.grpo.runtime.collectives import World, reduce_sums
 from hark.grpo.runtime.sharding import gathered, release
 from hark.grpo.sampler import sample
@@ -23,6 +23,8 @@ from hark.models.lora import WithoutAdapters
 from hark.models.policy import Policy, Prompt
 
 RewardMatrix = Callable[[Sequence[Any], Sequence[str]], torch.Tensor]  # (examples, completions), B each -> (B, K)
+# (examples of a step, count) -> for the first `count` of them the prompts of each control
+Controls = Callable[[Sequence[Any], int], dict[str, Sequence[Prompt]]]
 
 
 class Trainer(Learner[PolicyBatch]):
@@ -30,6 +32,7 @@ class Trainer(Learner[PolicyBatch]):
 
     rewards: returns one column per name in `reward.weights`, in that order; called in a separate thread.
     reference: the frozen policy of the KL term; None if loss.beta is 0.
+    controls: the prompts whose greedy answers are recorded beside those to the questions as they are.
     """
 
     shown = (
@@ -46,24 +49,30 @@ class Trainer(Learner[PolicyBatch]):
         data: TrainingData,
         rewards: RewardMatrix,
         reference: Policy | WithoutAdapters | None = None,
-        validate: Callable[[], dict[str, float]] | None = None,
+        controls: Controls = lambda examples, count: {},
+        **options: Any,
     ):
-        super().__init__(config, world, policy, data=data, validate=validate)
-        self.rewards, self.reference = rewards, reference
+        super().__init__(config, world, policy, data=data, **options)
+        self.rewards, self.reference, self.controls = rewards, reference, controls
         self.group_size = config.rollout.group_size
         self._reward_thread = ThreadPoolExecutor(1, "rewards")
         self._latest: tuple[Sequence[Any], Sequence[str], torch.Tensor] = ([], [], torch.empty(0))
 
     def step(self, step: int) -> dict[str, float]:
         examples, prompts, keys = zip(*self.data.step(step), strict=True)
+        self.recorder.note(examples=examples, prompts=prompts, keys=keys)
         self.clock.lap("load")
 
         rollout = self.draw(prompts, keys)
         tokens = reduce_sums({"tokens": rollout.mask.sum()}, self.world)["tokens"]  # waits for the slowest rank
         self.clock.lap("rollout")
+        if self.recorder.is_due:
+            self.recorder.note(answers=self.answers(examples, prompts))
+            self.clock.lap("record")
 
         completions = self.policy.completion_texts(rollout.tokens, rollout.mask)
         repeated = [example for example in examples for _ in range(self.group_size)]
+        self.recorder.note(rollout=rollout, texts=completions)
         pending = self._reward_thread.submit(self.rewards, repeated, completions)  # runs during the reference pass
         self.clock.lap("reward")
 
@@ -74,6 +83,7 @@ class Trainer(Learner[PolicyBatch]):
         rewards = weighted_rewards(columns, list(self.config.reward.weights.values()))
         advantages = group_advantages(rewards, group_size=self.group_size, scale=self.config.loss.advantage)
         self._latest = repeated, completions, rewards
+        self.recorder.note(reward_names=list(self.config.reward.weights), columns=columns, rewards=rewards)
         self.clock.lap("reward")
 
         batch = self.batch(rollout, ref_logprobs, advantages, tokens)
@@ -90,6 +100,22 @@ class Trainer(Learner[PolicyBatch]):
                 self.policy, prompts, keys=keys, group_size=rollout.group_size, max_new_tokens=rollout.max_new_tokens,
                 temperature=rollout.temperature, batch=rollout.batch, graphs=rollout.cuda_graphs, stop=stop,
             )  # fmt: skip
+
+    def answers(self, examples: Sequence[Any], prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+        """Greedy answers to the first `record.answers` questions: {"greedy": ..., "silent": ...} for each of them."""
+        first = examples[: self.config.record.answers]
+        asked = {"greedy": prompts[: len(first)], **self.controls(examples, len(first))}
+        flat = [prompt for variants in asked.values() for prompt in variants]
+        if not flat:
+            return []
+        with gathered(self.policy):
+            rollout = sample(
+                self.policy, flat, group_size=1, max_new_tokens=self.config.rollout.max_new_tokens, temperature=0
+            )
+        texts = self.policy.completion_texts(rollout.tokens, rollout.mask)
+        rewards = self.rewards([*first] * len(asked), texts).tolist()
+        rows = [{"text": text, "rewards": row} for text, row in zip(texts, rewards, strict=True)]
+        return [dict(zip(asked, rows[n :: len(first)], strict=True)) for n in range(len(first))]
 
     @torch.no_grad()
     def reference_logprobs(self, rollout: Rollout) -> torch.Tensor | None:
@@ -123,8 +149,8 @@ class Trainer(Learner[PolicyBatch]):
             advantages=advantages,
         )
 
-    def loss(self, micro: PolicyBatch, logprobs: torch.Tensor) -> tuple[torch.Tensor, MetricSums]:
-        loss, sums = policy_loss(
+    def loss(self, micro: PolicyBatch, logprobs: torch.Tensor) -> tuple[torch.Tensor, TokenTerms]:
+        loss, terms = policy_loss(
             logprobs,
             micro.old_logprobs,
             micro.ref_logprobs,
@@ -134,8 +160,7 @@ class Trainer(Learner[PolicyBatch]):
             clip_high=self.config.loss.clip_high,
             beta=self.config.loss.beta,
         )
-        gap = (logprobs.detach() - micro.old_logprobs).abs()
-        return loss, sums | {"sampler_gap": (micro.weights * gap).sum(), "scored": micro.weights.sum()}
+        return loss, terms | {"sampler_gap": (logprobs.detach() - micro.old_logprobs).abs()}
 
     def report(
         self, sums: dict[str, float], columns: torch.Tensor, rewards: torch.Tensor, rollout: Rollout, batch: PolicyBatch

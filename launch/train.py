@@ -12,7 +12,7 @@ from hark.grpo.trainer import Trainer
 from hark.launch.common.config_file import help_if_asked, load_config
 from hark.launch.common.entry import run
 from hark.launch.common.policies import make_reference
-from hark.launch.common.questions import rewards_of
+from hark.launch.common.questions import controls_of, rewards_of
 from hark.launch.common.training import train
 from hark.models.policy import Policy
 
@@ -28,7 +28,8 @@ def main(argv: list[str]) -> None:
 
 def make_trainer(config: Config, world: World, policy: Policy, **parts: Any) -> Trainer:
     reference = make_reference(config, world, policy)
-    return Trainer(config, world, policy, reference=reference, rewards=rewards_of(config), **parts)
+    rewards, controls = rewards_of(config), controls_of(config, policy)
+    return Trainer(config, world, policy, reference=reference, rewards=rewards, controls=controls, **parts)
 
 
 if __name__ == "__main__":

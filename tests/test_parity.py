@@ -58,9 +58,16 @@ def test_to_score_in_chunks_changes_no_value_and_no_gradient(case, monkeypatch, 
     for chunk in (scorer.CHUNK, size):
         monkeypatch.setattr(scorer, "CHUNK", chunk)
         case.policy.zero_grad()
-        scored = score(case.policy, case.prompts, rollout.tokens, rollout.mask, group_size=GROUP)
-        scored[0].sum().backward()
-        found.append([*scored, *(p.grad for p in case.policy.parameters() if p.grad is not None)])
+        logprobs, spread = score(case.policy, case.prompts, rollout.tokens, rollout.mask, group_size=GROUP, likeliest=3)
+        logprobs.sum().backward()
+        found.append(
+            [
+                logprobs,
+                spread.entropy,
+                spread.likeliest_logprobs,
+                *(p.grad for p in case.policy.parameters() if p.grad is not None),
+            ]
+        )
     for whole, part in zip(*found, strict=True):
         # Products of other sizes round otherwise: values as above, gradients in relation to their largest entry.
         assert (whole - part).abs().max() <= 1e-4 * whole.abs().max() + 1e-6
@@ -120,7 +127,7 @@ def test_changing_the_waveform_changes_the_logprobs_of_its_own_group_only(case):
 def test_a_completion_of_one_token_is_scored_from_the_prompt_alone(case):
     keys = [(1, 0, n) for n in range(3)]
     rollout = sample(case.policy, case.prompts, group_size=GROUP, max_new_tokens=1, temperature=1.0, keys=keys)
-    scored, entropy = score(case.policy, case.prompts, rollout.tokens, rollout.mask, group_size=GROUP)
+    scored, (entropy, *_) = score(case.policy, case.prompts, rollout.tokens, rollout.mask, group_size=GROUP)
     torch.testing.assert_close(rollout.logprobs, scored.detach(), **VALUES)
     # The entropy is the mean of -log p over the distribution: the same for all siblings, at most log V.
     assert (entropy.unflatten(0, (-1, GROUP)).std(dim=1) < 1e-5).all()

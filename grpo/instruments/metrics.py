@@ -92,7 +92,7 @@ class Metrics:
     def _append(self, record: dict[str, Any]) -> None:
         # Opened and closed for each line, so that a later crash does not lose it.
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+            file.write(json.dumps(finite(record), allow_nan=False) + "\n")
 
     def _to_board(self, step: int, values: dict[str, float]) -> None:
         if self._board is None:
@@ -182,12 +182,12 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The value with None for every non-finite float, at any depth, because JSON cannot hold them."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -151,6 +151,14 @@ def reduce_sums(values: dict[str, Any], world: World) -> dict[str, float]:
     return dict(zip(names, reduced, strict=True))
 
 
+def reduce_tensor(tensor: torch.Tensor, world: World) -> torch.Tensor:
+    """The sum of a tensor over the ranks, in its own dtype; integers wrap around."""
+    if world.size > 1:
+        with world.meter.measure():
+            dist.all_reduce(tensor)
+    return tensor
+
+
 def reduce_max(value: int, world: World) -> int:
     """The largest of the ranks' values."""
     if world.size == 1:

@@ -267,3 +267,32 @@ def waveform_of(config: Config, policy: Policy) -> Callable[[Clip], np.ndarray]:
 def rewards_of(config: Config) -> Callable[[Sequence[Example], Sequence[str]], torch.Tensor]:
     """A function from examples and completions to their reward columns (B, K)."""
     return partial(reward_matrix, names=tuple(config.reward.weights), template=config.data.template)
+
+
+def controls_of(config: Config, policy: Policy) -> Callable[[Sequence[Example], int], dict[str, list[Prompt]]]:
+    """A function from the examples of a step, and a number, to the prompts of two controls for so many of the first.
+
+    "silent": without sound. "shuffled_audio": with the clips of another example of the step that has as many; absent
+    if there is none. A text-only policy has no controls.
+    """
+    load = waveform_of(config, policy)
+
+    def prompt(example: Example, clips: Sequence[Clip], loudness: float) -> Prompt:
+        return policy.prepare(render(example, config.data.template), *(loudness * load(clip) for clip in clips))
+
+    def controls(examples: Sequence[Example], count: int) -> dict[str, list[Prompt]]:
+        first = examples[:count]
+        if not all(example.clips for example in first):
+            return {}
+        silent = [prompt(example, example.clips, 0.0) for example in first]
+        others = [_other_clips(example, examples) for example in first]
+        shuffled = [prompt(example, clips, 1.0) for example, clips in zip(first, others, strict=True) if clips]
+        return {"silent": silent} | ({"shuffled_audio": shuffled} if all(others) else {})
+
+    return controls
+
+
+def _other_clips(example: Example, examples: Sequence[Example]) -> tuple[Clip, ...]:
+    """The clips of another example that has as many; none if all have the same or another number."""
+    alike = (one.clips for one in examples if len(one.clips) == len(example.clips) and one.clips != example.clips)
+    return next(alike, ())

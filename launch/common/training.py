@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from hark.data.described import described
 from hark.data.prompts import find_template
 from hark.data.rewards import check_rewards
 from hark.grpo import loop
@@ -27,7 +28,7 @@ from hark.models.loading import read_family
 
 
 def train(config: Config, make_trainer: Callable[..., Learner], *, judged: bool, answered: str) -> None:
-    """Train what `make_trainer(config, world, policy, data=, validate=)` makes, on the processes of torchrun.
+    """Train what `make_trainer(config, world, policy, data=, validate=, describe=)` makes.
 
     judged: whether rewards judge completions to the training examples, whose right answers must then be possible.
     answered: what needs the right answers of all training examples; "" where nothing does.
@@ -44,7 +45,7 @@ def train(config: Config, make_trainer: Callable[..., Learner], *, judged: bool,
         policy = make_policy(config, world)
         validate = partial(validation_figures, config, world, policy, held_out) if held_out else None
         with training_loader(config, world, policy, examples) as loader:
-            loop.train(make_trainer(config, world, policy, data=loader, validate=validate))
+            loop.train(make_trainer(config, world, policy, data=loader, validate=validate, describe=described))
             if config.checkpoint.export and world.is_main:
                 announce_export(Path(config.run.directory) / "model")
             if loader.bad:

@@ -1,0 +1,50 @@
+"""An example as JSON, for the records of a run: its row, as a file of questions holds it, and its clips."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hark.data.examples import Example, parse_example
+
+LABELS = {"dataset_name": "dataset"} | {name: name for name in ("task", "category", "sub_category", "difficulty")}
+
+
+def described(example: Example) -> dict[str, Any]:
+    """The row of an example, the line where it was read, and where its clips are.
+
+    Its choices are in the order in which they were asked.
+    """
+    digests = example.digests or ("",) * len(example.clips)
+    clips = [
+        {"source": str(clip.source), "start": clip.start, "end": clip.end, "sha256": digest}
+        for clip, digest in zip(example.clips, digests, strict=True)
+    ]
+    return {"row": _row(example), "line": example.line, "clips": clips}
+
+
+def example_of(record: dict[str, Any]) -> Example:
+    """The example that `described` wrote, without its clips; enough for rewards."""
+    row = {key: value for key, value in record["row"].items() if not key.startswith("audio_path")}
+    return parse_example(row, root=Path(), line=record["line"], require_audio=False, benchmark=True)
+
+
+def _row(example: Example) -> dict[str, Any]:
+    values: dict[str, Any] = {"id": example.id, "question_text": example.question}
+    if example.clips:
+        values["audio_paths"] = [str(clip.source) for clip in example.clips]
+    if example.choices:
+        values["multi_choice"] = list(example.choices)
+    values["answer"] = (list(example.accepted) or None) if example.answer is None else example.answer
+    if example.system:
+        values["system"] = example.system
+    if example.messages:
+        values["messages"] = [{"role": turn.role, "content": turn.text} for turn in example.messages]
+    labels = {key: getattr(example, name) for key, name in LABELS.items() if getattr(example, name)}
+    return _plain(dict(example.extra)) | values | labels
+
+
+def _plain(extra: dict[str, Any]) -> dict[str, Any]:
+    """Further keys of a row; a value that JSON cannot hold, such as bytes of a table, as text."""
+    return json.loads(json.dumps(extra, default=str))

@@ -1,0 +1,144 @@
+"""Recorded steps: what a step computed, in files that can be read without Hark.
+
+RUN/record/step-000010/rank-0 holds the part of rank 0: step.json and tensors.safetensors, whose contents docs/replay.md
+lists. Each rank writes its own part and no rank waits for another. A part that is there is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import pad
+
+from hark import UserError
+from hark.grpo.instruments.metrics import finite
+
+FORMAT = 1  # of the files; a reader refuses others
+LISTS = ("prompts", "completions")  # values that each rank has its own part of
+TEXTS = ("tokens",)  # values that are joined key by key
+SUMS = ("loss", "kl", "clip_share", "entropy")  # of an update: each rank has its term
+
+
+class RecordError(UserError, RuntimeError):
+    """A recorded step that is missing, incomplete, or cannot be written or read."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step: `values` is what JSON holds, `tensors` has one row per completion, in the order of `completions`."""
+
+    values: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+    @property
+    def step(self) -> int:
+        """The number of the step, counted from 1 as in metrics.jsonl."""
+        return self.values["step"]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the parts of all ranks are there."""
+        return len(self.values["parts"]) == self.values["ranks"]
+
+
+def place_of(run: Path, step: int) -> Path:
+    """The directory of a step, counted from 1."""
+    return run / "record" / f"step-{step:06d}"
+
+
+def recorded_steps(run: Path) -> list[int]:
+    """The steps of which a run has at least one part, in order."""
+    return sorted({int(part.parent.name.removeprefix("step-")) for part in (run / "record").glob("step-*/rank-*")})
+
+
+def write_part(run: Path, record: StepRecord) -> int:
+    """Write one rank's part of a step; returns its bytes. Raises RecordError if that fails."""
+    (rank,) = record.values["parts"]
+    final = place_of(run, record.step) / f"rank-{rank}"
+    partial = final.with_name(f".{final.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        text = json.dumps(finite(record.values), ensure_ascii=False, allow_nan=False)
+        (partial / "step.json").write_text(text + "\n", encoding="utf-8")
+        save_file(
+            {name: tensor.contiguous() for name, tensor in record.tensors.items()}, partial / "tensors.safetensors"
+        )
+        size = sum(file.stat().st_size for file in partial.iterdir())
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+    except (OSError, SafetensorError) as error:
+        raise RecordError(f"{partial} cannot be written ({error}); make room there, or set record.every=0") from error
+    return size
+
+
+def read_step(run: Path, step: int) -> StepRecord:
+    """A step of a run, its parts joined in rank order. Raises RecordError if there is none or a file is broken."""
+    steps = recorded_steps(run)
+    if step not in steps:
+        known = f"it has {_listed(steps)}" if steps else "it has none; train with record.every above 0"
+        raise RecordError(f"{run}: step {step} is not recorded; {known}")
+    parts = sorted(place_of(run, step).glob("rank-*"), key=lambda part: int(part.name.removeprefix("rank-")))
+    return joined([_read_part(part) for part in parts])
+
+
+def joined(parts: Sequence[StepRecord]) -> StepRecord:
+    """The parts of one step as one record; a tensor that some part lacks is left out."""
+    first = parts[0]
+    values = dict(first.values)
+    values["parts"] = [rank for part in parts for rank in part.values["parts"]]
+    for name in LISTS:
+        values[name] = [item for part in parts for item in part.values[name]]
+    for name in TEXTS:
+        values[name] = {key: text for part in parts for key, text in part.values[name].items()}
+    updates = zip(*(part.values["updates"] for part in parts), strict=False)
+    values["updates"] = [_joined_update(terms) for terms in updates]
+    shared = [name for name in first.tensors if all(name in part.tensors for part in parts)]
+    return StepRecord(values, {name: _stacked([part.tensors[name] for part in parts]) for name in shared})
+
+
+def delete_steps(run: Path, steps: Sequence[int]) -> None:
+    """Delete recorded steps."""
+    for step in steps:
+        shutil.rmtree(place_of(run, step))
+
+
+def _read_part(part: Path) -> StepRecord:
+    try:
+        values = json.loads((part / "step.json").read_text(encoding="utf-8"))
+        tensors = load_file(part / "tensors.safetensors")
+        written = values["format"]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise RecordError(f"{part} cannot be read ({error}); expected step.json and tensors.safetensors") from error
+    if written != FORMAT:
+        raise RecordError(f"{part} has format {written!r}; expected {FORMAT}; read it with the Hark that wrote it")
+    return StepRecord(values, tensors)
+
+
+def _joined_update(terms: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """An update of all ranks: the sums of their terms. All other figures are those of all ranks already."""
+    known = [name for name in SUMS if all(one.get(name) is not None for one in terms)]
+    return terms[0] | {name: sum(one[name] for one in terms) for name in known}
+
+
+def _stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Tensors under one another; those of (B, T, ...) are padded with 0 to the longest T."""
+    if tensors[0].dim() < 2:
+        return torch.cat(list(tensors))
+    longest = max(tensor.shape[1] for tensor in tensors)
+    return torch.cat([pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, longest - tensor.shape[1])) for tensor in tensors])
+
+
+def _listed(steps: Sequence[int]) -> str:
+    """The first and the last steps of a list, in words."""
+    shown = [*map(str, steps)] if len(steps) <= 8 else [*map(str, steps[:4]), "...", *map(str, steps[-3:])]
+    return ", ".join(shown)
