@@ -12,6 +12,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hark.data.errors import DataError
 from hark.launch.common.entry import run
 from hark.launch.page.collect import Bounds, Collection, all_parts
@@ -22,6 +24,7 @@ MIB = 2**20
 
 def main(argv: list[str]) -> None:
     arguments = parse(argv)
+    torch.set_num_threads(1)  # a clip is too short for several
     bounds = Bounds(arguments.steps, arguments.groups, arguments.clips, arguments.questions)
     main, parts = all_parts(Collection(arguments.runs, bounds), bounds)
     write(arguments.out, document(main, parts))

@@ -1,4 +1,4 @@
-"""Collects what runs have written, as the parts of a page: one that is always needed, the others when they are opened."""
+"""Collects what runs have written, as parts: one that is always needed, and others that are read when opened."""
 
 from __future__ import annotations
 

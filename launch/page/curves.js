@@ -16,7 +16,7 @@ const LABELS = {
   "memory/peak_gib": "peak memory, GiB", "speed/tokens_per_second": "tokens per second",
   "speed/limit_share": "share of the device's rate",
 };
-const BOX = { width: 320, height: 150, left: 40, right: 8, top: 8, bottom: 20 };
+const BOX = { width: 320, height: 150, left: 40, right: 14, top: 8, bottom: 20 };
 const view = { smoothing: 0.6, step: null, charts: [] };
 
 function drawCurves(panel) {

@@ -14,12 +14,11 @@ DIGITS = 6  # significant ones of a curve
 def curves(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The steps of a run and a list of values for each metric (None where a step lacks it); its evaluations."""
     steps = [line for line in lines if "event" not in line]
-    names = dict.fromkeys(name for line in steps for name, value in line.items() if _is_number(value))
+    found = dict.fromkeys(name for line in steps for name, value in line.items() if _is_number(value))
+    names = [name for name in found if name != "step"]
     return {
         "steps": [line["step"] for line in steps],
-        "metrics": rounded(
-            {name: [line.get(name) for line in steps] for name in names if name != "step"}, digits=DIGITS
-        ),
+        "metrics": rounded({name: [line.get(name) for line in steps] for name in names}, digits=DIGITS),
         "evaluations": [_evaluation(line) for line in lines if line.get("event") == "evaluation"],
     }
 

@@ -51,8 +51,7 @@ def _questions(data: dict[str, Any], base: Path) -> tuple[dict[str, Example], st
 def _row(row: dict[str, Any], example: Example | None, sounds: Sounds) -> dict[str, Any]:
     asked = question(described(example)["row"]) if example else question({"id": row["id"]})
     clips: tuple[Clip, ...] = example.clips if example else ()
-    answers = {
-        name: {"text": row[name]["prediction"], "right": row[name]["correct"]} for name in CONTROLS if name in row
-    }
+    controls = {name: row[name] for name in CONTROLS if name in row}
+    answers = {name: {"text": one["prediction"], "right": one["correct"]} for name, one in controls.items()}
     columns = {name: row.get(name) for name in COLUMNS}
     return rounded(asked | columns | {"answers": answers, "clips": [sounds.add(clip) for clip in clips]})

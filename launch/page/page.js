@@ -11,7 +11,7 @@ function openView(name, focus = false) {
     document.getElementById(key).hidden = !isOpen;
     if (isOpen && focus) tab.focus();
   }
-  history.replaceState(null, "", `#${name}`);
+  history.replaceState(null, "", `#show-${name}`); // no element has this name: the page does not scroll
   VIEWS[name](document.getElementById(name));
 }
 
@@ -85,7 +85,7 @@ function tell(text) {
 }
 
 function viewInAddress() {
-  const name = location.hash.slice(1);
+  const name = location.hash.replace("#show-", "");
   return name in VIEWS ? name : "curves";
 }
 

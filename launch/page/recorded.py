@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from hark.data.described import example_of
+from hark.data.examples import is_right
 from hark.grpo.instruments.record import StepRecord
 from hark.launch.page.numbers import rounded
 from hark.launch.page.sounds import Sounds, clip_of
@@ -40,7 +42,7 @@ def _group(record: StepRecord, n: int, sounds: Sounds, base: Path) -> dict[str, 
         "prompt": prompt.get("text", ""),
         "key": prompt.get("key", []),
         "clips": _clips(prompt, sounds, base),
-        "answers": {name: _answer(answer, sounds, base) for name, answer in prompt.get("answers", {}).items()},
+        "answers": {name: _answer(prompt, answer, sounds, base) for name, answer in prompt.get("answers", {}).items()},
         "completions": [_completion(record, row) for row in rows],
     }
 
@@ -49,20 +51,20 @@ def question(row: dict[str, Any]) -> dict[str, Any]:
     """A question's id, text, choices and right answers, from a row of a file of questions."""
     choices, answer = row.get("multi_choice") or [], row.get("answer")
     is_index = isinstance(answer, int) and 0 <= answer < len(choices)
-    accepted = (
-        [] if answer is None else [choices[answer]] if is_index else answer if isinstance(answer, list) else [answer]
-    )
+    accepted = [choices[answer]] if is_index else answer if isinstance(answer, list) else [answer]
     return {
         "id": row.get("id", ""),
         "question": row.get("question_text", ""),
         "choices": choices,
         "right": answer if is_index else None,
-        "accepted": [str(one) for one in accepted],
+        "accepted": [str(one) for one in accepted if one is not None],
     }
 
 
-def _answer(answer: dict[str, Any], sounds: Sounds, base: Path) -> dict[str, Any]:
-    return {"text": answer.get("text", ""), "right": answer.get("right"), "clips": _clips(answer, sounds, base)}
+def _answer(prompt: dict[str, Any], answer: dict[str, Any], sounds: Sounds, base: Path) -> dict[str, Any]:
+    """An answer under a control, with its own clips where it has other ones than the prompt."""
+    right = is_right(example_of(prompt), answer["text"])
+    return {"text": answer["text"], "right": right, "clips": _clips(answer, sounds, base)}
 
 
 def _clips(holder: dict[str, Any], sounds: Sounds, base: Path) -> list[dict[str, Any]]:

@@ -77,7 +77,7 @@ function questionPicker(step) {
     for (const button of document.querySelectorAll(".picker button")) button.setAttribute("aria-pressed", button.value === String(n));
     drawGroup();
   };
-  const buttons = step.groups.map((group, n) => make("button", { type: "button", value: n, "aria-pressed": n === shown.group, onclick: () => pick(n) },
+  const buttons = step.groups.map((group, n) => make("button", { type: "button", value: n, "aria-pressed": String(n === shown.group), onclick: () => pick(n) },
     said(group.id), make("small", {}, ` ${spreadOf(group)}`)));
   return make("div", { class: "picker", role: "group", "aria-label": "questions of the step" }, buttons);
 }
@@ -107,13 +107,13 @@ function controlAnswers(group) {
   const answers = Object.entries(group.answers);
   if (!answers.length) return null;
   const items = answers.map(([name, answer]) => make("div", {}, make("dt", {}, CONTROLS[name] ?? visible(name)),
-    make("dd", {}, verdict(answer.right), " ", said(answer.text || "(empty)"), (answer.clips ?? []).map(clipView))));
+    make("dd", {}, verdict(answer.right), said(answer.text || "(empty)"), (answer.clips ?? []).map(clipView))));
   return make("dl", { class: "answers" }, make("div", {}, make("dt", {}, make("strong", {}, "Answered"))), items);
 }
 
 function verdict(isRight) {
-  if (isRight === null || isRight === undefined) return make("span", { class: "quiet" }, "not graded");
-  return make("span", { class: isRight ? "good" : "bad" }, isRight ? "✓ right" : "✗ wrong");
+  if (isRight === null || isRight === undefined) return make("span", { class: "quiet verdict" }, "not graded");
+  return make("span", { class: `verdict ${isRight ? "good" : "bad"}` }, isRight ? "✓ right" : "✗ wrong");
 }
 
 function colourControl(step) {
