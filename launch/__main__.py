@@ -52,6 +52,7 @@ COMMANDS = {
     "benchmark": Command("studies.benchmark", "compare a step with the R1-AQA procedure, on the CPU"),
     "benchmark-gpu": Command("studies.benchmark_gpu", "the same on a GPU, and compare with the GPU's limits"),
     "pictures": Command("studies.pictures", "draw the pictures of the documentation"),
+    "recording": Command("studies.recording", "measure what recording the steps of a run costs"),
     "scaling": Command("studies.scaling", "measure the cost of a step for different sizes and numbers of ranks"),
 }
 

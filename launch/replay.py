@@ -168,7 +168,7 @@ def report(directory: Path, kind: str, found: Iterator[tuple[StepRecord, list[Di
     print(f"{'quantity':20}{'values':>8}  difference")
     for quantity, (step, one) in shown.items():
         where = f" (step {step})" if one.largest and len(steps) > 1 else ""
-        print(f"{quantity:20}{one.count:8}  {explained(one)}{where}")
+        print(f"{quantity:20}{one.values:8}  {explained(one)}{where}")
     equal, rounded = (sum(getattr(one, kind) for _, one in shown.values()) for kind in ("is_equal", "is_rounding"))
     agree = "the record agrees" if len(steps) == 1 else f"all {len(steps)} records agree"
     differing = len(shown) - equal - rounded
