@@ -14,7 +14,7 @@ import yaml
 
 from hark.grpo.instruments.metrics import read_metrics
 from hark.grpo.instruments.record import RecordError, read_step, recorded_steps
-from hark.launch.common.trained import read_run
+from hark.launch.common.trained import check_run
 from hark.launch.page.curves import curves, warnings
 from hark.launch.page.evaluated import figures, rows_part
 from hark.launch.page.recorded import step_part
@@ -39,7 +39,7 @@ class Collection:
 
     def __init__(self, runs: Sequence[Path], bounds: Bounds):
         for run in runs:
-            read_run(run, [])  # raises if this is no run
+            check_run(run)
         self._runs, self._bounds = list(runs), bounds
         self._names = short_names(self._runs)
         self._sounds = Sounds()
