@@ -145,6 +145,7 @@ function scaleText(group) {
   const at = (shade) => make("span", { class: "swatch", "data-shade": shade }, shade > 0 ? "high" : shade < 0 ? "low" : "0");
   const words = { logprob: "deepest at logprob −4", ratio: "log ratio" }[shown.quantity] ?? shown.quantity;
   const scale = scaleIn(group, shown);
+  if (scale <= NOTHING) return [`no value differs from ${shown.quantity === "ratio" ? 1 : 0}`];
   const text = shown.quantity === "logprob" ? words : `${words}, deepest at ${number(scale, 3)}`;
   return [shown.quantity === "logprob" || shown.quantity === "KL" || shown.quantity === "entropy" ? null : at(-4), at(0), at(4), ` ${text}; clipped tokens are underlined`].filter(Boolean);
 }

@@ -10,6 +10,7 @@ const QUANTITIES = {
   entropy: { label: "entropy", of: (one, t, u) => one.entropy?.[u]?.[t], shade: (value, scale) => value / scale, size: Math.abs },
 };
 const SHADES = 4; // in each direction
+const NOTHING = 1e-12; // the largest value that counts as 0
 
 function tokenLine(step, group, g, shown, onshow) {
   const one = group.completions[g];
@@ -39,7 +40,7 @@ function scaleIn(group, shown) {
   const quantity = QUANTITIES[shown.quantity];
   if (quantity.scale) return quantity.scale();
   const values = group.completions.flatMap((one) => (one.tokens ?? []).map((id, t) => quantity.of(one, t, shown.update)));
-  return Math.max(1e-12, ...bounded(values.filter((value) => typeof value === "number").map(quantity.size), Math.max));
+  return Math.max(NOTHING, ...bounded(values.filter((value) => typeof value === "number").map(quantity.size), Math.max));
 }
 
 // Left and right within a completion; up and down to the same place of its neighbour.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
 from hark.launch.report import main
 from tests.written import write_run
@@ -63,6 +63,16 @@ def report(tmp_path_factory) -> str:
     first = write_run(folder / "grpo", recorded=(10, 20, 30))
     second = write_run(folder / "sft", recorded=(), settings=("optim.lr=1e-3",))
     return written(first, second, out=folder / "report.html")
+
+
+def play(player: Locator) -> None:
+    """Play a clip, without a sound; the time must advance."""
+    player.evaluate("async (player) => { player.muted = true; await player.play(); }")
+    for _ in range(50):
+        if player.evaluate("(player) => player.currentTime") > 0.1:
+            return
+        player.page.wait_for_timeout(50)
+    raise AssertionError("the clip does not play")
 
 
 def written(*runs: Path, out: Path) -> str:
