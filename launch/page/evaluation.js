@@ -117,6 +117,6 @@ async function answersOf(row) {
 }
 
 function answerItem(name, isRight, text, confidence) {
-  return make("div", {}, make("dt", {}, name), make("dd", {}, verdict(isRight), said(text || "(empty)"),
+  return make("div", {}, make("dt", {}, name), make("dd", {}, verdict(isRight), " ", said(text || "(empty)"),
     typeof confidence === "number" ? make("small", {}, ` ${percent(confidence)}`) : null));
 }

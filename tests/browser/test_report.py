@@ -105,7 +105,7 @@ def test_a_clip_plays_and_has_a_spectrogram(report, visit):
 def test_tokens_take_the_colours_of_a_quantity(report, visit, quantity):
     page = visit(report)
     open_tab(page, "steps")
-    page.get_by_label("Update").select_option(value="1")
+    page.get_by_label("Update").select_option(index=1)
     page.get_by_label(quantity, exact=True).check()
     shades = page.locator(".token").evaluate_all("(tokens) => tokens.map((token) => Number(token.dataset.shade))")
     assert 4 in map(abs, shades) and len(set(shades)) > 1, "the largest value has the deepest shade"
@@ -135,7 +135,7 @@ def test_a_tokens_values_show_on_hover_and_by_keyboard(report, visit):
 def test_the_arithmetic_of_a_loss_adds_up(report, visit):
     page = visit(report)
     open_tab(page, "steps")
-    page.get_by_label("Update").select_option(value="1")
+    page.get_by_label("Update").select_option(index=1)
     card = page.locator(".completion").first
     card.locator("summary").click()
     cells = "(rows) => rows.map((row) => [...row.cells].map((cell) => cell.innerText))"
@@ -237,7 +237,7 @@ def test_every_tab_has_contrast_and_no_overflow(report, visit, scheme, width):
     for name in TABS:
         open_tab(page, name)
         if name == "steps":
-            page.get_by_label("Update").select_option(value="1")
+            page.get_by_label("Update").select_option(index=1)
             page.get_by_label("loss", exact=True).check()
             page.locator(".token").first.focus()
             page.locator(".completion summary").first.click()
