@@ -74,7 +74,7 @@ function smooth(points, share) {
 function chart(name) {
   const lines = main.runs.map((run, number) => ({ number, points: pointsOf(run, name) })).filter((line) => line.points.length);
   const isSparse = lines.some((line) => line.points[0].length === 3) || lines.every((line) => line.points.length < 40);
-  const scale = scaleOf(lines.flatMap((line) => line.points));
+  const scale = scaleOf(lines.map((line) => line.points));
   const cursor = svg("line", { class: "cursor", y1: BOX.top, y2: BOX.height - BOX.bottom, visibility: "hidden" });
   const drawn = lines.flatMap((line) => (isSparse ? sparse(line, scale) : dense(line, scale)));
   const readout = make("output", { class: "readout" });
@@ -87,12 +87,12 @@ function chart(name) {
   return { element, lines, scale, cursor, readout };
 }
 
-function scaleOf(points) {
-  const values = points.flatMap(([, value, interval]) => [value, ...(interval ?? [])]);
+// The scales of a chart, for the points of its lines.
+function scaleOf(lines) {
+  const values = lines.flat().flatMap(([, value, interval]) => [value, ...(interval ?? [])]);
   let low = Math.min(...bounded(values, Math.min)), high = Math.max(...bounded(values, Math.max));
   if (low === high) [low, high] = low === 0 ? [0, 1] : [low - Math.abs(low) / 2, high + Math.abs(high) / 2];
-  const last = Math.max(2, ...main.runs.map((run) => run.steps.at(-1) ?? 0));
-  const first = Math.min(1, ...main.runs.flatMap((run) => run.evaluations.map((one) => one.step)));
+  const first = Math.min(1, ...lines.map((points) => points[0][0])), last = Math.max(2, ...lines.map((points) => points.at(-1)[0]));
   const width = BOX.width - BOX.left - BOX.right, height = BOX.height - BOX.top - BOX.bottom;
   return {
     low, high, first, last,
@@ -167,8 +167,9 @@ function mark(step) {
     const shown = lines.map(({ number: run, points }) => [run, nearest(points, step)]);
     readout.replaceChildren(...shown.map(([run, point]) => make("span", { class: `run-${run % 6}` }, number(point[1]), interval(point))));
     cursor.setAttribute("visibility", step === null ? "hidden" : "visible");
-    if (step !== null) for (const end of ["x1", "x2"]) cursor.setAttribute(end, scale.x(step));
-    element.setAttribute("aria-valuenow", step ?? scale.last);
+    const place = Math.min(step ?? scale.last, scale.last);
+    for (const end of ["x1", "x2"]) cursor.setAttribute(end, scale.x(place));
+    element.setAttribute("aria-valuenow", place);
     const texts = shown.map(([run, point]) => `${main.runs[run].name} ${number(point[1])} at step ${point[0]}`);
     element.setAttribute("aria-valuetext", texts.join(", "));
   }
