@@ -562,6 +562,33 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "models/families/granite_speech.py": (
         ("padded by a window more", "-len(rows) % window", "window", "test_contract"),
     ),
+    "launch/page/document.py": (
+        ("markup in the data", "return text.translate(ESCAPES)", "return text", "test_page"),
+        ("any script runs", "script-src {digest(script())}", "script-src 'unsafe-inline'", "test_page"),
+    ),
+    "launch/page/collect.py": (
+        ("oldest steps alone", "for n in range(count)][::-1]", "for n in range(1, count + 1)][::-1]", "test_page"),
+        ("clips of one part first", "for name in turn if name", "for name in sorted(filter(None, turn))", "test_page"),
+        ("bounds of clips unsaid", "if clips > bounds.clips:", "if clips > 2 * bounds.clips:", "test_page"),
+        ("clips sought here", "return Path(*full.parts[: -len(named.parts)])", "return Path()", "test_page"),
+    ),
+    "launch/page/recorded.py": (
+        ("updates mixed", "values.transpose(0, 1).tolist()", "values.tolist()", "test_page"),
+        (
+            "padding is a token",
+            "[row, :length].tolist()\n    for name, key",
+            "[row].tolist()\n    for name, key",
+            "test_page",
+        ),
+    ),
+    "launch/page/sounds.py": (
+        ("windows are one clip", "sha256(clip.key.encode())", "sha256(str(clip.source).encode())", "test_page"),
+    ),
+    "launch/watch.py": (
+        ("any host is served", "not in HOSTS", "in ()", "test_page"),
+        ("open to the network", '("127.0.0.1", port)', '("0.0.0.0", port)', "test_page"),
+        ("sent again and again", "HTTPStatus.NOT_MODIFIED if known", "HTTPStatus.OK if known", "test_page"),
+    ),
 }
 MUTANTS = [Mutant(file, *fault) for file, faults in FAULTS.items() for fault in faults]
 

@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 
 from hark import UserError
+from hark.data.clip import Clip
 from hark.grpo.instruments.record import read_step
-from hark.launch.page.collect import Bounds, Collection, all_parts, base_of, differences, short_names, spread
+from hark.launch.page.collect import Bounds, Collection, all_parts, base_of, clips_of, differences, short_names, spread
 from hark.launch.page.document import as_json, document
+from hark.launch.page.sounds import Sounds
 from hark.launch.report import main, twin_of
 from hark.launch.watch import server
 from tests.written import GROUP, HOSTILE, write_metrics, write_run
@@ -191,6 +193,20 @@ def test_clips_are_found_from_where_the_run_was_started(tmp_path, monkeypatch):
     assert base_of(tmp_path / "runs" / "mini" / "grpo") == tmp_path
     _, twin = written(tmp_path / "runs" / "mini" / "grpo", "--out", tmp_path / "r.html")
     assert not [part for part in twin.values() if part.get("problem")]
+
+
+def test_two_windows_of_a_file_are_two_clips_and_the_same_window_is_one():
+    sounds = Sounds()
+    windows = [Clip(Path("a.wav"), start) for start in (0.0, 1.0, 1.0)]
+    names = [sounds.add(window)["part"] for window in windows]
+    assert len(set(names)) == 2 and names[1] == names[2]
+
+
+def test_clips_are_taken_in_turns_from_all_parts():
+    def part(*names: str) -> dict:
+        return {"rows": [{"clips": [{"part": name}], "answers": {}} for name in names]}
+
+    assert clips_of({"one": part("z", "b", "c"), "two": part("a", "b")}) == ["z", "a", "b", "c"]
 
 
 def test_a_report_is_the_same_each_time(run):

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from hark.grpo.instruments.metrics import read_metrics
-from hark.grpo.instruments.record import RecordError, read_step, recorded_steps
+from hark.grpo.instruments.record import RecordError, place_of, read_step, recorded_steps
 from hark.launch.common.trained import check_run
 from hark.launch.page.curves import curves, warnings
 from hark.launch.page.evaluated import figures, rows_part
@@ -78,7 +78,7 @@ class Collection:
             **curves(lines),
             "total": _configuration(run).get("optim.steps"),
             "warnings": warnings(lines),
-            "recorded": [{"step": step, "part": f"step-{number}-{step}"} for step in self.steps_of(run)],
+            "recorded": [_recorded(run, number, step) for step in self.steps_of(run)],
             "recorded_in_all": len(recorded_steps(run)),
             "evaluation": evaluation and figures(evaluation) | {"part": f"rows-{number}", "version": _changed(run)},
         }
@@ -177,6 +177,11 @@ def _configuration(run: Path) -> dict[str, Any]:
     """The options of a run by name, "section.key"."""
     sections = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     return {f"{section}.{key}": value for section, options in sections.items() for key, value in options.items()}
+
+
+def _recorded(run: Path, number: int, step: int) -> dict[str, Any]:
+    """A recorded step of a run: its part, and a version that changes when another rank has written its own."""
+    return {"step": step, "part": f"step-{number}-{step}", "version": len(list(place_of(run, step).glob("rank-*")))}
 
 
 def _evaluation(run: Path) -> dict[str, Any] | None:

@@ -46,7 +46,7 @@ function table(heads, rows, attributes = {}) {
 }
 
 function choose(label, options, value, onchange) {
-  const choices = options.map(([key, text]) => make("option", { value: key, selected: key === value }, text));
+  const choices = options.map(([key, text]) => make("option", { value: key, selected: key === value }, visible(text)));
   return make("label", {}, label, make("select", { onchange: (event) => onchange(event.target.value) }, choices));
 }
 

@@ -18,6 +18,7 @@ const asked = { run: 0, filter: "all", order: "file", search: "", task: "", coun
 async function drawEvaluation(panel) {
   const runs = main.runs.map((run, number) => [number, run]).filter(([, run]) => run.evaluation);
   if (!runs.length) {
+    asked.version = null;
     panel.replaceChildren(make("p", {}, "These runs have no evaluation. `hark evaluate RUN --silent --shuffled-audio` writes one."));
     return;
   }

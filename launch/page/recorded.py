@@ -50,13 +50,13 @@ def _group(record: StepRecord, n: int, sounds: Sounds, base: Path) -> dict[str, 
 def question(row: dict[str, Any]) -> dict[str, Any]:
     """A question's id, text, choices and right answers, from a row of a file of questions."""
     choices, answer = row.get("multi_choice") or [], row.get("answer")
-    is_index = isinstance(answer, int) and 0 <= answer < len(choices)
-    accepted = [choices[answer]] if is_index else answer if isinstance(answer, list) else [answer]
+    right = answer if isinstance(answer, int) and 0 <= answer < len(choices) else None
+    accepted = [choices[right]] if right is not None else answer if isinstance(answer, list) else [answer]
     return {
         "id": row.get("id", ""),
         "question": row.get("question_text", ""),
         "choices": choices,
-        "right": answer if is_index else None,
+        "right": right,
         "accepted": [str(one) for one in accepted if one is not None],
     }
 

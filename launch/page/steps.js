@@ -36,11 +36,11 @@ function stepControls(runs, recorded) {
 
 // Read the chosen step and draw it; nothing is drawn again if it is open already.
 async function openStep() {
-  const name = shown.part;
-  if (shown.step?.name === name) return;
-  const step = await part(name);
+  const { part: name, version } = main.runs[shown.run].recorded.find((one) => one.part === shown.part);
+  if (shown.step?.name === name && shown.step.version === version) return;
+  const step = await part(name, version);
   if (shown.part !== name) return;
-  shown.step = { name, step };
+  shown.step = { name, version, step };
   shown.group = Math.min(shown.group, Math.max((step?.groups?.length ?? 1) - 1, 0));
   shown.update = 0;
   drawStep();
