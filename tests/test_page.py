@@ -193,12 +193,14 @@ def test_clips_are_found_from_where_the_run_was_started(tmp_path, monkeypatch):
     assert base_of(tmp_path / "runs" / "mini" / "grpo") == tmp_path
     _, twin = written(tmp_path / "runs" / "mini" / "grpo", "--out", tmp_path / "r.html")
     assert not [part for part in twin.values() if part.get("problem")]
+    assert twin["step-0-10"]["groups"][0]["clips"][0]["source"] == "runs/mini/data/test-0.wav", "no path of the machine"
+    assert twin["rows-0"]["rows"][0]["clips"][0]["source"] == "runs/mini/data/test-0.wav"
 
 
 def test_two_windows_of_a_file_are_two_clips_and_the_same_window_is_one():
     sounds = Sounds()
     windows = [Clip(Path("a.wav"), start) for start in (0.0, 1.0, 1.0)]
-    names = [sounds.add(window)["part"] for window in windows]
+    names = [sounds.add(window, Path())["part"] for window in windows]
     assert len(set(names)) == 2 and names[1] == names[2]
 
 

@@ -25,7 +25,7 @@ def figures(evaluation: dict[str, Any]) -> dict[str, Any]:
 def rows_part(evaluation: dict[str, Any], sounds: Sounds, *, base: Path, limit: int) -> dict[str, Any]:
     """The first `limit` rows, each with its question; without the questions if their file cannot be read."""
     asked, problem = _questions(evaluation.get("config", {}).get("data", {}), base)
-    rows = [_row(row, asked.get(row["id"]), sounds) for row in evaluation["rows"][:limit]]
+    rows = [_row(row, asked.get(row["id"]), sounds, base) for row in evaluation["rows"][:limit]]
     return {"rows": rows, "total": len(evaluation["rows"]), "problem": problem}
 
 
@@ -48,10 +48,10 @@ def _questions(data: dict[str, Any], base: Path) -> tuple[dict[str, Example], st
     return {one.id: one for one in questions if isinstance(one, Example)}, ""
 
 
-def _row(row: dict[str, Any], example: Example | None, sounds: Sounds) -> dict[str, Any]:
+def _row(row: dict[str, Any], example: Example | None, sounds: Sounds, base: Path) -> dict[str, Any]:
     asked = question(described(example)["row"]) if example else question({"id": row["id"]})
     clips: tuple[Clip, ...] = example.clips if example else ()
     controls = {name: row[name] for name in CONTROLS if name in row}
     answers = {name: {"text": one["prediction"], "right": one["correct"]} for name, one in controls.items()}
     columns = {name: row.get(name) for name in COLUMNS}
-    return rounded(asked | columns | {"answers": answers, "clips": [sounds.add(clip) for clip in clips]})
+    return rounded(asked | columns | {"answers": answers, "clips": [sounds.add(clip, base) for clip in clips]})

@@ -69,7 +69,7 @@ def _answer(prompt: dict[str, Any], answer: dict[str, Any], sounds: Sounds, base
 
 def _clips(holder: dict[str, Any], sounds: Sounds, base: Path) -> list[dict[str, Any]]:
     clips = [clip for clip in holder.get("clips", []) if clip.get("source")]
-    return [sounds.add(clip_of(clip, base)) | {"tokens": clip.get("tokens")} for clip in clips]
+    return [sounds.add(clip_of(clip, base), base) | {"tokens": clip.get("tokens")} for clip in clips]
 
 
 def _completion(record: StepRecord, row: int) -> dict[str, Any]:

@@ -32,11 +32,11 @@ class Sounds:
     def __contains__(self, name: str) -> bool:
         return name in self._clips
 
-    def add(self, clip: Clip) -> dict[str, str]:
-        """What a part says about a clip: the name of the clip's own part, and where the clip is."""
+    def add(self, clip: Clip, base: Path) -> dict[str, str]:
+        """What a part says about a clip: the name of the clip's own part, and where the clip is, seen from `base`."""
         name = f"clip-{hashlib.sha256(clip.key.encode()).hexdigest()[:16]}"
         self._clips[name] = clip
-        return {"part": name, "source": str(clip)}
+        return {"part": name, "source": str(clip).removeprefix(f"{base}/")}
 
     def part(self, name: str) -> dict[str, Any]:
         """The sound and the spectrogram of a clip; for one that cannot be decoded what is wrong with it."""

@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/report.md from a report of the demo, each with few colours so that its file is small.
+"""Draw the pictures of docs/report.md from a report of the demo, each with 256 colours so that its file is small.
 
 python -m tests.browser.screenshots runs/mini/report.html docs
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
-COLOURS = 64
+COLOURS = 256
 
 
 def main(report: Path, out: Path) -> None:
@@ -36,7 +36,6 @@ def curves(page: Page) -> None:
 def steps(page: Page) -> None:
     page.locator("#tab-steps").click()
     page.locator(".picker button").first.click()
-    page.get_by_label("KL", exact=True).check()
     page.locator(".completion").nth(1).locator(".token").nth(1).focus()
 
 
@@ -68,7 +67,7 @@ PICTURES = {
 def save(picture: bytes, path: Path) -> None:
     """Save a picture with COLOURS colours."""
     image = Image.open(io.BytesIO(picture)).convert("RGB")
-    image.quantize(COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(path, optimize=True)
+    image.quantize(COLOURS, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
     print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
 
