@@ -226,7 +226,7 @@ def test_every_figure_of_a_step_is_the_one_worked_out_by_hand(beta, settings, tm
 def check_seconds(seconds: dict[str, float], *, reference: bool) -> None:
     """Each phase has the time that it was made to take, no other has any of it, and together they are the step."""
     step, _ = seconds.pop("seconds/step"), seconds.pop("seconds/communication")
-    phases = {"load", "rollout", "reward", "reference", "forward_backward", "optimizer"}
+    phases = {"load", "rollout", "reward", "reference", "forward_backward", "optimizer", "report", "record"}
     assert seconds.keys() == {f"seconds/{phase}" for phase in phases}
     assert seconds["seconds/load"] > SLEEP and seconds["seconds/forward_backward"] > 2 * SLEEP
     # The reference scores while the rewards are found; what it takes longer, they are not waited for.
