@@ -142,12 +142,13 @@ function drawCompletions() {
 function scaleText(group) {
   const quantity = QUANTITIES[shown.quantity];
   if (!quantity) return [];
-  const at = (shade) => make("span", { class: "swatch", "data-shade": shade }, shade > 0 ? "high" : shade < 0 ? "low" : "0");
-  const words = { logprob: "deepest at logprob −4", ratio: "log ratio" }[shown.quantity] ?? shown.quantity;
-  const scale = scaleIn(group, shown);
+  const at = (shade, text) => make("span", { class: "swatch", "data-shade": shade }, text);
+  const scale = scaleIn(group, shown), isLogprob = shown.quantity === "logprob";
   if (scale <= NOTHING) return [`no value differs from ${shown.quantity === "ratio" ? 1 : 0}`];
-  const text = shown.quantity === "logprob" ? words : `${words}, deepest at ${number(scale, 3)}`;
-  return [shown.quantity === "logprob" || shown.quantity === "KL" || shown.quantity === "entropy" ? null : at(-4), at(0), at(4), ` ${text}; clipped tokens are underlined`].filter(Boolean);
+  const name = shown.quantity === "ratio" ? "log ratio" : shown.quantity;
+  const isOneSided = isLogprob || shown.quantity === "KL" || shown.quantity === "entropy";
+  return [isOneSided ? null : at(-SHADES, "low"), at(0, isLogprob ? "likely" : "0"), at(SHADES, isLogprob ? "unlikely" : "high"),
+    ` ${name}, deepest at ${isLogprob ? "−4" : number(scale, 3)}; clipped tokens are underlined`].filter(Boolean);
 }
 
 function completionCard(step, group, g, isOpen) {

@@ -23,6 +23,7 @@ def main(report: Path, out: Path) -> None:
             page = browser.new_page(**settings)
             page.goto(report.resolve().as_uri())
             show(page)
+            page.mouse.move(0, 0)
             page.wait_for_timeout(300)
             save(page.screenshot(), out / f"report-{name}.png")
         browser.close()
