@@ -81,7 +81,7 @@ def do_steps(learner: Learner, metrics: Metrics, *, start: int, rate: float) -> 
         metrics.log(done, values | speed(values, rate=rate))
         for warning in diagnosis.step(values):
             metrics.warn(warning)
-        if _is_due(done, config.run.show_every, config.optim.steps):
+        if _is_due(done, config.log.completions, config.optim.steps):
             metrics.show_completions(done, learner.completions())
         if _is_due(done, config.checkpoint.every, config.optim.steps):
             save_checkpoint(

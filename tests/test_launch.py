@@ -80,7 +80,7 @@ def test_a_mistake_is_one_line_and_no_traceback(config):
 
 
 def test_control_c_in_a_run_of_two_processes_is_one_sentence_that_says_how_to_resume(config):
-    words = ["optim.steps=10000", "checkpoint.every=1", "run.show_every=1", "evaluation.every=0"]
+    words = ["optim.steps=10000", "checkpoint.every=1", "log.completions=1", "evaluation.every=0"]
     process = subprocess.Popen(
         [sys.executable, "-m", "hark.launch", "train", "--processes", "2", config, *words],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},

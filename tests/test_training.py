@@ -498,7 +498,7 @@ def test_what_stops_a_save_surfaces_as_itself(cause, kind, said, settings, tmp_p
 def test_three_completions_of_different_groups_are_shown_with_their_own_rewards(settings, tmp_path, capsys):
     """B = 16 rows: 0, 5 and 10 are of the groups 0, 1 and 2."""
     config = load_config(
-        [*settings, f"run.directory={tmp_path}/run", "run.show_every=2", "reward.weights={accuracy: 2, format: 1}"]
+        [*settings, f"run.directory={tmp_path}/run", "log.completions=2", "reward.weights={accuracy: 2, format: 1}"]
     )
     shown = []
 
@@ -527,8 +527,8 @@ def test_three_completions_of_different_groups_are_shown_with_their_own_rewards(
     assert all(excerpt(text, LONGEST_COMPLETION) in out for _, text, _ in shown)
 
 
-def test_with_show_every_0_no_completions_are_shown(settings, tmp_path, capsys):
-    on_ranks(1, train, [*settings, f"run.directory={tmp_path}/run", "run.show_every=0"])
+def test_with_log_completions_0_no_completions_are_shown(settings, tmp_path, capsys):
+    on_ranks(1, train, [*settings, f"run.directory={tmp_path}/run", "log.completions=0"])
     assert "completions of step" not in capsys.readouterr().out
 
 
