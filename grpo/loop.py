@@ -73,7 +73,9 @@ def do_steps(learner: Learner, metrics: Metrics, *, start: int, rate: float) -> 
         restart_peak(world.device)
         learner.recorder.begin(step + 1)
         learner.clock.lap("record")
-        values = learner.step(step) | learner.recorder.end()
+        values = learner.step(step)
+        learner.clock.lap("report")
+        values |= learner.recorder.end()
         learner.clock.lap("record")
         values |= {"lr": optimizer.param_groups[0]["lr"], "memory/peak_gib": peak_gib(world.device)}
         values |= learner.clock.seconds() | world.meter.measured()

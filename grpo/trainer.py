@@ -24,6 +24,8 @@ from hark.grpo.types import PolicyBatch, Rollout
 from hark.models.lora import WithoutAdapters
 from hark.models.policy import Policy, Prompt
 
+SHOWN = 3  # groups of which completions are shown
+
 RewardMatrix = Callable[[Sequence[Any], Sequence[str]], torch.Tensor]  # (examples, completions), B each -> (B, K)
 # (examples of a step, count) -> for the first `count` of them the prompts of each control
 Controls = Callable[[Sequence[Any], int], dict[str, Sequence[Prompt]]]
@@ -58,7 +60,7 @@ class Trainer(Learner[PolicyBatch]):
         self.rewards, self.reference, self.controls = rewards, reference, controls
         self.group_size = config.rollout.group_size
         self._reward_thread = ThreadPoolExecutor(1, "rewards")
-        self._latest: tuple[Sequence[Any], Sequence[str], torch.Tensor] = ([], [], torch.empty(0))
+        self._latest: tuple[Any, ...] = ()  # of the latest step: examples, completions, columns, rewards, advantages
 
     def step(self, step: int) -> dict[str, float]:
         examples, prompts, keys = zip(*self.data.step(step), strict=True)
@@ -86,7 +88,7 @@ class Trainer(Learner[PolicyBatch]):
         columns = pending.result().to(self.world.device)  # (B, K)
         rewards = weighted_rewards(columns, list(self.config.reward.weights.values()))
         advantages = group_advantages(rewards, group_size=self.group_size, scale=self.config.loss.advantage)
-        self._latest = repeated, completions, rewards
+        self._latest = repeated, completions, columns, rewards, advantages
         self.recorder.note(reward_names=list(self.config.reward.weights), columns=columns, rewards=rewards)
         self.clock.lap("reward")
 
@@ -198,10 +200,27 @@ class Trainer(Learner[PolicyBatch]):
         return means | ({name: value / scored for name, value in of_scored.items()} if scored else {})
 
     def completions(self) -> list[Completion]:
-        """Three completions of the latest step, of different groups if there are three."""
-        examples, completions, rewards = self._latest
-        rows = range(0, len(completions), max(len(completions) // 3, 1))[:3]
-        return [Completion(examples[row].question, completions[row], float(rewards[row])) for row in rows]
+        """The completions with the highest and the lowest reward of a few groups of the latest step."""
+        if not self._latest:
+            return []
+        examples, texts, columns, rewards, advantages = self._latest
+        best, worst = (
+            pick(rewards.unflatten(0, (-1, self.group_size)), dim=1) for pick in (torch.argmax, torch.argmin)
+        )
+        groups = range(0, len(best), max(len(best) // SHOWN, 1))[:SHOWN]
+        rows = [n * self.group_size + int(g) for n in groups for g in (best[n], worst[n])]
+        names = [short_name(name) for name in self.config.reward.weights]
+        return [
+            Completion(
+                str(examples[b].id),
+                examples[b].question,
+                texts[b],
+                dict(zip(names, columns[b].tolist(), strict=True)),
+                reward=float(rewards[b]),
+                advantage=float(advantages[b]),
+            )  # fmt: skip
+            for b in rows
+        ]
 
     def longest_batch(self, prompts: tuple[Prompt, ...]) -> PolicyBatch:
         rollout = self.draw(prompts, [(n,) for n in range(len(prompts))], stop=False)

@@ -31,6 +31,7 @@ COMMANDS = {
     "ask": Command("ask", "ask a model about a clip: answer, probabilities of the choices, samples"),
     "compare": Command("compare", "compare evaluations of the same questions, with intervals"),
     "grade": Command("grade", "grade a file of answers by a benchmark's rule, without a model"),
+    "replay": Command("replay", "compute recorded steps again and compare; compare two runs", on_ranks=True),
     "choose": Command("choose", "select a run's checkpoint on its validation questions", on_ranks=True),
     "export": Command("export", "write a checkpoint as a Hugging Face directory, or its adapters", on_ranks=True),
     "plan": Command("plan", "predict the peak memory of a training run"),

@@ -150,25 +150,31 @@ def test_numbers_are_short(value, text, capsys):
     assert f" loss {text} s/step" in capsys.readouterr().out
 
 
-def test_completions_stand_with_question_and_reward(capsys):
-    Console(10, ()).completions(
-        5, [Completion("Which sound?", "<answer>rain</answer>", 2.0), Completion("Who?", " ", 0)]
-    )
+def completion(question: str, text: str, reward: float) -> Completion:
+    return Completion(question, question, text, {"accuracy": reward - 1, "format": 1.0}, reward, advantage=-0.25)
+
+
+def test_completions_stand_below_their_question_with_advantage_reward_and_its_parts(capsys):
+    shown = [completion("Which sound?", "<answer>rain</answer>", 2.0), completion("Which sound?", " ", 1.0)]
+    Console(10, ()).completions(5, [*shown, completion("Who?", "me", 1.5)])
     assert capsys.readouterr().out.splitlines() == [
-        "completions of step 5:",
-        "  reward 2  Which sound?",
-        "    <answer>rain</answer>",
-        "  reward 0  Who?",
-        "    (empty)",
+        "completions of step 5: advantage, reward, accuracy, format",
+        "  Which sound?",
+        "    -0.25     2     1     1  <answer>rain</answer>",
+        "    -0.25     1     0     1  (empty)",
+        "  Who?",
+        "    -0.25   1.5   0.5     1  me",
     ]
 
 
 def test_completions_fit_the_terminal(terminal):
-    stream = terminal(40)
-    Console(10, ()).completions(5, [Completion("Which of these sounds do you hear? " * 2, "one two three " * 9, 1.0)])
+    stream = terminal(60)
+    shown = completion("Which of these sounds do you hear? " * 2, "one two three " * 9, 1.0)
+    Console(10, ()).completions(5, [shown])
     lines = stream.getvalue().splitlines()
-    assert all(len(line) < 40 for line in lines)
-    assert " ".join(line.strip() for line in lines[2:]) == ("one two three " * 9).strip()
+    assert all(len(line) < 60 for line in lines)
+    text = " ".join(line.strip() for line in lines[2:])
+    assert text.endswith(("one two three " * 9).strip()) and text.startswith("-0.25")
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_only_rank_0_writes(tmp_path, capsys):
     metrics.log(2, {"reward": 1.0})
     metrics.log_event("evaluation", {"accuracy": 1.0})
     metrics.warn("careful")
-    metrics.show_completions(2, [Completion("Which?", "rain", 1.0)])
+    metrics.show_completions(2, [Completion("q", "Which?", "rain", {}, 1.0, 0.0)])
     metrics.close()
     assert metrics.step == 2
     assert not (tmp_path / "run").exists()

@@ -495,8 +495,7 @@ def test_what_stops_a_save_surfaces_as_itself(cause, kind, said, settings, tmp_p
         on_ranks(1, train, [*settings, f"run.directory={tmp_path}/run", "checkpoint.every=1"])
 
 
-def test_three_completions_of_different_groups_are_shown_with_their_own_rewards(settings, tmp_path, capsys):
-    """B = 16 rows: 0, 5 and 10 are of the groups 0, 1 and 2."""
+def test_the_best_and_the_worst_completion_of_three_groups_are_shown_and_written(settings, tmp_path, capsys):
     config = load_config(
         [*settings, f"run.directory={tmp_path}/run", "log.completions=2", "reward.weights={accuracy: 2, format: 1}"]
     )
@@ -511,20 +510,25 @@ def test_three_completions_of_different_groups_are_shown_with_their_own_rewards(
 
         trainer = build(world, config, rewards=rewards)
         loop.train(trainer)
-        examples, completions = steps[-1]
-        columns = length_reward(examples, completions)
-        expected = [
-            (examples[n].question, completions[n], float(2 * columns[n, 0] + columns[n, 1])) for n in (0, 5, 10)
-        ]
-        assert len({examples[n].id for n in (0, 5, 10)}) == 3
-        for one, (question, text, reward) in zip(trainer.completions(), expected, strict=True):
-            assert one[:2] == (question, text) and one.reward == pytest.approx(reward)
+        examples, texts = steps[-1]
+        columns = length_reward(examples, texts)
+        rewards_of_all = (2 * columns[:, 0] + columns[:, 1]).unflatten(0, (-1, 4))
+        for n, (best, worst) in enumerate(zip(trainer.completions()[::2], trainer.completions()[1::2], strict=True)):
+            assert best.reward == pytest.approx(float(rewards_of_all[n].max()))
+            assert worst.reward == pytest.approx(float(rewards_of_all[n].min()))
+            assert best.id == worst.id == examples[4 * n].id and best.question == examples[4 * n].question
+            row = 4 * n + int(rewards_of_all[n].argmax())
+            assert best.text == texts[row] and list(best.rewards.values()) == columns[row].tolist()
+            assert best.advantage >= 0 >= worst.advantage
         shown.extend(trainer.completions())
 
     on_ranks(1, run)
     out = capsys.readouterr().out
     assert re.findall(r"completions of step (\d+):", out) == ["2", "3"], "every second step and the last"
-    assert all(excerpt(text, LONGEST_COMPLETION) in out for _, text, _ in shown)
+    assert len(shown) == 6 and all(excerpt(one.text, LONGEST_COMPLETION) in out for one in shown)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
+    assert [line.pop("step") for line in lines] == [2] * 6 + [3] * 6
+    assert lines[6:] == [one._asdict() for one in shown]
 
 
 def test_with_log_completions_0_no_completions_are_shown(settings, tmp_path, capsys):

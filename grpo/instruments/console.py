@@ -29,11 +29,14 @@ LABELS = {  # of names on the line, short so that all fit in 160 columns
 
 
 class Completion(NamedTuple):
-    """A sampled answer to a question, and its reward."""
+    """A sampled answer to a question, what each reward gave it, and its advantage in its group."""
 
+    id: str
     question: str
     text: str
+    rewards: dict[str, float]
     reward: float
+    advantage: float
 
 
 class Console:
@@ -71,13 +74,18 @@ class Console:
         self.print("  ".join([f"{name} at step {step}", *starmap(_field, values.items())]))
 
     def completions(self, step: int, shown: Sequence[Completion]) -> None:
-        """Print completions with their questions and rewards."""
-        self.print(f"completions of step {step}:")
-        for question, text, reward in shown:
-            head = f"  reward {_number(reward)}  "
-            print(head + excerpt(question, min(LONGEST_QUESTION, self._width() - len(head))))
-            text = excerpt(text, LONGEST_COMPLETION) or "(empty)"
-            print(textwrap.fill(text, self._width(), initial_indent=INDENT, subsequent_indent=INDENT), flush=True)
+        """Print completions below their questions, with their rewards and advantages."""
+        columns = ("advantage", "reward", *shown[0].rewards) if shown else ()
+        self.print(f"completions of step {step}: {', '.join(columns)}")
+        for before, one in zip([None, *shown], shown, strict=False):
+            if before is None or before.id != one.id:
+                print("  " + excerpt(one.question, min(LONGEST_QUESTION, self._width() - 2)))
+            numbers = (one.advantage, one.reward, *one.rewards.values())
+            head = INDENT + " ".join(f"{_number(number):>5}" for number in numbers) + "  "
+            text = excerpt(one.text, LONGEST_COMPLETION) or "(empty)"
+            print(
+                textwrap.fill(text, self._width(), initial_indent=head, subsequent_indent=" " * len(head)), flush=True
+            )
 
     def print(self, text: str) -> None:
         """Print a line of its own, after the line of the latest step."""

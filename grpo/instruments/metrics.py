@@ -1,4 +1,4 @@
-"""The log of a run: metrics.jsonl, the console, TensorBoard.
+"""The log of a run: metrics.jsonl, completions.jsonl, the console, TensorBoard.
 
 Steps count from 1. An evaluation before the first step is logged as step 0.
 """
@@ -26,7 +26,7 @@ class Metrics:
 
     def __init__(self, directory: str | Path, *, rank: int, total_steps: int, show: tuple[str, ...] = ()):
         self._writes = rank == 0
-        self._path = Path(directory) / "metrics.jsonl"
+        self._path, self._completions = (Path(directory) / f"{name}.jsonl" for name in ("metrics", "completions"))
         self.step = 0  # the latest that is logged
         self._board: Any = None
         self._console = Console(total_steps, show)
@@ -44,12 +44,9 @@ class Metrics:
             return
         self._console.start()
         self._board = _open_board(self._path.parent, purge_step=step)
-        if not self._path.exists():
-            return
-        kept = [line for line in self._path.read_text(encoding="utf-8").splitlines() if _step_of(line) < step]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self._path)  # atomic: a crash here loses no history
+        for path in (self._path, self._completions):
+            if path.exists():
+                _truncate(path, step)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Record one finished step (1 .. total_steps); a non-finite value is null in the file."""
@@ -77,9 +74,11 @@ class Metrics:
             self._console.print(f"warning: {text}")
 
     def show_completions(self, step: int, completions: Sequence[Completion]) -> None:
-        """Print completions of a step."""
+        """Print completions of a step, and add them to completions.jsonl."""
         if self._writes and completions:
             self._console.completions(step, completions)
+            for one in completions:
+                self._append({"step": step, **one._asdict()}, self._completions)
 
     def close(self) -> None:
         """Print the last step if it is not printed yet, and close TensorBoard's file."""
@@ -89,9 +88,9 @@ class Metrics:
             self._board.close()
             self._board = None
 
-    def _append(self, record: dict[str, Any]) -> None:
+    def _append(self, record: dict[str, Any], path: Path | None = None) -> None:
         # Opened and closed for each line, so that a later crash does not lose it.
-        with self._path.open("a", encoding="utf-8") as file:
+        with (path or self._path).open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite(record), allow_nan=False) + "\n")
 
     def _to_board(self, step: int, values: dict[str, float]) -> None:
@@ -172,6 +171,13 @@ class _NoBoard:
 
     def close(self) -> None:
         pass
+
+
+def _truncate(path: Path, step: int) -> None:
+    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) < step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)  # atomic: a crash here loses no history
 
 
 def _step_of(line: str) -> float:

@@ -89,19 +89,26 @@ class Recorder:
         if not self.is_due:
             self._draft = None
             return {}
-        assert self._draft is not None
-        self._draft.weights_after = weight_digests(self._policy, self._world)
-        size = self._write(self._draft, "every")
-        self._draft = None
+        size = write_part(self._directory, self.take())
         if self._world.is_main:
             self._delete_old()
         return {"record/mib": size / MIB}
+
+    def take(self) -> StepRecord:
+        """End the current step; returns this rank's part of it. A collective."""
+        assert self._draft is not None
+        draft, self._draft = self._draft, None
+        draft.weights_after = weight_digests(self._policy, self._world)
+        draft.is_written = True
+        return self._record(draft, "every")
 
     def write_last(self, error: BaseException) -> list[int]:
         """Write the steps before an error that are not written yet, and the current one; returns their numbers."""
         drafts = [draft for draft in self._latest if not draft.is_written and draft.examples] if self._last else []
         for draft in drafts:
-            self._write(draft, f"error: {error}" if draft is self._draft else "last steps before an error")
+            draft.is_written = True
+            reason = f"error: {error}" if draft is self._draft else "last steps before an error"
+            write_part(self._directory, self._record(draft, reason))
         return [draft.step for draft in drafts]
 
     def truncate(self, step: int) -> None:
@@ -112,11 +119,10 @@ class Recorder:
     def _is_due(self, step: int) -> bool:
         return self._every > 0 and (step % self._every == 0 or step == self._total)
 
-    def _write(self, draft: Draft, reason: str) -> int:
+    def _record(self, draft: Draft, reason: str) -> StepRecord:
         record = record_of(draft, self._policy, self._describe)
         own = {"reason": reason, "ranks": self._world.size, "parts": [self._world.rank]}
-        draft.is_written = True
-        return write_part(self._directory, StepRecord(record.values | own | self._about, record.tensors))
+        return StepRecord(record.values | own | self._about, record.tensors)
 
     def _delete_old(self) -> None:
         due = [step for step in recorded_steps(self._directory) if self._is_due(step)]

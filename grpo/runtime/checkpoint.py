@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,12 +73,16 @@ def save_checkpoint(
     dist.barrier()
 
 
-def load_checkpoint(directory: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
+def load_checkpoint(
+    directory: Path, policy: Policy, optimizer: torch.optim.Optimizer, *, at_most: float = math.inf
+) -> int:
     """Load the newest complete checkpoint in `directory`, saved by any number of ranks; returns its finished steps.
+
+    at_most: the largest number of finished steps that is wanted.
 
     Raises CheckpointError if there is none, or if it is of a model with other tensors.
     """
-    usable = checkpoints(directory, resumable=True)
+    usable = [path for path in checkpoints(directory, resumable=True) if step_of(path) <= at_most]
     if not usable:
         raise CheckpointError(f"{directory}: no checkpoint to resume from; run without run.resume=true to start afresh")
     settings = [{key: group[key] for key in ("betas", "weight_decay")} for group in optimizer.param_groups]

@@ -1,0 +1,88 @@
+"""Runs recorded steps again with the model. Each stage gets what the record holds of those before it.
+
+A difference in one stage thus causes no other: if the completions differ, the recorded ones are scored all the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from hark.data.described import described
+from hark.grpo.config import Config, ConfigError
+from hark.grpo.instruments.record import RecordError, StepRecord, joined
+from hark.grpo.runtime.checkpoint import checkpoints, load_checkpoint, step_of
+from hark.grpo.runtime.collectives import World, gather_rows
+from hark.grpo.trainer import Trainer
+from hark.grpo.types import Rollout
+from hark.launch.common.policies import make_policy, make_reference
+from hark.launch.common.questions import rewards_of, training_examples, training_loader
+
+TERMS = ("tokens", "mask", "stopped", "old_logprobs")  # what the sampler gives
+
+
+@contextmanager
+def prepared_trainer(config: Config, world: World) -> Iterator[Trainer]:
+    """The trainer of a run, at its first step."""
+    if config.optim.prompts_per_step % world.size:
+        raise ConfigError(f"a step has {config.optim.prompts_per_step} prompts, no multiple of {world.size} processes")
+    policy = make_policy(config, world)
+    examples, _ = training_examples(config, world, policy)
+    with training_loader(config, world, policy, examples) as loader:
+        yield Trainer(
+            config, world, policy, data=loader, rewards=rewards_of(config), describe=described,
+            reference=make_reference(config, world, policy),
+        )  # fmt: skip
+
+
+def restore(trainer: Trainer, run: Path, step: int) -> int:
+    """Load the newest checkpoint of a run before `step`; returns its finished steps, 0 for the model it began with."""
+    saved = [path for path in checkpoints(run / "checkpoints", resumable=True) if step_of(path) < step]
+    return load_checkpoint(run / "checkpoints", trainer.policy, trainer.optimizer, at_most=step - 1) if saved else 0
+
+
+def rerun(trainer: Trainer, record: StepRecord) -> StepRecord | None:
+    """Run one step again, from the weights that the trainer has; returns its record on rank 0."""
+    world, step = trainer.world, record.step
+    examples, prompts, keys = zip(*trainer.data.step(step - 1), strict=True)
+    own = _part(record, world, group_size=record.values["group_size"])
+    trainer.recorder.begin(step)
+    drawn = trainer.draw(prompts, keys)
+    scored = Rollout(
+        prompts, drawn.group_size, own["tokens"], own["mask"], logprobs=own["old_logprobs"], stopped=own["stopped"]
+    )
+    texts = trainer.policy.completion_texts(scored.tokens, scored.mask)
+    names = list(trainer.config.reward.weights)
+    columns = trainer.rewards([example for example in examples for _ in range(drawn.group_size)], texts)
+    ref_logprobs = trainer.reference_logprobs(scored)
+    trainer.recorder.note(
+        examples=examples, prompts=prompts, keys=keys, rollout=drawn, texts=texts, reward_names=names, columns=columns
+    )
+    batch = trainer.batch(scored, own.get("ref_logprobs"), own["advantages"], float(record.tensors["mask"].sum()))
+    batch = dataclasses.replace(batch, weights=own["weights"])
+    for _ in range(trainer.config.loss.inner_epochs):
+        trainer.update(batch, step - 1, examples)
+    part = trainer.recorder.take()
+    tensors = {"tokens": drawn.tokens, "mask": drawn.mask, "ref_logprobs": ref_logprobs}
+    found = {name: tensor.cpu() for name, tensor in tensors.items() if tensor is not None}
+    parts = gather_rows([dataclasses.replace(part, tensors=part.tensors | found)], world)
+    return None if parts is None else joined(parts)
+
+
+def _part(record: StepRecord, world: World, *, group_size: int) -> dict[str, torch.Tensor]:
+    """This rank's rows of the tensors of a record."""
+    if not record.is_whole:
+        missing = sorted(set(range(record.values["ranks"])) - set(record.values["parts"]))
+        raise RecordError(f"step {record.step}: the parts of ranks {missing} are missing; it cannot be run again")
+    count = len(record.values["completions"]) // world.size
+    rows = slice(world.rank * count, (world.rank + 1) * count)
+    named = {name: tensor[rows] for name, tensor in record.tensors.items() if not name.startswith("prompt_")}
+    longest = int(named["mask"].sum(dim=1).max())
+    cut = {
+        name: value[:, :longest] if value.dim() > 1 and name != "rewards" else value for name, value in named.items()
+    }
+    return {name: value.to(world.device) for name, value in cut.items()}

@@ -1,0 +1,220 @@
+"""Compute recorded steps again and compare: what differs, where it is first, and by how much.
+
+    python launch/replay.py RUN STEP                       from the record alone: rewards, advantages, weights, loss
+    python launch/replay.py RUN 1:100 --model              also completions, logprobs, gradients and the update
+    python launch/replay.py RUN STEP --set loss.clip_high=0.28
+    python launch/replay.py RUN --from OTHER_RUN           the first step and quantity at which two runs part
+
+RUN is the run.directory of `hark train` with record.every above 0, STEP a recorded step or a range of them. --model
+begins at the newest checkpoint before the first step, or at the model that the run began with; every step from there on
+must be recorded. The exit status is 1 if a quantity differs by more than rounding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from hark.data.described import example_of
+from hark.grpo.config import Config, ConfigError
+from hark.grpo.instruments.record import RecordError, StepRecord, read_step, recorded_steps
+from hark.grpo.instruments.replay import RECOMPUTED, Difference, differences, first_difference, recomputed
+from hark.grpo.runtime.collectives import joined_world
+from hark.launch.common.entry import run
+from hark.launch.common.questions import rewards_of
+from hark.launch.common.rerun import prepared_trainer, rerun, restore
+from hark.launch.common.trained import read_run
+
+SETTABLE = ("loss.", "reward.")  # settings that a record alone can be computed with again
+
+
+def main(argv: list[str]) -> None:
+    arguments = parse(argv)
+    if arguments.other:
+        parted = compare_runs(arguments.other, arguments.run)
+    elif arguments.set:
+        config = read_run(arguments.run, checked(arguments.set))
+        for step in steps_of(arguments):
+            print(side_by_side(read_step(arguments.run, step), read_run(arguments.run, []), config, arguments.set))
+        return
+    elif arguments.model:
+        parted = rerun_steps(arguments.run, steps_of(arguments))
+    else:
+        config = read_run(arguments.run, [])
+        parted = report(arguments.run, "from the record alone", alone(arguments.run, steps_of(arguments), config))
+    if parted:
+        sys.exit(1)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("steps", metavar="STEP", nargs="?", help="a step, FIRST:LAST, or all that are recorded")
+    parser.add_argument("--model", action="store_true", help="run the steps again, with the model")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="what the step would have been")
+    parser.add_argument("--from", dest="other", type=Path, metavar="OTHER_RUN", help="compare with another run")
+    arguments = parser.parse_args(argv)
+    if arguments.model + bool(arguments.set) + bool(arguments.other) > 1:
+        parser.error("--model, --set and --from exclude one another")
+    return arguments
+
+
+def steps_of(arguments: argparse.Namespace) -> list[int]:
+    """The steps that the arguments name. Raises RecordError if one is not recorded."""
+    recorded = recorded_steps(arguments.run)
+    if not recorded:
+        raise RecordError(f"{arguments.run} has no recorded steps; train with record.every above 0")
+    first, _, last = (arguments.steps or f"{recorded[0]}:{recorded[-1]}").partition(":")
+    if not first.isdecimal() or not (last or first).isdecimal():
+        raise ConfigError(f"STEP is {arguments.steps!r}; expected a number, such as 10, or a range, such as 1:100")
+    return [step for step in recorded if int(first) <= step <= int(last or first)] or [int(first)]
+
+
+def alone(directory: Path, steps: Sequence[int], config: Config) -> Iterator[tuple[StepRecord, list[Difference]]]:
+    for step in steps:
+        record = read_step(directory, step)
+        yield record, differences(record, again(record, config), among=RECOMPUTED)
+
+
+def again(record: StepRecord, config: Config) -> StepRecord:
+    """The record with its rewards, advantages, weights and loss computed again, by the settings of a configuration."""
+    if "rewards" not in record.tensors or "logprobs" not in record.tensors:
+        raise RecordError(f"step {record.step} has no rewards and logprobs: it is not of GRPO, or an error ended it")
+    loss = config.loss
+    return recomputed(
+        record, columns=reward_columns(record, config), reward_weights=list(config.reward.weights.values()),
+        advantage=loss.advantage, token_weighting=loss.token_weights, clip_low=loss.clip_low, clip_high=loss.clip_high,
+        beta=loss.beta,
+    )  # fmt: skip
+
+
+def reward_columns(record: StepRecord, config: Config) -> torch.Tensor:
+    size = record.values["group_size"]
+    examples = [example for prompt in record.values["prompts"] for example in [example_of(prompt)] * size]
+    return rewards_of(config)(examples, [completion["text"] for completion in record.values["completions"]])
+
+
+def rerun_steps(directory: Path, steps: Sequence[int]) -> bool:
+    """Run steps again with the model, and those between its checkpoint and the first; whether they differ."""
+    config = read_run(directory, ["record.every=1", "data.workers=1"])
+    parted = False
+    with joined_world(threads=config.run.threads) as world, prepared_trainer(config, world) as trainer:
+        start = restore(trainer, directory, steps[0])
+        needed = range(start + 1, steps[-1] + 1)
+        if missing := {*needed} - {*recorded_steps(directory)}:
+            raise RecordError(
+                f"{directory}: step {min(missing)} is not recorded; the steps from {start + 1}, after the newest "
+                f"checkpoint before step {steps[0]}, to {steps[-1]} are needed; train with record.every=1"
+            )
+        records = (read_step(directory, step) for step in needed)
+        pairs = ((record, rerun(trainer, record)) for record in records)
+        found = (
+            (record, differences(record, new, dtype=config.model.dtype)) for record, new in pairs if new is not None
+        )
+        if world.is_main:
+            kind = f"with the model after {start} steps, on {world.size} of {{ranks}} ranks"
+            parted = report(directory, kind, found)
+        else:
+            for _ in pairs:
+                pass
+    return parted
+
+
+def compare_runs(first: Path, second: Path) -> bool:
+    """Print the first step and quantity at which two runs part; whether they do."""
+    shared = sorted({*recorded_steps(first)} & {*recorded_steps(second)})
+    if not shared:
+        raise RecordError(f"{first} and {second} have no recorded step in common")
+    for step in shared:
+        found = differences(read_step(first, step), read_step(second, step), dtype="float32")
+        parted = first_difference(found)
+        if parted is not None:
+            print(f"{first} and {second} part at step {step}, in {parted.quantity}: {explained(parted)}")
+            return True
+    print(f"{first} and {second} are equal, to rounding, in {len(shared)} recorded steps, {shared[0]} to {shared[-1]}")
+    return False
+
+
+def report(directory: Path, kind: str, found: Iterator[tuple[StepRecord, list[Difference]]]) -> bool:
+    """Print the largest difference of each quantity over the steps; whether one is more than rounding."""
+    worst: dict[str, tuple[int, Difference]] = {}
+    steps, count = [], 0
+    for record, compared in found:
+        steps.append(record.step)
+        count += len(compared)
+        kind = kind.format(ranks=record.values["ranks"])
+        for one in compared:
+            if one.quantity not in worst or _excess(one) > _excess(worst[one.quantity][1]):
+                worst[one.quantity] = record.step, one
+    print(f"steps {steps[0]} to {steps[-1]} of {directory}, {kind}")
+    print(f"{'quantity':20}{'values':>8}  largest difference")
+    for quantity, (step, one) in worst.items():
+        print(
+            f"{quantity:20}{one.count:8}  {explained(one)}{f' (step {step})' if one.largest and len(steps) > 1 else ''}"
+        )
+    differing = [quantity for quantity, (_, one) in worst.items() if _excess(one) > 1]
+    equal = sum(one.is_equal for _, one in worst.values())
+    if differing:
+        print(f"{len(differing)} quantities differ; the first is {differing[0]}")
+    else:
+        print(f"{len(steps)} steps agree: {equal} quantities are equal, {len(worst) - equal} differ by rounding")
+    return bool(differing)
+
+
+def _excess(one: Difference) -> float:
+    """The largest difference in relation to what is rounding; above 1 it is more."""
+    return 0.0 if one.is_equal else one.largest / one.limit if one.limit else float("inf")
+
+
+def explained(one: Difference) -> str:
+    """A difference in words."""
+    if one.is_equal:
+        return "0"
+    if one.is_rounding:
+        return f"{one.largest:.1e}, rounding"
+    size = "" if one.largest == float("inf") else f"{one.largest:.2e}; "
+    return f"DIFFERS: {size}first at {one.place}: {one.first!r} in the record, {one.second!r} now"
+
+
+def checked(overrides: Sequence[str]) -> list[str]:
+    """The overrides, if a record alone can be computed with them again."""
+    for override in overrides:
+        if not override.startswith(SETTABLE):
+            raise ConfigError(f"--set {override}: expected settings that begin with {' or '.join(SETTABLE)}")
+    return list(overrides)
+
+
+def side_by_side(record: StepRecord, before: Config, after: Config, words: Sequence[str]) -> str:
+    """The terms of a step as they were and as they would have been."""
+    columns = [terms(again(record, config), config) for config in (before, after)]
+    lines = [f"step {record.step}{'':23}{'recorded':>14}  {' '.join(words)}"]
+    lines += [f"{name:30}{columns[0][name]:14.6g}{columns[1][name]:14.6g}" for name in columns[0]]
+    return "\n".join(lines)
+
+
+def terms(record: StepRecord, config: Config) -> dict[str, float]:
+    """What the loss of a step is made of; of several updates the last."""
+    values = record.tensors
+    weights, last = values["weights"], {name: values[name][..., -1] for name in ("ratio", "clipped", "loss")}
+    kl = values["kl"][..., -1] if config.loss.beta else torch.zeros_like(weights)
+    penalty = float(config.loss.beta * (weights * kl).sum())
+    loss = float(last["loss"].sum())
+    return {
+        "reward": float(values["reward"].mean()),
+        "advantages, mean size": float(values["advantages"].abs().mean()),
+        "completions with advantage": float(values["advantages"].ne(0).sum()),
+        "weights, sum": float(weights.sum()),
+        "ratio, largest": float(last["ratio"].max()),
+        "tokens clipped": float(last["clipped"].sum()),
+        "surrogate": penalty - loss,
+        "beta * KL": penalty,
+        "loss": loss,
+    }
+
+
+if __name__ == "__main__":
+    run(main)
