@@ -14,6 +14,7 @@ from hark.grpo.advantage import equal_rewards, group_advantages, weighted_reward
 from hark.grpo.config import Config
 from hark.grpo.instruments.console import PACE, Completion
 from hark.grpo.instruments.groups import group_sums, shares_of_variance
+from hark.grpo.instruments.trackers import Audio
 from hark.grpo.learner import Key, Learner, TrainingData
 from hark.grpo.loss import TokenTerms, policy_loss
 from hark.grpo.runtime.collectives import World, reduce_sums
@@ -221,6 +222,13 @@ class Trainer(Learner[PolicyBatch]):
             )  # fmt: skip
             for b in rows
         ]
+
+    def clips(self) -> dict[str, Audio]:
+        """The first clip of each question of `completions`: "clips/1" is that of the first question."""
+        examples = {str(example.id): example for example in self._latest[0]} if self._latest else {}
+        questions = dict.fromkeys(one.id for one in self.completions())
+        heard = [self.listen(examples[question])[:1] for question in questions]
+        return {f"clips/{n}": clip for n, first in enumerate(heard, 1) for clip in first}
 
     def longest_batch(self, prompts: tuple[Prompt, ...]) -> PolicyBatch:
         rollout = self.draw(prompts, [(n,) for n in range(len(prompts))], stop=False)

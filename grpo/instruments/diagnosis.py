@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 from typing import Any, NamedTuple
 
 Line = dict[str, Any]
@@ -79,9 +79,14 @@ def rise(before: Sequence[float], after: Sequence[float]) -> float:
     """By how many standard errors the mean has risen; nan without values, 0 if nothing differs."""
     if not before or not after:
         return math.nan
-    error = math.sqrt(sum(stdev(values) ** 2 / len(values) for values in (before, after)))
-    difference = fmean(after) - fmean(before)
+    difference, error = fmean(after) - fmean(before), math.hypot(_error(before), _error(after))
     return difference / error if error else math.copysign(math.inf, difference) if difference else 0.0
+
+
+def _error(values: Sequence[float]) -> float:
+    """The standard error of the mean."""
+    mean, count = fmean(values), len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1) / count)
 
 
 # The rules -----------------------------------------------------------------------------------------------------------
@@ -153,12 +158,17 @@ def deaf(lines: Lines) -> str:
 
 
 def _adds_nothing(evaluation: Line) -> bool:
-    """Whether sound adds less than two standard errors, on enough questions to show SOUND_GAIN."""
-    accuracies = [evaluation.get("accuracy"), evaluation.get("silent_accuracy")]
-    if None in accuracies:
+    """Whether sound adds less than two standard errors, on enough questions to show SOUND_GAIN.
+
+    Each share has a right and a wrong answer more (Agresti and Caffo, The American Statistician 54, 2000), so that the
+    error is not 0 where all answers are right or all are wrong.
+    """
+    if "accuracy" not in evaluation or "silent_accuracy" not in evaluation:
         return False
-    error = math.sqrt(sum(share * (1 - share) / evaluation["questions"] for share in accuracies))
-    return DOUBT * error < SOUND_GAIN and accuracies[0] - accuracies[1] < DOUBT * error
+    total = evaluation["questions"] + 2
+    shares = [(evaluation[name] * (total - 2) + 1) / total for name in ("accuracy", "silent_accuracy")]
+    error = math.sqrt(sum(share * (1 - share) / total for share in shares))
+    return DOUBT * error < SOUND_GAIN and shares[0] - shares[1] < DOUBT * error
 
 
 def one_reward(lines: Lines) -> str:

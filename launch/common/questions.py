@@ -277,6 +277,12 @@ def waveform_of(config: Config, policy: Policy) -> Callable[[Clip], np.ndarray]:
     return waveform
 
 
+def listening(config: Config, policy: Policy) -> Callable[[Example], list[tuple[np.ndarray, int]]]:
+    """A function from an example to its clips as waveforms with their sample rate."""
+    load, rate = waveform_of(config, policy), policy.sample_rate
+    return lambda example: [(load(clip), rate) for clip in example.clips] if rate else []
+
+
 def silenced(load: Callable[[Clip], np.ndarray]) -> Callable[[Clip], np.ndarray]:
     """A function from a clip to zeros, as many as the waveform has that `load` returns."""
     return lambda clip: np.zeros_like(load(clip))
