@@ -1,6 +1,6 @@
 """The metrics of the demo that the rules of the diagnosis read, as columns of three digits: tests/demo_metrics.json.
 
-    python -m tests.demo_metrics runs/mini     # after `make demo`
+python -m tests.demo_metrics runs/mini     # after `make demo`
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,11 +28,11 @@ from hark.launch.common.questions import training_examples, validation_figures
 from tests.clips import write_questions
 from tests.demo_metrics import FILE, lines_of
 from tests.ranks import on_ranks
-from tests.runs import build, length_reward, read_metrics
+from tests.runs import build, read_metrics
 
 SMALL = (
     "rollout.max_new_tokens=3", "optim.prompts_per_step=2", "optim.micro_batch=2", "checkpoint.every=0",
-    "checkpoint.export=false", "log.completions=0",
+    "checkpoint.export=false", "loss.beta=0", "log.completions=0",
 )  # fmt: skip
 
 
@@ -53,45 +54,52 @@ def warned(directory: Path, dtype: str = "float32") -> dict[str, list[int]]:
     return {name: [step for step, other, _ in events if other == name] for _, name, _ in events}
 
 
-def trained(settings: list[str], *overrides: str, steps: int, ranks: int = 1, **parts) -> dict[str, list[int]]:
+def trained(settings: list[str], *overrides: str, steps: int, **parts) -> dict[str, list[int]]:
     """The warnings of a run."""
     config = load_config([*settings, f"optim.steps={steps}", *overrides])
-    on_ranks(ranks, _train, config, {"rewards": length_reward} | parts)
+    on_ranks(1, lambda world: loop.train(build(world, config, **parts)))
     return warned(Path(config.run.directory))
 
 
-def _train(world: World, config: Config, parts: dict) -> None:
-    loop.train(build(world, config, **parts))
+class Noise:
+    """Rewards that do not depend on the completions."""
 
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(0)
 
-def noise(examples, completions) -> torch.Tensor:
-    """Rewards that no completion can obtain."""
-    generator = torch.Generator().manual_seed(sum(map(len, completions)))
-    return torch.rand(len(completions), 2, generator=generator)
+    def __call__(self, examples, completions) -> torch.Tensor:
+        return torch.rand(len(completions), 2, generator=self.generator)
 
 
 # Each symptom in a run made to have it ------------------------------------------------------------------------------
 
 
-def test_equal_rewards_and_completions_that_are_cut_off_are_found_in_the_first_window_and_printed_once(text, capsys):
-    def ones(examples, completions):
-        return torch.ones(len(completions), 2)
+def test_equal_rewards_and_completions_that_are_cut_off_are_found_after_a_window_and_printed_once(
+    text, tmp_path, capsys
+):
+    config = load_config([*text, f"optim.steps={WINDOW + 3}"])
 
-    found = trained(text, "rollout.max_new_tokens=1", steps=WINDOW + 3, rewards=ones)
-    assert found["groups all equal"] == [WINDOW]
-    assert found["all truncated"][0] <= WINDOW + 3
+    def run(world: World) -> None:
+        learner = build(world, config, rewards=lambda examples, completions: torch.ones(len(completions), 2))
+        learner.draw = partial(learner.draw, stop=False)
+        loop.train(learner)
+
+    on_ranks(1, run)
+    assert warned(tmp_path / "run") == {"groups all equal": [WINDOW], "all truncated": [WINDOW]}
     printed = capsys.readouterr().out
     assert printed.count("warning: groups all equal: in 100% of the groups of the last 20 steps") == 1
     assert "raise rollout.group_size or rollout.temperature" in printed
 
 
 def test_rewards_that_no_completion_obtains_leave_the_reward_flat_while_the_kl_rises(text):
-    found = trained(text, "optim.lr=5e-4", "loss.beta=0.001", steps=2 * LONG + 2, rewards=noise)
+    found = trained(text, "optim.lr=5e-4", "loss.beta=0.001", steps=2 * LONG + 2, rewards=Noise())
     assert found["reward flat"] == [2 * LONG]
     assert LONG + WINDOW <= found["KL rises without reward"][0] < 2 * LONG
 
 
 def test_a_format_that_is_learnt_while_accuracy_is_not_is_found(text):
+    noise = Noise()
+
     def rewards(examples, completions):
         form = torch.tensor([float("a" in text or "e" in text) for text in completions])
         return torch.stack([noise(examples, completions)[:, 0], form], dim=1)
@@ -111,7 +119,7 @@ def test_a_reward_of_little_weight_is_dominated(text):
 
 
 def test_updates_that_are_clipped_are_of_too_high_a_rate(text):
-    found = trained(text, "loss.inner_epochs=2", "optim.lr=3e-2", steps=WINDOW + 2)
+    found = trained(text, "loss.inner_epochs=2", "optim.lr=1e-2", steps=WINDOW + 2)
     assert found["learning rate too high"] == [WINDOW]
 
 
@@ -136,7 +144,7 @@ def test_a_sampler_of_another_temperature_is_found_at_the_first_step(text, monke
 
 def test_the_gap_of_bfloat16_is_not_that_of_float32(text, tmp_path):
     config = load_config([*text, "model.dtype=bfloat16", "optim.steps=1"])
-    on_ranks(1, _train, config, {})
+    on_ranks(1, lambda world: loop.train(build(world, config)))
     assert warned(tmp_path / "run", "bfloat16") == {}
     assert [name for _, name, _ in diagnose(read_metrics(tmp_path / "run"))] == ["sampler gap"]
 
@@ -155,10 +163,8 @@ def test_a_slow_loader_starves_the_step(text, tmp_path):
 
 
 def _slow_rank(world: World, config: Config) -> None:
-    learner = build(world, config)
-    draw = learner.draw
-    learner.draw = lambda *args, **options: (time.sleep(0.15 * world.rank), draw(*args, **options))[1]
-    loop.train(learner)
+    trainer_module.sample = lambda *args, **options: (time.sleep(0.08 * world.rank), sample(*args, **options))[1]
+    loop.train(build(world, config))
 
 
 def test_a_slow_rank_is_waited_for(text, tmp_path):
@@ -175,9 +181,7 @@ def test_a_model_that_learns_one_answer_to_all_questions_does_not_listen(setting
     config = load_config([*settings, *SMALL, *words, "rollout.max_new_tokens=12"])
 
     def run(world: World) -> None:
-        learner = build(
-            world, config, SupervisedTrainer, target=lambda example: f"<answer>{example.answer_text}</answer>"
-        )
+        learner = build(world, config, SupervisedTrainer, target=lambda example: "<answer>rain</answer>")
         examples, _ = training_examples(config, world, learner.policy)
         learner.validate = lambda: validation_figures(config, world, learner.policy, examples)
         loop.train(learner)
@@ -217,7 +221,7 @@ def test_noise_is_no_symptom(seed):
     assert diagnose([healthy(step, draw) for step in range(1, 301)]) == []
 
 
-def evaluations(*figures: tuple[float, float, int]) -> list[str]:
+def evaluations(*figures: tuple[float, float, int]) -> list[tuple[int, str]]:
     """The warnings after evaluations of (accuracy, accuracy without sound, questions)."""
     names = ("accuracy", "silent_accuracy", "questions")
     lines = [{"event": "evaluation", "step": n} | dict(zip(names, one, strict=True)) for n, one in enumerate(figures)]
@@ -253,8 +257,8 @@ def steps_said(lines: list[dict[str, float]]) -> list[int]:
 
 def test_a_symptom_is_said_again_only_after_a_window_without_it():
     assert steps_said(equal((100, 1.0))) == [WINDOW]
-    assert steps_said(equal((20, 1.0), (5, 0.5), (100, 1.0))) == [WINDOW], "absent for too short a time"
-    assert steps_said(equal((20, 1.0), (40, 0.5), (40, 1.0)))[1:] == [79], "19 of 20 are 97.5 %"
+    assert steps_said(equal((20, 1.0), (3, 0.5), (100, 1.0))) == [WINDOW], "absent for too short a time"
+    assert steps_said(equal((20, 1.0), (40, 0.5), (40, 1.0)))[1:] == [78], "18 of 20, and 2 halves, are 95 %"
 
 
 def test_a_resumed_run_repeats_no_warning(tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -22,7 +23,6 @@ from hark.grpo import loop
 from hark.grpo import trainer as trainer_module
 from hark.grpo.advantage import group_advantages
 from hark.grpo.config import ConfigError
-from hark.grpo.instruments import diagnosis
 from hark.grpo.instruments.console import LONGEST_COMPLETION, excerpt
 from hark.grpo.instruments.nonfinite import NonFiniteError
 from hark.grpo.instruments.record import read_step
@@ -534,10 +534,3 @@ def test_the_best_and_the_worst_completion_of_three_groups_are_shown_and_written
 def test_with_log_completions_0_no_completions_are_shown(settings, tmp_path, capsys):
     on_ranks(1, train, [*settings, f"run.directory={tmp_path}/run", "log.completions=0"])
     assert "completions of step" not in capsys.readouterr().out
-
-
-def test_a_run_that_has_nothing_to_learn_from_is_warned_once(settings, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(diagnosis, "PATIENCE", 2)
-    config = load_config([*settings, f"run.directory={tmp_path}/run"])
-    on_ranks(1, lambda world: loop.train(build(world, config, rewards=lambda e, completions: torch.ones(len(e), 2))))
-    assert capsys.readouterr().out.count("warning: for 2 steps, all rewards of every group have been equal") == 1

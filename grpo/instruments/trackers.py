@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -76,7 +77,7 @@ class WandB:
         file = directory / "wandb" / "hark-id"
         file.parent.mkdir(parents=True, exist_ok=True)
         if not start or not file.exists():
-            file.write_text(wandb.util.generate_id(), encoding="utf-8")
+            file.write_text(secrets.token_hex(4), encoding="utf-8")
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT), name=directory.as_posix(), dir=str(directory),
             id=file.read_text(encoding="utf-8"), resume="allow", config=config,
