@@ -109,7 +109,7 @@ def test_a_format_that_is_learnt_while_accuracy_is_not_is_found(text):
 
 
 def test_a_policy_of_one_answer_has_no_entropy_and_copies_in_its_groups(text):
-    found = trained(text, "optim.lr=3e-2", "rollout.max_new_tokens=6", steps=2 * WINDOW + 2)
+    found = trained(text, "optim.lr=3e-2", "loss.beta=0.04", "rollout.max_new_tokens=6", steps=2 * WINDOW + 2)
     assert found["entropy collapse"][0] >= 2 * WINDOW and "completions duplicated" in found
 
 
@@ -275,6 +275,16 @@ def test_a_resumed_run_repeats_no_warning(tmp_path, capsys):
 def test_a_figure_that_is_not_finite_or_absent_finds_nothing():
     lines = [{"step": step, "reward": None, "kl": None, "grad_norm": None} for step in range(1, 150)]
     assert diagnose(lines) == []
+
+
+def test_steps_without_a_figure_are_left_out_of_a_window_of_which_most_have_it():
+    lines = equal((100, 1.0))
+    for line in lines[::3]:
+        line["equal_reward_share"] = None
+    assert steps_said(lines) == [WINDOW]
+    for line in lines[1::3]:
+        line["equal_reward_share"] = None
+    assert steps_said(lines) == []
 
 
 # The page -------------------------------------------------------------------------------------------------------------

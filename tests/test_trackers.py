@@ -90,7 +90,7 @@ def test_tensorboard_shows_each_step_once_texts_as_they_are_and_clips(run):
     assert f"<td>{HOSTILE}</td>" in html.unescape(page) and "<script" not in page and "<a" not in page
 
     clip = events.Tensors("clips/1")[-1]
-    waveform, rate = soundfile.read(io.BytesIO(make_ndarray(clip.tensor_proto)[0][0]))
+    waveform, rate = soundfile.read(io.BytesIO(clip.tensor_proto.string_val[0]))
     assert clip.step == 3 and rate == RATE and np.abs(waveform - WAVE).max() < 1e-4
     assert json.dumps(CONFIG["optim"]["lr"]) in str(events.Tensors("config/text_summary")[0].tensor_proto)
 

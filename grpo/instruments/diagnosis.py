@@ -56,12 +56,12 @@ class Lines:
             self.evaluations.append(line)
 
     def last(self, name: str, count: int = WINDOW, *, before: int = 0) -> list[float]:
-        """The values of the last `count` steps but `before`; [] if one of the steps has none, or there are fewer."""
+        """The values of the last `count` steps but `before`, as `_values` gives them."""
         end = len(self._latest) - before
         return _values(list(self._latest)[max(end - count, 0) : max(end, 0)], name, count)
 
     def first(self, name: str, count: int = WINDOW) -> list[float]:
-        """The values of the first `count` steps; [] unless as many later steps followed."""
+        """The values of the first `count` steps, as `_values` gives them; [] unless as many later steps followed."""
         return _values(self._first[:count], name, count) if self.steps >= 2 * count else []
 
     def names(self, prefix: str) -> list[str]:
@@ -71,8 +71,9 @@ class Lines:
 
 
 def _values(steps: Sequence[Line], name: str, count: int) -> list[float]:
+    """The values of steps that have one; [] if there are fewer than `count` steps, or half of them have none."""
     values = [step[name] for step in steps if step.get(name) is not None]
-    return values if len(values) == count else []
+    return values if len(steps) == count < 2 * len(values) else []
 
 
 def rise(before: Sequence[float], after: Sequence[float]) -> float:
