@@ -98,6 +98,7 @@ class WandB:
 
     def close(self) -> None:
         self._run.finish()
+        self._wandb.teardown()  # waits until its process has written all; ours may end without functions of atexit
 
 
 class Trackio:
