@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -29,7 +29,7 @@ SHOWN = 3  # groups of which completions are shown
 
 RewardMatrix = Callable[[Sequence[Any], Sequence[str]], torch.Tensor]  # (examples, completions), B each -> (B, K)
 # (examples of a step, count) -> for the first `count` of them the prompts of each control
-Controls = Callable[[Sequence[Any], int], dict[str, Sequence[Prompt]]]
+Controls = Callable[[Sequence[Any], int], Mapping[str, Sequence[Prompt]]]
 
 
 class Trainer(Learner[PolicyBatch]):

@@ -31,6 +31,7 @@ COMMANDS = {
     "ask": Command("ask", "ask a model about a clip: answer, probabilities of the choices, samples"),
     "compare": Command("compare", "compare evaluations of the same questions, with intervals"),
     "grade": Command("grade", "grade a file of answers by a benchmark's rule, without a model"),
+    "step": Command("step", "print a recorded step, or the arithmetic of a completion's loss"),
     "replay": Command("replay", "compute recorded steps again and compare; compare two runs", on_ranks=True),
     "choose": Command("choose", "select a run's checkpoint on its validation questions", on_ranks=True),
     "export": Command("export", "write a checkpoint as a Hugging Face directory, or its adapters", on_ranks=True),
@@ -51,6 +52,7 @@ COMMANDS = {
     "benchmark": Command("studies.benchmark", "compare a step with the R1-AQA procedure, on the CPU"),
     "benchmark-gpu": Command("studies.benchmark_gpu", "the same on a GPU, and compare with the GPU's limits"),
     "pictures": Command("studies.pictures", "draw the pictures of the documentation"),
+    "recording": Command("studies.recording", "measure what recording the steps of a run costs"),
     "scaling": Command("studies.scaling", "measure the cost of a step for different sizes and numbers of ranks"),
 }
 

@@ -25,7 +25,7 @@ from hark.grpo.instruments.metrics import finite
 FORMAT = 1  # of the files; a reader refuses others
 LISTS = ("prompts", "completions")  # values that each rank has its own part of
 TEXTS = ("tokens",)  # values that are joined key by key
-SUMS = ("loss", "kl", "clip_share", "entropy")  # of an update: each rank has its term
+SUMS = ("loss", "kl", "clip_share", "entropy", "sampler_gap", "scored")  # of an update: each rank has its term
 
 
 class RecordError(UserError, RuntimeError):

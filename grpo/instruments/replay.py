@@ -31,12 +31,13 @@ EXACT = ("tokens", "mask", "stopped", "clipped")  # tensors that have no roundin
 class Difference(NamedTuple):
     """How two records differ in one quantity.
 
-    largest: the largest absolute difference; infinite where things that are not numbers differ. limit: up to which it
-    is rounding. place, first, second: where it is first above the limit, or else where it is largest, and both values.
+    values: how many are compared. largest: the largest absolute difference; infinite where things that are not numbers
+    differ. limit: up to which it is rounding. place, first, second: where it is first above the limit, or else where it
+    is largest, and both values.
     """
 
     quantity: str
-    count: int
+    values: int
     largest: float
     limit: float
     place: str

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from hark.data.described import described
+from hark.grpo.advantage import group_advantages, weighted_rewards
 from hark.grpo.config import Config, ConfigError
 from hark.grpo.instruments.record import RecordError, StepRecord, joined
 from hark.grpo.runtime.checkpoint import checkpoints, load_checkpoint, step_of
@@ -21,8 +22,6 @@ from hark.grpo.trainer import Trainer
 from hark.grpo.types import Rollout
 from hark.launch.common.policies import make_policy, make_reference
 from hark.launch.common.questions import rewards_of, training_examples, training_loader
-
-TERMS = ("tokens", "mask", "stopped", "old_logprobs")  # what the sampler gives
 
 
 @contextmanager
@@ -62,14 +61,17 @@ def rerun(trainer: Trainer, record: StepRecord) -> StepRecord | None:
     trainer.recorder.note(
         examples=examples, prompts=prompts, keys=keys, rollout=drawn, texts=texts, reward_names=names, columns=columns
     )
-    batch = trainer.batch(scored, own.get("ref_logprobs"), own["advantages"], float(record.tensors["mask"].sum()))
-    batch = dataclasses.replace(batch, weights=own["weights"])
+    reward = weighted_rewards(own["rewards"], list(trainer.config.reward.weights.values()))
+    advantages = group_advantages(reward, group_size=drawn.group_size, scale=trainer.config.loss.advantage)
+    batch = trainer.batch(scored, own.get("ref_logprobs"), advantages, float(record.tensors["mask"].sum()))
+    found = {"tokens": drawn.tokens, "mask": drawn.mask, "ref_logprobs": ref_logprobs, "reward": reward}
+    found |= {"advantages": advantages, "weights": batch.weights}
+    recorded = dataclasses.replace(batch, advantages=own["advantages"], weights=own["weights"])
     for _ in range(trainer.config.loss.inner_epochs):
-        trainer.update(batch, step - 1, examples)
+        trainer.update(recorded, step - 1, examples)
     part = trainer.recorder.take()
-    tensors = {"tokens": drawn.tokens, "mask": drawn.mask, "ref_logprobs": ref_logprobs}
-    found = {name: tensor.cpu() for name, tensor in tensors.items() if tensor is not None}
-    parts = gather_rows([dataclasses.replace(part, tensors=part.tensors | found)], world)
+    tensors = part.tensors | {name: tensor.cpu() for name, tensor in found.items() if tensor is not None}
+    parts = gather_rows([dataclasses.replace(part, tensors=tensors)], world)
     return None if parts is None else joined(parts)
 
 
