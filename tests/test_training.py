@@ -534,3 +534,19 @@ def test_the_best_and_the_worst_completion_of_three_groups_are_shown_and_written
 def test_with_log_completions_0_no_completions_are_shown(settings, tmp_path, capsys):
     on_ranks(1, train, [*settings, f"run.directory={tmp_path}/run", "log.completions=0"])
     assert "completions of step" not in capsys.readouterr().out
+
+
+def test_the_silent_control_asks_the_same_questions_without_sound(settings, tmp_path, questions):
+    words = [f"run.directory={tmp_path}/run", "evaluation.silent=true", "evaluation.limit=5"]
+    config = load_config([*settings, *words])
+
+    def run(world: World) -> None:
+        policy = make_policy(config, world)
+        prepare, asked = policy.prepare, []
+        policy.prepare = lambda text, *clips: asked.append((text, abs(clips[0]).max())) or prepare(text, *clips)
+        figures = validation_figures(config, world, policy, load_examples(questions)[0])
+        assert {"accuracy", "silent_accuracy"} <= figures.keys() and figures["questions"] == 5
+        heard, silent = ([(text, loud) for text, loud in asked if (loud > 0) is sound] for sound in (True, False))
+        assert len(heard) == 5 and sorted(text for text, _ in heard) == sorted(text for text, _ in silent)
+
+    on_ranks(1, run)
