@@ -126,7 +126,7 @@ def test_controls_of_sound_need_a_model_that_hears(config, tmp_path):
 
 def test_the_silent_control_of_training_needs_a_model_that_hears(config, tmp_path):
     build_causal_lm(tmp_path / "text")
-    with pytest.raises(ConfigError, match="evaluation.silent needs sound, and .*text takes text only"):
+    with pytest.raises(ConfigError, match="text takes text only, and evaluation.silent needs sound"):
         train.main([str(config), f"model.path={tmp_path}/text", "evaluation.silent=true"])
 
 

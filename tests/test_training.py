@@ -546,7 +546,7 @@ def test_the_silent_control_asks_the_same_questions_without_sound(settings, tmp_
         policy.prepare = lambda text, *clips: asked.append((text, abs(clips[0]).max())) or prepare(text, *clips)
         figures = validation_figures(config, world, policy, load_examples(questions)[0])
         assert {"accuracy", "silent_accuracy"} <= figures.keys() and figures["questions"] == 5
-        heard, silent = ([(text, loud) for text, loud in asked if (loud > 0) is sound] for sound in (True, False))
+        heard, silent = ([(text, loud) for text, loud in asked if (loud > 0) == sound] for sound in (True, False))
         assert len(heard) == 5 and sorted(text for text, _ in heard) == sorted(text for text, _ in silent)
 
     on_ranks(1, run)
