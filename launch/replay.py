@@ -142,7 +142,8 @@ def compare_runs(first: Path, second: Path) -> bool:
     if not shared:
         raise RecordError(f"{first} and {second} have no recorded step in common")
     for step in shared:
-        found = differences(read_step(first, step), read_step(second, step), dtype="float32")
+        one, other = read_step(first, step), read_step(second, step)
+        found = differences(one, other, dtype=one.values["config"]["model"]["dtype"])
         parted = first_difference(found)
         if parted is not None:
             print(f"{first} and {second} part at step {step}, in {parted.quantity}: {explained(parted)}")

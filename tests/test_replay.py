@@ -67,6 +67,18 @@ def test_nothing_differs_in_a_sound_run(run, tmp_path, capsys):
     assert status == 0 and "step 3 of" in out and "with the model after 2 steps" in out
 
 
+@pytest.mark.parametrize(
+    "settings_of_run", [["lora.rank=2"], ["model.train=no-tower"], ["loss.beta=0"], ["data.silent_share=0.5"]]
+)
+def test_nothing_differs_with_adapters_a_frozen_tower_no_reference_and_silenced_prompts(
+    run, tmp_path, capsys, settings_of_run
+):
+    on_ranks(1, train, [*run, *settings_of_run, "optim.steps=2"])
+    for words in ([], ["--model"]):
+        status, out = replayed(capsys, tmp_path / "run", "1:2", *words)
+        assert status == 0 and ", 0 differ by rounding" in out, out
+
+
 def test_a_run_on_two_ranks_is_replayed_on_one_and_on_two(run, tmp_path, capsys):
     """AdamW divides gradients that are 0 but for rounding by their size, so a high rate would amplify the rounding."""
     run = [*run, "loss.inner_epochs=1", "optim.lr=1e-5"]
@@ -149,12 +161,8 @@ def test_a_fault_is_located_at_its_quantity(run, tmp_path, capsys, fault, alone,
     first = re.search("the first is (.*), at step", out)[1]
     # The tokens are drawn before their logprobs are known, and may or may not be other ones.
     assert status == 1 and (first if first != "tokens" else "old_logprobs") == with_model, out
-
-
-def test_a_fault_in_one_stage_is_not_reported_in_those_after_it(run, tmp_path, capsys):
-    on_ranks(1, train, run, wrong_reference)
-    _, out = replayed(capsys, tmp_path / "run", "1:3", "--model")
-    assert [line.split()[0] for line in out.splitlines() if "DIFFERS" in line] == ["ref_logprobs"]
+    if with_model == "ref_logprobs":
+        assert out.count("DIFFERS") == 1, "a fault in one stage is not reported in those after it"
 
 
 def test_a_changed_number_in_a_record_is_found_where_it_is(run, tmp_path, capsys):
