@@ -462,7 +462,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("copies counted", "len(set(group))", "len(group)", "test_logged_metrics test_diagnosis"),
     ),
     "grpo/instruments/trackers.py": (
-        ("markup of the model", r'r"[^\w ]|_"', r'r"[^\w ]|_^"', "test_trackers"),
+        ("markup of the model", r'r"[^\w ]|_"', r'r"[|\n]"', "test_trackers"),
         ("a new run at each resume", "if not start or not file.exists()", "if True", "test_trackers"),
         ("one table for all steps", 'f"completions/step-{step:06}"', '"completions"', "test_trackers"),
         ("clips as loud as can be", "_pcm(waveform)", "waveform", "test_trackers"),

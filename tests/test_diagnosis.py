@@ -235,10 +235,12 @@ def test_a_silent_control_counts_if_there_are_enough_questions_twice_and_after_t
     assert evaluations((0.4, 0.4, 160), (0.4, 0.35, 160), (0.6, 0.25, 160)) == []
 
 
-def test_one_extreme_step_moves_no_rule():
+@pytest.mark.parametrize("phase", ["load", "waiting"])
+def test_a_few_extreme_steps_move_no_rule(phase):
     draw = random.Random(0)
     lines = [healthy(step, draw) for step in range(1, 201)]
-    lines[150] |= {"grad_norm": 1e4, "seconds/load": 300.0, "seconds/waiting": 300.0, "seconds/step": 700.0}
+    for line in lines[140:146]:
+        line |= {"grad_norm": 1e4, f"seconds/{phase}": 900.0, "seconds/step": 1000.0}
     assert diagnose(lines) == []
 
 
