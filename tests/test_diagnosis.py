@@ -92,9 +92,8 @@ def test_equal_rewards_and_completions_that_are_cut_off_are_found_after_a_window
 
 
 def test_rewards_that_no_completion_obtains_leave_the_reward_flat_while_the_kl_rises(text):
-    found = trained(text, "optim.lr=5e-4", "loss.beta=0.001", steps=2 * LONG + 2, rewards=Noise())
-    assert found["reward flat"] == [2 * LONG]
-    assert LONG + WINDOW <= found["KL rises without reward"][0] < 2 * LONG
+    found = trained(text, "optim.lr=2e-4", "loss.beta=0.001", steps=2 * LONG + 2, rewards=Noise())
+    assert found == {"reward flat": [2 * LONG], "KL rises without reward": [2 * LONG]}
 
 
 def test_a_format_that_is_learnt_while_accuracy_is_not_is_found(text):
