@@ -4,7 +4,7 @@ BIN := .venv/bin
 # A SoundFont player; a package that contains TimGM6mb.sf2, a SoundFont of 128 instruments; espeak-ng.
 SOUNDS := tinysoundfont==0.3.7 pretty_midi==0.2.11.post0 espeakng-loader==0.2.4
 
-.PHONY: demo test test-gpu mutants lint docs notebook clean
+.PHONY: demo test test-browser test-gpu mutants lint docs notebook clean
 
 # `make demo POLICY=qwen2_5_omni` trains a small model of another family; docs/families.md lists them.
 demo: .venv/sounds
@@ -12,6 +12,10 @@ demo: .venv/sounds
 
 test: .venv/sounds .venv/test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The page of `hark report` and `hark watch` in a real browser.
+test-browser: .venv/browser
+	$(BIN)/python -m pytest -n 2 tests/browser
 
 # Do the tests notice faults? About ten minutes; prints which test notices each, and fails if one is not noticed.
 mutants: .venv/test
@@ -64,6 +68,14 @@ build/types/hark: $(wildcard hark/*.py)
 
 .venv/test: .venv/installed
 	$(BIN)/pip install -q -e ".[test]"
+	touch $@
+
+# Chromium of the Linux distribution, and a package that drives it. As root it is installed where it is missing.
+.venv/browser: .venv/test
+	$(BIN)/pip install -q -e ".[browser]"
+	command -v chromium > /dev/null || [ "$$(id -u)" != 0 ] \
+		|| { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium > /dev/null; }
+	command -v chromium > /dev/null || { echo "Chromium is missing; install it: sudo apt-get install chromium"; exit 1; }
 	touch $@
 
 clean:

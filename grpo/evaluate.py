@@ -10,7 +10,8 @@ from hark.grpo.runtime.sharding import gathered
 from hark.grpo.sampler import sample
 from hark.models.policy import Policy, Prompt
 
-ToRow = Callable[[Any, str, bool], Any]  # (example, completion, whether it has a stop token) -> the row to return
+# (example, completion, whether it has a stop token, its probability under the policy) -> the row to return
+ToRow = Callable[[Any, str, bool, float], Any]
 
 
 def evaluate(
@@ -37,5 +38,6 @@ def evaluate(
                 policy, prompts, group_size=1, max_new_tokens=max_new_tokens, temperature=0, batch=batch, graphs=graphs
             )
             completions = policy.completion_texts(rollout.tokens, rollout.mask)
-            rows += map(to_row, examples, completions, rollout.stopped.tolist())
+            confidence = rollout.logprobs.sum(dim=1).exp()  # at temperature 1; padding adds 0
+            rows += map(to_row, examples, completions, rollout.stopped.tolist(), confidence.tolist())
     return gather_rows(rows, world)

@@ -33,6 +33,8 @@ COMMANDS = {
     "grade": Command("grade", "grade a file of answers by a benchmark's rule, without a model"),
     "step": Command("step", "print a recorded step, or the arithmetic of a completion's loss"),
     "replay": Command("replay", "compute recorded steps again and compare; compare two runs", on_ranks=True),
+    "report": Command("report", "write a page about runs: curves, recorded steps, sounds, evaluations"),
+    "watch": Command("watch", "show runs in a browser while they train"),
     "choose": Command("choose", "select a run's checkpoint on its validation questions", on_ranks=True),
     "export": Command("export", "write a checkpoint as a Hugging Face directory, or its adapters", on_ranks=True),
     "plan": Command("plan", "predict the peak memory of a training run"),

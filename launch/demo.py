@@ -1,9 +1,9 @@
-"""Run the whole demo: build data and model, warm start, GRPO, supervised fine-tuning, evaluation, and a table.
+"""Run the whole demo: build data and model, warm start, GRPO, supervised fine-tuning, evaluation, a table, a page.
 
     python launch/demo.py [--family qwen2_5_omni]
 
 It runs other programs of launch/ and prints each command first, so that you can run it again by hand. It deletes
-runs/mini and writes all results there; runs/mini/summary.json holds the figures. The small model is a Qwen2-Audio, or
+runs/mini and writes all results there; runs/mini/summary.json holds the figures, runs/mini/report.html the page. The small model is a Qwen2-Audio, or
 of another family of docs/families.md.
 """
 
@@ -29,6 +29,7 @@ ROOT = Path("runs/mini")
 LAUNCH = Path(__file__).parent
 GRPO_CONFIG, SFT_CONFIG = LAUNCH / "configs" / "mini.yaml", LAUNCH / "configs" / "mini_sft.yaml"
 TASKS = ("sound", "music", "speech")
+STAGES = ("warm", "grpo", "sft")  # the runs
 
 
 def main(argv: list[str]) -> None:
@@ -40,14 +41,15 @@ def main(argv: list[str]) -> None:
     on_two_ranks("sft.py", SFT_CONFIG)
     on_two_ranks("train.py", GRPO_CONFIG)
     on_two_ranks("sft.py", SFT_CONFIG, f"model.path={ROOT}/warm/model", f"run.directory={ROOT}/sft", *as_long_as(grpo))
-    for name in ("warm", "grpo", "sft"):
-        on_two_ranks("evaluate.py", ROOT / name, f"data.test={grpo.data.test}", "--silent")
+    for name in STAGES:
+        on_two_ranks("evaluate.py", ROOT / name, f"data.test={grpo.data.test}", "--silent", "--shuffled-audio")
     summary = summarise(grpo, seconds=time.monotonic() - started)
     (ROOT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(table(summary))
     if find_spec("matplotlib") is not None:
         show(sys.executable, LAUNCH / "studies" / "pictures.py", "curves", ROOT, ROOT / "curves.svg")
     print(next_commands())
+    show(sys.executable, LAUNCH / "report.py", *(ROOT / name for name in STAGES), "--out", ROOT / "report.html")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -79,7 +81,7 @@ def as_long_as(grpo: Config) -> tuple[str, ...]:
 
 def summarise(grpo: Config, *, seconds: float) -> dict:
     """The figures of the demo, read from the files that its commands wrote."""
-    before, after, sft = (json.loads((ROOT / name / "evaluation.json").read_text()) for name in ("warm", "grpo", "sft"))
+    before, after, sft = (json.loads((ROOT / name / "evaluation.json").read_text()) for name in STAGES)
     lines = read_metrics(ROOT / "grpo")
     return {
         "accuracy_before": before["accuracy"],
@@ -130,7 +132,7 @@ def next_commands() -> str:
     ]
     commands = (
         ("ask the trained model about a clip; --silent asks without sound too", shlex.join(map(str, ask))),
-        ("does it use the sound and the wording?", f"hark evaluate {ROOT}/grpo --shuffled-audio --shuffle-choices"),
+        ("does it depend on the order of the choices?", f"hark evaluate {ROOT}/grpo --shuffle-choices"),
         ("begin with your own data", "hark init mine"),
     )
     return "\n".join(["\nTry next:", *(f"\n  {command}\n      {what}" for what, command in commands)])

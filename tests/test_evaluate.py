@@ -8,6 +8,7 @@ from hark.data.benchmarks.report import row_of
 from hark.grpo.evaluate import evaluate
 from hark.grpo.runtime.collectives import World
 from hark.grpo.sampler import sample
+from hark.grpo.scorer import score
 from tests.ranks import on_ranks
 
 LIMIT = 8
@@ -20,8 +21,9 @@ def answers(world: World, case, sizes) -> list[dict]:
         batches.append(pairs[first : first + size])
         first += size
 
-    def to_row(example, completion: str, stopped: bool) -> dict:
-        return row_of(example, prediction=completion, correct=example.id == "q1", stopped=stopped)
+    def to_row(example, completion: str, stopped: bool, confidence: float) -> dict:
+        row = row_of(example, prediction=completion, correct=example.id == "q1", stopped=stopped)
+        return row | {"confidence": confidence}
 
     return evaluate(case.policy, batches, to_row, world, max_new_tokens=LIMIT, batch=2)
 
@@ -33,6 +35,9 @@ def test_every_question_is_answered_greedily_whatever_the_batches(sizes, case):
         rollout = sample(case.policy, case.prompts, group_size=1, max_new_tokens=LIMIT, temperature=0)
         assert [row["prediction"] for row in rows] == case.policy.completion_texts(rollout.tokens, rollout.mask)
         assert [row["stopped"] for row in rows] == rollout.stopped.tolist()
+        scored, _ = score(case.policy, rollout.prompts, rollout.tokens, rollout.mask, group_size=1)
+        probabilities = (scored * rollout.mask).sum(dim=1).exp().tolist()
+        assert [row["confidence"] for row in rows] == pytest.approx(probabilities, rel=1e-4)
         assert [(row["id"], row["correct"]) for row in rows] == [("q0", False), ("q1", True), ("q2", False)]
 
     on_ranks(1, run)

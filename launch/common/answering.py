@@ -146,10 +146,11 @@ def answers(
     answered_on = "answered" if world.size == 1 else "answered on rank 0"
     shown = counted(batches, count, f"{what} {answered_on}", show=world.is_main, size=len)
 
-    def to_row(example: Example, completion: str, stopped: bool) -> dict:
+    def to_row(example: Example, completion: str, stopped: bool, confidence: float) -> dict:
         correct = graded(example, completion, benchmark)
         choice = choice_of(completion, example.choices)
-        return row_of(example, prediction=completion, correct=correct, stopped=stopped, choice=choice)
+        row = row_of(example, prediction=completion, correct=correct, stopped=stopped, choice=choice)
+        return row | {"confidence": confidence}
 
     rows = evaluate(policy, shown, to_row, world, **evaluation_settings(config))
     if rows is None:

@@ -146,7 +146,7 @@ def validation_rows(
         waveform=load if sound else silenced(load), on_bad=bad_log(config).add,
     )  # fmt: skip
 
-    def to_row(example: Example, completion: str, stopped: bool) -> dict:
+    def to_row(example: Example, completion: str, stopped: bool, confidence: float) -> dict:
         choice = choice_of(completion, example.choices)
         correct = is_right(example, completion)
         return row_of(example, prediction=completion, correct=correct, stopped=stopped, choice=choice)

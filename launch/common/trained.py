@@ -50,11 +50,16 @@ def is_run(word: str) -> bool:
     return (Path(word) / "config.yaml").is_file()
 
 
-def read_run(directory: Path, overrides: list[str]) -> Config:
-    """The configuration of a run, with overrides. Its directory may have been moved, and the number of ranks differ."""
+def check_run(directory: Path) -> None:
+    """Raise ConfigError if a directory is not that of a run."""
     if not is_run(str(directory)):
         what = "no such directory" if not directory.exists() else "holds no config.yaml"
         raise ConfigError(f"{directory}: {what}; expected the run.directory of `hark train` or `hark sft`")
+
+
+def read_run(directory: Path, overrides: list[str]) -> Config:
+    """The configuration of a run, with overrides. Its directory may have been moved, and the number of ranks differ."""
+    check_run(directory)
     config = directory / "config.yaml"
     return load_config([str(config), f"run.directory={directory}", "sharding.replicas=1", *overrides])
 
