@@ -260,8 +260,8 @@ SYMPTOMS = (
     ),
     Symptom(
         "KL rises without reward",
-        f"from the {LONG} steps before to the last {LONG}, the median of `kl` has risen to {KL_GROWTH:g} times its value "
-        f"or more, to {KL_LARGE:g} or more, and `reward` has not risen by {DOUBT:g} standard errors",
+        f"from the {LONG} steps before to the last {LONG}, the median of `kl` has risen to {KL_GROWTH:g} times its "
+        f"value or more, to {KL_LARGE:g} or more, and `reward` has not risen by {DOUBT:g} standard errors",
         kl_without_reward,
         "lower optim.lr or raise loss.beta; read some completions for a reward that is obtained by a trick",
     ),
