@@ -46,7 +46,6 @@ class RunConfig:
     directory: str  # where metrics, checkpoints and the trained model are written
     seed: Seed = 0  # with (step, example) it determines data order, order of choices and completions
     resume: bool = False  # continue from the newest checkpoint in `directory`
-    show_every: CountOrZero = 50  # steps between printing three completions, the last step included; 0 is never
     threads: CountOrZero = 0  # torch's intra-op threads per rank; 0 leaves torch's own choice
 
 
@@ -144,6 +143,7 @@ class EvaluationConfig:
     batch: Count = 16  # prompts at a time on one rank
     limit: Count | None = None  # examples to evaluate; null is all
     before: bool = False  # also evaluate before the first step
+    silent: bool = False  # in training, also ask the validation questions without sound: silent_accuracy
     benchmark: Literal["strict", "mmau", "mmar", "mmsu"] = "strict"  # the grading rule and the answer file of data.test
 
 
@@ -153,6 +153,14 @@ class CheckpointConfig:
     keep: Count = 2  # how many of the newest checkpoints to keep for resuming
     weights: bool = False  # keep the weights of older checkpoints too, for launch/choose.py
     export: bool = True  # write a Hugging Face directory at the end
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    completions: CountOrZero = 50  # steps between printing a few completions, the last step included; 0 is never
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(  # also write metrics and completions for these
+        default_factory=list
+    )
 
 
 @dataclass(frozen=True)
@@ -177,6 +185,7 @@ class Config:
     optim: OptimConfig
     evaluation: EvaluationConfig
     checkpoint: CheckpointConfig
+    log: LogConfig
     record: RecordConfig
 
 

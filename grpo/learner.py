@@ -21,6 +21,7 @@ from hark.grpo.instruments.flops import Macs, cost_of, macs
 from hark.grpo.instruments.metrics import Clock
 from hark.grpo.instruments.nonfinite import check_finite
 from hark.grpo.instruments.recorder import Recorder
+from hark.grpo.instruments.trackers import Audio
 from hark.grpo.loss import TokenTerms, token_weights
 from hark.grpo.optimizer import build_optimizer, clip_gradients, learning_rate
 from hark.grpo.runtime.collectives import World, reduce_max
@@ -58,7 +59,7 @@ class Learner(Generic[Kind]):
     """A policy and its optimizer; `update` does one optimizer step on a batch.
 
     validate: evaluates the validation questions, on all ranks, and returns the metrics to log; None if there are none.
-    describe: what a recorded step holds about an example.
+    describe: what a recorded step holds about an example. listen: decodes the clips of one.
     """
 
     shown: tuple[str, ...] = ()  # names of the metrics on the console line
@@ -72,9 +73,10 @@ class Learner(Generic[Kind]):
         data: TrainingData,
         validate: Callable[[], dict[str, float]] | None = None,
         describe: Describe = lambda example: {"row": {"id": str(example.id)}},
+        listen: Callable[[Any], Sequence[Audio]] = lambda example: (),
     ):
         self.config, self.world, self.policy = config, world, policy
-        self.data, self.validate = data, validate
+        self.data, self.validate, self.listen = data, validate, listen
         self.directory = Path(config.run.directory)
         optim = config.optim
         self.optimizer = build_optimizer(policy, weight_decay=optim.weight_decay, betas=(optim.beta1, optim.beta2))
@@ -97,6 +99,10 @@ class Learner(Generic[Kind]):
     def completions(self) -> list[Completion]:
         """Some completions of this rank's latest step, for the console; none if nothing is sampled."""
         return []
+
+    def clips(self) -> dict[str, Audio]:
+        """The clips of the questions of `completions`, by names that number the questions."""
+        return {}
 
     def longest_batch(self, prompts: tuple[Prompt, ...]) -> Kind:
         """A batch of these prompts with the longest completions that can occur."""

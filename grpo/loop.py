@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 
 import torch
 
 from hark import UserError
 from hark.grpo.config import to_yaml
-from hark.grpo.instruments.diagnosis import Diagnosis
 from hark.grpo.instruments.flops import best_matmul_rate
 from hark.grpo.instruments.metrics import Metrics, peak_gib, restart_peak, speed
 from hark.grpo.instruments.record import RecordError
+from hark.grpo.instruments.trackers import open_trackers
 from hark.grpo.learner import Learner
 from hark.grpo.optimizer import allocate_moments
 from hark.grpo.runtime.checkpoint import (
@@ -44,7 +46,11 @@ def train(learner: Learner) -> None:
     config, world, optimizer = learner.config, learner.world, learner.optimizer
     rate = best_matmul_rate(world.device, getattr(torch, config.model.dtype))
     rate = reduce_sums({"rate": rate}, world)["rate"]  # the sum over ranks, measured at the same time on all
-    metrics = Metrics(learner.directory, rank=world.rank, total_steps=config.optim.steps, show=learner.shown)
+    metrics = Metrics(
+        learner.directory, rank=world.rank, total_steps=config.optim.steps, show=learner.shown,
+        dtype=config.model.dtype,
+        trackers=partial(open_trackers, config.log.trackers, learner.directory, dataclasses.asdict(config)),
+    )  # fmt: skip
     start = load_checkpoint(learner.directory / "checkpoints", learner.policy, optimizer) if config.run.resume else 0
     if world.is_main:
         (learner.directory / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
@@ -64,7 +70,6 @@ def train(learner: Learner) -> None:
 def do_steps(learner: Learner, metrics: Metrics, *, start: int, rate: float) -> None:
     """The steps from `start` on, each with what is due after it; `rate` is multiply-adds per second of all ranks."""
     config, world, optimizer = learner.config, learner.world, learner.optimizer
-    diagnosis = Diagnosis()
     if start == 0 and config.evaluation.before:
         _evaluate(learner, metrics, done=0)
     for step in range(start, config.optim.steps):
@@ -81,10 +86,8 @@ def do_steps(learner: Learner, metrics: Metrics, *, start: int, rate: float) -> 
         values |= learner.clock.seconds() | world.meter.measured()
         done = step + 1
         metrics.log(done, values | speed(values, rate=rate))
-        for warning in diagnosis.step(values):
-            metrics.warn(warning)
-        if _is_due(done, config.run.show_every, config.optim.steps):
-            metrics.show_completions(done, learner.completions())
+        if _is_due(done, config.log.completions, config.optim.steps):
+            metrics.show_completions(done, learner.completions(), learner.clips)
         if _is_due(done, config.checkpoint.every, config.optim.steps):
             save_checkpoint(
                 learner.directory / "checkpoints", done, learner.policy, optimizer, world,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,6 +13,8 @@ from hark.from_file import short_name
 from hark.grpo.advantage import equal_rewards, group_advantages, weighted_rewards
 from hark.grpo.config import Config
 from hark.grpo.instruments.console import PACE, Completion
+from hark.grpo.instruments.groups import group_sums, shares_of_variance
+from hark.grpo.instruments.trackers import Audio
 from hark.grpo.learner import Key, Learner, TrainingData
 from hark.grpo.loss import TokenTerms, policy_loss
 from hark.grpo.runtime.collectives import World, reduce_sums
@@ -66,7 +69,9 @@ class Trainer(Learner[PolicyBatch]):
         self.clock.lap("load")
 
         rollout = self.draw(prompts, keys)
-        tokens = reduce_sums({"tokens": rollout.mask.sum()}, self.world)["tokens"]  # waits for the slowest rank
+        own, began = float(rollout.mask.sum()), time.perf_counter()
+        tokens = reduce_sums({"tokens": own}, self.world)["tokens"]  # waits for the slowest rank
+        waited = time.perf_counter() - began
         self.clock.lap("rollout")
         if self.recorder.is_due:
             self.recorder.note(answers=self.answers(examples, prompts))
@@ -92,7 +97,8 @@ class Trainer(Learner[PolicyBatch]):
         updates = [self.update(batch, step, examples) for _ in range(self.config.loss.inner_epochs)]
         # The gap is that of the first update, which scores with the weights that sampled; later ones do not.
         sums = updates[-1] | {"sampler_gap": updates[0]["sampler_gap"]}
-        return self.report(sums, columns, rewards, rollout, batch) | {"tokens": tokens}
+        sums |= {"seconds/waiting": waited / max(self.world.size - 1, 1)}  # the slowest rank has not waited
+        return self.report(sums, columns, rewards, rollout, batch, completions) | {"tokens": tokens}
 
     def draw(self, prompts: tuple[Prompt, ...], keys: Sequence[Key], *, stop: bool = True) -> Rollout:
         """Sample completions of prompts with the settings of the configuration; without `stop`, to the token limit."""
@@ -165,7 +171,13 @@ class Trainer(Learner[PolicyBatch]):
         return loss, terms | {"sampler_gap": (logprobs.detach() - micro.old_logprobs).abs()}
 
     def report(
-        self, sums: dict[str, float], columns: torch.Tensor, rewards: torch.Tensor, rollout: Rollout, batch: PolicyBatch
+        self,
+        sums: dict[str, float],
+        columns: torch.Tensor,
+        rewards: torch.Tensor,
+        rollout: Rollout,
+        batch: PolicyBatch,
+        texts: Sequence[str],
     ) -> dict[str, float]:
         """The metrics of a step over all ranks, by one all-reduce."""
         completions = len(rewards) * self.world.size
@@ -182,7 +194,8 @@ class Trainer(Learner[PolicyBatch]):
         }
         for name, column in zip(self.config.reward.weights, columns.T, strict=True):
             own[f"reward/{short_name(name)}"] = column.sum() / completions
-        means = reduce_sums(sums | own, self.world)
+        own |= group_sums(columns, texts, weights=self.config.reward.weights, group_size=self.group_size, groups=groups)
+        means = shares_of_variance(reduce_sums(sums | own, self.world))
         scored = means.pop("scored")  # the total weight of the scored tokens; 1 if no group was skipped
         of_scored = {name: means.pop(name) for name in ("clip_share", "entropy", "sampler_gap")}
         return means | ({name: value / scored for name, value in of_scored.items()} if scored else {})
@@ -209,6 +222,13 @@ class Trainer(Learner[PolicyBatch]):
             )  # fmt: skip
             for b in rows
         ]
+
+    def clips(self) -> dict[str, Audio]:
+        """The first clip of each question of `completions`: "clips/1" is that of the first question."""
+        examples = {str(example.id): example for example in self._latest[0]} if self._latest else {}
+        questions = dict.fromkeys(one.id for one in self.completions())
+        heard = [self.listen(examples[question])[:1] for question in questions]
+        return {f"clips/{n}": clip for n, first in enumerate(heard, 1) for clip in first}
 
     def longest_batch(self, prompts: tuple[Prompt, ...]) -> PolicyBatch:
         rollout = self.draw(prompts, [(n,) for n in range(len(prompts))], stop=False)

@@ -449,8 +449,23 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("control characters printed", "c if c.isprintable() else", "c if c else", "test_console"),
     ),
     "grpo/instruments/diagnosis.py": (
-        ("warned at each step", "if lasted == PATIENCE", "if lasted >= PATIENCE", "test_diagnosis"),
-        ("never over", "if symptom.shows(values) else 0", "if symptom.shows(values) else lasted", "test_diagnosis"),
+        ("warned at each step", "-math.inf) > WINDOW", "-math.inf) > 0", "test_diagnosis"),
+        ("never over", "{symptom.name: now for", "{symptom.name: math.inf for", "test_diagnosis"),
+        ("a rise without its error", "difference / error if error", "difference if error", "test_diagnosis"),
+        ("control of few questions", "DOUBT * error < SOUND_GAIN and ", "", "test_diagnosis"),
+        ("one evaluation is enough", "len(lines.evaluations) < 2 or", "not lines.evaluations or", "test_diagnosis"),
+        ("one slow step counts", "return median(part / whole", "return fmean(part / whole", "test_diagnosis"),
+        ("gap of float32 for all", "GAP_BOUND[dtype]", 'GAP_BOUND["float32"]', "test_diagnosis"),
+    ),
+    "grpo/instruments/groups.py": (
+        ("share without the weight", "(weight * column.double())", "column.double()", "test_logged_metrics"),
+        ("copies counted", "len(set(group))", "len(group)", "test_logged_metrics test_diagnosis"),
+    ),
+    "grpo/instruments/trackers.py": (
+        ("markup of the model", r'r"[^\w ]|_"', r'r"[|\n]"', "test_trackers"),
+        ("a new run at each resume", "if not start or not file.exists()", "if True", "test_trackers"),
+        ("one table for all steps", 'f"completions/step-{step:06}"', '"completions"', "test_trackers"),
+        ("clips as loud as can be", "_pcm(waveform)", "waveform", "test_trackers"),
     ),
     "grpo/instruments/flops.py": (
         ("attention of a tower linear", "+ rest**2", "+ rest", "test_flops"),

@@ -19,6 +19,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from hark.grpo.config import ConfigError
+from hark.grpo.instruments.diagnosis import SYMPTOMS
 from hark.launch.__main__ import COMMANDS, module_of, parse, words_of
 from hark.launch.common.config_file import CONFIGS, help_if_asked, load_config
 from hark.launch.common.torchrun import torchrun
@@ -252,3 +253,13 @@ def test_a_wrong_page_is_noticed(text, problem, tmp_path):
 )
 def test_a_right_page_is_accepted(text, tmp_path):
     assert problems(text, ROOT / "README.md", tmp_path) == []
+
+
+def test_the_page_of_symptoms_explains_each_symptom_with_its_rule_and_its_advice():
+    _, *sections = (ROOT / "docs" / "diagnosis.md").read_text().split("\n## ")
+    assert [section.partition("\n")[0] for section in sections] == [symptom.name for symptom in SYMPTOMS]
+    for section, symptom in zip(sections, SYMPTOMS, strict=True):
+        words = " ".join(section.split())
+        assert f"**Found if** {symptom.rule}." in words, symptom.name
+        assert "**It means** " in words, symptom.name
+        assert f"**Try:** {symptom.advice}." in words, symptom.name

@@ -18,7 +18,7 @@ def test_the_whole_chain_runs_as_it_is_written_in_an_empty_directory(tmp_path, m
     init.main(["mine"])
     commands = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("    hark ")]
     assert [words[1] for words in commands] == ["new-model", "sft", "train", "evaluate"]
-    few = ["optim.steps=1", "optim.prompts_per_step=2", "evaluation.every=0", "run.show_every=0"]
+    few = ["optim.steps=1", "optim.prompts_per_step=2", "evaluation.every=0", "log.completions=0"]
     for _, *words in commands:
         more = few if words[0] in ("sft", "train") else []
         import_module(module_of(words[0])).main([*words[1:], *more])

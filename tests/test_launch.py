@@ -14,6 +14,8 @@ import pytest
 import soundfile
 
 from hark import UserError
+from hark.grpo.config import ConfigError
+from hark.grpo.instruments import trackers
 from hark.launch import evaluate, sft, train
 from tests.clips import write_questions
 from tests.conftest import build_causal_lm
@@ -80,13 +82,13 @@ def test_a_mistake_is_one_line_and_no_traceback(config):
 
 
 def test_control_c_in_a_run_of_two_processes_is_one_sentence_that_says_how_to_resume(config):
-    words = ["optim.steps=10000", "checkpoint.every=1", "run.show_every=1", "evaluation.every=0"]
+    words = ["optim.steps=10000", "checkpoint.every=1", "log.completions=1", "evaluation.every=0"]
     process = subprocess.Popen(
         [sys.executable, "-m", "hark.launch", "train", "--processes", "2", config, *words],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert process.stdout
-    while process.stdout.readline() != "completions of step 2:\n":
+    while not process.stdout.readline().startswith("completions of step 2:"):
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
@@ -120,6 +122,18 @@ def test_controls_of_sound_need_a_model_that_hears(config, tmp_path):
     build_causal_lm(tmp_path / "text")
     with pytest.raises(UserError, match="takes text only; --silent and --shuffled-audio"):
         evaluate.main([str(config), f"model.path={tmp_path}/text", "--shuffled-audio"])
+
+
+def test_the_silent_control_of_training_needs_a_model_that_hears(config, tmp_path):
+    build_causal_lm(tmp_path / "text")
+    with pytest.raises(ConfigError, match="text takes text only, and evaluation.silent needs sound"):
+        train.main([str(config), f"model.path={tmp_path}/text", "evaluation.silent=true"])
+
+
+def test_a_tracker_that_is_not_installed_ends_a_run_before_it_begins(config, monkeypatch):
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="names trackio, which is not installed; run: pip install trackio"):
+        train.main([str(config), "log.trackers=[trackio]"])
 
 
 def test_clips_for_a_model_that_reads_text_only_are_refused(config, tmp_path):

@@ -14,7 +14,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, stdev, variance
 
 import pytest
 import torch
@@ -70,6 +70,11 @@ def slowly(function):
         return function(*args)
 
     return slow
+
+
+def in_groups(rows: list) -> list[list]:
+    """The rows, one list per group."""
+    return [rows[first : first + GROUP] for first in range(0, len(rows), GROUP)]
 
 
 def text_settings(settings: list[str], directory: Path, model: Path) -> list[str]:
@@ -191,6 +196,8 @@ def test_every_figure_of_a_step_is_the_one_worked_out_by_hand(beta, settings, tm
     gaps = [
         [abs(a - b) for a, b in zip(row, old, strict=True)] for row, (_, _, old) in zip(sampled, hand.rows, strict=True)
     ]
+    accuracies, forms = (in_groups([pair[k] for pair in REWARDS]) for k in (0, 1))
+    spread = [fmean(map(variance, accuracies)), FORMAT_WEIGHT**2 * fmean(map(variance, forms))]
     expected = {
         "step": 1,
         "reward": fmean(hand.rewards),
@@ -204,6 +211,11 @@ def test_every_figure_of_a_step_is_the_one_worked_out_by_hand(beta, settings, tm
         "entropy": mean_over_tokens([now[n][1] for n in scored]),
         "grad_norm": math.sqrt(sum(gradient.square().sum().item() for gradient in gradients)),
         "lr": RATE,
+        "distinct_completions": fmean(len(set(map(tuple, group))) for group in in_groups([t for _, t, _ in hand.rows])),
+        "equal_share/accuracy": 1 / 4,
+        "equal_share/format": 1 / 4,
+        "variance_share/accuracy": spread[0] / sum(spread),
+        "variance_share/format": spread[1] / sum(spread),
         "tokens": sum(lengths),
         "completion_tokens": fmean(lengths),
         "stopped_share": fmean(tokens[-1] in record.stop_ids for _, tokens, _ in hand.rows),
@@ -216,6 +228,7 @@ def test_every_figure_of_a_step_is_the_one_worked_out_by_hand(beta, settings, tm
     gap = mean_over_tokens([gaps[n] for n in scored])
     assert 0 < line.pop("sampler_gap") < 1e-5 and gap < 1e-5
     seconds = {name: line.pop(name) for name in list(line) if name.startswith("seconds/")}
+    assert 0 <= seconds.pop("seconds/waiting") < SLEEP, "a process alone"
     assert line.pop("speed/tokens_per_second") == pytest.approx(sum(lengths) / seconds["seconds/step"])
     assert line.pop("communication/gib") == 0, "a process alone"
     assert record.peaks[0] <= line.pop("memory/peak_gib") <= record.peaks[1]

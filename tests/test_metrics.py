@@ -2,8 +2,6 @@
 
 import json
 import math
-import sys
-import types
 
 import pytest
 import torch
@@ -13,32 +11,6 @@ from hark.grpo.instruments.console import Completion
 from hark.grpo.instruments.metrics import Metrics
 from hark.grpo.runtime.collectives import World, reduce_max, reduce_sums
 from tests.ranks import on_ranks
-
-
-@pytest.fixture
-def board(monkeypatch):
-    """What TensorBoard was given: the constructor's purge_step, then (name, value, step)."""
-    calls = []
-
-    class SummaryWriter:
-        def __init__(self, directory, purge_step=None):
-            calls.append(purge_step)
-
-        def add_scalar(self, name, value, step):
-            calls.append((name, value, step))
-
-        def close(self):
-            calls.append("closed")
-
-    module = types.SimpleNamespace(SummaryWriter=SummaryWriter)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    return calls
-
-
-@pytest.fixture(autouse=True)
-def no_tensorboard(monkeypatch):
-    """None in sys.modules makes the import fail, as it does where tensorboard is not installed."""
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
 
 
 def lines(directory) -> list[dict]:
@@ -66,7 +38,6 @@ def test_only_rank_0_writes(tmp_path, capsys):
     metrics.truncate(0)
     metrics.log(2, {"reward": 1.0})
     metrics.log_event("evaluation", {"accuracy": 1.0})
-    metrics.warn("careful")
     metrics.show_completions(2, [Completion("q", "Which?", "rain", {}, 1.0, 0.0)])
     metrics.close()
     assert metrics.step == 2
@@ -142,15 +113,6 @@ def test_tensors_and_ints_are_logged_as_floats(tmp_path):
     metrics = logged(tmp_path, [])
     metrics.log(1, {"tokens": 3, "loss": torch.tensor(0.5)})
     assert lines(tmp_path) == [{"step": 1, "tokens": 3.0, "loss": 0.5}]
-
-
-def test_tensorboard_gets_steps_and_events_where_it_is_installed(tmp_path, no_tensorboard, board):
-    metrics = logged(tmp_path, [])
-    metrics.truncate(3)
-    metrics.log(3, {"reward": 0.5})
-    metrics.log_event("evaluation", {"accuracy": 0.25, "note": "x"})
-    metrics.close()
-    assert board == [3, ("reward", 0.5, 3), ("evaluation/accuracy", 0.25, 3), "closed"]
 
 
 WORLD = World(0, 1, torch.device("cpu"))

@@ -41,7 +41,7 @@ def test_commas_inside_brackets_and_quotes_separate_nothing(text, values):
 def words(settings, questions) -> list[str]:
     return [
         *settings, "optim.steps=2", "rollout.max_new_tokens=12", f"data.validation={questions}", "evaluation.every=1",
-        "evaluation.limit=4", "checkpoint.every=1", "checkpoint.export=false", "run.show_every=0",
+        "evaluation.limit=4", "checkpoint.every=1", "checkpoint.export=false", "log.completions=0",
     ]  # fmt: skip
 
 

@@ -23,7 +23,6 @@ from hark.grpo import loop
 from hark.grpo import trainer as trainer_module
 from hark.grpo.advantage import group_advantages
 from hark.grpo.config import ConfigError
-from hark.grpo.instruments import diagnosis
 from hark.grpo.instruments.console import LONGEST_COMPLETION, excerpt
 from hark.grpo.instruments.nonfinite import NonFiniteError
 from hark.grpo.instruments.record import read_step
@@ -498,7 +497,7 @@ def test_what_stops_a_save_surfaces_as_itself(cause, kind, said, settings, tmp_p
 
 def test_the_best_and_the_worst_completion_of_three_groups_are_shown_and_written(settings, tmp_path, capsys):
     config = load_config(
-        [*settings, f"run.directory={tmp_path}/run", "run.show_every=2", "reward.weights={accuracy: 2, format: 1}"]
+        [*settings, f"run.directory={tmp_path}/run", "log.completions=2", "reward.weights={accuracy: 2, format: 1}"]
     )
     shown = []
 
@@ -532,13 +531,22 @@ def test_the_best_and_the_worst_completion_of_three_groups_are_shown_and_written
     assert lines[6:] == [one._asdict() for one in shown]
 
 
-def test_with_show_every_0_no_completions_are_shown(settings, tmp_path, capsys):
-    on_ranks(1, train, [*settings, f"run.directory={tmp_path}/run", "run.show_every=0"])
+def test_with_log_completions_0_no_completions_are_shown(settings, tmp_path, capsys):
+    on_ranks(1, train, [*settings, f"run.directory={tmp_path}/run", "log.completions=0"])
     assert "completions of step" not in capsys.readouterr().out
 
 
-def test_a_run_that_has_nothing_to_learn_from_is_warned_once(settings, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(diagnosis, "PATIENCE", 2)
-    config = load_config([*settings, f"run.directory={tmp_path}/run"])
-    on_ranks(1, lambda world: loop.train(build(world, config, rewards=lambda e, completions: torch.ones(len(e), 2))))
-    assert capsys.readouterr().out.count("warning: for 2 steps, all rewards of every group have been equal") == 1
+def test_the_silent_control_asks_the_same_questions_without_sound(settings, tmp_path, questions):
+    words = [f"run.directory={tmp_path}/run", "evaluation.silent=true", "evaluation.limit=5"]
+    config = load_config([*settings, *words])
+
+    def run(world: World) -> None:
+        policy = make_policy(config, world)
+        prepare, asked = policy.prepare, []
+        policy.prepare = lambda text, *clips: asked.append((text, abs(clips[0]).max())) or prepare(text, *clips)
+        figures = validation_figures(config, world, policy, load_examples(questions)[0])
+        assert {"accuracy", "silent_accuracy"} <= figures.keys() and figures["questions"] == 5
+        heard, silent = ([(text, loud) for text, loud in asked if (loud > 0) == sound] for sound in (True, False))
+        assert len(heard) == 5 and sorted(text for text, _ in heard) == sorted(text for text, _ in silent)
+
+    on_ranks(1, run)

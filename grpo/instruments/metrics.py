@@ -1,4 +1,4 @@
-"""The log of a run: metrics.jsonl, completions.jsonl, the console, TensorBoard.
+"""The log of a run: metrics.jsonl, completions.jsonl, the console, trackers.
 
 Steps count from 1. An evaluation before the first step is logged as step 0.
 """
@@ -9,26 +9,41 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hark.grpo.instruments.console import Completion, Console
+from hark.grpo.instruments.diagnosis import Diagnosis
+from hark.grpo.instruments.trackers import Audio, Tracker
 
 
 class Metrics:
     """The log of one run in `directory`. Rank 0 writes it; on other ranks each method does nothing.
 
     show: names of the values on the console line, the most important first; one that a step does not have is left out.
+    dtype: that of the computation, on which a rule of the diagnosis depends. trackers: opens the trackers, given the
+    first step of a resumed run, or 0.
     """
 
-    def __init__(self, directory: str | Path, *, rank: int, total_steps: int, show: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        rank: int,
+        total_steps: int,
+        show: tuple[str, ...] = (),
+        dtype: str = "float32",
+        trackers: Callable[[int], list[Tracker]] = lambda start: [],
+    ):
         self._writes = rank == 0
         self._path, self._completions = (Path(directory) / f"{name}.jsonl" for name in ("metrics", "completions"))
         self.step = 0  # the latest that is logged
-        self._board: Any = None
+        self._diagnosis = Diagnosis(dtype)
+        self._open_trackers = trackers
+        self._trackers: list[Tracker] = []
         self._console = Console(total_steps, show)
         if self._writes:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,17 +51,19 @@ class Metrics:
     def truncate(self, step: int) -> None:
         """Drop every line of a step >= `step`, the first step of a resumed run; truncate(0) drops all.
 
-        An incomplete last line, left by a crash, is dropped too. Must be called before the first log. The time per step
-        is measured from this call on.
+        An incomplete last line, left by a crash, is dropped too. Must be called before the first log: it opens the
+        trackers, and the diagnosis reads the lines that remain. The time per step is measured from this call on.
         """
         self.step = max(step - 1, 0)
         if not self._writes:
             return
         self._console.start()
-        self._board = _open_board(self._path.parent, purge_step=step)
+        self._trackers = self._open_trackers(step)
         for path in (self._path, self._completions):
             if path.exists():
                 _truncate(path, step)
+        for line in read_metrics(self._path.parent):
+            self._diagnosis.add(line)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Record one finished step (1 .. total_steps); a non-finite value is null in the file."""
@@ -54,50 +71,65 @@ class Metrics:
         if not self._writes:
             return
         values = {name: float(value) for name, value in values.items()}
-        self._append({"step": step, **values})
-        self._to_board(step, values)
+        line = self._append({"step": step, **values})
+        self._track(step, values)
         self._console.step(step, values)
+        self._warn(line)
 
     def log_event(self, name: str, values: dict[str, Any]) -> None:
         """Record an event, such as an evaluation, at values["step"] or else at the last logged step."""
         if not self._writes:
             return
         values = {"step": self.step, **values}
-        self._append({"event": name, **values})
+        line = self._append({"event": name, **values})
         shown = {key: value for key, value in values.items() if _is_number(value) and key != "step"}
-        self._to_board(values["step"], {f"{name}/{key}": value for key, value in shown.items()})
+        self._track(values["step"], {f"{name}/{key}": value for key, value in shown.items()})
         self._console.event(name, values["step"], shown)
+        self._warn(line)
 
-    def warn(self, text: str) -> None:
-        """Print a warning."""
-        if self._writes:
-            self._console.print(f"warning: {text}")
+    def show_completions(
+        self, step: int, completions: Sequence[Completion], clips: Callable[[], dict[str, Audio]] = dict
+    ) -> None:
+        """Print completions of a step, and add them to completions.jsonl and the trackers.
 
-    def show_completions(self, step: int, completions: Sequence[Completion]) -> None:
-        """Print completions of a step, and add them to completions.jsonl."""
-        if self._writes and completions:
-            self._console.completions(step, completions)
-            for one in completions:
-                self._append({"step": step, **one._asdict()}, self._completions)
+        clips: returns the clips of their questions, for the trackers.
+        """
+        if not self._writes or not completions:
+            return
+        self._console.completions(step, completions)
+        for one in completions:
+            self._append({"step": step, **one._asdict()}, self._completions)
+        if self._trackers:
+            heard, rows = clips(), [_flat(one._asdict()) for one in completions]
+            for tracker in self._trackers:
+                tracker.completions(step, list(rows[0]), [list(row.values()) for row in rows])
+                tracker.clips(step, heard)
 
     def close(self) -> None:
-        """Print the last step if it is not printed yet, and close TensorBoard's file."""
+        """Print the last step if it is not printed yet, and close the trackers."""
         if self._writes:
             self._console.flush()
-        if self._board is not None:
-            self._board.close()
-            self._board = None
+        for tracker in self._trackers:
+            tracker.close()
+        self._trackers = []
 
-    def _append(self, record: dict[str, Any], path: Path | None = None) -> None:
+    def _append(self, record: dict[str, Any], path: Path | None = None) -> dict[str, Any]:
+        """Add a line to a file, metrics.jsonl by default; returns what the file holds."""
+        record = finite(record)
         # Opened and closed for each line, so that a later crash does not lose it.
         with (path or self._path).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite(record), allow_nan=False) + "\n")
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+        return record
 
-    def _to_board(self, step: int, values: dict[str, float]) -> None:
-        if self._board is None:
-            self._board = _open_board(self._path.parent)
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+    def _track(self, step: int, values: dict[str, float]) -> None:
+        for tracker in self._trackers:
+            tracker.scalars(step, values)
+
+    def _warn(self, line: dict[str, Any]) -> None:
+        """Print and record what is found after a line, as events."""
+        for name, text in self._diagnosis.add(line):
+            self._append({"event": "warning", "step": line["step"], "name": name, "text": text})
+            self._console.print(f"warning: {name}: {text}")
 
 
 class Clock:
@@ -156,23 +188,6 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def _open_board(directory: Path, purge_step: int | None = None) -> Any:
-    """TensorBoard's writer; where the package is not installed, one that writes nothing."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return _NoBoard()
-    return SummaryWriter(str(directory / "tensorboard"), purge_step=purge_step)
-
-
-class _NoBoard:
-    def add_scalar(self, name: str, value: float, step: int) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
 def _truncate(path: Path, step: int) -> None:
     kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) < step]
     temporary = path.with_suffix(".tmp")
@@ -195,6 +210,12 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _flat(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with "rewards": {"accuracy": 1.0} as "reward/accuracy": 1.0, the name of the metric."""
+    rewards = {f"reward/{name}": value for name, value in record["rewards"].items()}
+    return {name: value for name, value in record.items() if name != "rewards"} | rewards
 
 
 def _is_number(value: Any) -> bool:

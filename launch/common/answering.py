@@ -24,7 +24,14 @@ from hark.grpo.evaluate import evaluate
 from hark.grpo.runtime.collectives import World, exchange_rows, joined_world
 from hark.launch.common.config_file import load_config
 from hark.launch.common.progress import counted
-from hark.launch.common.questions import bad_log, checked_questions, evaluation_settings, rank_batches, waveform_of
+from hark.launch.common.questions import (
+    bad_log,
+    checked_questions,
+    evaluation_settings,
+    rank_batches,
+    silenced,
+    waveform_of,
+)
 from hark.launch.common.run_directory import changed
 from hark.launch.common.trained import Subject, find_trained, is_run
 from hark.launch.common.training import announce
@@ -104,7 +111,7 @@ def answer_test(
     usable = [example for example in usable if example.id not in bad]
     controls: dict[str, list[dict] | None] = {}
     if silent:
-        controls["silent"] = ask(usable, lambda clip: np.zeros_like(load(clip)), "questions without sound")
+        controls["silent"] = ask(usable, silenced(load), "questions without sound")
     if audio:
         controls["shuffled_audio"] = ask(
             with_shuffled_audio(usable, seed=config.run.seed), load, "questions with other sound"

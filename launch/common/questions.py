@@ -121,16 +121,29 @@ def training_loader(config: Config, world: World, policy: Policy, examples: Sequ
 
 
 def validation_figures(config: Config, world: World, policy: Policy, examples: Sequence[Example]) -> dict[str, float]:
-    """Greedy accuracy on the examples, over all and by task, and `answer_shares`; empty on all ranks but 0."""
+    """Greedy accuracy on the examples, over all and by task, and `answer_shares`; empty on all ranks but 0.
+
+    With evaluation.silent also `silent_accuracy`, that without sound.
+    """
     rows = validation_rows(config, world, policy, examples)
-    return {} if rows is None else accuracies(rows, "task") | answer_shares(rows) | {"questions": len(rows)}
+    silent = validation_rows(config, world, policy, examples, sound=False) if config.evaluation.silent else None
+    if rows is None:
+        return {}
+    control = {"silent_accuracy": accuracies(silent, "task")["accuracy"]} if silent is not None else {}
+    return accuracies(rows, "task") | answer_shares(rows) | control | {"questions": len(rows)}
 
 
-def validation_rows(config: Config, world: World, policy: Policy, examples: Sequence[Example]) -> list[dict] | None:
-    """Greedy answers to the first evaluation.limit examples, graded: one row each on rank 0, None on the others."""
+def validation_rows(
+    config: Config, world: World, policy: Policy, examples: Sequence[Example], *, sound: bool = True
+) -> list[dict] | None:
+    """Greedy answers to the first evaluation.limit examples, graded: one row each on rank 0, None on the others.
+
+    sound: whether the clips have their sound, or zeros instead.
+    """
+    load = waveform_of(config, policy)
     batches = rank_batches(
         config, world, policy, examples[: config.evaluation.limit],
-        waveform=waveform_of(config, policy), on_bad=bad_log(config).add,
+        waveform=load if sound else silenced(load), on_bad=bad_log(config).add,
     )  # fmt: skip
 
     def to_row(example: Example, completion: str, stopped: bool, confidence: float) -> dict:
@@ -262,6 +275,17 @@ def waveform_of(config: Config, policy: Policy) -> Callable[[Clip], np.ndarray]:
         return load_waveform(clip, sample_rate=rate, max_seconds=data.max_seconds, long_clips=data.long_clips)
 
     return waveform
+
+
+def listening(config: Config, policy: Policy) -> Callable[[Example], list[tuple[np.ndarray, int]]]:
+    """A function from an example to its clips as waveforms with their sample rate."""
+    load, rate = waveform_of(config, policy), policy.sample_rate
+    return lambda example: [(load(clip), rate) for clip in example.clips] if rate else []
+
+
+def silenced(load: Callable[[Clip], np.ndarray]) -> Callable[[Clip], np.ndarray]:
+    """A function from a clip to zeros, as many as the waveform has that `load` returns."""
+    return lambda clip: np.zeros_like(load(clip))
 
 
 def rewards_of(config: Config) -> Callable[[Sequence[Example], Sequence[str]], torch.Tensor]:

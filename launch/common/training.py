@@ -11,6 +11,7 @@ from hark.data.prompts import find_template
 from hark.data.rewards import check_rewards
 from hark.grpo import loop
 from hark.grpo.config import Config, ConfigError, differences
+from hark.grpo.instruments.trackers import check_trackers
 from hark.grpo.learner import Learner
 from hark.grpo.runtime.collectives import World, joined_world
 from hark.launch.common.exports import announce_export
@@ -19,6 +20,7 @@ from hark.launch.common.questions import (
     bad_log,
     check_answers,
     check_lengths,
+    listening,
     training_examples,
     training_loader,
     validation_figures,
@@ -38,6 +40,10 @@ def train(config: Config, make_trainer: Callable[..., Learner], *, judged: bool,
         check_training(config, world)
         # The data is checked before the weights are read, which takes minutes for a large model.
         family = read_family(config.model.path, config.model.policy)
+        if config.evaluation.silent and family.sample_rate is None:
+            raise ConfigError(
+                f"{config.model.path} takes text only, and evaluation.silent needs sound; set it to false"
+            )
         examples, held_out = training_examples(config, world, family)
         if answered:
             check_answers(examples, answered)
@@ -45,7 +51,8 @@ def train(config: Config, make_trainer: Callable[..., Learner], *, judged: bool,
         policy = make_policy(config, world)
         validate = partial(validation_figures, config, world, policy, held_out) if held_out else None
         with training_loader(config, world, policy, examples) as loader:
-            loop.train(make_trainer(config, world, policy, data=loader, validate=validate, describe=described))
+            parts = dict(data=loader, validate=validate, describe=described, listen=listening(config, policy))
+            loop.train(make_trainer(config, world, policy, **parts))
             if config.checkpoint.export and world.is_main:
                 announce_export(Path(config.run.directory) / "model")
             if loader.bad:
@@ -64,6 +71,7 @@ def announce(config: Config, world: World) -> None:
 def check_training(config: Config, world: World) -> None:
     """Refuse, before anything is loaded, a configuration that cannot be trained or would overwrite another run."""
     check_run_directory(config)
+    check_trackers(config.log.trackers)
     if config.data.train is None:
         raise ConfigError("data.train is missing; training needs a file of examples")
     if config.optim.prompts_per_step % world.size:

@@ -21,7 +21,7 @@ from hark.grpo.instruments.metrics import read_metrics
 from hark.launch import train
 from hark.launch.common.entry import run
 
-QUIET = ("evaluation.every=0", "checkpoint.every=0", "checkpoint.export=false", "run.show_every=0")
+QUIET = ("evaluation.every=0", "checkpoint.every=0", "checkpoint.export=false", "log.completions=0")
 WARM = 10  # steps that are not counted
 
 
