@@ -1,6 +1,6 @@
 """Write one page about runs: curves, recorded steps with their sounds, evaluations, what the configurations differ in.
 
-    hark report RUN [RUN ...] --out report.html
+    hark report RUN [RUN ...] [--out report.html]
 
 The page needs no network and opens from the disk. Beside it is its JSON twin, report.json, which holds the same data
 but the sounds. A page has bounds; it says what was left out. docs/report.md describes the page.
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="the run.directory of a training run")
-    parser.add_argument("--out", type=page_name, required=True, metavar="FILE.html")
+    parser.add_argument("--out", type=page_name, default=Path("report.html"), metavar="FILE.html", help="(%(default)s)")
     add_bounds(parser)
     return parser.parse_args(argv)
 

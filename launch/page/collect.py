@@ -77,7 +77,7 @@ class Collection:
             "directory": str(run),
             **curves(lines),
             "total": _configuration(run).get("optim.steps"),
-            "warnings": warnings(lines),
+            "warnings": warnings(lines, _configuration(run).get("model.dtype", "float32")),
             "recorded": [_recorded(run, number, step) for step in self.steps_of(run)],
             "recorded_in_all": len(recorded_steps(run)),
             "evaluation": evaluation and figures(evaluation) | {"part": f"rows-{number}", "version": _changed(run)},

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hark.data.benchmarks.report import Share
+from hark.grpo.instruments.diagnosis import diagnose
 from hark.launch.page.numbers import rounded
 
 DIGITS = 6  # significant ones of a curve
@@ -23,10 +24,9 @@ def curves(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def warnings(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the diagnosis finds in a run, by step."""
-    found = [line for line in lines if line.get("event") == "warning"]
-    return [{"step": line["step"], "name": line.get("name", ""), "text": line.get("text", "")} for line in found]
+def warnings(lines: Sequence[dict[str, Any]], dtype: str) -> list[dict[str, Any]]:
+    """What the diagnosis finds in a run that computed in `dtype`, by step."""
+    return [{"step": step, "name": name, "text": text} for step, name, text in diagnose(lines, dtype)]
 
 
 def _evaluation(line: dict[str, Any]) -> dict[str, Any]:

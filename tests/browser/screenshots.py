@@ -8,25 +8,34 @@ from __future__ import annotations
 import io
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
-COLOURS = 256
+COLOURS, GAP = 256, 8
 
 
 def main(report: Path, out: Path) -> None:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         for name, (show, settings) in PICTURES.items():
-            page = browser.new_page(**settings)
-            page.goto(report.resolve().as_uri())
-            show(page)
-            page.mouse.move(0, 0)
-            page.wait_for_timeout(300)
-            save(page.screenshot(), out / f"report-{name}.png")
+            save(taken(browser, report, show, settings), out / f"report-{name}.png")
+        sides = [taken(browser, report, show, SCREEN) for show in (curves, opened)]
+        save(beside(*sides), out / "report.png")
         browser.close()
+
+
+def taken(browser: Browser, report: Path, show: Callable[[Page], None], settings: dict[str, Any]) -> Image.Image:
+    """A picture of the page after `show` has opened something on it."""
+    page = browser.new_page(**settings)
+    page.goto(report.resolve().as_uri())
+    show(page)
+    page.mouse.move(0, 0)
+    page.wait_for_timeout(300)
+    return Image.open(io.BytesIO(page.screenshot())).convert("RGB")
 
 
 def curves(page: Page) -> None:
@@ -38,6 +47,12 @@ def steps(page: Page) -> None:
     page.locator("#tab-steps").click()
     page.locator(".picker button").first.click()
     page.locator(".completion").nth(1).locator(".token").nth(1).focus()
+
+
+def opened(page: Page) -> None:
+    page.locator("#tab-steps").click()
+    page.locator(".completion summary").nth(1).click()
+    page.locator(".completion").first.evaluate("(card) => card.remove()")  # so that the opened one is in the picture
 
 
 def arithmetic(page: Page) -> None:
@@ -65,10 +80,21 @@ PICTURES = {
 }
 
 
-def save(picture: bytes, path: Path) -> None:
+def beside(*pictures: Image.Image) -> Image.Image:
+    """Pictures of one height in a row."""
+    whole = Image.new(
+        "RGB", (sum(one.width for one in pictures) + GAP * (len(pictures) - 1), pictures[0].height), "#888"
+    )
+    left = 0
+    for one in pictures:
+        whole.paste(one, (left, 0))
+        left += one.width + GAP
+    return whole
+
+
+def save(picture: Image.Image, path: Path) -> None:
     """Save a picture with COLOURS colours."""
-    image = Image.open(io.BytesIO(picture)).convert("RGB")
-    image.quantize(COLOURS, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
+    picture.quantize(COLOURS, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
     print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
 

@@ -45,9 +45,9 @@ def test_curves_have_a_line_for_each_run_and_intervals_for_accuracies(report, vi
     assert page.locator("[data-metric=kl] .line").count() == 2
     accuracy = page.locator("[data-metric=accuracy]")
     assert accuracy.locator(".bar").count() == 6 and accuracy.locator(".dot").count() == 6
-    for name in ("reward", "reward/accuracy", "silent_accuracy", "entropy", "seconds/rollout"):
+    for name in ("reward", "reward/accuracy", "silent_accuracy", "entropy", "seconds/load"):
         expect(page.locator(f'[data-metric="{name}"]')).to_be_visible()
-    assert "the reward does not rise" in page.locator("#warnings").inner_text()
+    assert "raise data.workers" in page.locator("#warnings").inner_text()
 
 
 def test_the_pointer_and_the_arrow_keys_read_one_step_in_all_charts(report, visit):

@@ -34,7 +34,7 @@ def test_new_lines_of_the_metrics_appear(watched, visit):
     write_metrics(run, range(26, 42))
     expect(page.locator("#status")).to_contain_text("step 41")
     assert page.locator("[data-metric=accuracy] .dot").count() == 2
-    assert "the reward does not rise" in page.locator("#warnings").inner_text()
+    assert "raise data.workers" in page.locator("#warnings").inner_text()
     expect(page.locator("[data-metric=kl]")).to_be_focused()
 
 
