@@ -3,8 +3,8 @@
     python launch/demo.py [--family qwen2_5_omni]
 
 It runs other programs of launch/ and prints each command first, so that you can run it again by hand. It deletes
-runs/mini and writes all results there; runs/mini/summary.json holds the figures, runs/mini/report.html the page. The small model is a Qwen2-Audio, or
-of another family of docs/families.md.
+runs/mini and writes all results there; runs/mini/summary.json holds the figures, runs/mini/report.html the page. The
+small model is a Qwen2-Audio, or of another family of docs/families.md.
 """
 
 import argparse
