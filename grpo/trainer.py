@@ -13,7 +13,7 @@ from hark.from_file import short_name
 from hark.grpo.advantage import equal_rewards, group_advantages, weighted_rewards
 from hark.grpo.config import Config
 from hark.grpo.instruments.console import PACE, Completion
-from hark.grpo.instruments.groups import group_sums, shares_of_variance
+from hark.grpo.instruments.groups import best_and_worst, group_sums, shares_of_variance
 from hark.grpo.instruments.trackers import Audio
 from hark.grpo.learner import Key, Learner, TrainingData
 from hark.grpo.loss import TokenTerms, policy_loss
@@ -24,8 +24,6 @@ from hark.grpo.scorer import score
 from hark.grpo.types import PolicyBatch, Rollout
 from hark.models.lora import WithoutAdapters
 from hark.models.policy import Policy, Prompt
-
-SHOWN = 3  # groups of which completions are shown
 
 RewardMatrix = Callable[[Sequence[Any], Sequence[str]], torch.Tensor]  # (examples, completions), B each -> (B, K)
 # (examples of a step, count) -> for the first `count` of them the prompts of each control
@@ -201,27 +199,10 @@ class Trainer(Learner[PolicyBatch]):
         return means | ({name: value / scored for name, value in of_scored.items()} if scored else {})
 
     def completions(self) -> list[Completion]:
-        """The completions with the highest and the lowest reward of a few groups of the latest step."""
+        """The best and the worst completion of a few groups of the latest step."""
         if not self._latest:
             return []
-        examples, texts, columns, rewards, advantages = self._latest
-        best, worst = (
-            pick(rewards.unflatten(0, (-1, self.group_size)), dim=1) for pick in (torch.argmax, torch.argmin)
-        )
-        groups = range(0, len(best), max(len(best) // SHOWN, 1))[:SHOWN]
-        rows = [n * self.group_size + int(g) for n in groups for g in (best[n], worst[n])]
-        names = [short_name(name) for name in self.config.reward.weights]
-        return [
-            Completion(
-                str(examples[b].id),
-                examples[b].question,
-                texts[b],
-                dict(zip(names, columns[b].tolist(), strict=True)),
-                reward=float(rewards[b]),
-                advantage=float(advantages[b]),
-            )  # fmt: skip
-            for b in rows
-        ]
+        return best_and_worst(*self._latest, names=self.config.reward.weights, group_size=self.group_size)
 
     def clips(self) -> dict[str, Audio]:
         """The first clip of each question of `completions`: "clips/1" is that of the first question."""

@@ -1,14 +1,17 @@
-"""How much the completions of a group differ: metrics from which `diagnosis.py` finds what cannot be learnt."""
+"""The completions of groups: the best and the worst of each, and metrics of how much they differ."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
 from hark.from_file import short_name
 from hark.grpo.advantage import equal_rewards
+from hark.grpo.instruments.console import Completion
 
+SHOWN = 3  # groups of which completions are shown
 VARIANCE = "variance_share/"  # the prefix of metrics that are shares of their sum over all rewards
 
 
@@ -34,3 +37,34 @@ def shares_of_variance(means: dict[str, float]) -> dict[str, float]:
     total = sum(variances.values())
     others = {name: value for name, value in means.items() if name not in variances}
     return others | ({name: value / total for name, value in variances.items()} if total else {})
+
+
+def best_and_worst(
+    examples: Sequence[Any],
+    texts: Sequence[str],
+    columns: torch.Tensor,
+    rewards: torch.Tensor,
+    advantages: torch.Tensor,
+    *,
+    names: Iterable[str],
+    group_size: int,
+) -> list[Completion]:
+    """The completions with the highest and the lowest reward of a few groups, evenly spread.
+
+    examples, texts: B each, columns: (B, K) with K names, rewards, advantages: (B,).
+    """
+    groups = rewards.unflatten(0, (-1, group_size))  # (N, G)
+    shown = range(0, len(groups), max(len(groups) // SHOWN, 1))[:SHOWN]
+    rows = [n * group_size + int(pick(groups[n])) for n in shown for pick in (torch.argmax, torch.argmin)]
+    shorts = list(map(short_name, names))
+    return [
+        Completion(
+            str(examples[b].id),
+            examples[b].question,
+            texts[b],
+            dict(zip(shorts, columns[b].tolist(), strict=True)),
+            reward=float(rewards[b]),
+            advantage=float(advantages[b]),
+        )  # fmt: skip
+        for b in rows
+    ]
