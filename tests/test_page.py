@@ -123,11 +123,23 @@ def test_bounds_are_kept_and_what_is_left_out_is_named(tmp_path, capsys):
     assert sum(name.startswith("clip") for name in twin) == 2
     assert twin["main"]["left_out"] == [
         "grpo: 2 of 5 recorded steps are here (--steps)",
-        "of a step with 3 questions the first 1 are here (--groups)",
+        "1 of 3 questions of a recorded step are here (--groups)",
         "of an evaluation with 4 questions the first 3 are here (--questions)",
         "2 of 3 clips can be heard here (--clips)",
     ]
     assert capsys.readouterr().out.count("left out: ") == 4
+
+
+def test_questions_with_answers_under_the_controls_come_first(tmp_path):
+    run = write_run(tmp_path / "grpo")
+    path = run / "record" / "step-000020" / "rank-0" / "step.json"
+    values = json.loads(path.read_text())
+    del values["prompts"][0]["answers"]
+    path.write_text(json.dumps(values))
+    _, twin = written(run, "--groups", "2", "--out", tmp_path / "r.html")
+    assert [group["id"] for group in twin["step-0-20"]["groups"]] == ["test-1", "test-2"]
+    rows = read_step(run, 20).tensors["rewards"][GROUP : 2 * GROUP].tolist()
+    assert [one["rewards"] for one in twin["step-0-20"]["groups"][0]["completions"]] == rows, "its own completions"
 
 
 def test_a_run_with_nothing_but_its_configuration_has_a_page(run, tmp_path):

@@ -130,7 +130,7 @@ def _left_out(runs: list[dict], parts: dict[str, Any], clips: int, bounds: Bound
             yield f"{run['name']}: {len(run['recorded'])} of {run['recorded_in_all']} recorded steps are here (--steps)"
     questions = max((part["questions"] for part in parts.values() if "groups" in part), default=0)
     if questions > bounds.groups:
-        yield f"of a step with {questions} questions the first {bounds.groups} are here (--groups)"
+        yield f"{bounds.groups} of {questions} questions of a recorded step are here (--groups)"
     asked = max((part["total"] for part in parts.values() if "rows" in part), default=0)
     if asked > bounds.questions:
         yield f"of an evaluation with {asked} questions the first {bounds.questions} are here (--questions)"

@@ -19,10 +19,10 @@ SHOWN_SECTIONS = ("loss", "reward")  # of the configuration: the arithmetic need
 
 
 def step_part(record: StepRecord, sounds: Sounds, *, base: Path, groups: int) -> dict[str, Any]:
-    """The first `groups` questions of a step. base: the directory in which the run was started."""
+    """`groups` questions of a step, those with answers under the controls first; `base` as in `clip_of`."""
     values = record.values
-    count = min(groups, len(values["prompts"]))
-    shown = [_group(record, n, sounds, base) for n in range(count)]
+    chosen = sorted(range(len(values["prompts"])), key=lambda n: not values["prompts"][n].get("answers"))
+    shown = [_group(record, n, sounds, base) for n in chosen[:groups]]
     kept = ("step", "reason", "ranks", "parts", "group_size", "reward_names", "learning_rate", "updates", "versions")
     return {
         **{name: values.get(name) for name in kept},

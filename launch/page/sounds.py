@@ -48,7 +48,7 @@ class Sounds:
 
 
 def clip_of(record: dict[str, Any], base: Path) -> Clip:
-    """The clip that a recorded step names; a relative path is one below the directory in which the run was started."""
+    """The clip that a recorded step names; a relative path is one below `base`, where the run was started."""
     source = base / record["source"]
     return Clip(source, record.get("start") or 0.0, record.get("end"))
 
