@@ -15,6 +15,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import torch
+
 from hark.data.errors import DataError
 from hark.launch.common.entry import run
 from hark.launch.page.collect import Bounds, Collection
@@ -26,6 +28,7 @@ HOSTS = ("localhost", "127.0.0.1")  # by which a browser may ask; another name w
 
 def main(argv: list[str]) -> None:
     arguments = parse(argv)
+    torch.set_num_threads(1)  # the run needs the others
     bounds = Bounds(arguments.steps, arguments.groups, arguments.clips, arguments.questions)
     with server(Collection(arguments.runs, bounds), arguments.port) as serving:
         print(f"http://localhost:{serving.server_address[1]}/ follows the run; Ctrl-C ends it", flush=True)
