@@ -12,7 +12,7 @@ function openView(name, focus = false) {
     if (isOpen && focus) tab.focus();
   }
   history.replaceState(null, "", `#show-${name}`); // no element has this name: the page does not scroll
-  VIEWS[name](document.getElementById(name));
+  if (main.runs) VIEWS[name](document.getElementById(name));
 }
 
 function currentView() {

@@ -57,6 +57,18 @@ def test_a_new_recorded_step_can_be_chosen_and_what_is_open_stays_open(watched, 
     expect(page.locator(".facts")).to_contain_text("Step 20")
 
 
+def test_a_view_can_be_opened_before_the_data_have_come(watched, visit):
+    _, address = watched
+    page = visit("about:blank")
+    held = []
+    page.route("**/main.json", held.append)
+    page.goto(address)
+    page.locator("#tab-steps").click()
+    page.unroute("**/main.json")
+    held[0].continue_()
+    expect(page.locator(".facts")).to_contain_text("Step 10")
+
+
 def test_clips_and_evaluations_are_served(watched, visit):
     _, address = watched
     page = visit(address)
