@@ -51,9 +51,9 @@ def train(world: World, settings: list[str], *, skips: bool = True) -> list[tupl
         return torch.stack([column, torch.zeros(len(completions))], dim=1)
 
     def score(policy, prompts, tokens, mask, **kwargs):
-        logprobs, entropy = original(policy, prompts, tokens, mask, **kwargs)
-        scored.append((mask, entropy))
-        return logprobs, entropy
+        logprobs, spread = original(policy, prompts, tokens, mask, **kwargs)
+        scored.append((mask, spread.entropy))
+        return logprobs, spread
 
     original = trainer_module.score
     trainer = build(world, load_config(settings), rewards=rewards)
