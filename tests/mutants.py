@@ -451,11 +451,15 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "grpo/instruments/diagnosis.py": (
         ("warned at each step", "-math.inf) > WINDOW", "-math.inf) > 0", "test_diagnosis"),
         ("never over", "{symptom.name: now for", "{symptom.name: math.inf for", "test_diagnosis"),
+    ),
+    "grpo/instruments/history.py": (
         ("a rise without its error", "difference / error if error", "difference if error", "test_diagnosis"),
+    ),
+    "grpo/instruments/symptoms.py": (
         ("control of few questions", "DOUBT * error < SOUND_GAIN and ", "", "test_diagnosis"),
         ("one evaluation is enough", "len(lines.evaluations) < 2 or", "not lines.evaluations or", "test_diagnosis"),
         ("one slow step counts", "return median(part / whole", "return fmean(part / whole", "test_diagnosis"),
-        ("gap of float32 for all", "GAP_BOUND[dtype]", 'GAP_BOUND["float32"]', "test_diagnosis"),
+        ("gap of float32 for all", "GAP_BOUND[lines.dtype]", 'GAP_BOUND["float32"]', "test_diagnosis"),
     ),
     "grpo/instruments/groups.py": (
         ("share without the weight", "(weight * column.double())", "column.double()", "test_logged_metrics"),

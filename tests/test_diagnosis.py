@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import time
 from functools import partial
 from pathlib import Path
@@ -17,8 +18,9 @@ import torch
 from hark.grpo import loop
 from hark.grpo import trainer as trainer_module
 from hark.grpo.config import Config
-from hark.grpo.instruments import diagnosis
-from hark.grpo.instruments.diagnosis import LONG, WINDOW, diagnose
+from hark.grpo.instruments import history, symptoms
+from hark.grpo.instruments.diagnosis import diagnose
+from hark.grpo.instruments.history import LONG, WINDOW
 from hark.grpo.instruments.metrics import Metrics
 from hark.grpo.runtime.collectives import World
 from hark.grpo.sampler import sample
@@ -289,6 +291,6 @@ def test_steps_without_a_figure_are_left_out_of_a_window_of_which_most_have_it()
 
 
 def test_every_bound_has_a_reason():
-    source = Path(diagnosis.__file__).read_text().partition("\nclass Lines")[0]
-    bounds = [line for line in source.splitlines() if line[:1].isupper() and " = " in line and "Line =" not in line]
+    sources = [Path(module.__file__).read_text().splitlines() for module in (history, symptoms)]
+    bounds = [line for source in sources for line in source if re.match(r"[A-Z_]+(, [A-Z_]+)? = [\d{]", line)]
     assert len(bounds) > 12 and all("  # " in line for line in bounds)

@@ -19,7 +19,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from hark.grpo.config import ConfigError
-from hark.grpo.instruments.diagnosis import SYMPTOMS
+from hark.grpo.instruments.symptoms import SYMPTOMS
 from hark.launch.__main__ import COMMANDS, module_of, parse, words_of
 from hark.launch.common.config_file import CONFIGS, help_if_asked, load_config
 from hark.launch.common.torchrun import torchrun
