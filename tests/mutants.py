@@ -89,10 +89,11 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "grpo/instruments/by_module.py": (
         (
             "digest by the place in the shard",
-            "torch.arange(start + first, start",
-            "torch.arange(first, ",
+            "2 * (start + first) + 1, 2 * (start + first + len(part)), 2",
+            "1, 2 * len(part), 2",
             "test_record",
         ),
+        ("parameters interchangeable", "* _factor(name) * _counts", "* _counts", "test_record"),
         ("replicas counted twice", "mesh.get_local_rank(0) == 0)", "True)", "test_record"),
     ),
     "grpo/instruments/draft.py": (

@@ -146,6 +146,19 @@ def test_a_digest_notices_one_bit_and_an_exchange_of_two_values(case):
         assert [module for module in before if before[module] != after[module]] == [module_of(name)]
 
 
+def test_a_digest_notices_an_exchange_of_two_weights_of_one_layer(case):
+    world = World(0, 1, torch.device("cpu"))
+    before = weight_digests(case.policy, world)
+    attention = case.policy.decoder.layers[0].self_attn
+    with torch.no_grad():
+        keys = attention.k_proj.weight.clone()
+        attention.k_proj.weight.copy_(attention.v_proj.weight)
+        attention.v_proj.weight.copy_(keys)
+    after = weight_digests(case.policy, world)
+    (changed,) = (module for module in before if before[module] != after[module])
+    assert changed.endswith("layers.0")
+
+
 def test_modules_are_layers_or_what_holds_a_parameter():
     assert module_of("model.language_model.layers.3.self_attn.q_proj.weight") == "model.language_model.layers.3"
     assert module_of("model.multi_modal_projector.linear.bias") == "model.multi_modal_projector.linear"

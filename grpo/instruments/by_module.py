@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 
 import torch
@@ -11,7 +12,6 @@ from torch.distributed.tensor import DTensor
 from hark.grpo.runtime.collectives import World, reduce_tensor
 from hark.models.policy import Policy
 
-MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64  # an odd 64-bit number whose multiples are spread evenly, as int64
 CHUNK = 2**22  # elements whose 64-bit products exist at the same time
 INTEGERS = {2: torch.int16, 4: torch.int32}  # by the bytes of an element
 
@@ -26,7 +26,8 @@ def module_of(name: str) -> str:
 def gradient_norms(policy: Policy, world: World) -> dict[str, float]:
     """The L2 norm of the gradient of each module; a collective."""
     squares: dict[str, torch.Tensor] = {}
-    for module, parameter in _trained(policy):
+    for name, parameter in _trained(policy):
+        module = module_of(name)
         local = _local(parameter.grad) if parameter.grad is not None else torch.zeros(1)
         square = local.double().square().sum().to(world.device) * _counts(policy)
         squares[module] = squares.get(module, torch.zeros_like(square)) + square
@@ -37,12 +38,13 @@ def gradient_norms(policy: Policy, world: World) -> dict[str, float]:
 def weight_digests(policy: Policy, world: World) -> dict[str, str]:
     """A 64-bit checksum of the bits of each module's trained weights, in hexadecimal; a collective.
 
-    sum_i bits_i * (2 * i + 1) * MULTIPLIER modulo 2^64 over the elements of each parameter. A sum can be split over
-    the ranks, so it does not depend on how many there are. It notices changes; it does not resist an attacker.
+    sum_i bits_i * (2 * i + 1) modulo 2^64 over the elements of a parameter, times an odd number that its name gives. A
+    sum can be split over the ranks, so it does not depend on how many there are. It notices changes; it does not resist
+    an attacker.
     """
     sums: dict[str, torch.Tensor] = {}
-    for module, parameter in _trained(policy):
-        checksum = _checksum(parameter).to(world.device) * _counts(policy)
+    for name, parameter in _trained(policy):
+        module, checksum = module_of(name), _checksum(parameter).to(world.device) * _factor(name) * _counts(policy)
         sums[module] = sums.get(module, torch.zeros_like(checksum)) + checksum
     total = reduce_tensor(torch.stack(list(sums.values())), world)
     return {module: f"{value % 2**64:016x}" for module, value in zip(sums, total.tolist(), strict=True)}
@@ -51,7 +53,7 @@ def weight_digests(policy: Policy, world: World) -> dict[str, str]:
 def _trained(policy: Policy) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in policy.model.named_parameters():
         if parameter.requires_grad:
-            yield module_of(name), parameter
+            yield name, parameter
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
@@ -64,15 +66,20 @@ def _counts(policy: Policy) -> int:
     return int(mesh is None or mesh.ndim == 1 or mesh.get_local_rank(0) == 0)
 
 
+def _factor(name: str) -> int:
+    """An odd 64-bit integer for a name, as int64: parameters of one module are not interchangeable."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True) | 1
+
+
 def _checksum(parameter: nn.Parameter) -> torch.Tensor:
     local = _local(parameter.detach()).contiguous()
     bits = local.view(INTEGERS[local.element_size()]).flatten()
     start = _rows_before(parameter) * (parameter.numel() // max(len(parameter), 1))
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for first in range(0, len(bits), CHUNK):
-        part = bits[first : first + CHUNK].long()
-        index = torch.arange(start + first, start + first + len(part), device=bits.device)
-        total += (part * ((2 * index + 1) * MULTIPLIER)).sum()
+        part = bits[first : first + CHUNK]
+        odd = torch.arange(2 * (start + first) + 1, 2 * (start + first + len(part)), 2, device=bits.device)
+        total += (part * odd).sum()
     return total
 
 
