@@ -169,7 +169,7 @@ class RecordConfig:
     keep: Count = 50  # how many of the newest recorded steps to keep
     last: CountOrZero = 3  # steps before an error to record
     likeliest: CountOrZero = 5  # likeliest tokens to record at each place of a recorded step
-    answers: CountOrZero = 1  # questions per rank to answer again: greedily, silent, and with another clip
+    answers: CountOrZero = 0  # questions per rank to answer again: greedily, silent, and with another clip
 
 
 @dataclass(frozen=True)

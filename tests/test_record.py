@@ -42,7 +42,7 @@ def train(world: World, settings: list[str], **more) -> None:
 
 @pytest.fixture
 def recorded(settings, tmp_path) -> Path:
-    run = [*settings, f"run.directory={tmp_path}/run", "record.every=2", f"optim.steps={STEPS}"]
+    run = [*settings, f"run.directory={tmp_path}/run", "record.every=2", "record.answers=1", f"optim.steps={STEPS}"]
     on_ranks(1, train, run)
     return tmp_path / "run"
 
