@@ -70,6 +70,7 @@ class Trainer(Learner[PolicyBatch]):
         own, began = float(rollout.mask.sum()), time.perf_counter()
         tokens = reduce_sums({"tokens": own}, self.world)["tokens"]  # waits for the slowest rank
         waited = time.perf_counter() - began
+        self.recorder.note(rollout=rollout)
         self.clock.lap("rollout")
         if self.recorder.is_due:
             self.recorder.note(answers=self.answers(examples, prompts))
@@ -77,7 +78,7 @@ class Trainer(Learner[PolicyBatch]):
 
         completions = self.policy.completion_texts(rollout.tokens, rollout.mask)
         repeated = [example for example in examples for _ in range(self.group_size)]
-        self.recorder.note(rollout=rollout, texts=completions)
+        self.recorder.note(texts=completions)
         pending = self._reward_thread.submit(self.rewards, repeated, completions)  # runs during the reference pass
         self.clock.lap("reward")
 

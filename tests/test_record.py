@@ -185,6 +185,18 @@ def test_a_reward_that_fails_leaves_the_step_and_those_before_it(settings, tmp_p
     assert len(failed.values["completions"]) == 16 and all(c["text"] is not None for c in failed.values["completions"])
 
 
+def test_a_reward_that_fails_for_the_answers_to_the_controls_leaves_the_completions(settings, tmp_path):
+    def rewards(examples, completions):
+        if len(examples) < 16:
+            raise RewardError("reward 'length' failed")
+        return length_reward(examples, completions)
+
+    run = [*settings, f"run.directory={tmp_path}/run", "record.every=1", "record.answers=1"]
+    with pytest.raises(RewardError):
+        on_ranks(1, lambda world: train(world, run, rewards=rewards))
+    assert {"tokens", "old_logprobs"} <= read_step(tmp_path / "run", 1).tensors.keys()
+
+
 def test_an_error_leaves_nothing_where_record_last_is_0(settings, tmp_path):
     run = [*settings, f"run.directory={tmp_path}/run", "record.last=0"]
     with pytest.raises(ZeroDivisionError):
@@ -200,8 +212,7 @@ def test_only_the_newest_steps_are_kept(settings, tmp_path):
 def test_a_resumed_run_does_its_steps_again_and_records_them_once(settings, tmp_path):
     run = [*settings, f"run.directory={tmp_path}/run", "record.every=1", "checkpoint.every=2"]
     on_ranks(1, train, [*run, "optim.steps=4"])
-    for name in ("step-000004",):
-        (tmp_path / "run" / "checkpoints" / name / "hark.json").unlink()
+    (tmp_path / "run" / "checkpoints" / "step-000004" / "hark.json").unlink()
     before = read_step(tmp_path / "run", 4)
     on_ranks(1, train, [*run, "optim.steps=3", "run.resume=true"])
     assert recorded_steps(tmp_path / "run") == [1, 2, 3]
