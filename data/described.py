@@ -30,6 +30,21 @@ def example_of(record: dict[str, Any]) -> Example:
     return parse_example(row, root=Path(), line=record["line"], require_audio=False, benchmark=True)
 
 
+def asked(row: dict[str, Any]) -> dict[str, Any]:
+    """What a described row says: its id, question and choices, the index of the right one, and the right answers."""
+    choices: list[Any] = row.get("multi_choice") or []
+    answer: Any = row.get("answer")
+    is_index = isinstance(answer, int) and 0 <= answer < len(choices)
+    accepted = [choices[answer]] if is_index else answer if isinstance(answer, list) else [answer]
+    return {
+        "id": row.get("id", ""),
+        "question": row.get("question_text", ""),
+        "choices": choices,
+        "right": answer if is_index else None,
+        "accepted": [str(one) for one in accepted if one is not None],
+    }
+
+
 def _row(example: Example) -> dict[str, Any]:
     values: dict[str, Any] = {"id": example.id, "question_text": example.question}
     if example.clips:

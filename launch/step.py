@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+from hark.data.described import asked
 from hark.grpo.advantage import EPSILON
 from hark.grpo.config import ConfigError
 from hark.grpo.instruments.console import excerpt
@@ -94,11 +95,8 @@ def group(record: StepRecord, row: int) -> Iterator[str]:
 
 
 def question(prompt: dict) -> str:
-    row = prompt["row"]
-    choices = row.get("multi_choice")
-    answer = row.get("answer")
-    right = choices[answer] if choices and isinstance(answer, int) else answer
-    return f"{row['id']}: {excerpt(str(row.get('question_text', '')), 2 * WIDTH)} [{excerpt(str(right), WIDTH)}]"
+    said = asked(prompt["row"])
+    return f"{said['id']}: {excerpt(said['question'], 2 * WIDTH)} [{excerpt(', '.join(said['accepted']), WIDTH)}]"
 
 
 def completion(record: StepRecord, row: int) -> str:

@@ -23,8 +23,6 @@ from hark import UserError
 from hark.grpo.instruments.metrics import finite
 
 FORMAT = 1  # of the files; a reader refuses others
-LISTS = ("prompts", "completions")  # values that each rank has its own part of
-TEXTS = ("tokens",)  # values that are joined key by key
 SUMS = ("loss", "kl", "clip_share", "entropy", "sampler_gap", "scored")  # of an update: each rank has its term
 
 
@@ -83,11 +81,11 @@ def write_part(run: Path, record: StepRecord) -> int:
 
 def read_step(run: Path, step: int) -> StepRecord:
     """A step of a run, its parts joined in rank order. Raises RecordError if there is none or a file is broken."""
-    steps = recorded_steps(run)
-    if step not in steps:
+    parts = sorted(place_of(run, step).glob("rank-*"), key=lambda part: int(part.name.removeprefix("rank-")))
+    if not parts:
+        steps = recorded_steps(run)
         known = f"it has {_listed(steps)}" if steps else "it has none; train with record.every above 0"
         raise RecordError(f"{run}: step {step} is not recorded; {known}")
-    parts = sorted(place_of(run, step).glob("rank-*"), key=lambda part: int(part.name.removeprefix("rank-")))
     return joined([_read_part(part) for part in parts])
 
 
@@ -96,10 +94,9 @@ def joined(parts: Sequence[StepRecord]) -> StepRecord:
     first = parts[0]
     values = dict(first.values)
     values["parts"] = [rank for part in parts for rank in part.values["parts"]]
-    for name in LISTS:
+    for name in ("prompts", "completions"):
         values[name] = [item for part in parts for item in part.values[name]]
-    for name in TEXTS:
-        values[name] = {key: text for part in parts for key, text in part.values[name].items()}
+    values["tokens"] = {key: text for part in parts for key, text in part.values["tokens"].items()}
     updates = zip(*(part.values["updates"] for part in parts), strict=False)
     values["updates"] = [_joined_update(terms) for terms in updates]
     shared = [name for name in first.tensors if all(name in part.tensors for part in parts)]

@@ -23,6 +23,9 @@ from hark.grpo.types import Rollout
 from hark.launch.common.policies import make_policy, make_reference
 from hark.launch.common.questions import rewards_of, training_examples, training_loader
 
+OF_TOKENS = ("tokens", "mask", "old_logprobs", "ref_logprobs", "weights")  # recorded inputs, (B, T)
+OF_COMPLETIONS = ("stopped", "rewards", "advantages")
+
 
 @contextmanager
 def prepared_trainer(config: Config, world: World) -> Iterator[Trainer]:
@@ -48,7 +51,7 @@ def rerun(trainer: Trainer, record: StepRecord) -> StepRecord | None:
     """Run one step again, from the weights that the trainer has; returns its record on rank 0."""
     world, step = trainer.world, record.step
     examples, prompts, keys = zip(*trainer.data.step(step - 1), strict=True)
-    own = _part(record, world, group_size=record.values["group_size"])
+    own = _part(record, world)
     trainer.recorder.begin(step)
     drawn = trainer.draw(prompts, keys)
     scored = Rollout(
@@ -75,16 +78,14 @@ def rerun(trainer: Trainer, record: StepRecord) -> StepRecord | None:
     return None if parts is None else joined(parts)
 
 
-def _part(record: StepRecord, world: World, *, group_size: int) -> dict[str, torch.Tensor]:
-    """This rank's rows of the tensors of a record."""
+def _part(record: StepRecord, world: World) -> dict[str, torch.Tensor]:
+    """This rank's rows of the recorded inputs, those of (B, T) cut to their longest completion."""
     if not record.is_whole:
         missing = sorted(set(range(record.values["ranks"])) - set(record.values["parts"]))
         raise RecordError(f"step {record.step}: the parts of ranks {missing} are missing; it cannot be run again")
     count = len(record.values["completions"]) // world.size
     rows = slice(world.rank * count, (world.rank + 1) * count)
-    named = {name: tensor[rows] for name, tensor in record.tensors.items() if not name.startswith("prompt_")}
-    longest = int(named["mask"].sum(dim=1).max())
-    cut = {
-        name: value[:, :longest] if value.dim() > 1 and name != "rewards" else value for name, value in named.items()
-    }
-    return {name: value.to(world.device) for name, value in cut.items()}
+    longest = int(record.tensors["mask"][rows].sum(dim=1).max())
+    cut = {name: record.tensors[name][rows, :longest] for name in OF_TOKENS if name in record.tensors}
+    whole = {name: record.tensors[name][rows] for name in OF_COMPLETIONS}
+    return {name: value.to(world.device) for name, value in (cut | whole).items()}

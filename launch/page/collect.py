@@ -119,8 +119,6 @@ def clips_of(parts: dict[str, Any]) -> list[str]:
 def _mentioned(part: dict[str, Any]) -> Iterator[str]:
     for holder in part.get("groups", []) + part.get("rows", []):
         yield from (clip["part"] for clip in holder["clips"])
-        for answer in holder["answers"].values():
-            yield from (clip["part"] for clip in answer.get("clips", []))
 
 
 def _left_out(runs: list[dict], parts: dict[str, Any], clips: int, bounds: Bounds) -> Iterator[str]:

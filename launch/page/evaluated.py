@@ -7,10 +7,9 @@ from typing import Any
 
 from hark import UserError
 from hark.data.clip import Clip
-from hark.data.described import described
+from hark.data.described import asked, described
 from hark.data.examples import Example, load_questions
 from hark.launch.page.numbers import rounded
-from hark.launch.page.recorded import question
 from hark.launch.page.sounds import Sounds
 
 CONTROLS = ("silent", "shuffled_audio", "shuffled_choices")
@@ -24,8 +23,8 @@ def figures(evaluation: dict[str, Any]) -> dict[str, Any]:
 
 def rows_part(evaluation: dict[str, Any], sounds: Sounds, *, base: Path, limit: int) -> dict[str, Any]:
     """The first `limit` rows, each with its question; without the questions if their file cannot be read."""
-    asked, problem = _questions(evaluation.get("config", {}).get("data", {}), base)
-    rows = [_row(row, asked.get(row["id"]), sounds, base) for row in evaluation["rows"][:limit]]
+    examples, problem = _questions(evaluation.get("config", {}).get("data", {}), base)
+    rows = [_row(row, examples.get(row["id"]), sounds, base) for row in evaluation["rows"][:limit]]
     return {"rows": rows, "total": len(evaluation["rows"]), "problem": problem}
 
 
@@ -49,9 +48,9 @@ def _questions(data: dict[str, Any], base: Path) -> tuple[dict[str, Example], st
 
 
 def _row(row: dict[str, Any], example: Example | None, sounds: Sounds, base: Path) -> dict[str, Any]:
-    asked = question(described(example)["row"]) if example else question({"id": row["id"]})
+    question = asked(described(example)["row"] if example else {"id": row["id"]})
     clips: tuple[Clip, ...] = example.clips if example else ()
     controls = {name: row[name] for name in CONTROLS if name in row}
     answers = {name: {"text": one["prediction"], "right": one["correct"]} for name, one in controls.items()}
     columns = {name: row.get(name) for name in COLUMNS}
-    return rounded(asked | columns | {"answers": answers, "clips": [sounds.add(clip, base) for clip in clips]})
+    return rounded(question | columns | {"answers": answers, "clips": [sounds.add(clip, base) for clip in clips]})

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hark.data.described import example_of
+from hark.data.described import asked, example_of
 from hark.data.examples import is_right
 from hark.grpo.instruments.record import StepRecord
 from hark.launch.page.numbers import rounded
@@ -37,34 +37,18 @@ def _group(record: StepRecord, n: int, sounds: Sounds, base: Path) -> dict[str, 
     prompt, size = record.values["prompts"][n], record.values["group_size"]
     rows = range(n * size, min((n + 1) * size, len(record.values["completions"])))
     return {
-        **question(prompt["row"]),
+        **asked(prompt["row"]),
         "line": prompt.get("line", ""),
         "prompt": prompt.get("text", ""),
         "key": prompt.get("key", []),
         "clips": _clips(prompt, sounds, base),
-        "answers": {name: _answer(prompt, answer, sounds, base) for name, answer in prompt.get("answers", {}).items()},
+        "answers": {name: _answer(prompt, answer) for name, answer in prompt.get("answers", {}).items()},
         "completions": [_completion(record, row) for row in rows],
     }
 
 
-def question(row: dict[str, Any]) -> dict[str, Any]:
-    """A question's id, text, choices and right answers, from a row of a file of questions."""
-    choices, answer = row.get("multi_choice") or [], row.get("answer")
-    right = answer if isinstance(answer, int) and 0 <= answer < len(choices) else None
-    accepted = [choices[right]] if right is not None else answer if isinstance(answer, list) else [answer]
-    return {
-        "id": row.get("id", ""),
-        "question": row.get("question_text", ""),
-        "choices": choices,
-        "right": right,
-        "accepted": [str(one) for one in accepted if one is not None],
-    }
-
-
-def _answer(prompt: dict[str, Any], answer: dict[str, Any], sounds: Sounds, base: Path) -> dict[str, Any]:
-    """An answer under a control, with its own clips where it has other ones than the prompt."""
-    right = is_right(example_of(prompt), answer["text"])
-    return {"text": answer["text"], "right": right, "clips": _clips(answer, sounds, base)}
+def _answer(prompt: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
+    return {"text": answer["text"], "right": is_right(example_of(prompt), answer["text"])}
 
 
 def _clips(holder: dict[str, Any], sounds: Sounds, base: Path) -> list[dict[str, Any]]:

@@ -107,7 +107,7 @@ function controlAnswers(group) {
   const answers = Object.entries(group.answers);
   if (!answers.length) return null;
   const items = answers.map(([name, answer]) => make("div", {}, make("dt", {}, CONTROLS[name] ?? visible(name)),
-    make("dd", {}, verdict(answer.right), " ", said(answer.text || "(empty)"), (answer.clips ?? []).map(clipView))));
+    make("dd", {}, verdict(answer.right), " ", said(answer.text || "(empty)"))));
   return make("dl", { class: "answers" }, make("div", {}, make("dt", {}, make("strong", {}, "Answered"))), items);
 }
 
