@@ -8,7 +8,8 @@ from typing import Any
 
 from hark.data.examples import Example, parse_example
 
-LABELS = {"dataset_name": "dataset"} | {name: name for name in ("task", "category", "sub_category", "difficulty")}
+OWN = ("task", "category", "sub_category", "difficulty", "pass_rate", "target")
+FIELDS = {"dataset_name": "dataset"} | {name: name for name in OWN}
 
 
 def described(example: Example) -> dict[str, Any]:
@@ -56,8 +57,8 @@ def _row(example: Example) -> dict[str, Any]:
         values["system"] = example.system
     if example.messages:
         values["messages"] = [{"role": turn.role, "content": turn.text} for turn in example.messages]
-    labels = {key: getattr(example, name) for key, name in LABELS.items() if getattr(example, name)}
-    return _plain(dict(example.extra)) | values | labels
+    others = {key: getattr(example, name) for key, name in FIELDS.items() if getattr(example, name) not in ("", None)}
+    return _plain(dict(example.extra)) | values | others
 
 
 def _plain(extra: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from hark.data.tables import is_table, read_table
 KEYS = ("id", "audio_path", "question_text", "answer")  # that each row needs
 OPTIONAL = (
     "audio_paths", "start", "end", "multi_choice", "system", "messages",
-    "dataset_name", "task", "category", "sub_category", "difficulty",
+    "dataset_name", "task", "category", "sub_category", "difficulty", "pass_rate", "target",
 )  # fmt: skip
 
 
@@ -47,6 +47,8 @@ class Example:
     accepted: tuple[str, ...] = ()  # right answers as texts, where there is no right choice; SFT trains on the first
     system: str = ""
     messages: tuple[Turn, ...] = ()  # earlier turns of the user and the assistant
+    pass_rate: float | None = None  # measured share of right answers, 0 to 1
+    target: str = ""  # the completion that SFT trains on, where it is not the answer in the form of the template
     part: int = 0  # which of several files it is from
     extra: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}), compare=False)  # all other keys
     seconds: float | None = field(default=None, compare=False)  # of all clips; None until they were decoded
@@ -223,6 +225,8 @@ def parse_example(
         category=_label(record, "category"),
         sub_category=_label(record, "sub_category"),
         difficulty=as_text(record.get("difficulty")) or _label(record, "difficulty"),
+        pass_rate=_share(record, "pass_rate"),
+        target=_text(record, "target"),
         line=line,
         extra=MappingProxyType({key: value for key, value in record.items() if key not in (*KEYS, *OPTIONAL)}),
     )
@@ -333,6 +337,14 @@ def _text(record: dict, key: str) -> str:
     if value is not None and not isinstance(value, str):
         raise DataError(f'"{key}" is {reprlib.repr(value)}; expected text')
     return value or ""
+
+
+def _share(record: dict, key: str) -> float | None:
+    value = record.get(key)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is not None and not (is_number and 0 <= value <= 1):
+        raise DataError(f'"{key}" is {reprlib.repr(value)}; expected a number from 0 to 1')
+    return None if value is None else float(value)
 
 
 def _label(record: dict, key: str) -> str:

@@ -19,13 +19,15 @@ from hark.data.clip import Clip
 from hark.data.errors import DataError, SkippedClipError
 from hark.data.examples import BadExample, Example
 from hark.data.order import (
+    SHUFFLED,
+    Curriculum,
     completion_key,
     digest,
-    mixed_indices,
     occurrences,
+    order_of,
+    parts_of,
     rank_slice,
     shuffle_choices,
-    step_indices,
 )
 from hark.data.parallel import in_threads
 from hark.data.prompts import find_template, render, text_of
@@ -76,14 +78,16 @@ class Loader(Generic[Prompt]):
         skip_bad: bool,
         workers: int,
         weights: Sequence[float] = (),
+        curriculum: Curriculum = SHUFFLED,
         silent_share: float = 0.0,
         on_bad: Callable[[BadExample], None] = lambda bad: None,
     ) -> None:
         """`prepare(chat, *waveforms)` makes a prompt and may raise DataError; there is no waveform without audio.
 
         weights: the share of the prompts from each `part` of the examples; without it, every example is drawn equally
-        often. silent_share: share of the prompts, 0 to 1, whose waveforms are set to zero; which ones is a pure
-        function of (seed, step, example). on_bad: called once with each example that is skipped.
+        often. curriculum: the order of the examples. silent_share: share of the prompts, 0 to 1, whose waveforms are
+        set to zero; which ones is a pure function of (seed, step, example). on_bad: called once with each example that
+        is skipped.
         """
         if not examples:
             raise DataError("no examples; expected at least one")
@@ -94,7 +98,9 @@ class Loader(Generic[Prompt]):
         self._seed, self._prompts_per_step, self._rank, self._world = seed, prompts_per_step, rank, world
         self._template, self._shuffle_choices, self._skip_bad = template, shuffle_choices, skip_bad
         self._silent_share, self._on_bad = silent_share, on_bad
-        self._weights, self._parts = weights, _parts(examples, weights)
+        self._weights = weights
+        self._parts = parts_of(examples, len(weights)) if weights else [range(len(examples))]
+        self._order = order_of(examples, seed=seed, weights=weights, curriculum=curriculum)
         self._draws(0)  # raises now if the prompts cannot be split over the ranks
         self._bad_indices: set[int] = set()
         self._ahead: dict[int, list[Future[_Slot[Prompt]]]] = {}
@@ -143,12 +149,8 @@ class Loader(Generic[Prompt]):
 
     def _draws(self, step: int) -> list[tuple[int, int]]:
         """This rank's (index of the drawn example, its occurrence in the whole step) of a step."""
-        which = dict(seed=self._seed, step=step, prompts_per_step=self._prompts_per_step)
-        if self._weights:
-            drawn = mixed_indices([len(part) for part in self._parts], self._weights, **which)
-            indices = [self._parts[part][place] for part, place in drawn]
-        else:
-            indices = step_indices(len(self.examples), **which)
+        first = step * self._prompts_per_step
+        indices = [self._order(position) for position in range(first, first + self._prompts_per_step)]
         return rank_slice(list(zip(indices, occurrences(indices), strict=True)), self._rank, self._world)
 
     def _submit(self, step: int) -> list[Future[_Slot[Prompt]]]:
@@ -194,19 +196,6 @@ class Loader(Generic[Prompt]):
         if digest(f"{self._seed}/{step}/{example.id}") < self._silent_share * 2**64:
             waveforms = [np.zeros_like(waveform) for waveform in waveforms]
         return example, self._prepare(render(example, self._template), *waveforms)
-
-
-def _parts(examples: Sequence[Example], weights: Sequence[float]) -> list[Sequence[int]]:
-    """The indices of the examples of each part; without weights all are one part."""
-    if not weights:
-        return [range(len(examples))]
-    own = [example.part for example in examples]
-    parts: list[Sequence[int]] = [[i for i, one in enumerate(own) if one == part] for part in range(len(weights))]
-    if not all(parts):
-        raise DataError(
-            f"file {parts.index([]) + 1} of {len(parts)} has no example to train on; remove it or its weight"
-        )
-    return parts
 
 
 def _skipped(example: Example, error: DataError, skip_bad: bool) -> BadExample:

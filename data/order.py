@@ -7,35 +7,126 @@ import functools
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
+from hark.data.difficulty import easy_to_hard
 from hark.data.errors import DataError
 from hark.data.examples import Example
 
 T = TypeVar("T")
+Order = Callable[[int], int]  # a prompt of the run, counted from 0 over all steps and ranks -> the index of its example
 
 BLOCK = 1000  # prompts in which the shares of a mixture are exact
 MIXING = 2**32 - 1  # a seed that no part has, for the order of the parts
 
 
-def step_indices(count: int, *, seed: int, step: int, prompts_per_step: int) -> list[int]:
-    """Indices of the examples of a step, over all ranks, in order.
+@dataclass(frozen=True)
+class Curriculum:
+    """In which order a run draws its examples.
 
-    Each epoch is a permutation of the `count` examples. The epochs are concatenated, and step s is the s-th slice of
-    `prompts_per_step` indices: an epoch uses every example once, and a step may cross the end of an epoch.
+    order: shuffled, anew in each epoch; file, as the files have them; sorted, from easy to hard; staged, in `stages`
+    stages from easy to hard. by: what makes an example hard, `difficulty` or `pass_rate`. total: the number of prompts
+    of the run, which stages divide.
     """
-    if count < 1 or prompts_per_step < 1 or step < 0:
-        raise ValueError(
-            f"count={count}, prompts_per_step={prompts_per_step}, step={step}; expected at least 1, 1 and 0"
-        )
-    first = step * prompts_per_step
-    positions = (divmod(position, count) for position in range(first, first + prompts_per_step))
-    return [int(_permutation(count, seed, epoch)[offset]) for epoch, offset in positions]
+
+    order: str = "shuffled"
+    by: str = "difficulty"
+    stages: int = 1
+    total: int = 1
+
+
+SHUFFLED = Curriculum()
+
+
+def order_of(
+    examples: Sequence[Example], *, seed: int, weights: Sequence[float] = (), curriculum: Curriculum = SHUFFLED
+) -> Order:
+    """The order in which a run draws the examples: a function of the seed, the examples and the curriculum alone.
+
+    weights: the share of the prompts from each `part` of the examples; without it, all examples are one part.
+    """
+    if not weights:
+        return _ordered(examples, range(len(examples)), curriculum, seed)
+    if curriculum.order == "staged":
+        raise ValueError("the stages of a mixture are not defined; expected another order, or no weights")
+    parts = parts_of(examples, len(weights))
+    orders = [_ordered(examples, part, curriculum, seed, number) for number, part in enumerate(parts)]
+    return mixed(orders, weights, seed=seed)
+
+
+def _ordered(
+    examples: Sequence[Example], indices: Sequence[int], curriculum: Curriculum, seed: int, *own: int
+) -> Order:
+    """The order of some of the examples. own: further seeds, which differ for each part of a mixture."""
+    if curriculum.order == "file":
+        return in_turn(indices)
+    if curriculum.order == "shuffled":
+        return shuffled(indices, seed, *own)
+    ranked = easy_to_hard(examples, indices, curriculum.by)
+    if curriculum.order == "sorted":
+        return in_turn(ranked)
+    return staged(ranked, seed, stages=curriculum.stages, total=curriculum.total)
+
+
+def in_turn(indices: Sequence[int]) -> Order:
+    """The indices one after another, epoch after epoch."""
+    return lambda position: indices[position % len(indices)]
+
+
+def shuffled(indices: Sequence[int], seed: int, *own: int) -> Order:
+    """The indices in epochs, each a permutation of them; a run's steps take consecutive pieces of all epochs.
+
+    An epoch uses every index once, and a step may cross the end of an epoch. own: further seeds.
+    """
+
+    def at(position: int) -> int:
+        epoch, offset = divmod(position, len(indices))
+        return indices[int(_permutation(len(indices), seed, epoch, *own)[offset])]
+
+    return at
+
+
+def staged(ranked: Sequence[int], seed: int, *, stages: int, total: int) -> Order:
+    """From easy to hard: the run and the indices are divided into `stages` equal parts, and part k of the run draws
+    from part k of the indices.
+
+    total: the number of prompts of the run. Within a stage the indices are shuffled in epochs. A position beyond the
+    end of the run is of the last stage.
+    """
+    if len(ranked) < stages:
+        raise DataError(f"{len(ranked)} examples are fewer than data.stages={stages}; use fewer stages")
+    borders = [stage * len(ranked) // stages for stage in range(stages + 1)]
+    orders = [shuffled(ranked[low:high], seed, stage) for stage, (low, high) in enumerate(pairwise(borders))]
+
+    def at(position: int) -> int:
+        stage = min(position * stages // total, stages - 1)
+        return orders[stage](position - -(-stage * total // stages))  # counted from the first position of the stage
+
+    return at
+
+
+def mixed(orders: Sequence[Order], weights: Sequence[float], *, seed: int) -> Order:
+    """Several orders, each with its share of the prompts.
+
+    Of every BLOCK prompts, counted from the first step, exactly round(BLOCK * share) are of each order, in a sequence
+    drawn anew for each block.
+    """
+    in_block = block_counts(weights)
+    parts = np.repeat(np.arange(len(orders)), in_block)
+
+    def at(position: int) -> int:
+        block, place = divmod(position, BLOCK)
+        sequence = parts[_permutation(BLOCK, seed, block, MIXING)]
+        part = int(sequence[place])
+        return orders[part](block * in_block[part] + int((sequence[:place] == part).sum()))
+
+    return at
 
 
 @functools.lru_cache(maxsize=16)
@@ -44,25 +135,13 @@ def _permutation(count: int, *seeds: int) -> np.ndarray:
     return np.random.RandomState(seeds).permutation(count)
 
 
-def mixed_indices(
-    counts: Sequence[int], weights: Sequence[float], *, seed: int, step: int, prompts_per_step: int
-) -> list[tuple[int, int]]:
-    """(part, index in the part) of the examples of a step that mixes several parts, over all ranks, in order.
-
-    Of every BLOCK prompts, counted from the first step, exactly round(BLOCK * share) are from each part, in an order
-    drawn anew for each block. The examples of a part are drawn as `step_indices` draws those of a single file.
-    """
-    in_block = block_counts(weights)
-    parts = np.repeat(np.arange(len(counts)), in_block)
-    result = []
-    for position in range(step * prompts_per_step, (step + 1) * prompts_per_step):
-        block, place = divmod(position, BLOCK)
-        order = parts[_permutation(BLOCK, seed, block, MIXING)]
-        part = int(order[place])
-        before = block * in_block[part] + int((order[:place] == part).sum())  # earlier prompts of the same part
-        epoch, offset = divmod(before, counts[part])
-        result.append((part, int(_permutation(counts[part], seed, epoch, part)[offset])))
-    return result
+def parts_of(examples: Sequence[Example], count: int) -> list[Sequence[int]]:
+    """The indices of the examples of each of `count` parts; DataError for a part without any."""
+    own = [example.part for example in examples]
+    parts: list[Sequence[int]] = [[i for i, one in enumerate(own) if one == part] for part in range(count)]
+    if not all(parts):
+        raise DataError(f"file {parts.index([]) + 1} of {count} has no example to train on; remove it or its weight")
+    return parts
 
 
 def block_counts(weights: Sequence[float]) -> list[int]:

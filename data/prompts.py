@@ -93,7 +93,12 @@ def text_of(chat: Chat) -> str:
 
 
 def target(example: Example, template: str) -> str:
-    """The completion that SFT trains on; of several accepted answers, the first."""
+    """The completion that SFT trains on: the example's own target, or else its right answer."""
+    return example.target or right_answer(example, template)
+
+
+def right_answer(example: Example, template: str) -> str:
+    """The shortest right completion in the form of the template; of several accepted answers, the first."""
     return find_template(template).target.format(answer=example.answer_text)
 
 
@@ -102,5 +107,5 @@ def texts_of(examples: Iterable[Example], template: str) -> list[str]:
     chosen: list[str] = []
     for example in examples:
         chosen.append(text_of(render(example, template)))
-        chosen += [target(example, template)] if example.has_answer else []
+        chosen += [target(example, template)] if example.target or example.has_answer else []
     return chosen

@@ -88,6 +88,12 @@ class DataConfig:
     validation: Files | None = None  # file of examples to evaluate during training and to select checkpoints by
     held_out: CountOrZero = 0  # without a validation file: how many examples of `train` to hold out, by whole clips
     test: str | None = None  # file of the benchmark; only launch/evaluate.py and launch/choose.py read it
+    order: Literal["shuffled", "file", "sorted", "staged"] = (
+        "shuffled"  # of the examples: shuffled in each epoch, as in the files, easy to hard, or that in stages
+    )
+    order_by: Literal["difficulty", "pass_rate"] = "difficulty"  # the key of a row that says how hard it is
+    stages: Count = 3  # of data.order=staged: equal parts of the run, each with its part of the examples
+    band: list[float] | None = None  # [LOW, HIGH]: train only on examples whose data.order_by is in this range
     columns: dict[str, str] = field(default_factory=dict)  # keys that have another name in the files: {KEY: NAME, ...}
     audio_root: str | None = None  # directory that relative audio paths start from; null is the file's own
     template: str = "answer"  # name of the prompt template

@@ -47,7 +47,8 @@ def test_every_configuration_of_the_page_is_read(tmp_path):
         sections = {"run": {"directory": "r"}, "model": {"path": "m"}} | yaml.safe_load(block)
         (tmp_path / "c.yaml").write_text(yaml.safe_dump(sections))
         found.append(load_config([str(tmp_path / "c.yaml")]).data)
-    mixture, hub = found
+    mixture, banded, hub = found
+    assert banded.band == [0.375, 0.75]
     assert weighted(mixture.train) == (["speech.jsonl", "music.jsonl", "sounds.parquet"], [0.7, 0.2, 0.1])
     assert hub.columns["multi_choice"] == "options"
 

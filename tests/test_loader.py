@@ -12,7 +12,7 @@ from hark.data.clip import Clip
 from hark.data.errors import AudioError, DataError, SkippedClipError
 from hark.data.examples import BadExample, Example
 from hark.data.loader import BadLog, Loader, evaluation_batches
-from hark.data.order import step_indices
+from hark.data.order import shuffled
 
 COUNT = 11
 
@@ -55,7 +55,7 @@ def make(data=None, **changes):
 
 
 def indices(step, size=4, count=COUNT):
-    return step_indices(count, seed=0, step=step, prompts_per_step=size)
+    return [shuffled(range(count), 0)(position) for position in range(step * size, (step + 1) * size)]
 
 
 def test_a_step_is_its_examples_in_order_with_their_own_text_and_waveform():

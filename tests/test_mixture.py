@@ -12,7 +12,7 @@ from hark.data.clip import Clip
 from hark.data.errors import AudioError, DataError
 from hark.data.examples import Example, joined
 from hark.data.loader import Loader
-from hark.data.order import BLOCK, block_counts, mixed_indices, step_indices
+from hark.data.order import BLOCK, block_counts, order_of, shuffled
 from hark.grpo.config import ConfigError, to_yaml
 from hark.launch import train
 from hark.launch.common.config_file import load_config
@@ -23,19 +23,19 @@ from tests.runs import largest_difference
 COUNTS, WEIGHTS = (7, 50, 3), (0.7, 0.25, 0.05)
 
 
-def indices(step, size=4, seed=0, counts=COUNTS, weights=WEIGHTS):
-    return mixed_indices(counts, weights, seed=seed, step=step, prompts_per_step=size)
-
-
-def drawn(steps, size=4, **more):
-    return [index for step in range(steps) for index in indices(step, size, **more)]
+def drawn(count, first=0, seed=0):
+    """(part, index in the part) of prompts of a run."""
+    every = examples_of(COUNTS)
+    order = order_of(every, seed=seed, weights=WEIGHTS)
+    names = [every[order(position)].id for position in range(first, first + count)]
+    return [("abc".index(name[0]), int(name[1:])) for name in names]
 
 
 def test_every_block_of_prompts_has_exactly_the_shares():
     for first in (0, BLOCK):
-        parts = Counter(part for part, _ in drawn(2 * BLOCK // 4)[first : first + BLOCK])
+        parts = Counter(part for part, _ in drawn(2 * BLOCK)[first : first + BLOCK])
         assert parts == {0: 700, 1: 250, 2: 50}
-    blocks = [[part for part, _ in drawn(2 * BLOCK // 4)[first : first + BLOCK]] for first in (0, BLOCK)]
+    blocks = [[part for part, _ in drawn(2 * BLOCK)[first : first + BLOCK]] for first in (0, BLOCK)]
     assert blocks[0] != blocks[1] and len(set(blocks[0][:20])) > 1, "in an order of each block's own"
     assert block_counts([1, 1, 1]) == [334, 333, 333] and block_counts([2, 1]) == [667, 333]
     assert block_counts([14, 5, 1]) == block_counts(WEIGHTS), "weights need not add up to 1"
@@ -45,16 +45,15 @@ def test_every_block_of_prompts_has_exactly_the_shares():
 
 def test_each_part_is_drawn_without_repetition_until_its_end():
     for part, count in enumerate(COUNTS):
-        own = [index for which, index in drawn(600) if which == part]
+        own = [index for which, index in drawn(2400) if which == part]
         epochs = [own[first : first + count] for first in range(0, len(own) - count + 1, count)]
         assert all(sorted(epoch) == list(range(count)) for epoch in epochs) and len(epochs) > 10
         assert len({tuple(epoch) for epoch in epochs}) > 1, "in another order in each epoch"
 
 
 def test_the_draws_are_a_function_of_seed_and_position_alone():
-    assert drawn(30, 4) == drawn(10, 12) == [one for step in range(30) for one in indices(step)]
-    assert indices(299) == drawn(300)[-4:], "a resumed run needs no earlier step"
-    assert drawn(10) != drawn(10, seed=1)
+    assert drawn(4, first=1196) == drawn(1200)[-4:], "a resumed run needs no earlier step"
+    assert drawn(40) != drawn(40, seed=1)
 
 
 def examples_of(sizes):
@@ -104,7 +103,7 @@ def test_a_bad_example_is_replaced_by_one_of_the_same_file():
 
 def test_several_files_without_weights_are_one_file():
     with make(weights=()) as loader:
-        expected = [examples_of(COUNTS)[n].id for n in step_indices(60, seed=0, step=3, prompts_per_step=4)]
+        expected = [examples_of(COUNTS)[shuffled(range(60), 0)(position)].id for position in range(12, 16)]
         assert names(loader, 3) == expected
 
 

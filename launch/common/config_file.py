@@ -142,6 +142,8 @@ def _check_together(config: Config, *, source: str) -> None:
         raise ConfigError(f"{source}: lora.targets is empty; it names the layers that get an adapter")
     if config.model.master_dtype == "bfloat16" and config.model.dtype != "bfloat16":
         raise ConfigError(f"{source}: model.master_dtype=bfloat16 needs model.dtype=bfloat16, in which to compute")
+    if config.data.band is not None and not (len(config.data.band) == 2 and config.data.band[0] <= config.data.band[1]):
+        raise ConfigError(f"{source}: data.band is {config.data.band}; expected [LOW, HIGH], as in [0.375, 0.75]")
     if config.data.held_out and config.data.validation is not None:
         raise ConfigError(
             f"{source}: data.held_out and data.validation are both set; validation questions come from one of them"

@@ -17,10 +17,11 @@ from hark.data.benchmarks.report import accuracies, answer_shares, row_of
 from hark.data.choices import choice_of
 from hark.data.clip import Clip
 from hark.data.clips import Finding, Rules, clips_in, usable
+from hark.data.difficulty import in_band
 from hark.data.examples import BadExample, Example, is_right, joined, load_questions
 from hark.data.loader import BadLog, Loader, evaluation_batches
-from hark.data.order import hold_out
-from hark.data.prompts import render, target
+from hark.data.order import Curriculum, hold_out
+from hark.data.prompts import render, right_answer
 from hark.data.rewards import reward_matrix
 from hark.grpo.config import Config, ConfigError, Files
 from hark.grpo.evaluate import evaluate
@@ -38,7 +39,17 @@ AnyPolicy: TypeAlias = "Policy | type[Policy]"
 def training_examples(config: Config, world: World, policy: AnyPolicy) -> tuple[list[Example], list[Example]]:
     """The examples to train on, and those to validate on: data.validation, or held out of data.train."""
     assert config.data.train is not None  # by `check_training`
-    examples = checked_examples(config, world, policy, weighted(config.data.train)[0])
+    training, held_out = _split_examples(config, world, policy, weighted(config.data.train)[0])
+    if config.data.band is not None:
+        training = in_band(training, config.data.band, config.data.order_by)
+    return training, held_out
+
+
+def _split_examples(
+    config: Config, world: World, policy: AnyPolicy, train: Sequence[str]
+) -> tuple[list[Example], list[Example]]:
+    """The examples of the files of data.train without those held out, and the examples to validate on."""
+    examples = checked_examples(config, world, policy, train)
     if config.data.validation is not None:
         files, weights = weighted(config.data.validation)
         if weights:
@@ -63,9 +74,9 @@ def weighted(files: Files) -> tuple[list[str], list[float]]:
     return names, [float(match[2]) for match in found if match]
 
 
-def check_answers(examples: Sequence[Example], why: str) -> None:
-    """Raise ConfigError if an example has no answer."""
-    without = [example for example in examples if not example.has_answer]
+def check_answers(examples: Sequence[Example], why: str, *, or_target: bool = False) -> None:
+    """Raise ConfigError if an example has no answer, nor, with `or_target`, a completion to learn."""
+    without = [example for example in examples if not (example.has_answer or or_target and example.target)]
     if without:
         raise ConfigError(
             f"{len(without)} of {len(examples)} questions have no answer, first {without[0].line}, and {why} needs "
@@ -86,7 +97,7 @@ def long_answers(config: Config, examples: Sequence[Example]) -> str:
     The model's weights are not needed.
     """
     limit, template = config.rollout.max_new_tokens, config.data.template
-    answers = {example: target(example, template) for example in examples if example.has_answer}
+    answers = {example: right_answer(example, template) for example in examples if example.has_answer}
     lengths = completion_lengths(load_tokenizer(config.model.path), answers.values())
     long = [example for example, text in answers.items() if lengths[text] > limit]
     if not long:
@@ -115,9 +126,21 @@ def training_loader(config: Config, world: World, policy: Policy, examples: Sequ
         skip_bad=config.data.skip_bad,
         workers=config.data.workers,
         weights=weighted(config.data.train or [])[1],
+        curriculum=curriculum_of(config),
         silent_share=config.data.silent_share,
         on_bad=bad_log(config).add,
     )
+
+
+def curriculum_of(config: Config) -> Curriculum:
+    """The order in which the examples are drawn. Raises ConfigError for one that cannot be had."""
+    data, prompts = config.data, config.optim.steps * config.optim.prompts_per_step
+    if data.order == "staged" and weighted(data.train or [])[1]:
+        raise ConfigError(
+            "data.order=staged divides one set of examples, and data.train has weights; remove the weights, or use "
+            "data.order=sorted, which sorts each file of the mixture"
+        )
+    return Curriculum(data.order, data.order_by, data.stages, prompts)
 
 
 def validation_figures(config: Config, world: World, policy: Policy, examples: Sequence[Example]) -> dict[str, float]:

@@ -23,10 +23,15 @@ FIXED = (
     ("lora", "targets"),
     ("lora", "path"),
     ("data", "train"),
+    ("data", "order"),
+    ("data", "order_by"),
+    ("data", "stages"),
+    ("data", "band"),
     ("data", "held_out"),
     ("data", "template"),
     ("optim", "prompts_per_step"),
 )
+OF_STAGES = ("optim", "steps")  # the stages of a curriculum divide the whole run
 
 
 def check_run_directory(config: Config) -> None:
@@ -43,7 +48,8 @@ def check_run_directory(config: Config) -> None:
 def _refuse_another_run(config: Config, directory: Path) -> None:
     path = directory / "config.yaml"
     before = yaml.safe_load(path.read_text()) if path.exists() else {}
-    for name, old, new in changed(before, config, FIXED):
+    keys = (*FIXED, OF_STAGES) if config.data.order == "staged" else FIXED
+    for name, old, new in changed(before, config, keys):
         raise ConfigError(
             f"{name} is {new!r}, but the run in {directory} was started with {old!r}; "
             "resume it with that value, or choose another run.directory"

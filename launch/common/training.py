@@ -20,6 +20,7 @@ from hark.launch.common.questions import (
     bad_log,
     check_answers,
     check_lengths,
+    curriculum_of,
     listening,
     training_examples,
     training_loader,
@@ -39,6 +40,7 @@ def train(config: Config, make_trainer: Callable[..., Learner], *, judged: bool,
         announce(config, world)
         check_training(config, world)
         # The data is checked before the weights are read, which takes minutes for a large model.
+        curriculum_of(config)  # raises if the data have no such order
         family = read_family(config.model.path, config.model.policy)
         if config.evaluation.silent and family.sample_rate is None:
             raise ConfigError(
@@ -46,7 +48,7 @@ def train(config: Config, make_trainer: Callable[..., Learner], *, judged: bool,
             )
         examples, held_out = training_examples(config, world, family)
         if answered:
-            check_answers(examples, answered)
+            check_answers(examples, answered, or_target=not judged)
         check_lengths(config, examples + held_out if judged else held_out)
         policy = make_policy(config, world)
         validate = partial(validation_figures, config, world, policy, held_out) if held_out else None
