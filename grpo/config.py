@@ -37,6 +37,8 @@ Positive = Annotated[float, Bound("greater than 0", above=0)]
 PositiveOrZero = Annotated[float, Bound("at least 0", at_least=0)]
 ClipLow = Annotated[float, Bound("greater than 0 and at most 1", above=0, at_most=1)]
 Seed = Annotated[int, Bound("0 to 4294967295", at_least=0, at_most=2**32 - 1)]
+AboveOne = Annotated[float, Bound("greater than 1", above=1)]
+WholeShare = Annotated[float, Bound("greater than 0 and at most 1", above=0, at_most=1)]
 Share = Annotated[float, Bound("at least 0 and less than 1", at_least=0, below=1)]
 Files = str | list[str]  # one name or several; of JSON lines, JSON or parquet files, or hf:NAME:SPLIT
 
@@ -121,11 +123,31 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    advantage: Literal["std", "none"] = "std"  # divide centred rewards by the group's standard deviation, or not
+    kind: str = "grpo"  # a named setting of the keys below (docs/algorithms.md), or your own loss, path/to/file.py:name
+    advantage: str = "std"  # what rewards become: a name of docs/algorithms.md, or your own, path/to/file.py:name
+    ratio: Literal["token", "sequence", "sequence_product"] = "token"  # of new to old probability: of what
+    bound: Literal["clip", "cispo", "sapo", "none", "reinforce"] = "clip"  # what bounds the ratio
     clip_low: ClipLow = 0.2  # the ratio is clipped to at least 1 - clip_low
     clip_high: Positive = 0.2  # the ratio is clipped to at most 1 + clip_high
+    ratio_cap: AboveOne | None = None  # largest ratio where the advantage is negative (dual or two-sided clip)
+    gate_up: Positive = 1.0  # sharpness of SAPO's gate where the advantage is positive
+    gate_down: Positive = 1.05  # sharpness of SAPO's gate where it is not
+    token_weights: Literal["sequence-mean", "token-mean", "constant"] = (
+        "sequence-mean"  # equal weight per completion, per token, or 1 / (completions * length)
+    )
+    length: Count | None = None  # of token_weights=constant, in tokens; null is rollout.max_new_tokens
+    truncated: Literal["keep", "mask"] = "keep"  # whether completions that reached the token limit are trained on
     beta: PositiveOrZero = 0.04  # weight of the KL to the reference; with 0 no reference is loaded
-    token_weights: Literal["sequence-mean", "token-mean"] = "sequence-mean"  # equal weight per completion, or per token
+    kl: Literal["k1", "k2", "k3"] = "k3"  # the estimate of the KL
+    kl_in: Literal["loss", "reward"] = "loss"  # add beta * KL to the loss, or subtract it from the reward
+    kl_gradient: Literal["own", "k2", "ratio"] = "own"  # gradient of the KL in the loss: the estimate's, or corrected
+    kl_target: Positive | None = None  # beta is adapted until the KL, the mean over tokens, is this; null leaves it
+    kl_horizon: Count = 10000  # completions over which beta adapts
+    reference_every: CountOrZero = 0  # steps between moving the reference towards the policy; 0 is never
+    reference_mix: WholeShare = 1.0  # how far it moves: 1 copies the policy; 0.01 at every step averages exponentially
+    entropy: PositiveOrZero = 0.0  # weight of the entropy bonus
+    importance_cap: PositiveOrZero = 0.0  # of a sampler that differs: a token's largest pi / pi_sampler; 0 is off
+    sft: PositiveOrZero = 0.0  # weight of the supervised loss of the right answers beside the policy loss
     inner_epochs: Count = 1  # passes over each step's rollout (mu in the paper), one update each
 
 
@@ -136,6 +158,7 @@ class OptimConfig:
     micro_batch: Count = 1  # prompts per forward and backward on one rank
     lr: PositiveOrZero = 1e-6  # peak learning rate
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # of the learning rate after warm-up
+    lr_floor: Share = 0.0  # share of the peak learning rate to which the schedule falls
     warmup_steps: CountOrZero = 0  # steps over which the learning rate rises from 0
     weight_decay: PositiveOrZero = 0.0  # AdamW's, per unit of learning rate
     beta1: Share = 0.9  # AdamW's decay of the first moment

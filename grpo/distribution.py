@@ -31,7 +31,6 @@ def draw_tokens(distribution: torch.Tensor, uniform: torch.Tensor) -> torch.Tens
     return torch.searchsorted(cumulative, target, right=True).clamp(max=distribution.shape[-1] - 1)
 
 
-@torch.no_grad()
 def entropy(distribution: torch.Tensor) -> torch.Tensor:
     """Entropy (...) in nats of logprobs (..., V)."""
     # A suppressed id has logprob -inf, and 0 * -inf is nan. Clamped to a finite number it adds 0.

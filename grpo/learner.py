@@ -22,19 +22,23 @@ from hark.grpo.instruments.metrics import Clock
 from hark.grpo.instruments.nonfinite import check_finite
 from hark.grpo.instruments.recorder import Recorder
 from hark.grpo.instruments.trackers import Audio
-from hark.grpo.loss import TokenTerms, token_weights
+from hark.grpo.loss import TokenTerms
+from hark.grpo.objective import Objective
 from hark.grpo.optimizer import build_optimizer, clip_gradients, learning_rate
-from hark.grpo.runtime.collectives import World, reduce_max
+from hark.grpo.runtime.collectives import World, reduce_max, reduce_sums
 from hark.grpo.scorer import score
 from hark.grpo.types import Batch
 from hark.models.experts import RouterLoad
 from hark.models.policy import Policy, Prompt
 
 Kind = TypeVar("Kind", bound=Batch)
+AnyBatch = TypeVar("AnyBatch", bound=Batch)
 Key = tuple[int, ...]  # the integers that seed the random numbers of a prompt
 MEANS = {  # the terms of tokens whose weighted means are metrics, and the names of these
     "clipped": "clip_share",
     "kl": "kl",
+    "importance": "importance",
+    "importance_capped": "importance_capped_share",
     "entropy": "entropy",
     "sampler_gap": "sampler_gap",
 }
@@ -85,6 +89,7 @@ class Learner(Generic[Kind]):
             self.directory, world, policy, every=config.record.every, total=optim.steps, keep=config.record.keep,
             last=config.record.last, about={"config": dataclasses.asdict(config)}, describe=describe,
         )  # fmt: skip
+        self.objective = Objective(config.loss, max_new_tokens=config.rollout.max_new_tokens)
         self._cost = cost_of(policy)
         self._router_load = RouterLoad(policy.decoder)
 
@@ -92,7 +97,7 @@ class Learner(Generic[Kind]):
         """Do step number `step`, counted from 0; returns its metrics over all ranks."""
         raise NotImplementedError
 
-    def loss(self, micro: Kind, logprobs: torch.Tensor) -> tuple[torch.Tensor, TokenTerms]:
+    def loss(self, micro: Kind, logprobs: torch.Tensor, entropy: torch.Tensor) -> tuple[torch.Tensor, TokenTerms]:
         """The loss of a micro-batch, and its terms; those of MEANS become metrics."""
         raise NotImplementedError
 
@@ -132,14 +137,15 @@ class Learner(Generic[Kind]):
         """Sum the gradients of a batch's micro-batches; returns this rank's term of each metric."""
         sums: dict[str, Any] = {}
         likeliest = self.config.record.likeliest if self.recorder.is_due else 0
-        for groups, micro in self._micro_batches(batch):
+        for groups, micro in self.micro_batches(batch):
             logprobs, spread = score(
                 self.policy, micro.prompts, micro.tokens, micro.mask, group_size=micro.group_size,
                 temperature=self.config.rollout.temperature, likeliest=likeliest,
+                entropy_gradient=self.config.loss.entropy > 0,
             )  # fmt: skip
-            loss, terms = self.loss(micro, logprobs)
+            loss, terms = self.loss(micro, logprobs, spread.entropy)
             loss.backward()
-            terms |= spread._asdict() | {"logprobs": logprobs.detach()}
+            terms |= {name: value.detach() for name, value in (spread._asdict() | {"logprobs": logprobs}).items()}
             self.recorder.note_terms(batch.rows(groups), terms)
             for name, value in _metrics(micro, terms).items():
                 sums[name] = sums.get(name, 0.0) + value
@@ -147,21 +153,37 @@ class Learner(Generic[Kind]):
 
     def learning_rate(self, step: int) -> float:
         optim = self.config.optim
-        return learning_rate(step, peak=optim.lr, schedule=optim.schedule, warmup=optim.warmup_steps, total=optim.steps)
+        return learning_rate(
+            step, peak=optim.lr, schedule=optim.schedule, warmup=optim.warmup_steps, total=optim.steps,
+            floor=optim.lr_floor,
+        )  # fmt: skip
 
-    def weights(self, mask: torch.Tensor, tokens: float) -> torch.Tensor:
-        """Token weights (B, T); `tokens` is the number of completion tokens over all ranks."""
-        completions = len(mask) * self.world.size
-        return token_weights(mask, kind=self.config.loss.token_weights, completions=completions, tokens=tokens)
+    def given_batch(self, texts: Sequence[str], prompts: tuple[Prompt, ...]) -> tuple[Batch, float]:
+        """A batch with the texts as completions, one per prompt, and the number of their tokens over all ranks."""
+        tokens, mask = self.policy.completions(texts)
+        count = reduce_sums({"tokens": mask.sum()}, self.world)["tokens"]
+        weights = self.objective.weights(mask, completions=len(mask) * self.world.size, tokens=count)
+        return Batch(prompts, group_size=1, tokens=tokens, mask=mask, weights=weights), count
 
-    def macs(self, batch: Kind) -> Macs:
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs besides weights and moments, for JSON."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over the state of a checkpoint."""
+
+    def further_policies(self) -> dict[str, Policy]:
+        """Policies besides the trained one whose weights change and belong to a checkpoint, by name."""
+        return {}
+
+    def macs(self, batch: Batch) -> Macs:
         """The least multiply-adds that the passes over this rank's batch need."""
         return macs(
             self._cost, batch.prompts, batch.mask.sum(dim=1),
             audio_id=self.policy.audio_id, groups_with_gradient=batch.groups_with_gradient(),
         )  # fmt: skip
 
-    def _micro_batches(self, batch: Kind) -> Iterator[tuple[list[int], Kind]]:
+    def micro_batches(self, batch: AnyBatch) -> Iterator[tuple[list[int], AnyBatch]]:
         """The groups of a batch that have a gradient, `optim.micro_batch` at a time: their indices, and the groups.
 
         Every rank must issue the same collectives, so all ranks do as many micro-batches as the one with the most. A

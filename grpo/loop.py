@@ -51,7 +51,12 @@ def train(learner: Learner) -> None:
         dtype=config.model.dtype,
         trackers=partial(open_trackers, config.log.trackers, learner.directory, dataclasses.asdict(config)),
     )  # fmt: skip
-    start = load_checkpoint(learner.directory / "checkpoints", learner.policy, optimizer) if config.run.resume else 0
+    start = 0
+    if config.run.resume:
+        start, state = load_checkpoint(
+            learner.directory / "checkpoints", learner.policy, optimizer, further=learner.further_policies()
+        )
+        learner.restore(state)
     if world.is_main:
         (learner.directory / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         print(f"all settings are in {learner.directory / 'config.yaml'}", flush=True)
@@ -91,7 +96,8 @@ def do_steps(learner: Learner, metrics: Metrics, *, start: int, rate: float) -> 
         if _is_due(done, config.checkpoint.every, config.optim.steps):
             save_checkpoint(
                 learner.directory / "checkpoints", done, learner.policy, optimizer, world,
-                keep=config.checkpoint.keep, keep_weights=config.checkpoint.weights,
+                keep=config.checkpoint.keep, keep_weights=config.checkpoint.weights, state=learner.state(),
+                further=learner.further_policies(),
             )  # fmt: skip
         if _is_due(done, config.evaluation.every, config.optim.steps):
             _evaluate(learner, metrics, done)

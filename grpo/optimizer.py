@@ -34,19 +34,19 @@ def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
 
 
-def learning_rate(step: int, *, peak: float, schedule: str, warmup: int, total: int) -> float:
+def learning_rate(step: int, *, peak: float, schedule: str, warmup: int, total: int, floor: float = 0.0) -> float:
     """Learning rate of step 0 .. total - 1: a linear rise over `warmup` steps, then the schedule.
 
-    "linear" falls from `peak` in a straight line to 0 at step `total`, "cosine" along half a cosine wave; "constant"
-    stays at `peak`.
+    "linear" falls from `peak` in a straight line to `floor * peak` at step `total`, "cosine" along half a cosine wave;
+    "constant" stays at `peak`.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(total - warmup, 1)
     if schedule == "linear":
-        return peak * (1 - progress)
+        return peak * (floor + (1 - floor) * (1 - progress))
     if schedule == "cosine":
-        return peak * 0.5 * (1 + math.cos(math.pi * progress))
+        return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
     if schedule == "constant":
         return peak
     raise ValueError(f"schedule is {schedule!r}; expected linear, cosine or constant")

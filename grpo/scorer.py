@@ -18,9 +18,10 @@ CHUNK = 2048  # scored tokens whose logits over the vocabulary exist at the same
 
 
 class Spread(NamedTuple):
-    """Figures of the distributions from which the tokens were drawn, without a gradient; 0 at padding.
+    """Figures of the distributions from which the tokens were drawn; 0 at padding.
 
-    entropy: (B, T) in nats. likeliest_ids, likeliest_logprobs: (B, T, k), the k likeliest tokens, the likeliest first.
+    entropy: (B, T) in nats, with a gradient if one was asked for. likeliest_ids, likeliest_logprobs: (B, T, k), the k
+    likeliest tokens, the likeliest first.
     """
 
     entropy: torch.Tensor
@@ -38,18 +39,20 @@ def score(
     group_size: int,
     temperature: float = 1.0,
     likeliest: int = 0,
+    entropy_gradient: bool = False,
 ) -> tuple[torch.Tensor, Spread]:
     """Logprobs (B, T) of completions (B, T) under `log_distribution`, and figures of these distributions.
 
     The logprobs have a gradient for every trained parameter, those of the audio tower included. likeliest: how many of
-    the likeliest tokens the figures have.
+    the likeliest tokens the figures have. entropy_gradient: whether the entropy has a gradient too.
     """
     hidden = _predicting_states(policy, prompts, tokens, group_size)[mask]  # (scored, D)
     chosen = tokens[mask]
     chunks = list(zip(hidden.split(CHUNK), chosen.split(CHUNK), strict=True))
-    parts = [checkpoint(_chosen, policy, h, c, temperature, likeliest, use_reentrant=False) for h, c in chunks[:-1]]
+    settings = temperature, likeliest, entropy_gradient
+    parts = [checkpoint(_chosen, policy, h, c, *settings, use_reentrant=False) for h, c in chunks[:-1]]
     # The backward starts with the last chunk, so recomputing that one would save no memory.
-    parts += [_chosen(policy, h, c, temperature, likeliest) for h, c in chunks[-1:]]
+    parts += [_chosen(policy, h, c, *settings) for h, c in chunks[-1:]]
     logprobs, *figures = (_padded(torch.cat(column), mask) for column in zip(*parts, strict=True))
     return logprobs, Spread(*figures)
 
@@ -101,13 +104,19 @@ def row_attention(
 
 
 def _chosen(
-    policy: Policy, hidden: torch.Tensor, tokens: torch.Tensor, temperature: float, likeliest: int
+    policy: Policy,
+    hidden: torch.Tensor,
+    tokens: torch.Tensor,
+    temperature: float,
+    likeliest: int,
+    entropy_gradient: bool,
 ) -> tuple[torch.Tensor, ...]:
     """Logprobs (scored,) of tokens (scored,); entropy and likeliest tokens of their distributions, as in `Spread`."""
     distribution = log_distribution(policy, hidden, temperature)  # (scored, V)
     logprobs = distribution.gather(-1, tokens[:, None]).squeeze(-1)
     best = distribution.detach().topk(likeliest)
-    return logprobs, entropy(distribution), best.indices, best.values
+    spread = entropy(distribution if entropy_gradient else distribution.detach())
+    return logprobs, spread, best.indices, best.values
 
 
 def _padded(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,22 +41,16 @@ class SupervisedTrainer(Learner[Batch]):
         examples, prompts, _ = zip(*self.data.step(step), strict=True)
         self.recorder.note(examples=examples, prompts=prompts)
         self.clock.lap("load")
-        batch, tokens = self._batch([self.target(example) for example in examples], prompts)
+        batch, tokens = self.given_batch([self.target(example) for example in examples], prompts)
         sums = self.update(batch, step, examples)
         macs = self.macs(batch).step(rollout=False, reference=False)
         means = reduce_sums(sums | {"macs": macs}, self.world)
         del means["scored"]  # all tokens are
         return means | {"tokens": tokens}
 
-    def loss(self, micro: Batch, logprobs: torch.Tensor) -> tuple[torch.Tensor, TokenTerms]:
+    def loss(self, micro: Batch, logprobs: torch.Tensor, entropy: torch.Tensor) -> tuple[torch.Tensor, TokenTerms]:
         return supervised_loss(logprobs, micro.weights)
 
     def longest_batch(self, prompts: tuple[Prompt, ...]) -> Batch:
         longest = next(iter(completion_lengths(self.policy.tokenizer, map(self.target, self.data.examples))))
-        return self._batch([longest] * len(prompts), prompts)[0]
-
-    def _batch(self, texts: Sequence[str], prompts: tuple[Prompt, ...]) -> tuple[Batch, float]:
-        """A batch with the texts as completions, and the number of their tokens over all ranks."""
-        tokens, mask = self.policy.completions(texts)
-        count = reduce_sums({"tokens": mask.sum()}, self.world)["tokens"]
-        return Batch(prompts, group_size=1, tokens=tokens, mask=mask, weights=self.weights(mask, count)), count
+        return self.given_batch([longest] * len(prompts), prompts)[0]

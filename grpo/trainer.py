@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from hark.from_file import short_name
-from hark.grpo.advantage import equal_rewards, group_advantages, weighted_rewards
+from hark.grpo.advantage import deviations, equal_rewards, weighted_rewards
 from hark.grpo.config import Config
 from hark.grpo.instruments.console import PACE, Completion
 from hark.grpo.instruments.groups import best_and_worst, group_sums, shares_of_variance
 from hark.grpo.instruments.trackers import Audio
-from hark.grpo.learner import Key, Learner, TrainingData
-from hark.grpo.loss import TokenTerms, policy_loss
-from hark.grpo.runtime.collectives import World, reduce_sums
-from hark.grpo.runtime.sharding import gathered, release
+from hark.grpo.learner import MEANS, Key, Learner, TrainingData
+from hark.grpo.loss import TokenTerms, adapted_beta, supervised_loss
+from hark.grpo.runtime.collectives import World, exchange_rows, reduce_sums
+from hark.grpo.runtime.sharding import gathered, mix_weights, release
 from hark.grpo.sampler import sample
 from hark.grpo.scorer import score
 from hark.grpo.types import PolicyBatch, Rollout
@@ -36,6 +38,7 @@ class Trainer(Learner[PolicyBatch]):
     rewards: returns one column per name in `reward.weights`, in that order; called in a separate thread.
     reference: the frozen policy of the KL term; None if loss.beta is 0.
     controls: the prompts whose greedy answers are recorded beside those to the questions as they are.
+    target: the text of the right answer to an example, for the supervised term of loss.sft.
     """
 
     shown = (
@@ -53,10 +56,12 @@ class Trainer(Learner[PolicyBatch]):
         rewards: RewardMatrix,
         reference: Policy | WithoutAdapters | None = None,
         controls: Controls = lambda examples, count: {},
+        target: Callable[[Any], str] | None = None,
         **options: Any,
     ):
         super().__init__(config, world, policy, data=data, **options)
-        self.rewards, self.reference, self.controls = rewards, reference, controls
+        self.rewards, self.reference, self.controls, self.target = rewards, reference, controls, target
+        self.beta = config.loss.beta  # of the next step; with loss.kl_target it changes
         self.group_size = config.rollout.group_size
         self._reward_thread = ThreadPoolExecutor(1, "rewards")
         self._latest: tuple[Any, ...] = ()  # of the latest step: examples, completions, columns, rewards, advantages
@@ -67,8 +72,9 @@ class Trainer(Learner[PolicyBatch]):
         self.clock.lap("load")
 
         rollout = self.draw(prompts, keys)
-        own, began = float(rollout.mask.sum()), time.perf_counter()
-        tokens = reduce_sums({"tokens": own}, self.world)["tokens"]  # waits for the slowest rank
+        counted = self.objective.counted(rollout.mask, rollout.stopped)
+        own, began = {"tokens": float(rollout.mask.sum()), "counted": float(counted.sum())}, time.perf_counter()
+        totals = reduce_sums(own, self.world)  # waits for the slowest rank
         waited = time.perf_counter() - began
         self.recorder.note(rollout=rollout)
         self.clock.lap("rollout")
@@ -83,21 +89,26 @@ class Trainer(Learner[PolicyBatch]):
         self.clock.lap("reward")
 
         ref_logprobs = self.reference_logprobs(rollout)
+        old_logprobs = self.scored_again(rollout)
         self.clock.lap("reference")
 
         columns = pending.result().to(self.world.device)  # (B, K)
         rewards = weighted_rewards(columns, list(self.config.reward.weights.values()))
-        advantages = group_advantages(rewards, group_size=self.group_size, scale=self.config.loss.advantage)
+        penalties = self.objective.penalties(old_logprobs, ref_logprobs, rollout.mask, self.beta)
+        advantages = self.advantages(columns, rollout.mask, penalties)
         self._latest = repeated, completions, columns, rewards, advantages
         self.recorder.note(reward_names=list(self.config.reward.weights), columns=columns, rewards=rewards)
         self.clock.lap("reward")
 
-        batch = self.batch(rollout, ref_logprobs, advantages, tokens)
+        batch = self.batch(rollout, old_logprobs, ref_logprobs, advantages, counted, totals["counted"])
+        batch = self.with_answers(batch, examples)
         updates = [self.update(batch, step, examples) for _ in range(self.config.loss.inner_epochs)]
         # The gap is that of the first update, which scores with the weights that sampled; later ones do not.
         sums = updates[-1] | {"sampler_gap": updates[0]["sampler_gap"]}
         sums |= {"seconds/waiting": waited / max(self.world.size - 1, 1)}  # the slowest rank has not waited
-        return self.report(sums, columns, rewards, rollout, batch, completions) | {"tokens": tokens}
+        metrics = self.report(sums, columns, rewards, rollout, batch, completions) | {"tokens": totals["tokens"]}
+        self.move_reference(step)
+        return metrics | self.adapt_beta(metrics)
 
     def draw(self, prompts: tuple[Prompt, ...], keys: Sequence[Key], *, stop: bool = True) -> Rollout:
         """Sample completions of prompts with the settings of the configuration; without `stop`, to the token limit."""
@@ -127,47 +138,130 @@ class Trainer(Learner[PolicyBatch]):
     @torch.no_grad()
     def reference_logprobs(self, rollout: Rollout) -> torch.Tensor | None:
         """Logprobs (B, T) of the completions under the reference, `optim.micro_batch` groups at a time."""
-        if self.reference is None:
-            return None
+        return None if self.reference is None else self._logprobs(self.reference, rollout)
+
+    @torch.no_grad()
+    def scored_again(self, rollout: Rollout) -> torch.Tensor:
+        """Logprobs (B, T) of the completions under the weights that drew them: the sampler's, or, to weigh how much the
+        sampler differs (loss.importance_cap), the scorer's."""
+        return self._logprobs(self.policy, rollout) if self.config.loss.importance_cap else rollout.logprobs
+
+    def _logprobs(self, policy: Policy | WithoutAdapters, rollout: Rollout) -> torch.Tensor:
         logprobs = torch.zeros_like(rollout.logprobs)
         for groups in rollout.split_by_length(self.config.optim.micro_batch):
             micro = rollout.select(groups)
             part, _ = score(
-                self.reference, micro.prompts, micro.tokens, micro.mask,
+                policy, micro.prompts, micro.tokens, micro.mask,
                 group_size=micro.group_size, temperature=self.config.rollout.temperature,
             )  # fmt: skip
             logprobs[rollout.rows(groups), : part.shape[1]] = part
-        if isinstance(self.reference, Policy):
-            release(self.reference)
+        if isinstance(policy, Policy):
+            release(policy)
         return logprobs
 
+    def advantages(self, columns: torch.Tensor, mask: torch.Tensor, penalties: torch.Tensor | None) -> torch.Tensor:
+        """Advantages (B,) or (B, T) of this rank's completions, among those of all ranks."""
+        own = [columns, mask] if penalties is None else [columns, mask, penalties]
+        parts = exchange_rows([[tensor.cpu() for tensor in own]], self.world)
+        every = [_joined(tensors) for tensors in zip(*parts, strict=True)]
+        advantages = self.objective.advantages(
+            every[0], list(self.config.reward.weights.values()), every[1], None if penalties is None else every[2],
+            group_size=self.group_size,
+        )  # fmt: skip
+        first = self.world.rank * len(mask)
+        advantages = advantages[first : first + len(mask)]
+        return (advantages if advantages.dim() == 1 else advantages[:, : mask.shape[1]]).to(self.world.device)
+
     def batch(
-        self, rollout: Rollout, ref_logprobs: torch.Tensor | None, advantages: torch.Tensor, tokens: float
+        self,
+        rollout: Rollout,
+        old_logprobs: torch.Tensor,
+        ref_logprobs: torch.Tensor | None,
+        advantages: torch.Tensor,
+        counted: torch.Tensor,
+        tokens: float,
     ) -> PolicyBatch:
-        """The inputs of the loss; `tokens` is the number of completion tokens over all ranks."""
+        """The inputs of the loss. counted: (B, T), the tokens to train on; `tokens` is their number over all ranks."""
+        loss = self.config.loss
         return PolicyBatch(
             prompts=rollout.prompts,
             group_size=rollout.group_size,
             tokens=rollout.tokens,
             mask=rollout.mask,
-            weights=self.weights(rollout.mask, tokens),
-            old_logprobs=rollout.logprobs,
+            weights=self.objective.weights(counted, completions=len(counted) * self.world.size, tokens=tokens),
+            old_logprobs=old_logprobs,
             ref_logprobs=ref_logprobs,
             advantages=advantages,
+            beta=self.beta,
+            regularised=self.reference is not None and loss.kl_in == "loss" or loss.entropy > 0,
+            sampled_logprobs=None if old_logprobs is rollout.logprobs else rollout.logprobs,
         )
 
-    def loss(self, micro: PolicyBatch, logprobs: torch.Tensor) -> tuple[torch.Tensor, TokenTerms]:
-        loss, terms = policy_loss(
-            logprobs,
-            micro.old_logprobs,
-            micro.ref_logprobs,
-            micro.advantages,
-            micro.weights,
-            clip_low=self.config.loss.clip_low,
-            clip_high=self.config.loss.clip_high,
-            beta=self.config.loss.beta,
-        )
-        return loss, terms | {"sampler_gap": (logprobs.detach() - micro.old_logprobs).abs()}
+    def with_answers(self, batch: PolicyBatch, examples: Sequence[Any]) -> PolicyBatch:
+        """The batch with the right answers to its questions, if loss.sft trains on them too."""
+        if not self.config.loss.sft:
+            return batch
+        assert self.target is not None
+        given, _ = self.given_batch([self.target(example) for example in examples], batch.prompts)
+        return dataclasses.replace(batch, given=given)
+
+    def accumulate(self, batch: PolicyBatch) -> dict[str, float]:
+        sums = super().accumulate(batch)
+        if batch.given is None:
+            return sums
+        supervised = 0.0
+        for _, micro in self.micro_batches(batch.given):
+            logprobs, _ = score(
+                self.policy, micro.prompts, micro.tokens, micro.mask, group_size=1,
+                temperature=self.config.rollout.temperature,
+            )  # fmt: skip
+            loss = self.config.loss.sft * supervised_loss(logprobs, micro.weights)[0]
+            loss.backward()
+            supervised += float(loss)
+        return sums | {"loss": sums["loss"] + supervised, "sft_loss": supervised / self.config.loss.sft}
+
+    def loss(
+        self, micro: PolicyBatch, logprobs: torch.Tensor, entropy: torch.Tensor
+    ) -> tuple[torch.Tensor, TokenTerms]:
+        loss, terms = self.objective.loss(
+            logprobs, micro.old_logprobs, micro.ref_logprobs, micro.advantages, micro.weights,
+            mask=micro.mask, beta=micro.beta, sampled_logprobs=micro.sampled_logprobs, entropy=entropy,
+        )  # fmt: skip
+        sampled = micro.old_logprobs if micro.sampled_logprobs is None else micro.sampled_logprobs
+        return loss, terms | {"sampler_gap": (logprobs.detach() - sampled).abs()}
+
+    def move_reference(self, step: int) -> None:
+        """After a step: move the reference towards the policy where loss.reference_every says so."""
+        every = self.config.loss.reference_every
+        if every and (step + 1) % every == 0:
+            assert isinstance(self.reference, Policy)
+            mix_weights(self.policy, self.reference, share=self.config.loss.reference_mix)
+
+    def adapt_beta(self, metrics: dict[str, float]) -> dict[str, float]:
+        """After a step: adapt beta to the KL of the step if loss.kl_target says so; returns the beta of the step."""
+        loss = self.config.loss
+        if loss.kl_target is None:
+            return {}
+        used, completions = self.beta, self.config.optim.prompts_per_step * self.group_size
+        self.beta = adapted_beta(
+            used, metrics.get("kl", loss.kl_target), target=loss.kl_target, completions=completions,
+            horizon=loss.kl_horizon,
+        )  # fmt: skip
+        return {"beta": used}
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"beta": self.beta}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        super().restore(state)
+        if self.config.loss.kl_target is not None:
+            self.beta = state.get("beta", self.beta)
+
+    def further_policies(self) -> dict[str, Policy]:
+        if not self.config.loss.reference_every:
+            return {}
+        assert isinstance(self.reference, Policy)
+        return {"reference": self.reference}
 
     def report(
         self,
@@ -182,10 +276,12 @@ class Trainer(Learner[PolicyBatch]):
         completions = len(rewards) * self.world.size
         groups = completions // self.group_size
         macs = self.macs(batch).step(reference=self.reference is not None, updates=self.config.loss.inner_epochs)
+        if batch.given is not None:
+            macs += self.macs(batch.given).step(rollout=False, reference=False, updates=self.config.loss.inner_epochs)
         own: dict[str, Any] = {
             "macs": macs,
-            "reward": rewards.sum() / completions,
-            "reward_std": rewards.unflatten(0, (-1, self.group_size)).std(dim=1).sum() / groups,
+            "reward": rewards.nansum() / completions,
+            "reward_std": deviations(rewards, group_size=self.group_size).sum() / groups,
             "equal_reward_share": equal_rewards(rewards, group_size=self.group_size).sum() / groups,
             "skipped_share": (len(batch.prompts) - len(batch.groups_with_gradient())) / groups,
             "stopped_share": rollout.stopped.sum() / completions,
@@ -196,7 +292,7 @@ class Trainer(Learner[PolicyBatch]):
         own |= group_sums(columns, texts, weights=self.config.reward.weights, group_size=self.group_size, groups=groups)
         means = shares_of_variance(reduce_sums(sums | own, self.world))
         scored = means.pop("scored")  # the total weight of the scored tokens; 1 if no group was skipped
-        of_scored = {name: means.pop(name) for name in ("clip_share", "entropy", "sampler_gap")}
+        of_scored = {name: means.pop(name) for name in MEANS.values() if name in means}
         return means | ({name: value / scored for name, value in of_scored.items()} if scored else {})
 
     def completions(self) -> list[Completion]:
@@ -216,4 +312,11 @@ class Trainer(Learner[PolicyBatch]):
         rollout = self.draw(prompts, [(n,) for n in range(len(prompts))], stop=False)
         advantages = torch.ones(len(rollout.tokens), device=self.world.device)  # 0 would give no gradient
         tokens = rollout.mask.numel() * self.world.size
-        return self.batch(rollout, self.reference_logprobs(rollout), advantages, tokens)
+        old, ref = self.scored_again(rollout), self.reference_logprobs(rollout)
+        return self.batch(rollout, old, ref, advantages, rollout.mask, tokens)
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The rows of all parts (B, X) of one tensor, each padded with 0 to the widest."""
+    widest = max(part.shape[1] for part in parts)
+    return torch.cat([pad(part, (0, widest - part.shape[1])) for part in parts])

@@ -100,21 +100,28 @@ class Batch(Groups):
 class PolicyBatch(Batch):
     """A rollout with the other inputs of the policy loss.
 
-    old_logprobs: (B, T) under the policy that drew the completions. ref_logprobs: (B, T) under the reference; None
-    where the loss has no KL term. advantages: (B,).
+    old_logprobs: (B, T) under the weights that drew the completions. ref_logprobs: (B, T) under the reference; None
+    without one. advantages: (B,), or (B, T) where they differ by token.
+    beta: the KL weight of this step. regularised: whether the loss has a KL or an entropy term.
+    sampled_logprobs: (B, T) as the sampler computed them, where `old_logprobs` are those of the scorer; else None.
+    given: the right answers, for the supervised term; None without it.
     """
 
     old_logprobs: torch.Tensor
     ref_logprobs: torch.Tensor | None
     advantages: torch.Tensor
+    beta: float = 0.0
+    regularised: bool = False
+    sampled_logprobs: torch.Tensor | None = None
+    given: Batch | None = None
 
     @property
     def skips_groups(self) -> bool:
-        # Without a KL term, a group whose advantages are all 0 has no gradient.
-        return self.ref_logprobs is None
+        # Without a KL or an entropy term, a group whose advantages are all 0 has no gradient.
+        return not self.regularised
 
     def groups_with_gradient(self) -> list[int]:
         if not self.skips_groups:
             return super().groups_with_gradient()
-        advantages = self.advantages.unflatten(0, (-1, self.group_size))  # (N, G)
+        advantages = self.advantages.unflatten(0, (-1, self.group_size)).flatten(1)  # (N, G) or (N, G * T)
         return advantages.ne(0).any(dim=1).nonzero().flatten().tolist()

@@ -23,6 +23,7 @@ from hark.data.described import example_of
 from hark.grpo.config import Config, ConfigError
 from hark.grpo.instruments.record import RecordError, StepRecord, read_step, recorded_steps
 from hark.grpo.instruments.replay import ORDER, RECOMPUTED, Difference, differences, first_difference, recomputed
+from hark.grpo.objective import Objective
 from hark.grpo.runtime.collectives import joined_world
 from hark.launch.common.entry import run
 from hark.launch.common.questions import rewards_of
@@ -84,12 +85,15 @@ def again(record: StepRecord, config: Config) -> StepRecord:
     """The record with its rewards, advantages, weights and loss computed again, by the settings of a configuration."""
     if "rewards" not in record.tensors or "logprobs" not in record.tensors:
         raise RecordError(f"step {record.step} has no rewards and logprobs: it is not of GRPO, or an error ended it")
-    loss = config.loss
     return recomputed(
         record, columns=reward_columns(record, config), reward_weights=list(config.reward.weights.values()),
-        advantage=loss.advantage, token_weighting=loss.token_weights, clip_low=loss.clip_low, clip_high=loss.clip_high,
-        beta=loss.beta,
+        objective=Objective(config.loss, max_new_tokens=config.rollout.max_new_tokens), beta=beta_of(record, config),
     )  # fmt: skip
+
+
+def beta_of(record: StepRecord, config: Config) -> float:
+    """The KL weight of a recorded step: the one that it had if the configuration adapts it."""
+    return config.loss.beta if config.loss.kl_target is None else record.values["beta"]
 
 
 def reward_columns(record: StepRecord, config: Config) -> torch.Tensor:
@@ -220,8 +224,9 @@ def terms(record: StepRecord, config: Config) -> dict[str, float]:
     """What the loss of a step is made of; of several updates the last."""
     values = record.tensors
     weights, last = values["weights"], {name: values[name][..., -1] for name in ("ratio", "clipped", "loss")}
-    kl = values["kl"][..., -1] if config.loss.beta else torch.zeros_like(weights)
-    penalty = float(config.loss.beta * (weights * kl).sum())
+    beta = beta_of(record, config) if config.loss.kl_in == "loss" else 0.0
+    kl = values["kl"][..., -1] if beta else torch.zeros_like(weights)
+    penalty = float(beta * (weights * kl).sum())
     loss = float(last["loss"].sum())
     return {
         "reward": float(values["reward"].mean()),

@@ -15,8 +15,10 @@ import argparse
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from hark.data.described import asked
+from hark.from_file import is_in_file
 from hark.grpo.advantage import EPSILON
 from hark.grpo.config import ConfigError
 from hark.grpo.instruments.console import excerpt
@@ -126,32 +128,57 @@ def _advantage(record: StepRecord, row: int) -> Iterator[str]:
     rewards = tensors["reward"].unflatten(0, (-1, size))[row // size]
     reward, mean, deviation = float(tensors["reward"][row]), float(rewards.mean()), float(rewards.std())
     yield f"  reward    = {' + '.join(parts)} = {reward:g}"
-    below = f" / ({deviation:.6f} + {EPSILON})" if config["loss"]["advantage"] == "std" else ""
-    yield f"  advantage = ({reward:g} - {mean:.6f}){below} = {float(tensors['advantages'][row]):+.6f}"
+    kind, advantage = config["loss"]["advantage"], float(tensors["advantages"][row])
+    if kind not in ("std", "none"):
+        yield f"  advantage = {kind} of the rewards = {advantage:+.6f}"
+        return
+    below = f" / ({deviation:.6f} + {EPSILON})" if kind == "std" else ""
+    yield f"  advantage = ({reward:g} - {mean:.6f}){below} = {advantage:+.6f}"
 
 
 def _contributions(record: StepRecord, row: int, update: int) -> Iterator[str]:
-    """A line for each token: loss = weight * (-min(ratio * A, clip(ratio) * A) + beta * kl)."""
+    """A line for each token: loss = weight * (-S + beta * kl - c * entropy), with the S that the bound says."""
     tensors, loss = record.tensors, record.values["config"]["loss"]
-    low, high, beta = 1 - loss["clip_low"], 1 + loss["clip_high"], loss["beta"]
-    advantage = float(tensors["advantages"][row])
-    formula = f"weight * (-min(ratio * A, clip(ratio, {low:g}, {high:g}) * A) + {beta:g} * kl)"
-    yield f"  update {update + 1}: loss = {formula}"
-    heading = ("logprob", "old", "ratio", "clip", "min(...)", "reference", "kl", "weight", "loss")
+    low, high, beta = 1 - loss["clip_low"], 1 + loss["clip_high"], beta_in_loss(record)
+    yield f"  update {update + 1}: {formula(loss, beta)}"
+    heading = ("logprob", "old", "ratio", "clip", "S", "reference", "kl", "weight", "loss")
     yield f"  {'token':18}" + "".join(f"{name:>12}" for name in heading)
     total = 0.0
     for t in range(int(tensors["mask"][row].sum())):
         new, ratio, part = (float(tensors[name][row, t, update]) for name in ("logprobs", "ratio", "loss"))
         old, weight = (float(tensors[name][row, t]) for name in ("old_logprobs", "weights"))
         clipped = min(max(ratio, low), high)
-        least = min(ratio * advantage, clipped * advantage)
         reference = float(tensors["ref_logprobs"][row, t]) if "ref_logprobs" in tensors else float("nan")
         kl = float(tensors["kl"][row, t, update]) if "kl" in tensors else 0.0
+        bonus = loss["entropy"] * float(tensors["entropy"][row, t, update])
+        surrogate = beta * kl - bonus - part / weight if weight else 0.0
         text = excerpt(repr(record.values["tokens"][str(int(tensors["tokens"][row, t]))])[1:-1], 17)
-        numbers = (new, old, ratio, clipped, least, reference, kl, weight)
+        numbers = (new, old, ratio, clipped, surrogate, reference, kl, weight)
         yield f"  {text:18}" + "".join(f"{number:12.6f}" for number in numbers) + f"{part:12.3e}"
         total += part
     yield f"  {'sum of the completion':18}{'':{12 * 9 - 15}}{total:12.3e}"
+
+
+def formula(loss: dict[str, Any], beta: float) -> str:
+    """How the loss of a token comes about, by the settings of `loss`."""
+    low, high = 1 - loss["clip_low"], 1 + loss["clip_high"]
+    cap = "" if loss["ratio_cap"] is None else f", at least {loss['ratio_cap']:g} * A where A < 0"
+    surrogate = {
+        "clip": f"min(ratio * A, clip(ratio, {low:g}, {high:g}) * A){cap}",
+        "cispo": f"clip(ratio, {low:g}, {high:g}) * A * logprob",
+        "sapo": "4 / tau * sigmoid(tau * (ratio - 1)) * A",
+        "none": "ratio * A",
+        "reinforce": "A * logprob",
+    }
+    bonus = f" - {loss['entropy']:g} * entropy" if loss["entropy"] else ""
+    importance = "importance * " if loss["importance_cap"] else ""
+    own = f"minus that of {loss['kind']}" if is_in_file(loss["kind"]) else surrogate[loss["bound"]]
+    return f"loss = weight * (-S + {beta:g} * kl{bonus}), S = {importance}{own}"
+
+
+def beta_in_loss(record: StepRecord) -> float:
+    """The weight of the KL in the loss of a recorded step."""
+    return record.values["beta"] if record.values["config"]["loss"]["kl_in"] == "loss" else 0.0
 
 
 def likeliest(record: StepRecord, row: int) -> Iterator[str]:

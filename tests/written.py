@@ -89,7 +89,7 @@ def step_record(step: int, rows: list[dict], root: Path, config: dict, texts: tu
     values = {
         "format": 1, "step": step, "ranks": 1, "parts": [0], "reason": "every", "group_size": GROUP,
         "reward_names": ["accuracy", "format"], "stop_ids": [5], "pad_id": 0, "config": config, "versions": {},
-        "learning_rate": 3e-4, "prompts": [prompt(row, root, texts) for row in rows],
+        "learning_rate": 3e-4, "beta": config["loss"]["beta"], "prompts": [prompt(row, root, texts) for row in rows],
         "completions": [completion(row, mask, texts) for row in range(count)],
         "tokens": {str(n): token(n, texts) for n in range(len(TEXTS))},
         "updates": [{"loss": float(one["loss"].sum()), "kl": 0.01, "grad_norm": 0.5} for one in updates],

@@ -15,7 +15,7 @@ from hark.grpo.types import Batch, PolicyBatch, Rollout
 from hark.models.policy import Policy, Prompt
 
 PACKAGES = ("hark", "torch", "transformers", "tokenizers", "safetensors", "numpy")
-TERMS = ("logprobs", "entropy", "ratio", "clipped", "kl", "loss")  # of each token in each update
+TERMS = ("logprobs", "entropy", "ratio", "clipped", "kl", "importance", "loss")  # of each token in each update
 
 Describe = Callable[[Any], dict[str, Any]]  # an example -> its "row", its "line" and its "clips", for JSON
 
@@ -61,6 +61,7 @@ def record_of(draft: Draft, policy: Policy, describe: Describe) -> StepRecord:
         "stop_ids": list(policy.stop_ids),
         "pad_id": policy.pad_id,
         "learning_rate": draft.learning_rate,
+        "beta": getattr(draft.batch, "beta", None),
         "weights_before": draft.weights_before,
         "weights_after": draft.weights_after,
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
@@ -86,7 +87,17 @@ def _tensors(draft: Draft) -> Iterator[tuple[str, torch.Tensor | None]]:
         yield "weights", draft.batch.weights
         yield from _terms(draft, draft.batch.mask)
     if isinstance(draft.batch, PolicyBatch):
-        yield from (("advantages", draft.batch.advantages), ("ref_logprobs", draft.batch.ref_logprobs))
+        yield from recorded_advantages(draft.batch.advantages, draft.batch.mask).items()
+        yield "ref_logprobs", draft.batch.ref_logprobs
+        if draft.batch.sampled_logprobs is not None:
+            yield "scored_logprobs", draft.batch.old_logprobs
+
+
+def recorded_advantages(advantages: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Advantages (B,) as a record holds them; those (B, T) of tokens are held too, beside their means."""
+    if advantages.dim() == 1:
+        return {"advantages": advantages}
+    return {"advantages": advantages.sum(dim=1) / mask.sum(dim=1), "token_advantages": advantages}
 
 
 def _terms(draft: Draft, mask: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:

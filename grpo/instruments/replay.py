@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import pad
 
-from hark.grpo.advantage import group_advantages, weighted_rewards
+from hark.grpo.advantage import weighted_rewards
+from hark.grpo.instruments.draft import recorded_advantages
 from hark.grpo.instruments.record import StepRecord
-from hark.grpo.loss import policy_loss, token_weights
+from hark.grpo.objective import Objective
 
 # Differences up to these are rounding, in relation to the largest value of a quantity.
 ROUNDING = {"float32": 1e-5, "bfloat16": 3e-2}
@@ -20,11 +21,14 @@ FLOOR = {"kl": 1e-6, "entropy": 1e-6, "loss": 1e-9, "grad_norms": 1e-6, "grad_no
 ORDER = (  # of the quantities, as a step computes them
     ("examples", "prompts", "audio", "seeds", "weights_before"),
     ("tokens", "mask", "stopped", "old_logprobs", "texts"),
-    ("rewards", "reward", "advantages", "weights", "ref_logprobs"),
+    ("rewards", "reward", "advantages", "token_advantages", "weights", "ref_logprobs", "scored_logprobs"),
     ("logprobs", "entropy", "likeliest_logprobs", "ratio", "clipped", "kl", "loss"),
     ("grad_norms", "grad_norm", "learning_rate", "weights_after"),
 )
-RECOMPUTED = ("mask", "stopped", "rewards", "reward", "advantages", "weights", "ratio", "clipped", "kl", "loss")
+RECOMPUTED = (
+    "mask", "stopped", "rewards", "reward", "advantages", "token_advantages", "weights",
+    "ratio", "clipped", "kl", "loss",
+)  # fmt: skip
 EXACT = ("tokens", "mask", "stopped", "clipped")  # tensors that have no rounding
 
 
@@ -58,30 +62,35 @@ def recomputed(
     *,
     columns: torch.Tensor,
     reward_weights: Sequence[float],
-    advantage: str,
-    token_weighting: str,
-    clip_low: float,
-    clip_high: float,
+    objective: Objective,
     beta: float,
 ) -> StepRecord:
-    """The record with all that follows from its tokens, logprobs and reward columns (B, K) computed again."""
-    old = record.tensors
+    """The record with all that follows from its tokens, logprobs and reward columns (B, K) computed again.
+
+    beta: the KL weight of the step; with 0 the recorded logprobs of the reference are left out.
+    """
+    old, ref = record.tensors, record.tensors.get("ref_logprobs") if beta else None
     mask = sampled_mask(old["tokens"], record.values["stop_ids"])
     new = {"mask": mask, "rewards": columns, "reward": weighted_rewards(columns, reward_weights)}
     new["stopped"] = (mask & is_stop(old["tokens"], record.values["stop_ids"])).any(dim=1)
-    new["advantages"] = group_advantages(new["reward"], group_size=record.values["group_size"], scale=advantage)
-    counts = {"completions": len(mask), "tokens": float(old["mask"].sum())}
-    new["weights"] = token_weights(old["mask"], kind=token_weighting, **counts)
+    scored = old.get("scored_logprobs", old["old_logprobs"])
+    penalties = objective.penalties(scored, ref, old["mask"], beta)
+    size = record.values["group_size"]
+    advantages = objective.advantages(columns, reward_weights, old["mask"], penalties, group_size=size)
+    new |= recorded_advantages(advantages, old["mask"])
+    counted = objective.counted(old["mask"], old["stopped"])
+    new["weights"] = objective.weights(counted, completions=len(mask), tokens=float(counted.sum()))
     updates = []
     for number in range(old["logprobs"].shape[-1] if "logprobs" in old else 0):
-        logprobs, ref = old["logprobs"][..., number], old.get("ref_logprobs") if beta else None
-        _, terms = policy_loss(
-            logprobs, old["old_logprobs"], ref, new["advantages"], new["weights"],
-            clip_low=clip_low, clip_high=clip_high, beta=beta,
+        logprobs = old["logprobs"][..., number]
+        _, terms = objective.loss(
+            logprobs, scored, ref, advantages, new["weights"], mask=old["mask"], beta=beta,
+            sampled_logprobs=old["old_logprobs"] if "scored_logprobs" in old else None,
+            entropy=old["entropy"][..., number],
         )  # fmt: skip
         # A group without a gradient was not scored if there is no KL term; its logprobs are 0.
-        scored = logprobs.ne(0).any(dim=1, keepdim=True) & old["mask"]
-        updates.append({name: term * scored for name, term in terms.items()})
+        had_pass = logprobs.ne(0).any(dim=1, keepdim=True) & old["mask"]
+        updates.append({name: term * had_pass for name, term in terms.items()})
     for name in updates[0] if updates else ():
         new[name] = torch.stack([terms[name] for terms in updates], dim=-1)
     return dataclasses.replace(record, tensors=old | new)

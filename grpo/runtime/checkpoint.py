@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +29,7 @@ from hark.models.lora import adapter_delta, adapter_tensors, is_adapter, whole, 
 from hark.models.policy import Policy
 from hark.models.stored import StoredTensors
 
-WEIGHTS, OPTIMIZER = "weights", "optimizer"
+WEIGHTS, OPTIMIZER, FURTHER = "weights", "optimizer", "further"
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # frozen weights are read from model.path
 SHARD_BYTES = "5GB"  # of one safetensors file of an export
 # Files of a checkpoint directory that an export does not copy: the weights, which it writes anew.
@@ -47,8 +49,12 @@ def save_checkpoint(
     *,
     keep: int,
     keep_weights: bool = False,
+    state: dict[str, Any] | None = None,
+    further: Mapping[str, Policy] = MappingProxyType({}),
 ) -> None:
     """Write `directory/step-NNNNNN` after `step` finished steps: trained weights and the optimizer's state.
+
+    state: further values, for JSON. further: other policies whose trained weights are saved, by name.
 
     Every rank writes its shards. The directory is renamed to its final name when all files are written, so a crash
     leaves no partial checkpoint of that name. The newest `keep` checkpoints are kept; older ones are deleted, or, with
@@ -64,21 +70,30 @@ def save_checkpoint(
     with _writable(partial):
         dcp.save(weights, checkpoint_id=partial / WEIGHTS)
         dcp.save(moments, checkpoint_id=partial / OPTIMIZER)
+        for name, other in further.items():
+            dcp.save(get_model_state_dict(other, options=TRAINED), checkpoint_id=partial / FURTHER / name)
     if world.is_main:
-        (partial / "hark.json").write_text(json.dumps({"step": step, "tensors": _signature(policy)}))
+        manifest = {"step": step, "tensors": _signature(policy), "state": state or {}}
+        (partial / "hark.json").write_text(json.dumps(manifest))
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         for old in checkpoints(directory, resumable=True)[:-keep]:
-            shutil.rmtree(old / OPTIMIZER if keep_weights else old)
+            for part in (OPTIMIZER, FURTHER) if keep_weights else (".",):
+                shutil.rmtree(old / part, ignore_errors=part == FURTHER)
     dist.barrier()
 
 
 def load_checkpoint(
-    directory: Path, policy: Policy, optimizer: torch.optim.Optimizer, *, at_most: float = math.inf
-) -> int:
-    """Load the newest complete checkpoint in `directory`, saved by any number of ranks; returns its finished steps.
+    directory: Path,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    *,
+    at_most: float = math.inf,
+    further: Mapping[str, Policy] = MappingProxyType({}),
+) -> tuple[int, dict[str, Any]]:
+    """Load the newest complete checkpoint in `directory`, saved by any number of ranks: its finished steps, its state.
 
-    at_most: the largest number of finished steps that is wanted.
+    at_most: the largest number of finished steps that is wanted. further: as it was saved.
 
     Raises CheckpointError if there is none, or if it is of a model with other tensors.
     """
@@ -86,14 +101,16 @@ def load_checkpoint(
     if not usable:
         raise CheckpointError(f"{directory}: no checkpoint to resume from; run without run.resume=true to start afresh")
     settings = [{key: group[key] for key in ("betas", "weight_decay")} for group in optimizer.param_groups]
-    with _readable(usable[-1], policy) as step:
+    with _readable(usable[-1], policy) as saved:
         weights, moments = get_state_dict(policy, optimizer, options=TRAINED)
         dcp.load(weights, checkpoint_id=usable[-1] / WEIGHTS)
         dcp.load(moments, checkpoint_id=usable[-1] / OPTIMIZER)
+        for name, other in further.items():  # in place, as in `load_weights`
+            dcp.load(get_model_state_dict(other, options=TRAINED), checkpoint_id=usable[-1] / FURTHER / name)
     set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments, options=TRAINED)
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)  # keep those of the configuration
-    return step
+    return saved["step"], saved.get("state", {})
 
 
 def load_weights(checkpoint: Path, policy: Policy) -> None:
@@ -180,12 +197,12 @@ def _set_dtype(path: Path, dtype: torch.dtype) -> None:
 
 
 @contextmanager
-def _readable(checkpoint: Path, policy: Policy) -> Iterator[int]:
-    """Check a checkpoint and yield its step; reading errors, inside the block too, become CheckpointErrors."""
+def _readable(checkpoint: Path, policy: Policy) -> Iterator[dict[str, Any]]:
+    """Check a checkpoint and yield its manifest; reading errors, inside the block too, become CheckpointErrors."""
     try:
         saved = json.loads((checkpoint / "hark.json").read_text())
         _compare(checkpoint, saved["tensors"], _signature(policy))
-        yield saved["step"]
+        yield saved
     except (OSError, ValueError, KeyError, CheckpointException) as error:
         raise CheckpointError(
             f"{checkpoint} cannot be read ({error}); expected a complete checkpoint; delete it to use the one before, "

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 # Private in torch; present in 2.11 to 2.13.
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
+from torch.distributed.tensor import DTensor
 
 from hark.grpo.config import ConfigError
 from hark.grpo.runtime.collectives import CollectiveMeter, World
@@ -102,6 +103,24 @@ def release(policy: Policy) -> None:
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+@torch.no_grad()
+def mix_weights(policy: Policy, other: Policy, *, share: float) -> None:
+    """Move the trained weights of `other` towards those of the policy: other + share * (policy - other).
+
+    Both are sharded alike, so each rank moves its shards and nothing is sent. share: 0 to 1; 1 copies exactly.
+    """
+    own = dict(policy.named_parameters())
+    for name, weight in other.named_parameters():
+        if weight.requires_grad:
+            local, target = _local(weight), _local(own[name])
+            local.lerp_(target.to(local), share)
+    release(other)  # weights gathered earlier are those before
+
+
+def _local(weight: torch.Tensor) -> torch.Tensor:
+    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def _measure_collectives(unit: FSDPModule, meter: CollectiveMeter, replicas: int) -> None:

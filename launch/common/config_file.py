@@ -17,7 +17,10 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, ge
 
 import yaml
 
-from hark.grpo.config import Bound, Config, ConfigError, Files, default_of, flow
+from hark.from_file import is_in_file
+from hark.grpo.advantage import ADVANTAGES
+from hark.grpo.algorithms import AlgorithmError, named_values
+from hark.grpo.config import Bound, Config, ConfigError, Files, LossConfig, default_of, flow
 from hark.launch.common.nearest import nearest
 
 CONFIGS = Path(__file__).parents[1] / "configs"  # configurations of the package, found by their names
@@ -121,9 +124,18 @@ def _build(entries: dict[str, Entry], *, source: str) -> Config:
             if f.name not in values[section] and _is_required(f):
                 name = f"{section}.{f.name}"
                 raise ConfigError(f"{source}: {name} is missing; set it there or as {name}=VALUE")
+    values["loss"] = _named_loss(values["loss"].get("kind", LossConfig.kind), entries) | values["loss"]
     config = Config(**{section: kind(**values[section]) for section, kind in SECTIONS.items()})
     _check_together(config, source=source)
     return config
+
+
+def _named_loss(kind: str, entries: dict[str, Entry]) -> dict[str, Any]:
+    """The keys of `loss` that its kind gives."""
+    try:
+        return named_values(kind)
+    except AlgorithmError as error:
+        raise ConfigError(f"{entries['loss.kind'].where}: loss.kind must be {error}, not {kind!r}") from None
 
 
 def _is_required(f: dataclasses.Field) -> bool:
@@ -144,10 +156,30 @@ def _check_together(config: Config, *, source: str) -> None:
         raise ConfigError(f"{source}: model.master_dtype=bfloat16 needs model.dtype=bfloat16, in which to compute")
     if config.data.band is not None and not (len(config.data.band) == 2 and config.data.band[0] <= config.data.band[1]):
         raise ConfigError(f"{source}: data.band is {config.data.band}; expected [LOW, HIGH], as in [0.375, 0.75]")
+    _check_loss(config, source)
     if config.data.held_out and config.data.validation is not None:
         raise ConfigError(
             f"{source}: data.held_out and data.validation are both set; validation questions come from one of them"
         )
+
+
+def _check_loss(config: Config, source: str) -> None:
+    loss = config.loss
+    if not is_in_file(loss.advantage) and loss.advantage not in ADVANTAGES:
+        raise ConfigError(
+            f"{source}: loss.advantage must be one of {', '.join(ADVANTAGES)}, or your own, path/to/file.py:name, not "
+            f"{loss.advantage!r}"
+        )
+    needing = {"loss.kl_target": loss.kl_target is not None, "loss.reference_every": loss.reference_every > 0}
+    for name in (name for name, is_set in needing.items() if is_set and not loss.beta):
+        raise ConfigError(f"{source}: {name} is set, and loss.beta is 0: there is no reference; set loss.beta")
+    if loss.reference_every and (config.lora.rank or config.lora.path):
+        raise ConfigError(
+            f"{source}: loss.reference_every is set, and the reference of adapters is the model without them, which "
+            "does not change; train the weights themselves, or set it to 0"
+        )
+    if loss.kl_in == "reward" and loss.kl_gradient != "own":
+        raise ConfigError(f"{source}: loss.kl_gradient is of a KL in the loss; with loss.kl_in=reward leave it at own")
 
 
 # Reading ------------------------------------------------------------------------------------------------------------

@@ -42,7 +42,9 @@ def make_reference(config: Config, world: World, policy: Policy) -> Policy | Wit
     # It uses the policy's mesh, because a second mesh would create further communicators.
     assert policy.mesh is not None
     offload = config.sharding.offload_reference
-    reference = _load(config, world, path, policy.mesh, lora=None, offload=offload, train=False)
+    # A reference that moves has weights like those of the policy: in bfloat16 small moves would be lost.
+    moves = config.loss.reference_every > 0
+    reference = _load(config, world, path, policy.mesh, lora=None, offload=offload, train=moves)
     if policy.tower_cache is not None and path == config.model.path:
         reference.share_tower(policy)
     return reference

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from hark.data.described import described
-from hark.grpo.advantage import group_advantages, weighted_rewards
+from hark.grpo.advantage import weighted_rewards
 from hark.grpo.config import Config, ConfigError
+from hark.grpo.instruments.draft import recorded_advantages
 from hark.grpo.instruments.record import RecordError, StepRecord, joined
 from hark.grpo.runtime.checkpoint import checkpoints, load_checkpoint, step_of
 from hark.grpo.runtime.collectives import World, gather_rows
@@ -23,7 +24,9 @@ from hark.grpo.types import Rollout
 from hark.launch.common.policies import make_policy, make_reference
 from hark.launch.common.questions import rewards_of, training_examples, training_loader
 
-OF_TOKENS = ("tokens", "mask", "old_logprobs", "ref_logprobs", "weights")  # recorded inputs, (B, T)
+OF_TOKENS = (  # recorded inputs, (B, T)
+    "tokens", "mask", "old_logprobs", "scored_logprobs", "ref_logprobs", "token_advantages", "weights",
+)  # fmt: skip
 OF_COMPLETIONS = ("stopped", "rewards", "advantages")
 
 
@@ -44,7 +47,13 @@ def prepared_trainer(config: Config, world: World) -> Iterator[Trainer]:
 def restore(trainer: Trainer, run: Path, step: int) -> int:
     """Load the newest checkpoint of a run before `step`; returns its finished steps, 0 for the model it began with."""
     saved = [path for path in checkpoints(run / "checkpoints", resumable=True) if step_of(path) < step]
-    return load_checkpoint(run / "checkpoints", trainer.policy, trainer.optimizer, at_most=step - 1) if saved else 0
+    if not saved:
+        return 0
+    finished, state = load_checkpoint(
+        run / "checkpoints", trainer.policy, trainer.optimizer, at_most=step - 1, further=trainer.further_policies()
+    )
+    trainer.restore(state)
+    return finished
 
 
 def rerun(trainer: Trainer, record: StepRecord) -> StepRecord | None:
@@ -52,6 +61,7 @@ def rerun(trainer: Trainer, record: StepRecord) -> StepRecord | None:
     world, step = trainer.world, record.step
     examples, prompts, keys = zip(*trainer.data.step(step - 1), strict=True)
     own = _part(record, world)
+    trainer.beta = record.values["beta"]
     trainer.recorder.begin(step)
     drawn = trainer.draw(prompts, keys)
     scored = Rollout(
@@ -64,14 +74,21 @@ def rerun(trainer: Trainer, record: StepRecord) -> StepRecord | None:
     trainer.recorder.note(
         examples=examples, prompts=prompts, keys=keys, rollout=drawn, texts=texts, reward_names=names, columns=columns
     )
+    old, ref = own.get("scored_logprobs", own["old_logprobs"]), own.get("ref_logprobs")
     reward = weighted_rewards(own["rewards"], list(trainer.config.reward.weights.values()))
-    advantages = group_advantages(reward, group_size=drawn.group_size, scale=trainer.config.loss.advantage)
-    batch = trainer.batch(scored, own.get("ref_logprobs"), advantages, float(record.tensors["mask"].sum()))
+    penalties = trainer.objective.penalties(old, ref, scored.mask, trainer.beta)
+    advantages = trainer.advantages(own["rewards"], scored.mask, penalties)
+    counted = trainer.objective.counted(scored.mask, scored.stopped)
+    tokens = float(trainer.objective.counted(record.tensors["mask"], record.tensors["stopped"]).sum())
+    batch = trainer.with_answers(trainer.batch(scored, old, ref, advantages, counted, tokens), examples)
     found = {"tokens": drawn.tokens, "mask": drawn.mask, "ref_logprobs": ref_logprobs, "reward": reward}
-    found |= {"advantages": advantages, "weights": batch.weights}
-    recorded = dataclasses.replace(batch, advantages=own["advantages"], weights=own["weights"])
+    found |= recorded_advantages(advantages, scored.mask) | {"weights": batch.weights}
+    recorded = dataclasses.replace(
+        batch, advantages=own.get("token_advantages", own["advantages"]), weights=own["weights"]
+    )
     for _ in range(trainer.config.loss.inner_epochs):
         trainer.update(recorded, step - 1, examples)
+    trainer.move_reference(step - 1)
     part = trainer.recorder.take()
     tensors = part.tensors | {name: tensor.cpu() for name, tensor in found.items() if tensor is not None}
     parts = gather_rows([dataclasses.replace(part, tensors=tensors)], world)

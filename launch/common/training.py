@@ -10,6 +10,7 @@ from hark.data.described import described
 from hark.data.prompts import find_template
 from hark.data.rewards import check_rewards
 from hark.grpo import loop
+from hark.grpo.algorithms import find_advantage, find_own_loss
 from hark.grpo.config import Config, ConfigError, differences
 from hark.grpo.instruments.trackers import check_trackers
 from hark.grpo.learner import Learner
@@ -62,9 +63,11 @@ def train(config: Config, make_trainer: Callable[..., Learner], *, judged: bool,
 
 
 def announce(config: Config, world: World) -> None:
-    """Check the names of the template and the rewards, then print what the configuration changes of the defaults."""
+    """Check the names of template, rewards and loss, then print what the configuration changes of the defaults."""
     find_template(config.data.template)
     check_rewards(config.reward.weights)
+    find_advantage(config.loss.advantage)
+    find_own_loss(config.loss.kind)
     if world.is_main:
         lines = ["settings that differ from the defaults:", *(f"  {line}" for line in differences(config))]
         print("\n".join(lines) + "\n", end="", flush=True)  # in one piece, as other processes may print too

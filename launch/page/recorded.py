@@ -23,7 +23,18 @@ def step_part(record: StepRecord, sounds: Sounds, *, base: Path, groups: int) ->
     values = record.values
     chosen = sorted(range(len(values["prompts"])), key=lambda n: not values["prompts"][n].get("answers"))
     shown = [_group(record, n, sounds, base) for n in chosen[:groups]]
-    kept = ("step", "reason", "ranks", "parts", "group_size", "reward_names", "learning_rate", "updates", "versions")
+    kept = (
+        "step",
+        "reason",
+        "ranks",
+        "parts",
+        "group_size",
+        "reward_names",
+        "learning_rate",
+        "beta",
+        "updates",
+        "versions",
+    )
     return {
         **{name: values.get(name) for name in kept},
         "config": {name: values.get("config", {}).get(name, {}) for name in SHOWN_SECTIONS},

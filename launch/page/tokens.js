@@ -97,19 +97,33 @@ function arithmetic(step, group, g, update) {
   if (one.advantage === undefined || !one.loss) return [make("p", {}, "This completion has no loss of GRPO.")];
   const loss = step.config.loss, low = 1 - loss.clip_low, high = 1 + loss.clip_high;
   const rows = one.tokens.map((id, t) => lossRow(step, one, id, t, update, [low, high]));
-  const heads = ["token", "log π", "log π at sampling", "ratio ρ", `clip(ρ, ${number(low)}, ${number(high)})`, "S = min(ρ A, clip(ρ) A)", "log π of the reference", "KL", "weight w", "w (−S + β KL)"];
+  const heads = ["token", "log π", "log π at sampling", "ratio ρ", `clip(ρ, ${number(low)}, ${number(high)})`, "S", "log π of the reference", "KL", "weight w", "w (−S + β KL)"];
   const total = sum(one.loss[update]);
   return [make("p", {}, rewardLine(step, one)), make("p", {}, advantageLine(step, group, one)),
-    make("p", {}, `loss of a token = w (−min(ρ A, clip(ρ) A) + β KL), with A = ${fixed(one.advantage)} and β = ${number(loss.beta)}`),
+    make("p", {}, `loss of a token = w (−S + β KL${loss.entropy ? " − c H" : ""}), S = ${surrogateOf(loss)}, with A = ${fixed(one.advantage)} and β = ${number(betaOf(step))}`),
     table(heads, rows, { class: "arithmetic", "aria-label": `arithmetic of the loss of completion ${g}` }),
     make("p", { class: "total" }, `sum over ${one.tokens.length} tokens = ${fixed(total)}`)];
 }
 
 function lossRow(step, one, id, t, update, [low, high]) {
   const ratio = one.ratio[update][t], clip = Math.min(Math.max(ratio, low), high);
-  const least = Math.min(ratio * one.advantage, clip * one.advantage);
-  return [said(tokenText(step.texts[id] ?? "")), fixed(one.logprobs[update][t]), fixed(one.old_logprobs?.[t]), fixed(ratio), fixed(clip), fixed(least),
+  const bonus = (step.config.loss.entropy ?? 0) * (one.entropy?.[update]?.[t] ?? 0);
+  const surrogate = one.weights[t] ? betaOf(step) * (one.kl?.[update]?.[t] ?? 0) - bonus - one.loss[update][t] / one.weights[t] : 0;
+  return [said(tokenText(step.texts[id] ?? "")), fixed(one.logprobs[update][t]), fixed(one.old_logprobs?.[t]), fixed(ratio), fixed(clip), fixed(surrogate),
     fixed(one.ref_logprobs?.[t]), fixed(one.kl?.[update]?.[t]), fixed(one.weights[t]), fixed(one.loss[update][t])];
+}
+
+// What bounds the ratio, by the settings of the loss.
+function surrogateOf(loss) {
+  if (loss.kind?.includes(".py:")) return `minus the loss of ${visible(loss.kind)}`;
+  const cap = loss.ratio_cap ? `, at least ${number(loss.ratio_cap)} A where A < 0` : "";
+  const surrogate = { clip: `min(ρ A, clip(ρ) A)${cap}`, cispo: "clip(ρ) A log π", sapo: "4/τ σ(τ (ρ − 1)) A", none: "ρ A", reinforce: "A log π" };
+  return `${loss.importance_cap ? "importance · " : ""}${surrogate[loss.bound ?? "clip"]}`;
+}
+
+// The weight of the KL in the loss.
+function betaOf(step) {
+  return step.config.loss.kl_in === "reward" ? 0 : step.beta ?? step.config.loss.beta;
 }
 
 function rewardLine(step, one) {
@@ -121,6 +135,8 @@ function rewardLine(step, one) {
 function advantageLine(step, group, one) {
   const rewards = group.completions.map((each) => each.reward), mean = sum(rewards) / rewards.length;
   const spread = Math.sqrt(sum(rewards.map((each) => (each - mean) ** 2)) / Math.max(rewards.length - 1, 1));
-  const below = step.config.loss.advantage === "std" ? ` / (${fixed(spread)} + 0.0001)` : "";
+  const kind = step.config.loss.advantage;
+  if (!["std", "none"].includes(kind)) return `advantage A = ${visible(kind)} of the rewards = ${fixed(one.advantage)}`;
+  const below = kind === "std" ? ` / (${fixed(spread)} + 0.0001)` : "";
   return `advantage A = (${number(one.reward)} − ${fixed(mean)})${below} = ${fixed(one.advantage)}`;
 }
