@@ -217,7 +217,7 @@ class Trainer(Learner[PolicyBatch]):
             )  # fmt: skip
             loss = self.config.loss.sft * supervised_loss(logprobs, micro.weights)[0]
             loss.backward()
-            supervised += float(loss)
+            supervised += float(loss.detach())
         return sums | {"loss": sums["loss"] + supervised, "sft_loss": supervised / self.config.loss.sft}
 
     def loss(

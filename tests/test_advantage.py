@@ -72,7 +72,7 @@ def test_one_group_does_not_see_another():
 
 
 def test_an_unknown_scale_is_refused():
-    with pytest.raises(ValueError, match="'std' or 'none'"):
+    with pytest.raises(ValueError, match="scale is 'mad'"):
         group_advantages(REWARDS, group_size=6, scale="mad")
 
 

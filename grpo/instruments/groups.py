@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hark.from_file import short_name
-from hark.grpo.advantage import equal_rewards
+from hark.grpo.advantage import deviations, equal_rewards
 from hark.grpo.instruments.console import Completion
 
 SHOWN = 3  # groups of which completions are shown
@@ -24,7 +24,7 @@ def group_sums(
     """
     own: dict[str, torch.Tensor | float] = {}
     for (name, weight), column in zip(weights.items(), columns.T, strict=True):
-        variances = (weight * column.double()).unflatten(0, (-1, group_size)).var(dim=1)
+        variances = deviations(weight * column, group_size=group_size).square()
         own[f"{VARIANCE}{short_name(name)}"] = variances.sum() / groups
         own[f"equal_share/{short_name(name)}"] = equal_rewards(column, group_size=group_size).sum() / groups
     members = (texts[first : first + group_size] for first in range(0, len(texts), group_size))
@@ -51,7 +51,7 @@ def best_and_worst(
 ) -> list[Completion]:
     """The completions with the highest and the lowest reward of a few groups, evenly spread.
 
-    examples, texts: B each, columns: (B, K) with K names, rewards, advantages: (B,).
+    examples, texts: B each, columns: (B, K) with K names, rewards: (B,), advantages: (B,) or (B, T).
     """
     groups = rewards.unflatten(0, (-1, group_size))  # (N, G)
     shown = range(0, len(groups), max(len(groups) // SHOWN, 1))[:SHOWN]
@@ -64,7 +64,7 @@ def best_and_worst(
             texts[b],
             dict(zip(shorts, columns[b].tolist(), strict=True)),
             reward=float(rewards[b]),
-            advantage=float(advantages[b]),
+            advantage=float(advantages[b].mean()),
         )  # fmt: skip
         for b in rows
     ]

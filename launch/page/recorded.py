@@ -24,17 +24,9 @@ def step_part(record: StepRecord, sounds: Sounds, *, base: Path, groups: int) ->
     chosen = sorted(range(len(values["prompts"])), key=lambda n: not values["prompts"][n].get("answers"))
     shown = [_group(record, n, sounds, base) for n in chosen[:groups]]
     kept = (
-        "step",
-        "reason",
-        "ranks",
-        "parts",
-        "group_size",
-        "reward_names",
-        "learning_rate",
-        "beta",
-        "updates",
+        "step", "reason", "ranks", "parts", "group_size", "reward_names", "learning_rate", "beta", "updates",
         "versions",
-    )
+    )  # fmt: skip
     return {
         **{name: values.get(name) for name in kept},
         "config": {name: values.get("config", {}).get(name, {}) for name in SHOWN_SECTIONS},
