@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+from hark.data.clip import Cell
 from hark.data.examples import Example, parse_example
 
 OWN = ("task", "category", "sub_category", "difficulty", "pass_rate", "target")
@@ -29,6 +31,22 @@ def example_of(record: dict[str, Any]) -> Example:
     """The example that `described` wrote, without its clips; enough for rewards."""
     row = {key: value for key, value in record["row"].items() if not key.startswith("audio_path")}
     return parse_example(row, root=Path(), line=record["line"], require_audio=False, benchmark=True)
+
+
+def row_in(example: Example, root: Path) -> dict[str, Any]:
+    """The row of a file of questions from which this example is read; its relative paths are relative to `root`."""
+    row, clips = _row(example), example.clips
+    row.pop("audio_paths", None)
+    lists: dict[str, list[Any]] = {"audio_path": [_path_from(root, clip.source) for clip in clips]}
+    if any(clip.is_window for clip in clips):
+        lists |= {"start": [clip.start for clip in clips], "end": [clip.end for clip in clips]}
+    if len(clips) == 1:
+        return row | {key: values[0] for key, values in lists.items()}
+    return row | ({"audio_paths": lists.pop("audio_path")} | lists if clips else {})
+
+
+def _path_from(root: Path, source: Path | Cell) -> str:
+    return os.path.relpath(source, root) if isinstance(source, Path) and not source.is_absolute() else str(source)
 
 
 def asked(row: dict[str, Any]) -> dict[str, Any]:

@@ -39,6 +39,9 @@ COMMANDS = {
     "export": Command("export", "write a checkpoint as a Hugging Face directory, or its adapters", on_ranks=True),
     "plan": Command("plan", "predict the peak memory of a training run"),
     "convert": Command("convert", "convert a published data set to JSON lines"),
+    "pass-rate": Command(
+        "pass_rate", "measure how often each training question is answered right; keep right answers", on_ranks=True
+    ),
     "check-data": Command("check_data", "check a file of questions and its clips, and report their figures"),
     "check-policy": Command("check_policy", "compare a policy with transformers' own model of its checkpoint"),
     "sweep": Command("sweep", "train with every combination of some settings, and compare the runs"),

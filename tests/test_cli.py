@@ -13,7 +13,7 @@ import pytest
 from hark.launch import __main__ as cli
 from hark.launch.__main__ import COMMANDS, command, module_of, parse
 
-COMMANDS_ON_RANKS = ["train", "sft", "evaluate", "replay", "choose", "export"]
+COMMANDS_ON_RANKS = ["train", "sft", "evaluate", "replay", "choose", "export", "pass-rate"]
 
 
 def hark(*words: str, cwd: Path) -> subprocess.CompletedProcess:

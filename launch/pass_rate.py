@@ -1,0 +1,270 @@
+"""Measure how often a model answers each training question right, and keep right answers to learn from.
+
+    python launch/pass_rate.py CONFIG [section.key=value ...] --out FILE [--samples G] [--keep FILE [--most N]]
+    python launch/pass_rate.py RUN [section.key=value ...] --out FILE ...
+    torchrun --nproc-per-node GPUS launch/pass_rate.py ...
+
+Draws G answers to each question of data.train with the settings of rollout, and writes the questions to FILE, in a form
+that data.train reads, with their pass_rate. CONFIG names the model as model.path; RUN is the run.directory of a
+training run, whose trained model answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hark.data.described import row_in
+from hark.data.examples import Example
+from hark.data.loader import evaluation_batches
+from hark.data.order import digest, shuffle_choices
+from hark.grpo.advantage import weighted_rewards
+from hark.grpo.config import Config, ConfigError
+from hark.grpo.runtime.collectives import World, exchange_rows, gather_rows, joined_world
+from hark.grpo.runtime.interrupt import interruptible
+from hark.grpo.runtime.sharding import gathered
+from hark.grpo.sampler import sample
+from hark.launch.common import row_file
+from hark.launch.common.answering import subject_of
+from hark.launch.common.entry import run
+from hark.launch.common.progress import counted
+from hark.launch.common.questions import (
+    bad_log,
+    check_answers,
+    check_lengths,
+    checked_examples,
+    rewards_of,
+    waveform_of,
+    weighted,
+)
+from hark.launch.common.trained import Subject
+from hark.launch.common.training import announce
+from hark.models.loading import read_family
+from hark.models.policy import Policy, Prompt
+
+BAND = (0.375, 0.75)  # 3 to 6 of 8 right, which data.band usually keeps
+RIGHT = 0.5  # the least reward of a right answer
+WIDTH = 40  # characters of the longest bar
+
+
+class Drawn(NamedTuple):
+    """The answers to one question: whether each is right, its text, whether it has a stop token, and its reward."""
+
+    id: str
+    right: list[bool]
+    texts: list[str]
+    stopped: list[bool]
+    rewards: list[float]
+
+
+def main(argv: list[str]) -> None:
+    options = parse(argv)
+    subject = subject_of(options.words, step=options.step, best=options.best)
+    if options.samples is not None:
+        rollout = dataclasses.replace(subject.config.rollout, group_size=options.samples)
+        subject = dataclasses.replace(subject, config=dataclasses.replace(subject.config, rollout=rollout))
+    measure(subject, options)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        description=__doc__,
+        epilog="""What is written is not lost if the command is interrupted: the same command goes on. The rows are the
+same on every number of processes.""",
+    )
+    add = parser.add_argument
+    add("words", nargs="*", metavar="RUN | CONFIG [section.key=value ...]")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, metavar="N", help="the run's model after step N; the last if left out")
+    which.add_argument("--best", action="store_true", help="the run's model with the best validation accuracy")
+    add("--out", type=Path, required=True, metavar="FILE", help="JSON lines, with the questions and their pass rates")
+    add("--samples", type=int, metavar="G", help="answers per question; rollout.group_size if left out")
+    add("--reward", default="accuracy", metavar="NAME", help="what says that an answer is right: 0.5 or more")
+    add("--keep", type=Path, metavar="FILE", help="JSON lines, with right answers as targets for `hark sft`")
+    add("--most", type=int, default=4, metavar="N", help="most answers to keep of a question, all different; 4")
+    options = parser.parse_intermixed_args(argv)
+    for name in ("samples", "most"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    if options.keep and options.keep.absolute() == options.out.absolute():
+        parser.error("--keep and --out name the same file")
+    return options
+
+
+def measure(subject: Subject, options: argparse.Namespace) -> None:
+    """Measure the pass rates of all questions of data.train that are not measured yet, and print the figures."""
+    config = graded_by(subject.config, options.reward)
+    if config.data.train is None:
+        raise ConfigError("data.train is missing; it names the questions to answer: data.train=FILE")
+    with joined_world(threads=config.run.threads) as world:
+        announce(config, world)
+        family = read_family(config.model.path, config.model.policy)
+        examples = checked_examples(config, world, family, weighted(config.data.train)[0])
+        check(config, examples, options.reward)
+        done = begun(subject, options, world)
+        left = [example for example in examples if example.id not in done]
+        if left:
+            policy, by_id = subject.load(world), {example.id: example for example in left}
+            found = answers(config, world, policy, left, options.reward)
+            with interruptible(lambda: f"interrupted; the same command goes on from {options.out}"):
+                for drawn in counted(found, len(left), "questions answered", show=world.is_main, size=len):
+                    if world.is_main:
+                        write(config, options, by_id, drawn)
+        if world.is_main:
+            rates = [row["pass_rate"] for row in row_file.begin(options.out, settings_of(subject, options))]
+            print(report(rates, config), flush=True)
+            print(f"written to {options.out}" + (f" and {options.keep}" if options.keep else ""), flush=True)
+
+
+def graded_by(config: Config, reward: str) -> Config:
+    """The configuration with that reward among its rewards."""
+    if reward in config.reward.weights:
+        return config
+    weights = config.reward.weights | {reward: 0.0}
+    return dataclasses.replace(config, reward=dataclasses.replace(config.reward, weights=weights))
+
+
+def check(config: Config, examples: Sequence[Example], reward: str) -> None:
+    """Refuse questions that cannot be graded, or cannot be written as JSON lines."""
+    if reward == "accuracy":
+        check_answers(examples, "a pass rate")
+        check_lengths(config, examples)
+    for example in examples:
+        if any(not isinstance(clip.source, Path) for clip in example.clips):
+            raise ConfigError(
+                f"{example.line}: its clip is in a table; a pass rate is written to JSON lines, which "
+                "name files; write the clips to files first"
+            )
+
+
+def begun(subject: Subject, options: argparse.Namespace, world: World) -> set[str]:
+    """The ids that are measured already; the same on all ranks."""
+    done: list[str] = []
+    if world.is_main:
+        done = [row["id"] for row in row_file.begin(options.out, settings_of(subject, options))]
+        if options.keep:
+            row_file.drop(options.keep, key="answer_to", known=set(done))
+    return set(exchange_rows(done, world))
+
+
+def settings_of(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
+    """What must not differ between the parts of one file."""
+    config = subject.config
+    data, rollout = config.data, config.rollout
+    return {
+        "model": subject.name,
+        "run.seed": config.run.seed,
+        "data.train": data.train,
+        "data.template": data.template,
+        "data.shuffle_choices": data.shuffle_choices,
+        "rollout.max_new_tokens": rollout.max_new_tokens,
+        "rollout.temperature": rollout.temperature,
+        "--samples": rollout.group_size,
+        "--reward": options.reward,
+        "--keep": str(options.keep or ""),
+        "--most": options.most,
+    }
+
+
+def answers(
+    config: Config, world: World, policy: Policy, examples: Sequence[Example], reward: str
+) -> Iterator[list[Drawn]]:
+    """The answers to the examples, some questions at a time, in their order; on rank 0, empty lists on the others."""
+    size = config.rollout.batch or max(1, config.optim.prompts_per_step // world.size)
+    asked = [
+        shuffle_choices(one, seed=config.run.seed, step=0) if config.data.shuffle_choices else one for one in examples
+    ]
+    batches = evaluation_batches(
+        asked[world.rank :: world.size],
+        policy.prepare,
+        template=config.data.template,
+        waveform=waveform_of(config, policy),
+        batch=size,
+        workers=config.data.workers,
+        skip_bad=config.data.skip_bad,
+        on_bad=bad_log(config).add,
+    )
+    places = {example.id: place for place, example in enumerate(examples)}
+    with gathered(policy):
+        for _ in range(0, len(examples), size * world.size):  # as often on all ranks
+            pairs = next(batches, [])
+            drawn = gather_rows(draw(config, policy, pairs, reward) if pairs else [], world)
+            yield sorted(drawn or [], key=lambda one: places[one.id])
+
+
+def draw(config: Config, policy: Policy, pairs: Sequence[tuple[Example, Prompt]], reward: str) -> list[Drawn]:
+    """G answers to each question, with the settings of rollout, graded."""
+    examples, prompts = zip(*pairs, strict=True)
+    rollout, size = config.rollout, config.rollout.group_size
+    # Two integers: no step has such a key, so that training does not draw these answers again.
+    keys = [(config.run.seed, digest(f"pass-rate/{example.id}")) for example in examples]
+    drawn = sample(
+        policy, prompts, keys=keys, group_size=size, max_new_tokens=rollout.max_new_tokens,
+        temperature=rollout.temperature, batch=rollout.batch, graphs=rollout.cuda_graphs,
+    )  # fmt: skip
+    texts = policy.completion_texts(drawn.tokens, drawn.mask)
+    columns = rewards_of(config)([example for example in examples for _ in range(size)], texts)
+    right = columns[:, list(config.reward.weights).index(reward)] >= RIGHT
+    rewards = weighted_rewards(columns, list(config.reward.weights.values()))
+    return [
+        Drawn(example.id, right[rows].tolist(), texts[rows], drawn.stopped[rows].tolist(), rewards[rows].tolist())
+        for n, example in enumerate(examples)
+        for rows in [slice(n * size, (n + 1) * size)]
+    ]
+
+
+def write(config: Config, options: argparse.Namespace, examples: dict[str, Example], drawn: Sequence[Drawn]) -> None:
+    """Append the rows of questions to the files. Those to keep come first: `begun` drops them if the others lack."""
+
+    def row(one: Drawn, file: Path) -> dict[str, Any]:
+        return row_in(examples[one.id], Path(config.data.audio_root or file.parent))
+
+    if options.keep:
+        keep = [rows for one in drawn for rows in kept(row(one, options.keep), one, options.most)]
+        row_file.append(options.keep, keep)
+    row_file.append(options.out, [measured(row(one, options.out), one) for one in drawn])
+
+
+def measured(row: dict[str, Any], drawn: Drawn) -> dict[str, Any]:
+    """The row of a question with its pass rate."""
+    return row | {"pass_rate": sum(drawn.right) / len(drawn.right), "pass_samples": len(drawn.right)}
+
+
+def kept(row: dict[str, Any], drawn: Drawn, most: int) -> list[dict[str, Any]]:
+    """A row for each of up to `most` different right answers that ended by themselves, the best rewarded first."""
+    right = [n for n in range(len(drawn.texts)) if drawn.right[n] and drawn.stopped[n] and drawn.texts[n].strip()]
+    texts = dict.fromkeys(drawn.texts[n] for n in sorted(right, key=lambda n: -drawn.rewards[n]))
+    rows = (row | {"id": f"{drawn.id}#{n}", "answer_to": drawn.id, "target": text} for n, text in enumerate(texts, 1))
+    return list(islice(rows, most))
+
+
+def report(rates: Sequence[float], config: Config) -> str:
+    """A histogram of how many of G answers are right, and what a band keeps."""
+    size, data = config.rollout.group_size, config.data
+    counts = Counter(round(rate * size) for rate in rates)
+    most = max(counts.values(), default=1)
+    lines = [f"right of {size}  questions"]
+    lines += [
+        f"{n:{len(lines[0]) - 11}}  {counts[n]:9}  {'#' * round(WIDTH * counts[n] / most)}" for n in range(size + 1)
+    ]
+    low, high = data.band if data.band and data.order_by == "pass_rate" else BAND
+    mixed, inside = (sum(test(rate) for rate in rates) for test in (lambda r: 0 < r < 1, lambda r: low <= r <= high))
+    return "\n".join(
+        [
+            *lines,
+            f"mean pass rate {sum(rates) / max(len(rates), 1):.3f}; {mixed} of {len(rates)} questions have right and "
+            "wrong answers, the others teach nothing",
+            f"data.order_by=pass_rate data.band=[{low:g}, {high:g}] keeps {inside} of {len(rates)}",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    run(main)
