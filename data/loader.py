@@ -40,6 +40,7 @@ class _Tokens(Protocol):
 
 Prompt = TypeVar("Prompt", bound=_Tokens)
 Key = tuple[int, ...]
+Draw = tuple[int, int, int]  # a step, the first position of the step, and a position of the run's order
 
 CANDIDATES = 4  # longest clips, and longest texts, that are prepared to find the longest prompt
 
@@ -101,9 +102,9 @@ class Loader(Generic[Prompt]):
         self._weights = weights
         self._parts = parts_of(examples, len(weights)) if weights else [range(len(examples))]
         self._order = order_of(examples, seed=seed, weights=weights, curriculum=curriculum)
-        self._draws(0)  # raises now if the prompts cannot be split over the ranks
+        self._positions(0)  # raises now if the prompts cannot be split over the ranks
         self._bad_indices: set[int] = set()
-        self._ahead: dict[int, list[Future[_Slot[Prompt]]]] = {}
+        self._ahead: dict[Draw, Future[_Slot[Prompt]]] = {}
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="loader")
 
     def step(self, step: int) -> list[tuple[Example, Prompt, Key]]:
@@ -111,17 +112,27 @@ class Loader(Generic[Prompt]):
 
         key: seeds the completions of this prompt (`order.completion_key`); it differs for all prompts of a step.
         """
-        futures = self._ahead.pop(step, None) or self._submit(step)
+        first, positions = self._positions(step)
+        futures = self._submit(step, positions, first)
         self.prepare(step + 1)
-        slots = [future.result() for future in futures]
-        for slot in slots:
-            self._record(slot)
-        return [(slot.example, slot.prompt, slot.key) for slot in slots]
+        return self._results(futures)
+
+    def at(self, step: int, positions: Sequence[int], *, since: int) -> list[tuple[Example, Prompt, Key]]:
+        """The same for prompts at any positions of the run's order, drawn by a step that begins at position `since`.
+
+        An example that the step has drawn before, at or after `since`, gets another key.
+        """
+        return self._results(self._submit(step, positions, since))
 
     def prepare(self, step: int) -> None:
         """Start to prepare a step, and cancel every other step that was started."""
+        first, positions = self._positions(step)
+        self.prepare_at(step, positions, since=first)
+
+    def prepare_at(self, step: int, positions: Sequence[int], *, since: int) -> None:
+        """Start to prepare what `at` is asked for next, and cancel all else that was started."""
         self._cancel()
-        self._ahead = {step: self._submit(step)}
+        self._ahead = self._submit(step, positions, since)
 
     def longest(self) -> tuple[Example, Prompt]:
         """The example with the longest prompt, among those with the longest clips and those with the longest texts."""
@@ -147,23 +158,35 @@ class Loader(Generic[Prompt]):
     def _text_length(self, index: int) -> int:
         return len(text_of(render(self.examples[index], self._template)))
 
-    def _draws(self, step: int) -> list[tuple[int, int]]:
-        """This rank's (index of the drawn example, its occurrence in the whole step) of a step."""
+    def _positions(self, step: int) -> tuple[int, list[int]]:
+        """The first position of a step in the run's order, and the positions of this rank's prompts."""
         first = step * self._prompts_per_step
-        indices = [self._order(position) for position in range(first, first + self._prompts_per_step)]
-        return rank_slice(list(zip(indices, occurrences(indices), strict=True)), self._rank, self._world)
+        return first, rank_slice(range(first, first + self._prompts_per_step), self._rank, self._world)
 
-    def _submit(self, step: int) -> list[Future[_Slot[Prompt]]]:
-        return [self._threads.submit(self._slot, *draw, step=step) for draw in self._draws(step)]
+    def _submit(self, step: int, positions: Sequence[int], since: int) -> dict[Draw, Future[_Slot[Prompt]]]:
+        """The prompts at these positions: those that were started, and the others, which are started now."""
+        indices = [self._order(position) for position in range(since, max(positions, default=since) + 1)]
+        counts = occurrences(indices)
+        futures = {}
+        for position in positions:
+            place, draw = position - since, (step, since, position)
+            started = self._ahead.pop(draw, None)
+            futures[draw] = started or self._threads.submit(self._slot, indices[place], counts[place], step=step)
+        return futures
+
+    def _results(self, futures: dict[Draw, Future[_Slot[Prompt]]]) -> list[tuple[Example, Prompt, Key]]:
+        slots = [future.result() for future in futures.values()]
+        for slot in slots:
+            self._record(slot)
+        return [(slot.example, slot.prompt, slot.key) for slot in slots]
 
     def _cancel(self) -> None:
-        for futures in self._ahead.values():
-            for future in futures:
-                future.cancel()
+        for future in self._ahead.values():
+            future.cancel()
         self._ahead = {}
 
     def _record(self, slot: _Slot[Prompt]) -> None:
-        """Add a slot's bad examples to the list. Called by `step` only, so that the threads never write to it."""
+        """Add a slot's bad examples to the list. Called for results only, so that the threads never write to it."""
         for index, bad in slot.bad.items():
             if index not in self._bad_indices:
                 self._bad_indices.add(index)

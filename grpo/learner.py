@@ -45,13 +45,19 @@ MEANS = {  # the terms of tokens whose weighted means are metrics, and the names
 
 
 class TrainingData(Protocol):
-    """The source of prompts: a pure function of the step, so that a resumed run needs no saved state of it."""
+    """The source of prompts: pure functions of the step and of positions; it has no state to save."""
 
     def step(self, step: int) -> Sequence[tuple[Any, Prompt, Key]]:
         """This rank's examples of a step with their prompts and keys; starts to prepare the next step."""
 
     def prepare(self, step: int) -> None:
         """Start to prepare a step."""
+
+    def at(self, step: int, positions: Sequence[int], *, since: int) -> Sequence[tuple[Any, Prompt, Key]]:
+        """Examples at any positions of the run's order, for a step that begins at position `since`."""
+
+    def prepare_at(self, step: int, positions: Sequence[int], *, since: int) -> None:
+        """Start to prepare what `at` is asked for next."""
 
     def longest(self) -> tuple[Any, Prompt]:
         """The example with the longest prompt."""

@@ -19,6 +19,7 @@ from hark.grpo.instruments.groups import best_and_worst, group_sums, shares_of_v
 from hark.grpo.instruments.trackers import Audio
 from hark.grpo.learner import MEANS, Key, Learner, TrainingData
 from hark.grpo.loss import TokenTerms, adapted_beta, supervised_loss
+from hark.grpo.refill import Drawn, draw_with_spread
 from hark.grpo.runtime.collectives import World, exchange_rows, reduce_sums
 from hark.grpo.runtime.sharding import gathered, mix_weights, release
 from hark.grpo.sampler import sample
@@ -62,21 +63,19 @@ class Trainer(Learner[PolicyBatch]):
         super().__init__(config, world, policy, data=data, **options)
         self.rewards, self.reference, self.controls, self.target = rewards, reference, controls, target
         self.beta = config.loss.beta  # of the next step; with loss.kl_target it changes
+        self.cursor: int | None = None  # with rollout.refill, where the next step begins in the run's order
         self.group_size = config.rollout.group_size
         self._reward_thread = ThreadPoolExecutor(1, "rewards")
         self._latest: tuple[Any, ...] = ()  # of the latest step: examples, completions, columns, rewards, advantages
 
     def step(self, step: int) -> dict[str, float]:
-        examples, prompts, keys = zip(*self.data.step(step), strict=True)
-        self.recorder.note(examples=examples, prompts=prompts, keys=keys)
-        self.clock.lap("load")
-
-        rollout = self.draw(prompts, keys)
+        drawn = self.refilled(step) if self.config.rollout.refill else self.drawn(self.data.step(step))
+        examples, prompts, rollout = drawn.examples, drawn.prompts, drawn.rollout
         counted = self.objective.counted(rollout.mask, rollout.stopped)
         own, began = {"tokens": float(rollout.mask.sum()), "counted": float(counted.sum())}, time.perf_counter()
         totals = reduce_sums(own, self.world)  # waits for the slowest rank
-        waited = time.perf_counter() - began
-        self.recorder.note(rollout=rollout)
+        waited = time.perf_counter() - began + drawn.waited
+        self.recorder.note(rollout=rollout, positions=drawn.positions, since=drawn.since)
         self.clock.lap("rollout")
         if self.recorder.is_due:
             self.recorder.note(answers=self.answers(examples, prompts))
@@ -85,14 +84,17 @@ class Trainer(Learner[PolicyBatch]):
         completions = self.policy.completion_texts(rollout.tokens, rollout.mask)
         repeated = [example for example in examples for _ in range(self.group_size)]
         self.recorder.note(texts=completions)
-        pending = self._reward_thread.submit(self.rewards, repeated, completions)  # runs during the reference pass
+        pending = None
+        if drawn.columns is None:
+            pending = self._reward_thread.submit(self.rewards, repeated, completions)  # runs during the reference pass
         self.clock.lap("reward")
 
         ref_logprobs = self.reference_logprobs(rollout)
         old_logprobs = self.scored_again(rollout)
         self.clock.lap("reference")
 
-        columns = pending.result().to(self.world.device)  # (B, K)
+        columns = drawn.columns if pending is None else pending.result().to(self.world.device)  # (B, K)
+        assert columns is not None
         rewards = weighted_rewards(columns, list(self.config.reward.weights.values()))
         penalties = self.objective.penalties(old_logprobs, ref_logprobs, rollout.mask, self.beta)
         advantages = self.advantages(columns, rollout.mask, penalties)
@@ -108,7 +110,40 @@ class Trainer(Learner[PolicyBatch]):
         sums |= {"seconds/waiting": waited / max(self.world.size - 1, 1)}  # the slowest rank has not waited
         metrics = self.report(sums, columns, rewards, rollout, batch, completions) | {"tokens": totals["tokens"]}
         self.move_reference(step)
-        return metrics | self.adapt_beta(metrics)
+        self.cursor = drawn.cursor
+        return metrics | drawn.figures | self.adapt_beta(metrics)
+
+    def drawn(self, candidates: Sequence[tuple[Any, Prompt, Key]]) -> Drawn:
+        """Completions of examples."""
+        examples, prompts, keys = zip(*candidates, strict=True)
+        self.recorder.note(examples=examples, prompts=prompts, keys=keys)
+        self.clock.lap("load")
+        rollout = self.draw(prompts, keys)
+        self.clock.lap("rollout")
+        return Drawn(examples, prompts, keys, rollout)
+
+    def refilled(self, step: int) -> Drawn:
+        """Completions and rewards of a step, in which groups of equal rewards are replaced (rollout.refill)."""
+
+        def draw(candidates: Sequence[tuple[Any, Prompt, Key]]) -> tuple[Rollout, torch.Tensor]:
+            one = self.drawn(candidates)
+            texts = self.policy.completion_texts(one.rollout.tokens, one.rollout.mask)
+            repeated = [example for example in one.examples for _ in range(self.group_size)]
+            columns = self.rewards(repeated, texts).to(self.world.device)
+            self.clock.lap("reward")
+            return one.rollout, columns
+
+        def spread(columns: torch.Tensor) -> list[bool]:
+            rewards = weighted_rewards(columns, list(self.config.reward.weights.values()))
+            return (~equal_rewards(rewards, group_size=self.group_size)).tolist()
+
+        prompts = self.config.optim.prompts_per_step
+        drawn = draw_with_spread(
+            self.data, step, step * prompts if self.cursor is None else self.cursor, prompts=prompts,
+            further=self.config.rollout.refill, world=self.world, pad_id=self.policy.pad_id, draw=draw, spread=spread,
+        )  # fmt: skip
+        self.recorder.note(examples=drawn.examples, prompts=drawn.prompts, keys=drawn.keys)
+        return drawn
 
     def draw(self, prompts: tuple[Prompt, ...], keys: Sequence[Key], *, stop: bool = True) -> Rollout:
         """Sample completions of prompts with the settings of the configuration; without `stop`, to the token limit."""
@@ -250,10 +285,11 @@ class Trainer(Learner[PolicyBatch]):
         return {"beta": used}
 
     def state(self) -> dict[str, Any]:
-        return super().state() | {"beta": self.beta}
+        return super().state() | {"beta": self.beta, "cursor": self.cursor}
 
     def restore(self, state: dict[str, Any]) -> None:
         super().restore(state)
+        self.cursor = state.get("cursor")
         if self.config.loss.kl_target is not None:
             self.beta = state.get("beta", self.beta)
 

@@ -24,6 +24,7 @@ Describe = Callable[[Any], dict[str, Any]]  # an example -> its "row", its "line
 class Draft:
     """A step so far; a field is None or empty until the step has computed it.
 
+    positions, since: with rollout.refill, the places of the prompts in the run's order, and the first of the step.
     columns: (B, K), a column for each of `reward_names`; rewards: (B,). answers: for the first questions, by control.
     updates: for each update its figures. terms: for each update (rows, terms (b, T)) of each micro-batch.
     """
@@ -32,6 +33,8 @@ class Draft:
     examples: Sequence[Any] = ()
     prompts: Sequence[Prompt] = ()
     keys: Sequence[Sequence[int]] = ()
+    positions: Sequence[int] = ()
+    since: int | None = None
     rollout: Rollout | None = None
     texts: Sequence[str] = ()
     reward_names: Sequence[str] = ()
@@ -60,6 +63,7 @@ def record_of(draft: Draft, policy: Policy, describe: Describe) -> StepRecord:
         "reward_names": list(draft.reward_names),
         "stop_ids": list(policy.stop_ids),
         "pad_id": policy.pad_id,
+        "since": draft.since,
         "learning_rate": draft.learning_rate,
         "beta": getattr(draft.batch, "beta", None),
         "weights_before": draft.weights_before,
@@ -129,6 +133,7 @@ def _prompt(draft: Draft, n: int, policy: Policy, describe: Describe) -> dict[st
     answers = {"answers": draft.answers[n]} if n < len(draft.answers) else {}
     own = {
         "key": list(draft.keys[n]) if draft.keys else [],
+        "position": draft.positions[n] if draft.positions else None,
         "text": _prompt_text(policy, prompt.ids.tolist()),
         "clips": [source | clip for source, clip in zip(sources, made, strict=True)],
     }

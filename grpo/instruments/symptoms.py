@@ -182,7 +182,7 @@ SYMPTOMS = (
         groups_equal,
         "such groups teach nothing; if the rewards are low, fine-tune on right answers first (`hark sft`), raise "
         "rollout.group_size or rollout.temperature, or add a reward that is easier to get; if they are high, the "
-        "questions are too easy",
+        "questions are too easy; rollout.refill, or `hark pass-rate` and data.band, replace such questions",
     ),
     Symptom(
         "sampler gap",

@@ -6,9 +6,10 @@ A difference in one stage thus causes no other: if the completions differ, the r
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,12 +18,14 @@ from hark.grpo.advantage import weighted_rewards
 from hark.grpo.config import Config, ConfigError
 from hark.grpo.instruments.draft import recorded_advantages
 from hark.grpo.instruments.record import RecordError, StepRecord, joined
+from hark.grpo.learner import Key
 from hark.grpo.runtime.checkpoint import checkpoints, load_checkpoint, step_of
 from hark.grpo.runtime.collectives import World, gather_rows
 from hark.grpo.trainer import Trainer
 from hark.grpo.types import Rollout
 from hark.launch.common.policies import make_policy, make_reference
 from hark.launch.common.questions import rewards_of, training_examples, training_loader
+from hark.models.policy import Prompt
 
 OF_TOKENS = (  # recorded inputs, (B, T)
     "tokens", "mask", "old_logprobs", "scored_logprobs", "ref_logprobs", "token_advantages", "weights",
@@ -59,7 +62,7 @@ def restore(trainer: Trainer, run: Path, step: int) -> int:
 def rerun(trainer: Trainer, record: StepRecord) -> StepRecord | None:
     """Run one step again, from the weights that the trainer has; returns its record on rank 0."""
     world, step = trainer.world, record.step
-    examples, prompts, keys = zip(*trainer.data.step(step - 1), strict=True)
+    examples, prompts, keys = zip(*_prompts(trainer, record), strict=True)
     own = _part(record, world)
     trainer.beta = record.values["beta"]
     trainer.recorder.begin(step)
@@ -93,6 +96,16 @@ def rerun(trainer: Trainer, record: StepRecord) -> StepRecord | None:
     tensors = part.tensors | {name: tensor.cpu() for name, tensor in found.items() if tensor is not None}
     parts = gather_rows([dataclasses.replace(part, tensors=tensors)], world)
     return None if parts is None else joined(parts)
+
+
+def _prompts(trainer: Trainer, record: StepRecord) -> Sequence[tuple[Any, Prompt, Key]]:
+    """This rank's examples with their prompts and keys; those of a refilled step by their recorded positions."""
+    step, since, world = record.step - 1, record.values.get("since"), trainer.world
+    if since is None:
+        return trainer.data.step(step)
+    positions = [prompt["position"] for prompt in record.values["prompts"]]
+    count = len(positions) // world.size
+    return trainer.data.at(step, positions[world.rank * count : (world.rank + 1) * count], since=since)
 
 
 def _part(record: StepRecord, world: World) -> dict[str, torch.Tensor]:

@@ -1,0 +1,171 @@
+"""Dynamic sampling: groups whose rewards are all equal are replaced by those of the next prompts of the run's order.
+
+DAPO (arXiv 2503.14476, section 3.2) draws until the batch is full of groups with spread. Here a step draws candidates
+from a cursor, `prompts` at a time over all ranks, and trains on the first `prompts` groups with spread in that order.
+The next step goes on after the last of them. So neither the number of ranks nor a resume changes what is trained on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.functional import pad
+
+from hark.grpo.learner import Key, TrainingData
+from hark.grpo.runtime.collectives import World, exchange_rows
+from hark.grpo.types import Rollout
+from hark.models.policy import Prompt
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """This rank's groups of a step: N examples with their completions, and where they are in the run's order.
+
+    columns: (B, K) reward columns; None where they are not computed yet. since, cursor: the positions at which this
+    step and the next one begin. figures: metrics of the draws, the same on all ranks. waited: seconds of waiting for
+    other ranks.
+    """
+
+    examples: tuple[Any, ...]
+    prompts: tuple[Prompt, ...]
+    keys: tuple[Key, ...]
+    rollout: Rollout
+    columns: torch.Tensor | None = None
+    positions: tuple[int, ...] = ()
+    since: int | None = None
+    cursor: int | None = None
+    figures: dict[str, float] = dataclasses.field(default_factory=dict)
+    waited: float = 0.0
+
+
+class _Group(NamedTuple):
+    """One group: its completions and its reward columns (G, K)."""
+
+    rollout: Rollout
+    columns: torch.Tensor
+
+
+def chosen(spread: Sequence[bool], wanted: int) -> tuple[list[int], int]:
+    """Which of the candidates to train on, in their order, and how many are used up.
+
+    The first `wanted` with spread; those after the last of them are not used up. If there are fewer with spread, all of
+    them and the first without, and all candidates are used up.
+    """
+    found = [n for n, has in enumerate(spread) if has][:wanted]
+    if len(found) == wanted:
+        return found, found[-1] + 1
+    others = [n for n, has in enumerate(spread) if not has]
+    return sorted(found + others[: wanted - len(found)]), len(spread)
+
+
+def draw_with_spread(
+    data: TrainingData,
+    step: int,
+    cursor: int,
+    *,
+    prompts: int,
+    further: int,
+    world: World,
+    pad_id: int,
+    draw: Callable[[Sequence[tuple[Any, Prompt, Key]]], tuple[Rollout, torch.Tensor]],
+    spread: Callable[[torch.Tensor], Sequence[bool]],
+) -> Drawn:
+    """Draw candidates from `cursor` on until `prompts` groups have spread, at most 1 + `further` times.
+
+    draw: returns the completions of this rank's candidates and their reward columns (B, K). spread: says for each group
+    whether its rewards differ. pad_id: fills up the tokens of shorter completions.
+    """
+    flags: list[bool] = []
+    known: dict[int, tuple[Any, Prompt, Key]] = {}
+    groups: dict[int, _Group] = {}
+    waited = 0.0
+    while len(flags) < prompts * (1 + further) and sum(flags) < prompts:
+        first = cursor + len(flags)
+        positions = _share(range(first, first + prompts), world)
+        candidates = data.at(step, positions, since=cursor)
+        if len(flags) < prompts * further:
+            data.prepare_at(step, _share(range(first + prompts, first + 2 * prompts), world), since=cursor)
+        rollout, columns = draw(candidates)
+        own, began = list(spread(columns)), time.perf_counter()
+        flags += exchange_rows(own, world)  # the ranks have consecutive shares
+        waited += time.perf_counter() - began
+        known |= zip(positions, candidates, strict=True)
+        groups |= {
+            position: _Group(rollout.select([n]), columns[rollout.rows([n])]) for n, position in enumerate(positions)
+        }
+    kept, used = chosen(flags, prompts)
+    every, after = [cursor + n for n in kept], cursor + used
+    positions, groups = _share(every, world), _moved(groups, every, world)
+    missing = [position for position in positions if position not in known]
+    known |= zip(missing, data.at(step, missing, since=cursor), strict=True)
+    data.prepare_at(step + 1, _share(range(after, after + prompts), world), since=after)
+    examples, asked, keys = zip(*(known[position] for position in positions), strict=True)
+    return Drawn(
+        examples,
+        asked,
+        keys,
+        _joined([groups[position].rollout for position in positions], asked, pad_id),
+        columns=torch.cat([groups[position].columns for position in positions]),
+        positions=tuple(positions),
+        since=cursor,
+        cursor=after,
+        figures={
+            "drawn_prompts": len(flags),
+            "kept_share": sum(flags[n] for n in kept) / len(flags),
+            "used_prompts": after,
+        },
+        waited=waited,
+    )
+
+
+def _share(positions: Sequence[int], world: World) -> list[int]:
+    """This rank's share: the ranks have consecutive ones of equal length."""
+    size = len(positions) // world.size
+    return list(positions[world.rank * size : (world.rank + 1) * size])
+
+
+def _moved(groups: dict[int, _Group], kept: Sequence[int], world: World) -> dict[int, _Group]:
+    """This rank's groups with those that others drew and this rank trains on.
+
+    A prompt is not sent: its rank prepares it again.
+    """
+    own = set(_share(kept, world))
+    sent = [(position, _on(group, "cpu")) for position, group in groups.items() if position in {*kept} - own]
+    received = [(position, group) for position, group in exchange_rows(sent, world) if position in own]
+    return groups | {position: _on(group, world.device) for position, group in received}
+
+
+def _on(group: _Group, device: torch.device | str) -> _Group:
+    """The tensors of a group on a device, without its prompt."""
+    rollout = group.rollout
+    moved = Rollout(
+        (),
+        rollout.group_size,
+        rollout.tokens.to(device),
+        rollout.mask.to(device),
+        logprobs=rollout.logprobs.to(device),
+        stopped=rollout.stopped.to(device),
+    )
+    return _Group(moved, group.columns.to(device))
+
+
+def _joined(parts: Sequence[Rollout], prompts: tuple[Prompt, ...], pad_id: int) -> Rollout:
+    """The groups of several rollouts as one, padded to the longest completion."""
+    longest = max(part.mask.shape[1] for part in parts)
+
+    def padded(tensors: Iterable[torch.Tensor], value: float) -> torch.Tensor:
+        return torch.cat([pad(tensor, (0, longest - tensor.shape[1]), value=value) for tensor in tensors])
+
+    return Rollout(
+        prompts,
+        parts[0].group_size,
+        padded((part.tokens for part in parts), pad_id),
+        padded((part.mask for part in parts), False),
+        logprobs=padded((part.logprobs for part in parts), 0.0),
+        stopped=torch.cat([part.stopped for part in parts]),
+    )
