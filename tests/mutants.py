@@ -228,6 +228,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ),
     ),
     "grpo/trainer.py": (
+        ("the cursor is not saved", '"cursor": self.cursor', '"cursor": None', "test_refill"),
         ("population deviation reported", ".std(dim=1)", ".std(dim=1, correction=0)", "test_logged_metrics"),
         ("stopped share inverted", "rollout.stopped.sum()", "(~rollout.stopped).sum()", "test_logged_metrics"),
         (
@@ -310,9 +311,21 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
             "test_mixture.py::test_each_part_is_drawn_without_repetition_until_its_end",
         ),
         ("weights are the order of files", "seed, block, MIXING)]", "seed, 0, MIXING)]", "test_mixture"),
+        ("replaced by another file", "if one == part]", "if one >= 0]", "test_mixture"),
+        ("stages begin inside an epoch", "position - -(-stage * total // stages)", "position", "test_curriculum"),
         ("clips in common are not followed", "return [find(own[0])", "return [own[0]", "test_open_questions"),
     ),
-    "data/loader.py": (("replaced by another file", "if one == part]", "if one >= 0]", "test_mixture"),),
+    "data/difficulty.py": (("a high pass rate is hard", "sign = -1 if", "sign = 1 if", "test_curriculum"),),
+    "grpo/refill.py": (
+        (
+            "candidates that are not needed are lost",
+            "return found, found[-1] + 1",
+            "return found, len(spread)",
+            "test_refill",
+        ),
+        ("the last groups fill up", "others[: wanted - len(found)]", "others[len(found) - wanted :]", "test_refill"),
+    ),
+    "launch/pass_rate.py": (("answers without an end are kept", "and drawn.stopped[n] ", "", "test_pass_rate"),),
     "data/tables.py": (
         ("cells of the first row group", "table.read_row_group(group,", "table.read_row_group(0,", "test_tables"),
         ("places go on in the next group", "            place = 0\n", "            place = row\n", "test_tables"),

@@ -58,9 +58,10 @@ def test_a_stage_draws_its_own_part_of_the_examples_in_shuffled_epochs():
 
 def test_stages_of_unequal_length_begin_where_the_shares_of_the_run_do():
     # 7 prompts in 3 stages: floor(3 p / 7) is 0 0 0 1 1 2 2, and 5 examples are divided as 1, 2, 2.
-    order = staged([10, 11, 12, 13, 14], 0, stages=3, total=7)
-    found = [order(position) for position in range(7)]
-    assert found[:3] == [10] * 3 and sorted(found[3:5]) == [11, 12] and sorted(found[5:]) == [13, 14]
+    for seed in range(8):
+        order = staged([10, 11, 12, 13, 14], seed, stages=3, total=7)
+        found = [order(position) for position in range(7)]
+        assert found[:3] == [10] * 3 and sorted(found[3:5]) == [11, 12] and sorted(found[5:]) == [13, 14]
     with pytest.raises(DataError, match="5 examples are fewer than data.stages=6"):
         staged([10, 11, 12, 13, 14], 0, stages=6, total=7)
 
