@@ -86,7 +86,9 @@ class Trainer(Learner[PolicyBatch]):
         self.recorder.note(texts=completions)
         pending = None
         if drawn.columns is None:
-            pending = self._reward_thread.submit(self.rewards, repeated, completions)  # runs during the reference pass
+            pending = self._reward_thread.submit(
+                self.judge, examples, rollout, completions
+            )  # runs during the reference pass
         self.clock.lap("reward")
 
         ref_logprobs = self.reference_logprobs(rollout)
@@ -122,16 +124,19 @@ class Trainer(Learner[PolicyBatch]):
         self.clock.lap("rollout")
         return Drawn(examples, prompts, keys, rollout)
 
+    def judge(self, examples: Sequence[Any], rollout: Rollout, texts: Sequence[str]) -> torch.Tensor:
+        """The reward columns (B, K) of the completions of N examples."""
+        return self.rewards([example for example in examples for _ in range(self.group_size)], texts)
+
     def refilled(self, step: int) -> Drawn:
         """Completions and rewards of a step, in which groups of equal rewards are replaced (rollout.refill)."""
 
         def draw(candidates: Sequence[tuple[Any, Prompt, Key]]) -> tuple[Rollout, torch.Tensor]:
             one = self.drawn(candidates)
             texts = self.policy.completion_texts(one.rollout.tokens, one.rollout.mask)
-            repeated = [example for example in one.examples for _ in range(self.group_size)]
-            columns = self.rewards(repeated, texts).to(self.world.device)
+            columns = self._reward_thread.submit(self.judge, one.examples, one.rollout, texts).result()
             self.clock.lap("reward")
-            return one.rollout, columns
+            return one.rollout, columns.to(self.world.device)
 
         def spread(columns: torch.Tensor) -> list[bool]:
             rewards = weighted_rewards(columns, list(self.config.reward.weights.values()))
