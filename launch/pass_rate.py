@@ -14,52 +14,27 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from hark.data.described import row_in
 from hark.data.examples import Example
-from hark.data.loader import evaluation_batches
-from hark.data.order import digest, shuffle_choices
-from hark.grpo.advantage import weighted_rewards
 from hark.grpo.config import Config, ConfigError
-from hark.grpo.runtime.collectives import World, exchange_rows, gather_rows, joined_world
+from hark.grpo.runtime.collectives import World, exchange_rows, joined_world
 from hark.grpo.runtime.interrupt import interruptible
-from hark.grpo.runtime.sharding import gathered
-from hark.grpo.sampler import sample
 from hark.launch.common import row_file
 from hark.launch.common.answering import subject_of
 from hark.launch.common.entry import run
+from hark.launch.common.graded_samples import Drawn, answers, graded_by, kept, measured
 from hark.launch.common.progress import counted
-from hark.launch.common.questions import (
-    bad_log,
-    check_answers,
-    check_lengths,
-    checked_examples,
-    rewards_of,
-    waveform_of,
-    weighted,
-)
+from hark.launch.common.questions import check_answers, check_lengths, checked_examples, weighted
 from hark.launch.common.trained import Subject
 from hark.launch.common.training import announce
 from hark.models.loading import read_family
-from hark.models.policy import Policy, Prompt
 
 BAND = (0.375, 0.75)  # 3 to 6 of 8 right, which data.band usually keeps
-RIGHT = 0.5  # the least reward of a right answer
 WIDTH = 40  # characters of the longest bar
-
-
-class Drawn(NamedTuple):
-    """The answers to one question: whether each is right, its text, whether it has a stop token, and its reward."""
-
-    id: str
-    right: list[bool]
-    texts: list[str]
-    stopped: list[bool]
-    rewards: list[float]
 
 
 def main(argv: list[str]) -> None:
@@ -123,14 +98,6 @@ def measure(subject: Subject, options: argparse.Namespace) -> None:
             print(f"written to {options.out}" + (f" and {options.keep}" if options.keep else ""), flush=True)
 
 
-def graded_by(config: Config, reward: str) -> Config:
-    """The configuration with that reward among its rewards."""
-    if reward in config.reward.weights:
-        return config
-    weights = config.reward.weights | {reward: 0.0}
-    return dataclasses.replace(config, reward=dataclasses.replace(config.reward, weights=weights))
-
-
 def check(config: Config, examples: Sequence[Example], reward: str) -> None:
     """Refuse questions that cannot be graded, or cannot be written as JSON lines."""
     if reward == "accuracy":
@@ -173,53 +140,6 @@ def settings_of(subject: Subject, options: argparse.Namespace) -> dict[str, Any]
     }
 
 
-def answers(
-    config: Config, world: World, policy: Policy, examples: Sequence[Example], reward: str
-) -> Iterator[list[Drawn]]:
-    """The answers to the examples, some questions at a time, in their order; on rank 0, empty lists on the others."""
-    size = config.rollout.batch or max(1, config.optim.prompts_per_step // world.size)
-    asked = [
-        shuffle_choices(one, seed=config.run.seed, step=0) if config.data.shuffle_choices else one for one in examples
-    ]
-    batches = evaluation_batches(
-        asked[world.rank :: world.size],
-        policy.prepare,
-        template=config.data.template,
-        waveform=waveform_of(config, policy),
-        batch=size,
-        workers=config.data.workers,
-        skip_bad=config.data.skip_bad,
-        on_bad=bad_log(config).add,
-    )
-    places = {example.id: place for place, example in enumerate(examples)}
-    with gathered(policy):
-        for _ in range(0, len(examples), size * world.size):  # as often on all ranks
-            pairs = next(batches, [])
-            drawn = gather_rows(draw(config, policy, pairs, reward) if pairs else [], world)
-            yield sorted(drawn or [], key=lambda one: places[one.id])
-
-
-def draw(config: Config, policy: Policy, pairs: Sequence[tuple[Example, Prompt]], reward: str) -> list[Drawn]:
-    """G answers to each question, with the settings of rollout, graded."""
-    examples, prompts = zip(*pairs, strict=True)
-    rollout, size = config.rollout, config.rollout.group_size
-    # Two integers: no step has such a key, so that training does not draw these answers again.
-    keys = [(config.run.seed, digest(f"pass-rate/{example.id}")) for example in examples]
-    drawn = sample(
-        policy, prompts, keys=keys, group_size=size, max_new_tokens=rollout.max_new_tokens,
-        temperature=rollout.temperature, batch=rollout.batch, graphs=rollout.cuda_graphs,
-    )  # fmt: skip
-    texts = policy.completion_texts(drawn.tokens, drawn.mask)
-    columns = rewards_of(config)([example for example in examples for _ in range(size)], texts)
-    right = columns[:, list(config.reward.weights).index(reward)] >= RIGHT
-    rewards = weighted_rewards(columns, list(config.reward.weights.values()))
-    return [
-        Drawn(example.id, right[rows].tolist(), texts[rows], drawn.stopped[rows].tolist(), rewards[rows].tolist())
-        for n, example in enumerate(examples)
-        for rows in [slice(n * size, (n + 1) * size)]
-    ]
-
-
 def write(config: Config, options: argparse.Namespace, examples: dict[str, Example], drawn: Sequence[Drawn]) -> None:
     """Append the rows of questions to the files. Those to keep come first: `begun` drops them if the others lack."""
 
@@ -230,19 +150,6 @@ def write(config: Config, options: argparse.Namespace, examples: dict[str, Examp
         keep = [rows for one in drawn for rows in kept(row(one, options.keep), one, options.most)]
         row_file.append(options.keep, keep)
     row_file.append(options.out, [measured(row(one, options.out), one) for one in drawn])
-
-
-def measured(row: dict[str, Any], drawn: Drawn) -> dict[str, Any]:
-    """The row of a question with its pass rate."""
-    return row | {"pass_rate": sum(drawn.right) / len(drawn.right), "pass_samples": len(drawn.right)}
-
-
-def kept(row: dict[str, Any], drawn: Drawn, most: int) -> list[dict[str, Any]]:
-    """A row for each of up to `most` different right answers that ended by themselves, the best rewarded first."""
-    right = [n for n in range(len(drawn.texts)) if drawn.right[n] and drawn.stopped[n] and drawn.texts[n].strip()]
-    texts = dict.fromkeys(drawn.texts[n] for n in sorted(right, key=lambda n: -drawn.rewards[n]))
-    rows = (row | {"id": f"{drawn.id}#{n}", "answer_to": drawn.id, "target": text} for n, text in enumerate(texts, 1))
-    return list(islice(rows, most))
 
 
 def report(rates: Sequence[float], config: Config) -> str:

@@ -325,7 +325,9 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ),
         ("the last groups fill up", "others[: wanted - len(found)]", "others[len(found) - wanted :]", "test_refill"),
     ),
-    "launch/pass_rate.py": (("answers without an end are kept", "and drawn.stopped[n] ", "", "test_pass_rate"),),
+    "launch/common/graded_samples.py": (
+        ("answers without an end are kept", "and drawn.stopped[n] ", "", "test_pass_rate"),
+    ),
     "data/tables.py": (
         ("cells of the first row group", "table.read_row_group(group,", "table.read_row_group(0,", "test_tables"),
         ("places go on in the next group", "            place = 0\n", "            place = row\n", "test_tables"),

@@ -16,7 +16,8 @@ from hark.data.prompts import target
 from hark.grpo.config import ConfigError
 from hark.launch import pass_rate, sft
 from hark.launch.common.config_file import config_of
-from hark.launch.pass_rate import Drawn, kept, measured, report
+from hark.launch.common.graded_samples import Drawn, kept, measured
+from hark.launch.pass_rate import report
 from tests.clips import write_questions
 from tests.ranks import as_torchrun
 from tests.runs import read_metrics
