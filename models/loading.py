@@ -21,6 +21,7 @@ from hark.models.cache import TowerCache
 from hark.models.families.audioflamingo3 import AudioFlamingo3Policy, MusicFlamingoPolicy
 from hark.models.families.automatic import AutomaticPolicy
 from hark.models.families.causal_lm import CausalLMPolicy
+from hark.models.families.codec_lm import CodecLMPolicy
 from hark.models.families.gemma4 import Gemma4Policy
 from hark.models.families.glmasr import GlmAsrPolicy
 from hark.models.families.granite_speech import GraniteSpeechPolicy
@@ -202,7 +203,7 @@ def family_of(config: Any, *, where: str, own: str | None = None) -> type[Policy
     decoders = (known,) if isinstance(known, str) else known
     # transformers has a causal variant of many encoders and of Whisper's decoder, which such a checkpoint does not fit.
     if decoders and not config.is_encoder_decoder and saved in (None, *decoders):
-        return CausalLMPolicy
+        return CodecLMPolicy if getattr(config, "codec_token", None) else CausalLMPolicy
     if saved and not config.is_encoder_decoder and isinstance(getattr(config, "audio_config", None), PreTrainedConfig):
         return AutomaticPolicy
     raise PolicyError(f"{where}: no policy for {kind}; {SUPPORTED}")

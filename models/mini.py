@@ -16,6 +16,7 @@ from torch import nn
 
 from hark.data.errors import DataError
 from hark.data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
+from hark.models.codec_tokens import add_codec
 from hark.models.mini_families import FAMILIES, Sizes
 
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
@@ -74,6 +75,27 @@ def build_mini(
     bins = 80 if encoder is None else config.audio_config.num_mel_bins
     model.save_pretrained(directory)
     made.processor(tokenizer, CHAT_TEMPLATE.replace(CLIP, made.audio), bins).save_pretrained(directory)
+
+
+def build_mini_speaker(directory: str | Path, texts: Iterable[str], *, codes: int, seed: int = 0, **sizes: int) -> None:
+    """Write a text-to-speech checkpoint: a Qwen2 with random parameters and a token for each of `codes` codes.
+
+    texts: the tokenizer's training data. sizes: fields of `Sizes`, of which those of the tower change nothing.
+    """
+    import transformers
+
+    chosen = Sizes(**sizes)
+    tokenizer = _build_tokenizer(texts, chosen.vocabulary, [])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = transformers.AutoConfig.for_model(**chosen.text("qwen2", len(tokenizer)))
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        add_codec(model, tokenizer, codes)
+    stop = tokenizer.convert_tokens_to_ids(END)
+    model.generation_config = transformers.GenerationConfig(eos_token_id=stop, pad_token_id=tokenizer.pad_token_id)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
 
 
 def _build_tokenizer(texts: Iterable[str], vocabulary: int, tokens: dict[str, str] | list[str]) -> Any:

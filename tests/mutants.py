@@ -137,8 +137,8 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("temperature ignored", ".float() / temperature", ".float()", "test_logged_metrics"),
         (
             "placeholders can be drawn",
-            "logits[..., suppressed] = -torch.inf",
-            "logits[..., suppressed] += 0.0",
+            "logits[..., neighbours] = -torch.inf",
+            "logits[..., neighbours] += 0.0",
             "test_sampler",
         ),
         ("impossible tokens drawn", "right=True", "right=False", "test_sampler"),

@@ -1,0 +1,152 @@
+"""The codec of speech, the policy that writes its codes, and the data and model that `build_tts` makes of clips."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import soundfile
+import torch
+
+from hark.data.errors import DataError
+from hark.grpo.distribution import log_distribution
+from hark.grpo.sampler import sample
+from hark.launch import build_tts
+from hark.models.codec import Settings, load_codec, stretches, train_codec
+from hark.models.codec_tokens import CODEC_TOKEN, code_ids
+from hark.models.families.causal_lm import CausalLMPolicy
+from hark.models.families.codec_lm import CodecLMPolicy
+from hark.models.loading import load_policy
+from hark.models.mini import build_mini_speaker
+from hark.models.policy import PolicyError
+
+SMALL = Settings(codes=24, iterations=8)
+TEXTS = ("low then high", "high then low")
+
+
+def tones(*pitches: float, seconds: float = 0.2) -> torch.Tensor:
+    """Tones of ten harmonics, one after another (samples,): their log-mels differ like those of vowels."""
+    time = torch.arange(round(16_000 * seconds)) / 16_000
+    return (
+        torch.cat([sum(torch.sin(2 * math.pi * h * pitch * time) / h for h in range(1, 11)) for pitch in pitches]) / 4
+    )
+
+
+SPEECH = [tones(*(110.0 * 2 ** (((n * k) % 12) / 12) for k in range(1, 6))) for n in range(1, 9)]
+HELD_OUT = tones(130.8, 196.0, 146.8)
+
+
+@pytest.fixture(scope="module")
+def codec():
+    return train_codec(SPEECH, SMALL)
+
+
+def test_codes_reconstruct_a_clip_of_no_training_clip_better_than_a_constant(codec):
+    """In the log-mel, the error of the codes is a small part of the variance, which is a constant's error."""
+    target = stretches(HELD_OUT, SMALL)
+    error = (codec.centres[codec.encode(HELD_OUT)] - target).square().mean()
+    constant = (torch.cat([stretches(one, SMALL) for one in SPEECH]).mean(dim=0) - target).square().mean()
+    assert error < 0.2 * constant
+
+
+def test_the_waveform_of_codes_has_the_spectrum_of_the_clip(codec):
+    codes = codec.encode(HELD_OUT)
+    made = codec.decode(codes)
+    assert len(codes) == 15 and len(made) == 15 * 640  # 0.6 s are 15 stretches of 40 ms
+    errors = (stretches(made, SMALL) - stretches(HELD_OUT, SMALL)).square().mean()
+    silence = (stretches(torch.zeros(9600), SMALL) - stretches(HELD_OUT, SMALL)).square().mean()
+    assert errors < 0.2 * silence
+    assert torch.equal(made, codec.decode(codes)), "the same codes give the same samples"
+
+
+def test_a_started_stretch_counts_and_no_code_is_no_sample(codec):
+    assert len(codec.encode(HELD_OUT[:641])) == 2 and codec.seconds == 0.04
+    assert codec.decode([]).shape == (0,)
+
+
+def test_centres_are_means_of_their_stretches():
+    """Two kinds of stretch and two codes: the centres are exactly the two means."""
+    low, high = torch.zeros(6400), tones(220.0, seconds=0.4)
+    found = train_codec([low, high], Settings(codes=2), steps=10, seed=1)
+    codes = [found.encode(low), found.encode(high)]
+    assert {*codes[0]}.isdisjoint(codes[1])
+    members = torch.cat([stretches(low, SMALL), stretches(high, SMALL)])
+    for code in (0, 1):
+        mean = members[torch.tensor(codes[0] + codes[1]) == code].mean(dim=0)
+        assert torch.allclose(found.centres[code], mean, atol=1e-5)
+
+
+def test_a_codec_is_the_same_after_it_was_kept(codec, tmp_path):
+    codec.save(tmp_path / "codec")
+    again = load_codec(tmp_path / "codec")
+    assert again.settings == SMALL and torch.equal(again.centres, codec.centres)
+    with pytest.raises(DataError, match="no codec .*; expected codec.json and codec.safetensors"):
+        load_codec(tmp_path)
+
+
+def test_too_little_speech_is_an_error():
+    with pytest.raises(DataError, match="0.2 s of speech give 5 stretches for 24 codes"):
+        train_codec([tones(110.0)], SMALL)
+
+
+# The policy -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("speaker")
+    build_mini_speaker(path, TEXTS, codes=24, vocabulary=300, hidden=64, layers=1)
+    return path
+
+
+def test_completions_are_codec_tokens_alone_and_every_other_token_has_probability_0(directory):
+    policy = load_policy(directory)
+    assert type(policy) is CodecLMPolicy and len(policy.code_ids) == 24
+    prompts = [policy.prepare(text) for text in TEXTS]
+    rollout = sample(policy, prompts, keys=[(0,), (1,)], group_size=8, max_new_tokens=12, temperature=1.0)
+    drawn = set(rollout.tokens[rollout.mask].tolist())
+    assert drawn <= {*policy.code_ids, *policy.stop_ids} and len(drawn) > 8
+    distribution = policy(log_distribution, torch.zeros(1, 64), 1.0)
+    assert torch.isfinite(distribution).sum() == 24 + 1
+
+
+def test_a_completion_is_the_text_of_its_tokens_and_back(directory):
+    policy = load_policy(directory)
+    text = "".join(map(CODEC_TOKEN.format, (3, 23, 0, 3)))
+    tokens, mask = policy.completions([text])
+    assert tokens[0].tolist() == [*(policy.code_ids[code] for code in (3, 23, 0, 3)), policy.stop_ids[0]]
+    assert policy.completion_texts(tokens, mask) == [text]
+
+
+def test_without_the_key_in_its_config_it_is_an_ordinary_language_model(directory, tmp_path):
+    for file in directory.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "codec_token"}))
+    policy = load_policy(tmp_path)
+    assert type(policy) is CausalLMPolicy and policy.suppressed_ids == ()
+    with pytest.raises(
+        PolicyError, match="the tokenizer has no token '<0>', though config.json has codec_token='<{}>'"
+    ):
+        code_ids(policy.tokenizer, "<{}>")
+
+
+# The program ----------------------------------------------------------------------------------------------------------
+
+
+def test_build_tts_writes_codec_questions_and_a_model_that_reads_them(tmp_path, causal_lm_dir):
+    rows = []
+    for n, wave in enumerate(SPEECH):
+        soundfile.write(tmp_path / f"{n}.wav", wave.numpy(), 16_000)
+        rows.append({"id": n, "audio_path": f"{n}.wav", "question_text": "What is said?", "answer": TEXTS[n % 2]})
+    (tmp_path / "asr.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--data", str(tmp_path / "asr.jsonl"), "--codes", "24", "--text", str(causal_lm_dir)]
+    build_tts.main([str(tmp_path / "tts"), *words])
+    codec, policy = load_codec(tmp_path / "tts" / "codec"), load_policy(tmp_path / "tts" / "model")
+    (first, *others) = (tmp_path / "tts" / "data" / "train.jsonl").read_text().splitlines()
+    row = json.loads(first)
+    assert row["question_text"] == TEXTS[0] and len(others) == len(SPEECH) - 1
+    ids = policy.completion_ids(row["answer"]).tolist()
+    heard = codec.encode(torch.from_numpy(soundfile.read(tmp_path / "0.wav", dtype="float32")[0]))
+    assert [policy.code_ids.index(token) for token in ids[:-1]] == heard and len(heard) == 25
