@@ -82,7 +82,7 @@ class Trainer(Learner[PolicyBatch]):
             self.clock.lap("record")
 
         completions = self.policy.completion_texts(rollout.tokens, rollout.mask)
-        repeated = [example for example in examples for _ in range(self.group_size)]
+        repeated = self.repeated(examples)
         self.recorder.note(texts=completions)
         pending = None
         if drawn.columns is None:
@@ -126,7 +126,11 @@ class Trainer(Learner[PolicyBatch]):
 
     def judge(self, examples: Sequence[Any], rollout: Rollout, texts: Sequence[str]) -> torch.Tensor:
         """The reward columns (B, K) of the completions of N examples."""
-        return self.rewards([example for example in examples for _ in range(self.group_size)], texts)
+        return self.rewards(self.repeated(examples), texts)
+
+    def repeated(self, examples: Sequence[Any]) -> list[Any]:
+        """The example of each completion (B) of N examples."""
+        return [example for example in examples for _ in range(self.group_size)]
 
     def refilled(self, step: int) -> Drawn:
         """Completions and rewards of a step, in which groups of equal rewards are replaced (rollout.refill)."""
