@@ -147,6 +147,15 @@ def test_a_run_draws_from_its_band_in_stages_and_goes_on_only_with_as_many_steps
         train.main([*words, "optim.steps=3", "run.resume=true"])
 
 
+def test_a_row_without_the_key_stops_a_run_before_the_weights_are_read(tmp_path, qwen2_audio_dir, monkeypatch):
+    monkeypatch.setattr("hark.launch.common.training.make_policy", None)
+    data = measured(tmp_path, line4={"pass_rate": None})
+    words = settings_of(tmp_path, qwen2_audio_dir, f"data.train={data}", "data.order_by=pass_rate")
+    for more in ("data.order=sorted", "data.order=staged", "data.band=[0, 1]"):
+        with pytest.raises(DataError, match='train.jsonl:4: has no "pass_rate"'):
+            train.main([*words, more])
+
+
 @pytest.mark.parametrize("band", ["[0.5]", "[0.7, 0.2]", "[]"])
 def test_a_band_has_two_ends_in_order(tmp_path, band):
     with pytest.raises(ConfigError, match=r"data.band is .*; expected \[LOW, HIGH\]"):

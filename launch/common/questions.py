@@ -20,7 +20,7 @@ from hark.data.clips import Finding, Rules, clips_in, usable
 from hark.data.difficulty import in_band
 from hark.data.examples import BadExample, Example, is_right, joined, load_questions
 from hark.data.loader import BadLog, Loader, evaluation_batches
-from hark.data.order import Curriculum, hold_out
+from hark.data.order import Curriculum, hold_out, order_of
 from hark.data.prompts import render, right_answer
 from hark.data.rewards import reward_matrix
 from hark.grpo.config import Config, ConfigError, Files
@@ -141,6 +141,16 @@ def curriculum_of(config: Config) -> Curriculum:
             "data.order=sorted, which sorts each file of the mixture"
         )
     return Curriculum(data.order, data.order_by, data.stages, prompts)
+
+
+def check_order(config: Config, examples: Sequence[Example]) -> None:
+    """Raise DataError if the examples cannot be put in the order of the configuration."""
+    order_of(
+        examples,
+        seed=config.run.seed,
+        weights=weighted(config.data.train or [])[1],
+        curriculum=curriculum_of(config),
+    )
 
 
 def validation_figures(config: Config, world: World, policy: Policy, examples: Sequence[Example]) -> dict[str, float]:

@@ -21,6 +21,7 @@ from hark.launch.common.questions import (
     bad_log,
     check_answers,
     check_lengths,
+    check_order,
     curriculum_of,
     listening,
     training_examples,
@@ -48,6 +49,7 @@ def train(config: Config, make_trainer: Callable[..., Learner], *, judged: bool,
                 f"{config.model.path} takes text only, and evaluation.silent needs sound; set it to false"
             )
         examples, held_out = training_examples(config, world, family)
+        check_order(config, examples)
         if answered:
             check_answers(examples, answered, or_target=not judged)
         check_lengths(config, examples + held_out if judged else held_out)
