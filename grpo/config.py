@@ -112,7 +112,7 @@ class RolloutConfig:
     group_size: Count = 8  # completions per prompt
     max_new_tokens: Count = 256  # longest completion, in tokens
     temperature: Positive = 1.0  # divides the logits, in sampling and in scoring
-    refill: CountOrZero = 0  # most further draws of a step that replace groups whose rewards are all equal (DAPO)
+    refill: CountOrZero = 0  # most prompts that replace groups of equal rewards in a step, in units of prompts_per_step
     batch: Count | None = None  # prompts decoded at a time on one rank; the next starts when one finishes; null is all
     cuda_graphs: bool = False  # on a GPU, record decode steps as CUDA graphs in each rollout; for long completions
 

@@ -1,8 +1,8 @@
 """Dynamic sampling: groups whose rewards are all equal are replaced by those of the next prompts of the run's order.
 
 DAPO (arXiv 2503.14476, section 3.2) draws until the batch is full of groups with spread. Here a step draws candidates
-from a cursor, `prompts` at a time over all ranks, and trains on the first `prompts` groups with spread in that order.
-The next step goes on after the last of them. So neither the number of ranks nor a resume changes what is trained on.
+from a cursor on, and trains on the first `prompts` groups with spread in that order. The next step goes on after the
+last of them. So neither the sizes of the draws nor the number of ranks nor a resume change what is trained on.
 """
 
 from __future__ import annotations
@@ -63,6 +63,20 @@ def chosen(spread: Sequence[bool], wanted: int) -> tuple[list[int], int]:
     return sorted(found + others[: wanted - len(found)]), len(spread)
 
 
+def next_draw(spread: Sequence[bool], wanted: int, *, further: int, ranks: int) -> int:
+    """How many candidates to draw after those: 0 if enough have spread, or if the bound is reached.
+
+    As many as will hold the missing groups if as large a share of them has spread as before, at most `wanted`; a
+    multiple of `ranks`, as `wanted` is one.
+    """
+    drawn, found = len(spread), sum(spread)
+    left = (1 + further) * wanted - drawn
+    if found >= wanted or not left:
+        return 0
+    needed = -(-(wanted - found) * drawn // found) if found else wanted
+    return min(-(-needed // ranks) * ranks, wanted, left)
+
+
 def draw_with_spread(
     data: TrainingData,
     step: int,
@@ -75,7 +89,7 @@ def draw_with_spread(
     draw: Callable[[Sequence[tuple[Any, Prompt, Key]]], tuple[Rollout, torch.Tensor]],
     spread: Callable[[torch.Tensor], Sequence[bool]],
 ) -> Drawn:
-    """Draw candidates from `cursor` on until `prompts` groups have spread, at most 1 + `further` times.
+    """Draw candidates from `cursor` on until `prompts` groups have spread, at most (1 + `further`) * `prompts`.
 
     draw: returns the completions of this rank's candidates and their reward columns (B, K). spread: says for each group
     whether its rewards differ. pad_id: fills up the tokens of shorter completions.
@@ -84,12 +98,10 @@ def draw_with_spread(
     known: dict[int, tuple[Any, Prompt, Key]] = {}
     groups: dict[int, _Group] = {}
     waited = 0.0
-    while len(flags) < prompts * (1 + further) and sum(flags) < prompts:
+    while size := next_draw(flags, prompts, further=further, ranks=world.size):
         first = cursor + len(flags)
-        positions = _share(range(first, first + prompts), world)
+        positions = _share(range(first, first + size), world)
         candidates = data.at(step, positions, since=cursor)
-        if len(flags) < prompts * further:
-            data.prepare_at(step, _share(range(first + prompts, first + 2 * prompts), world), since=cursor)
         rollout, columns = draw(candidates)
         own, began = list(spread(columns)), time.perf_counter()
         flags += exchange_rows(own, world)  # the ranks have consecutive shares

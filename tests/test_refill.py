@@ -11,7 +11,7 @@ import torch
 
 from hark.grpo import loop
 from hark.grpo.instruments.record import read_step
-from hark.grpo.refill import chosen, draw_with_spread
+from hark.grpo.refill import chosen, draw_with_spread, next_draw
 from hark.grpo.runtime.collectives import World
 from hark.grpo.types import Rollout
 from hark.launch import replay
@@ -37,9 +37,28 @@ def test_the_first_groups_with_spread_are_trained_on(spread, kept, used):
     assert chosen(spread, 2) == (kept, used)
 
 
+@pytest.mark.parametrize(
+    ("spread", "ranks", "size"),
+    [
+        ([], 2, 4),
+        ([T, F, T, T], 1, 2),  # 1 is missing, and 3 of 4 have spread: 4/3 are needed
+        ([T, F, T, F], 1, 4),
+        ([T, F, T, F, F, F, T, F], 1, 3),  # 1 is missing, and 3 of 8 have spread: 8/3
+        ([T, F, T, F, F, F, T, F], 2, 4),
+        ([F, F, F, F], 1, 4),
+        ([T, F, T, F, F, F, F, T, F, F, F], 1, 1),  # the bound is 12
+        ([F] * 12, 1, 0),
+        ([T] * 4, 1, 0),
+    ],
+)
+def test_as_many_are_drawn_as_will_hold_the_missing_groups(spread, ranks, size):
+    assert next_draw(spread, 4, further=2, ranks=ranks) == size
+
+
 # A stream of prompts; their groups have spread where SPREAD says so ---------------------------------------------------
 
-SPREAD = [F, T, F, F, F, T, T, T, T, F, F, F, F, F, F, F, T, T, F, F, T, F, T, T, T, F, F, F]
+SPREAD = [F, T, F, F, F, T, T, T, T, F, F, F, F, F, F, F, T, T, F, F]  # of 0 to 19
+SPREAD += [T, F, T, T, T, T, F, T, F, F, F, T, F, F, T, F, F]  # of 20 to 36
 
 
 class Stream:
@@ -73,9 +92,9 @@ def spread(columns):
     return [bool(a != b) for a, b in columns.reshape(-1, 2)]
 
 
-def three_steps(world: World, directory: Path) -> None:
+def four_steps(world: World, directory: Path) -> None:
     cursor, found = 0, []
-    for step in range(3):
+    for step in range(4):
         data = Stream()
         drawn = draw_with_spread(
             data, step, cursor, prompts=4, further=2, world=world, pad_id=7, draw=draw, spread=spread
@@ -96,24 +115,27 @@ def three_steps(world: World, directory: Path) -> None:
 
 
 def test_a_stream_worked_by_hand_on_one_and_on_two_ranks(tmp_path):
-    on_ranks(1, three_steps, tmp_path)
-    on_ranks(2, three_steps, tmp_path)
+    on_ranks(1, four_steps, tmp_path)
+    on_ranks(2, four_steps, tmp_path)
     alone, first, second = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("1-0", "2-0", "2-1"))
-    one, two, three = alone
-    # Step 1 draws 0 to 7. Step 2 draws 8 to 19, the most it may, and has three; 9 fills up. Step 3 draws 20 to 27.
+    one, two, three, four = alone
+    # Step 1 draws 0 to 7. Step 2 draws 8 to 19, the most it may, and has three; 9 fills up. Step 3 draws 20 to 23,
+    # then two more. Step 4 draws 25 to 28, 29 to 32 and then three more, on two ranks four.
     assert one[1] == [1, 5, 6, 7] and one[3] == {"drawn_prompts": 8, "kept_share": 0.5, "used_prompts": 8}
     assert one[0][:3] == [["q1", "q5", "q6", "q7"], [[0, 0, n] for n in (1, 5, 6, 7)], [1, 5, 6, 7]]
     assert one[0][4] == [
         [101, 7, 7], [101, 101, 7], [105, 7, 7], [105, 105, 105], [106, 7, 7], [106, 7, 7], [107, 7, 7], [107, 107, 7],
     ]  # fmt: skip
     assert two[1] == [8, 9, 16, 17] and two[3] == {"drawn_prompts": 12, "kept_share": 0.25, "used_prompts": 20}
-    assert three[1] == [20, 22, 23, 24] and three[4] == 25, three
-    for step in range(3):
-        for n in (0, 1, 2, 3):
+    assert three[1] == [20, 22, 23, 24] and three[3]["drawn_prompts"] == 6 and three[4] == 25
+    assert four[1] == [25, 27, 31, 34] and four[3]["drawn_prompts"] == 11 and four[4] == 35
+    assert first[3][3]["drawn_prompts"] == second[3][3]["drawn_prompts"] == 12
+    for step in range(4):
+        for n in range(4):
             assert alone[step][0][n] == first[step][0][n] + second[step][0][n]
-        assert alone[step][1] == first[step][1] + second[step][1]
-        assert alone[step][2] == first[step][2] + second[step][2]
-        assert alone[step][3:5] == first[step][3:5] == second[step][3:5]
+        for n in (1, 2):
+            assert alone[step][n] == first[step][n] + second[step][n]
+        assert alone[step][4] == first[step][4] == second[step][4]
         assert alone[step][5][1] == first[step][5][1] + second[step][5][1]
 
 
