@@ -72,7 +72,7 @@ def group_advantages(
         )
     groups = rewards.double().unflatten(0, (-1, group_size))  # (N, G)
     centred = groups - groups.nanmean(dim=1, keepdim=True)
-    given = groups.isfinite().sum(dim=1, keepdim=True)
+    given = (~groups.isnan()).sum(dim=1, keepdim=True)
     if baseline == "others":
         # r_i - (sum - r_i) / (G - 1) = (r_i - mean) * G / (G - 1)
         centred = centred * given / (given - 1).clamp(min=1)
@@ -82,14 +82,14 @@ def group_advantages(
         centred = centred / (_deviation(groups, freedom=int(scale == "std")) + EPSILON)
     # The mean of equal numbers may differ from them by rounding, and dividing by EPSILON would amplify that.
     equal = equal_rewards(rewards, group_size=group_size)[:, None]
-    return centred.masked_fill(equal, 0.0).nan_to_num(nan=0.0).flatten().float()
+    return centred.masked_fill(equal | groups.isnan(), 0.0).flatten().float()
 
 
 def equal_rewards(rewards: torch.Tensor, *, group_size: int) -> torch.Tensor:
     """Whether all rewards of a group that were given are equal, (N,) bool of rewards (B,)."""
     groups = rewards.unflatten(0, (-1, group_size))
-    largest = groups.nan_to_num(nan=-torch.inf).amax(dim=1)
-    return largest <= groups.nan_to_num(nan=torch.inf).amin(dim=1)
+    missing = groups.isnan()
+    return groups.masked_fill(missing, -torch.inf).amax(dim=1) <= groups.masked_fill(missing, torch.inf).amin(dim=1)
 
 
 def deviations(rewards: torch.Tensor, *, group_size: int) -> torch.Tensor:
@@ -99,7 +99,7 @@ def deviations(rewards: torch.Tensor, *, group_size: int) -> torch.Tensor:
 
 def reward_itself(table: RewardTable) -> torch.Tensor:
     """A_i = r_i: no baseline (REINFORCE, Williams 1992)."""
-    return table.rewards.nan_to_num(nan=0.0).float()
+    return _zero_where_missing(table.rewards, table.rewards)
 
 
 def gdpo(table: RewardTable) -> torch.Tensor:
@@ -119,8 +119,7 @@ def gdpo(table: RewardTable) -> torch.Tensor:
     total = weighted_rewards(standard, weights).double().masked_fill(missing, torch.nan)
     whole = (total - total.nanmean()) / (_deviation(total[None]).squeeze() + EPSILON)
     # The mean of the step is 0 up to rounding: the sum over each group is 0. A group without differences stays at 0.
-    none = standard.eq(0).all(dim=1)
-    return whole.masked_fill(none, 0.0).nan_to_num(nan=0.0).float()
+    return _zero_where_missing(whole.masked_fill(standard.eq(0).all(dim=1), 0.0), table.rewards)
 
 
 def reinforce_pp(table: RewardTable) -> torch.Tensor:
@@ -145,7 +144,7 @@ def opo(table: RewardTable) -> torch.Tensor:
     lengths = torch.where(lengths.sum(dim=1, keepdim=True) > 0, lengths, 1.0)
     baseline = (lengths * groups.nan_to_num(nan=0.0)).sum(dim=1, keepdim=True) / lengths.sum(dim=1, keepdim=True)
     equal = equal_rewards(table.rewards, group_size=table.group_size)[:, None]
-    return (groups - baseline).masked_fill(equal, 0.0).nan_to_num(nan=0.0).flatten().float()
+    return _zero_where_missing((groups - baseline).masked_fill(equal, 0.0).flatten(), table.rewards)
 
 
 def pass_at_k(table: RewardTable) -> torch.Tensor:
@@ -153,11 +152,11 @@ def pass_at_k(table: RewardTable) -> torch.Tensor:
 
     A tie for the best, and a group of one completion, gives 0.
     """
-    groups = table.rewards.unflatten(0, (-1, table.group_size)).nan_to_num(nan=-torch.inf)
+    groups = table.rewards.unflatten(0, (-1, table.group_size))
     if table.group_size == 1:
         return torch.zeros_like(table.rewards, dtype=torch.float32)
-    best = groups.topk(2, dim=1)
-    lead = (best.values[:, :1] - best.values[:, 1:]).nan_to_num(nan=0.0, posinf=0.0)
+    best = groups.masked_fill(groups.isnan(), -torch.inf).topk(2, dim=1)
+    lead = (best.values[:, :1] - best.values[:, 1:]).masked_fill(best.values[:, 1:].isneginf(), 0.0)
     return torch.zeros_like(groups).scatter(1, best.indices[:, :1], lead).flatten().float()
 
 
@@ -184,7 +183,11 @@ WITHOUT_GROUP = ("reward", "reinforce_pp")  # those that a group of one completi
 def _deviation(rows: torch.Tensor, *, freedom: int = 1) -> torch.Tensor:
     """Standard deviations (N, 1) of rows (N, X) without their NaN; 0 for fewer than two numbers."""
     squares = (rows - rows.nanmean(dim=1, keepdim=True)).square().nansum(dim=1, keepdim=True)
-    return (squares / (rows.isfinite().sum(dim=1, keepdim=True) - freedom).clamp(min=1)).sqrt()
+    return (squares / ((~rows.isnan()).sum(dim=1, keepdim=True) - freedom).clamp(min=1)).sqrt()
+
+
+def _zero_where_missing(advantages: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
+    return advantages.masked_fill(rewards.isnan(), 0.0).float()
 
 
 def _without_penalties(table: RewardTable) -> torch.Tensor:

@@ -49,42 +49,92 @@ class Mutant:
 # file: (name, old text, new text, the tests that should notice, why none can if that is so)
 FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "grpo/advantage.py": (
-        ("rewards unweighted", "column.double() * weight", "column.double()", "test_advantage"),
+        ("rewards unweighted", "nan_to_num(nan=0.0) * weight", "nan_to_num(nan=0.0)", "test_advantage"),
         ("rewards added up in float32", "dtype=torch.float64", "dtype=torch.float32", "test_advantage"),
+        ("population deviation", 'freedom=int(scale == "std")', "freedom=0", "test_advantage"),
         (
-            "population deviation",
-            "groups.std(dim=1, keepdim=True)",
-            "groups.std(dim=1, keepdim=True, correction=0)",
+            "mean of all groups",
+            "centred = groups - groups.nanmean(dim=1, keepdim=True)",
+            "centred = groups - groups.nanmean()",
             "test_advantage",
         ),
-        ("mean of all groups", "groups - groups.mean(dim=1, keepdim=True)", "groups - groups.mean()", "test_advantage"),
         ("another epsilon", "EPSILON = 1e-4", "EPSILON = 1e-3", "test_advantage"),
+        ("ends of a group compared", ".amin(dim=1)\n", "[:, -1]\n", "test_advantage"),
         (
-            "ends of a group compared",
-            "groups.amax(dim=1) == groups.amin(dim=1)",
-            "groups[:, 0] == groups[:, -1]",
-            "test_advantage",
+            "others without their factor",
+            "centred * given / (given - 1)",
+            "centred * (given / given)",
+            "test_algorithms",
         ),
+        (
+            "one reward for the batch's whitening",
+            "whole = (total - total.nanmean())",
+            "whole = total",
+            "test_algorithms",
+        ),
+        ("returns from the start", ".flip(1).cumsum(dim=1).flip(1)", ".cumsum(dim=1)", "test_algorithms"),
+        ("whitened over completions", "(counts * returns).sum() / total", "returns.mean()", "test_algorithms"),
+        ("lengths left out of the baseline", "(lengths * groups.nan", "(groups.nan", "test_algorithms"),
+        ("the lead over the third", ".topk(2, dim=1)", ".topk(3, dim=1)", "test_algorithms"),
+        ("missing rewards count as 0", ".masked_fill(columns.isnan().all(dim=1), torch.nan)", "", "test_algorithms"),
     ),
     "grpo/loss.py": (
         ("completions not counted", ".clamp(min=1) * completions", ".clamp(min=1)", "test_loss"),
-        ("tokens of this rank", "mask / tokens", "mask / mask.sum()", "test_loss"),
+        ("tokens of this rank", "mask / max(tokens, 1)", "mask / mask.sum()", "test_loss"),
         ("k2 for k3", "log_ratio.exp() - log_ratio - 1", "log_ratio.square() / 2", "test_loss"),
         ("kl backwards", "ref_logprobs - logprobs", "logprobs - ref_logprobs", "test_loss"),
         (
             "clip bounds exchanged",
-            "clamp(1 - clip_low, 1 + clip_high)",
-            "clamp(1 - clip_high, 1 + clip_low)",
+            "clipped = ratio.clamp(1 - limits.low, 1 + limits.high)",
+            "clipped = ratio.clamp(1 - limits.high, 1 + limits.low)",
             "test_loss",
         ),
         ("optimistic surrogate", "torch.minimum(", "torch.maximum(", "test_loss"),
-        ("beta ignored", "loss + beta * weights * terms", "loss + weights * terms", "test_loss"),
+        ("beta ignored", "loss + beta * kl_term", "loss + kl_term", "test_loss"),
         (
             "clipped where it does not bind",
-            "clipped * advantage < ratio * advantage}",
-            "clipped != ratio}",
+            "stopped = clipped < ratio * advantage",
+            "stopped = clipped != ratio * advantage",
             "test_loss test_logged_metrics",
         ),
+        (
+            "lengths left out of the sequence's ratio",
+            ".sum(dim=1, keepdim=True) / lengths)",
+            ".sum(dim=1, keepdim=True))",
+            "test_algorithms",
+        ),
+        ("cap for gains too", "(advantage < 0) & (surrogate", "(surrogate", "test_algorithms"),
+        ("the weight has a gradient", "weight = ratio.detach().clamp", "weight = ratio.clamp", "test_algorithms"),
+        (
+            "gates exchanged",
+            "advantage > 0, limits.gate_up, limits.gate_down",
+            "advantage > 0, limits.gate_down, limits.gate_up",
+            "test_algorithms",
+        ),
+        ("the gradient of k1", "estimate.detach() + other - other.detach()", "estimate", "test_loss_options"),
+        (
+            "importance of the sampler's own",
+            "(old_logprobs - sampled_logprobs)",
+            "(sampled_logprobs - old_logprobs)",
+            "test_loss_options",
+        ),
+        ("importance without a cap", ".exp().clamp(max=cap)", ".exp()", "test_loss_options"),
+        ("entropy punished", "loss - entropy_weight", "loss + entropy_weight", "test_loss_options"),
+        (
+            "beta falls where it should rise",
+            "max(kl / target - 1, -0.2)",
+            "max(1 - kl / target, -0.2)",
+            "test_loss_options",
+        ),
+    ),
+    "grpo/objective.py": (
+        (
+            "truncated completions trained on",
+            'return mask & stopped[:, None] if self._loss.truncated == "mask" else mask',
+            "return mask",
+            "test_loss_options",
+        ),
+        ("the KL in both", 'beta if loss.kl_in == "loss" else 0.0', "beta", "test_algorithms"),
     ),
     "grpo/instruments/by_module.py": (
         (
@@ -229,7 +279,12 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "grpo/trainer.py": (
         ("the cursor is not saved", '"cursor": self.cursor', '"cursor": None', "test_refill"),
-        ("population deviation reported", ".std(dim=1)", ".std(dim=1, correction=0)", "test_logged_metrics"),
+        (
+            "the sum of deviations reported",
+            'group_size=self.group_size).sum() / groups,\n            "equal',
+            'group_size=self.group_size).sum(),\n            "equal',
+            "test_logged_metrics",
+        ),
         ("stopped share inverted", "rollout.stopped.sum()", "(~rollout.stopped).sum()", "test_logged_metrics"),
         (
             "completion tokens doubled",
@@ -414,6 +469,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ),
     ),
     "grpo/runtime/sharding.py": (
+        ("the reference stays", "local.lerp_(", "local.lerp(", "test_loss_options"),
         (
             "gradients averaged",
             "set_gradient_divide_factor(1.0)",
@@ -478,7 +534,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("gap of float32 for all", "GAP_BOUND[lines.dtype]", 'GAP_BOUND["float32"]', "test_diagnosis"),
     ),
     "grpo/instruments/groups.py": (
-        ("share without the weight", "(weight * column.double())", "column.double()", "test_logged_metrics"),
+        ("share without the weight", "deviations(weight * column", "deviations(column", "test_logged_metrics"),
         ("copies counted", "len(set(group))", "len(group)", "test_logged_metrics test_diagnosis"),
     ),
     "grpo/instruments/trackers.py": (

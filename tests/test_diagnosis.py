@@ -126,7 +126,7 @@ def test_updates_that_are_clipped_are_of_too_high_a_rate(text):
 
 def test_a_run_resumed_with_too_high_a_rate_is_found_by_its_earlier_gradients(text, tmp_path):
     def run(world: World) -> None:
-        for steps, lr, resume in ((WINDOW, 1e-3, False), (3 * WINDOW, 1.0, True)):
+        for steps, lr, resume in ((WINDOW, 1e-3, False), (3 * WINDOW, 10.0, True)):
             words = [f"optim.lr={lr}", f"optim.steps={steps}", f"run.resume={resume}", "checkpoint.every=20"]
             config = load_config([*text, *words])
             loop.train(build(world, config, SupervisedTrainer, target=lambda example: example.answer_text))

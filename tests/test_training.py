@@ -323,7 +323,8 @@ def test_a_number_that_is_not_one_stops_the_run_and_keeps_the_step(settings, tmp
 
     def run(world: World) -> None:
         broken = dataclasses.replace(config, optim=dataclasses.replace(config.optim, steps=1))
-        trainer = build(world, broken, rewards=lambda e, c: length_reward(e, c) * torch.nan)
+        infinite = torch.tensor([torch.inf, 1.0, 1.0, 1.0]).repeat(4)[:, None]
+        trainer = build(world, broken, rewards=lambda e, c: length_reward(e, c) * infinite)
         loop.train(trainer)
 
     with pytest.raises(NonFiniteError, match=r"step 1, rank 0: the loss and the gradient .* examples train-"):
