@@ -115,6 +115,8 @@ def begun(subject: Subject, options: argparse.Namespace, world: World) -> set[st
     """The ids that are measured already; the same on all ranks."""
     done: list[str] = []
     if world.is_main:
+        if options.keep and options.keep.exists() and not options.out.exists():
+            raise ConfigError(f"{options.keep} is there already, and {options.out} is not; choose another file to keep")
         done = [row["id"] for row in row_file.begin(options.out, settings_of(subject, options))]
         if options.keep:
             row_file.drop(options.keep, key="answer_to", known=set(done))
@@ -127,6 +129,7 @@ def settings_of(subject: Subject, options: argparse.Namespace) -> dict[str, Any]
     data, rollout = config.data, config.rollout
     return {
         "model": subject.name,
+        "lora.path": config.lora.path,
         "run.seed": config.run.seed,
         "data.train": data.train,
         "data.template": data.template,

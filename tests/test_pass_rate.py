@@ -131,6 +131,10 @@ def test_a_file_of_something_else_is_not_written_to(tmp_path, words):
     with pytest.raises(ConfigError, match="rates.jsonl is there already, and is not of `hark pass-rate`"):
         pass_rate.main([*words, *outputs(tmp_path)])
     (tmp_path / "rates.jsonl").unlink()
+    (tmp_path / "kept.jsonl").write_text("mine\n")
+    with pytest.raises(ConfigError, match="kept.jsonl is there already, and .*rates.jsonl is not; choose another"):
+        pass_rate.main([*words, *outputs(tmp_path)])
+    assert (tmp_path / "kept.jsonl").read_text() == "mine\n"
     pass_rate.row_file.begin(tmp_path / "rates.jsonl", {"model": "another"})
     with pytest.raises(ConfigError, match="was begun with model=another, not "):
         pass_rate.main([*words, *outputs(tmp_path)])

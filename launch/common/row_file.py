@@ -50,5 +50,6 @@ def append(path: Path, rows: Sequence[dict]) -> None:
 def drop(path: Path, *, key: str, known: set[str]) -> None:
     """Remove the rows of a file whose `key` is not among the known ones; create the file if there is none."""
     rows = _whole_rows(path) if path.exists() else []
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("", encoding="utf-8")
     append(path, [row for row in rows if row[key] in known])
