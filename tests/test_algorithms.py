@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from hark.grpo.advantage import ADVANTAGES, RewardTable
 from hark.grpo.algorithms import ALGORITHMS, named_values
@@ -217,3 +221,26 @@ def test_the_trainer_computes_the_same_gradient_in_any_micro_batch_and_on_two_ra
     norms = {name: sum(g.square().sum() for g in gradient.values()).sqrt() for name, gradient in whole.items()}
     assert all(norm > 1e-3 for norm in norms.values()), norms
     assert len({round(float(norm), 5) for norm in norms.values()}) > len(norms) - 2, "cispo_nemo may equal another"
+
+
+def table_of(page: str, heading: str) -> dict[str, list[str]]:
+    """The rows of the first table after a line, by the name in their first cell; | inside a cell is written \\|."""
+    lines = page.split(heading, 1)[1].split("\n|---", 1)[1].split("\n")[1:]
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines)
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows]
+    return {name.strip("`"): rest for name, *rest in cells}
+
+
+def test_the_page_of_the_algorithms_has_their_settings_and_worked_values():
+    page = (Path(__file__).parents[1] / "docs" / "algorithms.md").read_text()
+    named = table_of(page, "# Algorithms by name")
+    assert named.keys() == ALGORITHMS.keys()
+    for name, (sets, _, worked, source) in named.items():
+        expected = ", ".join(f"`{key}: {yaml.safe_dump(value).split()[0]}`" for key, value in ALGORITHMS[name].items())
+        assert sets == expected, name
+        assert [float(number) for number in worked.split(", ")] == pytest.approx(TOKENS[name], abs=1e-6), name
+        assert source
+    advantages = table_of(page, "## Advantages")
+    assert advantages.keys() == ADVANTAGES.keys()
+    for name, (worked, _) in advantages.items():
+        assert [float(number) for number in worked.split(", ")] == pytest.approx(ADVANTAGE[name], abs=1e-6), name
