@@ -16,6 +16,10 @@ ASK = "{question} Please choose the answer from the following options: {choices}
 ANSWER = " Output the final answer in <answer> </answer>."
 THINK = " Output the thinking process in <think> </think> and final answer in <answer> </answer>."
 
+THINK_50 = (
+    " Output the thinking process (less than 50 words) in <think> </think> and final answer in <answer> </answer>."
+)
+
 
 @dataclass(frozen=True)
 class Template:
@@ -64,6 +68,8 @@ TEMPLATES: dict[str, Template] = {
     "plain": Template(ASK, open="{question}"),
     "answer": Template(ASK + ANSWER, "<answer>{answer}</answer>", ("answer",), "{question}" + ANSWER),
     "think": Template(ASK + THINK, "<answer>{answer}</answer>", ("think", "answer"), "{question}" + THINK),
+    # The prompt of Ke-Omni-R (github.com/shuaijiang/Ke-Omni-R, src/dataset/dataset.py).
+    "think_50": Template(f"{ASK}{THINK_50}", "<answer>{answer}</answer>", ("think", "answer"), "{question}" + THINK_50),
     "open": Template("{question}"),  # the choices are not said
 }
 

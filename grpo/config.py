@@ -101,6 +101,7 @@ class DataConfig:
     template: str = "answer"  # name of the prompt template
     shuffle_choices: bool = True  # a new order of the choices for each (seed, step, example)
     silent_share: Share = 0.0  # share of training prompts whose waveform is replaced by zeros (modality dropout)
+    require_audio: bool = True  # for a model that takes audio: whether a question without a clip is an error
     skip_bad: bool = False  # count and skip examples that cannot be read, instead of stopping
     long_clips: Literal["error", "crop", "skip"] = "error"  # what to do with a clip over max_seconds
     max_seconds: Positive = 30.0  # longest clip, in seconds

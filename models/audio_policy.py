@@ -30,6 +30,7 @@ class AudioPolicy(Policy):
     projector_names: tuple[str, ...] = ("model.multi_modal_projector",)
     sample_rate = 16_000  # of every extractor here; checked
     audio_id: int
+    requires_audio = True  # whether a prompt without a clip is an error
     shortest: float = 0.0  # seconds; shorter clips make no embedding
     longest: float = 30.0  # seconds
 
@@ -117,10 +118,11 @@ class AudioPolicy(Policy):
     def prepare(self, chat: Chat, *waveforms: np.ndarray) -> Prompt:
         """The chat template around the turns with a placeholder for each audio embedding, and the clips.
 
-        Raises DataError for a prompt without a clip, and for a clip that is too short or too long for the tower.
+        Raises DataError for a prompt without a clip if `requires_audio`, and for a clip that is too short or too long
+        for the tower.
         """
-        if not waveforms:
-            raise DataError("no audio_path; this policy answers questions about audio")
+        if not waveforms and self.requires_audio:
+            raise DataError("no audio_path; this policy answers questions about audio (data.require_audio)")
         for waveform in waveforms:
             self._check_length(waveform)
         clips = tuple(self.listen(waveform) for waveform in waveforms)
@@ -141,6 +143,8 @@ class AudioPolicy(Policy):
         is_audio = (ids == self.audio_id) & is_real  # a family may pad with its placeholder
         # The placeholder may have no embedding of its own.
         embeddings = self.embed_tokens(ids.masked_fill(is_audio, self.pad_id))
+        if not any(prompt.clips for prompt in prompts):
+            return embeddings, lengths
         audio = self.project(self._encoded([clip for prompt in prompts for clip in prompt.clips]))
         if int(is_audio.sum()) != len(audio):
             raise PolicyError(

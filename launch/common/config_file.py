@@ -148,6 +148,11 @@ def _check_together(config: Config, *, source: str) -> None:
             f"{source}: optim.warmup_steps must be at most optim.steps ({config.optim.steps}), "
             f"not {config.optim.warmup_steps}"
         )
+    if not config.data.require_audio and config.model.train == "all":
+        raise ConfigError(
+            f"{source}: data.require_audio=false needs model.train=no-tower: a rank without a clip would not take part "
+            "when the others reduce the tower's gradients"
+        )
     if config.lora.path is not None and config.lora.rank:
         raise ConfigError(f"{source}: lora.rank and lora.path are both set; saved adapters have a rank already")
     if not config.lora.targets:

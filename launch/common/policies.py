@@ -12,6 +12,7 @@ from hark.grpo.instruments.metrics import peak_gib
 from hark.grpo.runtime.collectives import World, gather_rows
 from hark.grpo.runtime.sharding import device_mesh, shard
 from hark.launch.common.contract import verify
+from hark.models.audio_policy import AudioPolicy
 from hark.models.families.automatic import AutomaticPolicy
 from hark.models.loading import load_policy
 from hark.models.lora import WithoutAdapters, read_lora
@@ -78,6 +79,8 @@ def _load(
             shard, mesh=mesh, dtype=dtype, reshard=config.sharding.reshard, offload=offload, meter=world.meter
         ),
     )
+    if isinstance(policy, AudioPolicy):
+        policy.requires_audio = config.data.require_audio
     _report_loading(policy, path, "policy" if train else "frozen policy", peak_gib(torch.device("cpu")) - before, world)
     return policy
 

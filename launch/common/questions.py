@@ -249,7 +249,7 @@ def read_questions(
         file,
         audio_root=config.data.audio_root,
         columns=config.data.columns,
-        require_audio=policy.sample_rate is not None,
+        require_audio=policy.sample_rate is not None and config.data.require_audio,
         skip_bad=config.data.skip_bad,
         benchmark=benchmark,
     )

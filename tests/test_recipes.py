@@ -1,0 +1,123 @@
+"""Every published recipe takes a step with its own template, rewards, loss and order; only paths and sizes change."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hark.data.errors import DataError
+from hark.grpo.config import ConfigError
+from hark.launch import sft, train
+from hark.launch.common.config_file import load_config
+from hark.launch.studies.recipes import RECIPES, page, read_recipe
+from hark.models.mini import build_mini
+from tests.clips import write_questions
+from tests.conftest import TEXTS
+from tests.runs import read_metrics
+
+ROOT = Path(__file__).parents[1]
+AQA = ("dapo", "dr_grpo", "gspo", "cispo", "sapo")
+OMNI = ("omni_r1", "omni_r1_text", "echo_ink", "ke_omni_r", "audio_mcq")
+ENDS = ["data.held_out=0", "data.test=null", "evaluation.every=0", "checkpoint.every=0", "checkpoint.export=false"]
+SIZES = ["optim.steps=1", "optim.warmup_steps=0", "optim.prompts_per_step=2", "rollout.max_new_tokens=8"]
+
+
+@pytest.fixture(scope="session")
+def omni_dir(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("omni")
+    sizes = dict(vocabulary=320, hidden=64, layers=1, tower_hidden=64, tower_layers=1)
+    build_mini(directory, TEXTS, family="qwen2_5_omni", **sizes)
+    return directory
+
+
+def text_questions(path: Path) -> Path:
+    """Questions without sound, as ARC has them."""
+    rows = [
+        {"id": n, "question_text": f"Which is {n}?", "multi_choice": ["one", "two"], "answer": n % 2} for n in range(4)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def first_step(name: str, model: Path, questions: Path, tmp_path: Path, *more: str) -> dict:
+    """The metrics of the first step of a recipe on a small model and a few questions."""
+    verb = {"train": train, "sft": sft}[read_recipe(name).verb]
+    group = ["rollout.group_size=3"] if verb is train else []
+    paths = [f"model.path={model}", f"data.train={questions}", f"run.directory={tmp_path}/run", "model.dtype=float32"]
+    verb.main([name, *paths, *ENDS, *SIZES, *group, *more])
+    (line,) = [line for line in read_metrics(tmp_path / "run") if "loss" in line]
+    return line
+
+
+@pytest.mark.parametrize("name", AQA)
+def test_an_algorithm_takes_a_step_on_the_data_of_r1_aqa(name, tmp_path, qwen2_audio_dir, questions):
+    line = first_step(name, qwen2_audio_dir, questions, tmp_path)
+    assert "kl" not in line and {"reward/accuracy", "reward/format"} <= line.keys()
+
+
+@pytest.mark.parametrize("name", OMNI)
+def test_a_recipe_for_qwen2_5_omni_takes_a_step(name, tmp_path, omni_dir):
+    text = name == "omni_r1_text"
+    file = text_questions(tmp_path / "text.jsonl") if text else write_questions(tmp_path / "data", 4)
+    line = first_step(name, omni_dir, file, tmp_path)
+    config = load_config([name])
+    assert "kl" in line and {f"reward/{reward}" for reward in config.reward.weights} <= line.keys()
+
+
+def test_questions_without_sound_are_refused_unless_they_are_wanted(tmp_path, omni_dir):
+    file = text_questions(tmp_path / "text.jsonl")
+    with pytest.raises(DataError, match='text.jsonl:1: "audio_path" is missing'):
+        first_step("omni_r1", omni_dir, file, tmp_path, "data.skip_bad=false")
+    with pytest.raises(ConfigError, match="data.require_audio=false needs model.train=no-tower"):
+        load_config(["omni_r1_text", "model.train=all"])
+
+
+def test_the_recipes_are_those_that_were_published():
+    """The numbers of each, written out once more, so that no edit of a configuration goes unnoticed."""
+    found = {}
+    for name in RECIPES:
+        config = load_config([name])
+        rollout, optim = config.rollout, config.optim
+        found[name] = (rollout.group_size, rollout.temperature, optim.lr, config.loss.beta, rollout.max_new_tokens)
+    assert found == PUBLISHED
+
+
+PUBLISHED = {  # group size, temperature, learning rate, beta, tokens
+    "dapo": (16, 1.0, 1e-6, 0.0, 256),
+    "dr_grpo": (8, 1.0, 1e-6, 0.0, 256),
+    "gspo": (8, 1.0, 1e-6, 0.0, 256),
+    "cispo": (8, 1.0, 1e-6, 0.0, 256),
+    "sapo": (8, 1.0, 1e-6, 0.0, 256),
+    "omni_r1": (8, 1.0, 1e-6, 0.04, 256),
+    "omni_r1_text": (8, 1.0, 1e-6, 0.04, 256),
+    "echo_ink": (16, 1.0, 1e-6, 0.001, 768),
+    "ke_omni_r": (4, 1.0, 1e-6, 0.01, 64),
+    "audio_mcq": (8, 1.5, 1e-6, 0.001, 128),
+}
+
+
+def test_the_loss_and_the_rewards_of_a_recipe_are_its_own():
+    dapo, gspo, sapo = (load_config([name]).loss for name in ("dapo", "gspo", "sapo"))
+    assert (dapo.clip_low, dapo.clip_high, dapo.token_weights) == (0.2, 0.28, "token-mean")
+    assert (gspo.ratio, gspo.clip_low, gspo.clip_high) == ("sequence", 3e-4, 4e-4)
+    assert (sapo.bound, sapo.gate_up, sapo.gate_down) == ("sapo", 1.0, 1.05)
+    assert load_config(["dapo"]).rollout.refill == 9
+    assert load_config(["audio_mcq"]).reward.weights == {"accuracy": 2.0, "format": 0.5}
+    assert load_config(["ke_omni_r"]).reward.weights == {"accuracy": 2.0, "format": 1.0}
+    plain, text = (load_config([name]) for name in ("omni_r1", "omni_r1_text"))
+    assert (plain.rollout, plain.reward, plain.loss, plain.optim) == (text.rollout, text.reward, text.loss, text.optim)
+
+
+def test_the_page_of_recipes_is_that_of_the_configurations():
+    """If this fails: `python -m hark.launch.studies.recipes docs/recipes.md` writes the page again."""
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    assert page(text) == text
+
+
+def test_a_recipe_says_its_paper_its_model_its_data_and_what_runs_here():
+    for name in RECIPES:
+        recipe = read_recipe(name)
+        assert all((recipe.paper, recipe.model, recipe.data, recipe.runs)), name
+        assert recipe.compare, name
