@@ -61,7 +61,7 @@ def table() -> str:
     lines = ["| recipe | paper | model | data | rewards | loss | runs here |", "|---|---|---|---|---|---|---|"]
     for recipe in map(read_recipe, RECIPES):
         link = f"[{recipe.name}](../launch/configs/{recipe.name}.yaml)"
-        cells = [link, paper(recipe.paper), recipe.model, recipe.data, rewards(recipe), loss(recipe), recipe.runs]
+        cells = [link, linked(recipe.paper), recipe.model, recipe.data, rewards(recipe), loss(recipe), recipe.runs]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -69,9 +69,11 @@ def table() -> str:
 def read_recipe(name: str) -> Recipe:
     """The configuration of that name, and its first lines."""
     head = Path(find_config(name)).read_text(encoding="utf-8").partition("\nrun:\n")[0]
-    said = {key: _said(head, key) for key in ("Paper", "Model", "Data", "Compare with", "Runs here")}
+    paper, model, data, compare, runs = (
+        _said(head, key) for key in ("Paper", "Model", "Data", "Compare with", "Runs here")
+    )
     verb = re.search(r"launch/(train|sft)\.py", head)
-    return Recipe(name, verb[1] if verb else "", *said.values(), config=load_config([name]))
+    return Recipe(name, verb[1] if verb else "", paper, model, data, compare, runs, load_config([name]))
 
 
 def _said(head: str, key: str) -> str:
@@ -82,7 +84,7 @@ def _said(head: str, key: str) -> str:
     return " ".join(found[1].replace("\n# ", " ").split()) if found else ""
 
 
-def paper(name: str) -> str:
+def linked(name: str) -> str:
     """A paper of arXiv, or a repository, as a link."""
     if match := re.fullmatch(r"arXiv (\d+\.\d+)", name):
         return f"[{match[1]}](https://arxiv.org/abs/{match[1]})"
