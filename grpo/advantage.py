@@ -117,9 +117,8 @@ def gdpo(table: RewardTable) -> torch.Tensor:
     missing = table.rewards.isnan()
     standard = torch.stack([group_advantages(column, group_size=table.group_size) for column in columns], dim=1)
     total = weighted_rewards(standard, weights).double().masked_fill(missing, torch.nan)
-    whole = (total - total.nanmean()) / (_deviation(total[None]).squeeze() + EPSILON)
-    # The mean of the step is 0 up to rounding: the sum over each group is 0. A group without differences stays at 0.
-    return _zero_where_missing(whole.masked_fill(standard.eq(0).all(dim=1), 0.0), table.rewards)
+    # The mean of the step is 0: the sum over each group is.
+    return _zero_where_missing(total / (_deviation(total[None]).squeeze() + EPSILON), table.rewards)
 
 
 def reinforce_pp(table: RewardTable) -> torch.Tensor:

@@ -190,6 +190,7 @@ def predict(shape: Shape, planned: Run) -> Plan:
     )
     lora = lora_of(config)
     copy = lora is None or config.model.reference not in (None, config.model.path)
+    reference = "moving" if config.loss.reference_every else "copy" if copy else "adapters"
     setting = Setting(
         shards=gpus // config.sharding.replicas,
         dtype=BYTES[config.model.dtype],
@@ -199,7 +200,7 @@ def predict(shape: Shape, planned: Run) -> Plan:
         recompute=config.model.recompute,
         reshard=config.sharding.reshard,
         lora_rank=lora.rank if lora else 0,
-        reference="none" if config.loss.beta == 0 or planned.sft else "copy" if copy else "adapters",
+        reference="none" if config.loss.beta == 0 or planned.sft else reference,
         offload=config.sharding.offload,
         offload_reference=config.sharding.offload_reference,
     )

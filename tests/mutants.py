@@ -66,16 +66,16 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
             "centred * (given / given)",
             "test_algorithms",
         ),
-        (
-            "one reward for the batch's whitening",
-            "whole = (total - total.nanmean())",
-            "whole = total",
-            "test_algorithms",
-        ),
+        ("whitened without its deviation", "total / (_deviation", "total * (_deviation", "test_algorithms"),
         ("returns from the start", ".flip(1).cumsum(dim=1).flip(1)", ".cumsum(dim=1)", "test_algorithms"),
         ("whitened over completions", "(counts * returns).sum() / total", "returns.mean()", "test_algorithms"),
         ("lengths left out of the baseline", "(lengths * groups.nan", "(groups.nan", "test_algorithms"),
-        ("the lead over the third", ".topk(2, dim=1)", ".topk(3, dim=1)", "test_algorithms"),
+        (
+            "the lead over the worst",
+            "best.values[:, :1] - best.values[:, 1:]",
+            "best.values[:, :1] - groups.amin(1, True)",
+            "test_algorithms",
+        ),
         ("missing rewards count as 0", ".masked_fill(columns.isnan().all(dim=1), torch.nan)", "", "test_algorithms"),
     ),
     "grpo/loss.py": (

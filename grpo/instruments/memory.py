@@ -63,7 +63,8 @@ class Setting:
 
     shards: ranks that share one copy of the weights. dtype: bytes per element of the computation and of frozen weights.
     master: bytes per element of trained weights. tower_cache: bytes for the outputs of a frozen tower.
-    reference: "none", "adapters" (the policy with its adapters disabled) or "copy" (weights of its own).
+    reference: "none", "adapters" (the policy with its adapters disabled), "copy" (weights of its own) or "moving" (the
+    same, which change and are stored as those of the policy).
     """
 
     shards: int
@@ -166,9 +167,10 @@ class UnitSizes:
     def _set_reference(self, shape: Shape, frozen_tower: int) -> None:
         """Bytes of a reference with weights of its own, sharded and gathered; a frozen tower is the policy's."""
         s, rest = self.setting, shape.tower.rest if shape.tower and frozen_tower else 0
-        copy, total = s.reference == "copy", s.dtype * (shape.parameters - frozen_tower)
-        gathers = copy and (s.shards > 1 or s.offload_reference)
-        self.reference = total // s.shards if copy else 0
+        copy, elements = s.reference in ("copy", "moving"), shape.parameters - frozen_tower
+        moving, total = s.reference == "moving", s.dtype * elements
+        gathers = copy and (s.shards > 1 or s.offload_reference or moving)
+        self.reference = (s.master if moving else s.dtype) * elements // s.shards if copy else 0
         layer = shape.layer if frozen_tower or not shape.tower else shape.tower.layer  # of the first unit
         root, prefetches = s.dtype * (shape.root - rest), s.shards > 1
         resharding = root + s.dtype * shape.layer * (1 + prefetches)
@@ -208,14 +210,14 @@ def _rollout(shape: Shape, work: Work, units: UnitSizes) -> Iterator[dict[str, i
 def _reference(shape: Shape, work: Work, units: UnitSizes) -> Iterator[dict[str, int]]:
     """Candidates for the peak of the reference's forward: a layer, the LM head, the audio tower, the first layer."""
     s, d = units.setting, units.setting.dtype
-    gathered = units.reference_gathered if s.reference == "copy" else units.gathered()
+    gathered = units.gathered() if s.reference == "adapters" else units.reference_gathered
     tokens = work.micro_batch * work.length
     layer = tokens * shape.forward_peak(d) + work.mask(d)
     yield {"gathered": gathered, "activations": layer}
     yield {"gathered": gathered, "activations": 2 * d * work.scored * shape.hidden, "logits": _head(shape, work)}
     if shape.tower:
         yield {"gathered": gathered, "activations": shape.tower.forward_peak(work.micro_batch, work.frames, d)}
-    if s.reference == "copy":
+    if s.reference != "adapters":
         yield {"gathered": units.reference_first_layer}
     else:
         yield {"gathered": d * units.root + units.first_layer}
