@@ -165,15 +165,15 @@ def words(tmp_path, qwen2_audio_dir):
         f"run: {{threads: 1, directory: {tmp_path}/whole}}\nmodel: {{path: {qwen2_audio_dir}}}\n"
         f"data: {{train: {data}}}\nloss: {{beta: 0.0}}\nlog: {{completions: 0}}\n"
         "rollout: {group_size: 2, max_new_tokens: 6, refill: 3}\nrecord: {every: 1}\n"
-        "optim: {steps: 4, prompts_per_step: 2, lr: 1.0e-3, schedule: constant}\n"
-        "checkpoint: {every: 2}\n"
+        "optim: {steps: 2, prompts_per_step: 2, lr: 1.0e-3, schedule: constant}\n"
+        "checkpoint: {every: 1}\n"
     )
     return [f"{tmp_path}/c.yaml"]
 
 
 def test_a_run_trains_on_the_same_groups_after_a_resume_and_on_two_ranks(tmp_path, words, monkeypatch, capsys):
     on_ranks(1, run, words)
-    on_ranks(1, run, [*words, f"run.directory={tmp_path}/halves", "optim.steps=2"])
+    on_ranks(1, run, [*words, f"run.directory={tmp_path}/halves", "optim.steps=1"])
     on_ranks(1, run, [*words, f"run.directory={tmp_path}/halves", "run.resume=true"])
     on_ranks(2, run, [*words, f"run.directory={tmp_path}/ranks"])
     whole = trained_on(tmp_path / "whole")
@@ -186,5 +186,5 @@ def test_a_run_trains_on_the_same_groups_after_a_resume_and_on_two_ranks(tmp_pat
         assert all(begins[step] <= position < begins[step + 1] for position, _ in positions)
     assert all(line["equal_reward_share"] == 0 for line in lines if line["drawn_prompts"] * line["kept_share"] == 2)
     monkeypatch.setattr("hark.launch.common.rerun.rewards_of", lambda config: rewards)
-    replay.main([f"{tmp_path}/whole", "3:4", "--model"])
-    assert "all 2 records agree" in capsys.readouterr().out, "a replay finds the prompts by their positions"
+    replay.main([f"{tmp_path}/whole", "2", "--model"])
+    assert "the record agrees" in capsys.readouterr().out, "a replay finds the prompts by their positions"
