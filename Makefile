@@ -4,7 +4,7 @@ BIN := .venv/bin
 # A SoundFont player; a package that contains TimGM6mb.sf2, a SoundFont of 128 instruments; espeak-ng.
 SOUNDS := tinysoundfont==0.3.7 pretty_midi==0.2.11.post0 espeakng-loader==0.2.4
 
-.PHONY: demo test test-browser test-gpu mutants lint docs notebook clean
+.PHONY: demo test test-browser test-gpu mutants study-algorithms lint docs notebook clean
 
 # `make demo POLICY=qwen2_5_omni` trains a small model of another family; docs/families.md lists them.
 demo: .venv/sounds
@@ -20,6 +20,11 @@ test-browser: .venv/browser
 # Do the tests notice faults? About ten minutes; prints which test notices each, and fails if one is not noticed.
 mutants: .venv/test
 	$(BIN)/python -m tests.mutants
+
+# Every named algorithm on a shortened demo, over three seeds: about an hour and a half on one core. It can be stopped and
+# started again; finished runs are kept in runs/studies. Writes docs/algorithms.md, .svg and .json.
+study-algorithms: .venv/sounds
+	$(BIN)/python launch/studies/algorithms.py
 
 # Checks that need a GPU; without one it fails with a message.
 test-gpu: .venv/test

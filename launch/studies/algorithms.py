@@ -1,0 +1,186 @@
+"""Train by every named algorithm from one start, over several seeds; docs/algorithms.md has the results.
+
+    python launch/studies/algorithms.py [--seeds 3] [--jobs 1] [--root runs/studies/algorithms] [--only NAME ...]
+
+The start is the demo's small model and data after its warm start. Each run trains 100 steps of 8 questions with 12
+completions each, in a minute or two on one core, and answers the 480 test questions every 25 steps. Two further runs
+have dynamic sampling: GRPO without a KL term, with and without `rollout.refill`. A run is done once: a study that was
+stopped goes on when it is started again. After each run the figures, the table and the picture are written.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from hark.data.json_files import write_json
+from hark.grpo.algorithms import ALGORITHMS
+from hark.launch.common.entry import run
+from hark.launch.common.pages import Markers, table
+from hark.launch.studies.kept import Run, do_all, mean_and_spread, percent
+from hark.launch.studies.pictures import BLUE, GREY, figure
+
+DOCS = Path(__file__).parents[2] / "docs"
+MARKERS = Markers.of("launch/studies/algorithms.py")
+STEPS, EVERY, PROMPTS, GROUP = 100, 25, 8, 12
+PLAIN, DYNAMIC = "grpo, beta 0", "grpo, beta 0, refill 3"
+SETTINGS: dict[str, tuple[str, ...]] = {name: (f"loss.kind={name}",) for name in ALGORITHMS} | {
+    PLAIN: ("loss.beta=0",),
+    DYNAMIC: ("loss.beta=0", "rollout.refill=3"),
+}
+
+
+def main(argv: list[str]) -> None:
+    arguments = parse(argv)
+    start = warm_start(arguments.root / "start")
+    for _ in do_all(start):
+        pass
+    # All algorithms by the first seed, then all by the second: what there is compares all of them at any time.
+    chosen = {name: SETTINGS[name] for name in arguments.only or SETTINGS}
+    runs = {(name, seed): training(arguments.root, name, seed) for seed in range(arguments.seeds) for name in chosen}
+    for _ in do_all(list(runs.values()), jobs=arguments.jobs):
+        result = figures(start[-1], runs)
+        write_json(arguments.json, result)
+        arguments.page.write_text(MARKERS.filled(arguments.page.read_text(), tables(result)))
+        if find_spec("matplotlib") is not None:
+            plot(result, arguments.plot)
+    print(tables(result))
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=Path("runs/studies/algorithms"), help="of the runs (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each algorithm (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one thread (%(default)s)")
+    parser.add_argument("--only", nargs="+", choices=SETTINGS, metavar="NAME", help="these alone")
+    parser.add_argument("--json", type=Path, default=DOCS / "algorithms.json", help="where the figures are written")
+    parser.add_argument("--plot", type=Path, default=DOCS / "algorithms.svg", help="where the picture is written")
+    parser.add_argument("--page", type=Path, default=DOCS / "algorithms.md", help="the page with the table")
+    return parser.parse_args(argv)
+
+
+def warm_start(root: Path) -> list[Run]:
+    """The runs that make data and model, fine-tune it, and measure it."""
+    warm = root / "warm"
+    fine_tuning = [
+        "mini_sft", f"run.directory={warm}", f"model.path={root}/mini/model", "record.every=0",
+        f"data.train={root}/mini/data/train.jsonl", f"data.validation={root}/mini/data/test.jsonl",
+        "evaluation.every=150",
+    ]  # fmt: skip
+    return [
+        Run(root / "mini", "build_mini.py", (str(root / "mini"),)),
+        Run(warm, "sft.py", tuple(fine_tuning)),
+    ]
+
+
+def training(root: Path, name: str, seed: int) -> Run:
+    directory, start = root / f"{name.replace(', ', '-').replace(' ', '')}-{seed}", root / "start"
+    words = [
+        "mini", f"run.directory={directory}", f"run.seed={seed}", f"model.path={start}/warm/model",
+        f"data.train={start}/mini/data/train.jsonl", f"data.validation={start}/mini/data/test.jsonl",
+        f"optim.steps={STEPS}", f"optim.prompts_per_step={PROMPTS}", f"rollout.group_size={GROUP}",
+        f"evaluation.every={EVERY}", "evaluation.silent=false", "record.every=0", "record.last=0", "checkpoint.every=0",
+        "checkpoint.export=false", "log.completions=0", *SETTINGS[name],
+    ]  # fmt: skip
+    return Run(directory, "train.py", tuple(words))
+
+
+def figures(start: Run, runs: dict[tuple[str, int], Run]) -> dict[str, Any]:
+    """The figures of the finished runs: for each algorithm one entry per seed."""
+    found: dict[str, Any] = {"start": start.evaluations()[-1]["accuracy"], "runs": len(runs), "algorithms": {}}
+    for (name, seed), one in runs.items():
+        if one.is_finished:
+            found["algorithms"].setdefault(name, {})[str(seed)] = of_run(one)
+    return found
+
+
+def of_run(one: Run) -> dict[str, Any]:
+    """Accuracy and completions drawn at each evaluation, and means over the steps."""
+    steps = [line for line in one.metrics() if "reward" in line]
+    drawn = [GROUP * line.get("drawn_prompts", PROMPTS) for line in steps]
+    evaluations = one.evaluations()
+    return {
+        "accuracy": [line["accuracy"] for line in evaluations],
+        "no_choice_share": evaluations[-1]["no_choice_share"],
+        "drawn": [sum(drawn[: line["step"]]) for line in evaluations],
+        "equal_reward_share": mean_and_spread(line["equal_reward_share"] for line in steps)[0],
+        "grad_norm": mean_and_spread(line["grad_norm"] for line in steps)[0],
+        "entropy": steps[-1]["entropy"],
+        "completion_tokens": steps[-1]["completion_tokens"],
+    }
+
+
+def tables(result: dict[str, Any]) -> str:
+    """The table of all algorithms, the best first, and the sentence on dynamic sampling."""
+    done = result["algorithms"]
+    rows = sorted(done, key=lambda name: -mean_and_spread(one["accuracy"][-1] for one in done[name].values())[0])
+    cells = [row(name, list(done[name].values())) for name in rows]
+    heading = ("algorithm", "seeds", "accuracy, %", "best, %", "no choice, %", "entropy", "gradient norm")
+    finished = sum(map(len, done.values()))
+    lines = [
+        f"{finished} of {result['runs']} runs; {STEPS} steps of {PROMPTS} questions x {GROUP} completions from a start "
+        f"of {100 * result['start']:.1f} %; 480 test questions; mean and sample standard deviation over the seeds.",
+        "",
+        table(heading, cells),
+    ]
+    return "\n".join(lines + dynamic(done))
+
+
+def row(name: str, seeds: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    return (
+        f"`{name}`" if name in ALGORITHMS else name,
+        str(len(seeds)),
+        percent(one["accuracy"][-1] for one in seeds),
+        percent(max(one["accuracy"]) for one in seeds),
+        percent(one["no_choice_share"] for one in seeds),
+        f"{mean_and_spread(one['entropy'] for one in seeds)[0]:.2f}",
+        f"{mean_and_spread(one['grad_norm'] for one in seeds)[0]:.2f}",
+    )
+
+
+def dynamic(done: dict[str, Any]) -> list[str]:
+    """How many completions dynamic sampling needs for the accuracy that plain GRPO ends with."""
+    seeds = sorted(done.get(PLAIN, {}).keys() & done.get(DYNAMIC, {}).keys())
+    if not seeds:
+        return []
+    cells = []
+    for name in (PLAIN, DYNAMIC):
+        for place in range(STEPS // EVERY):
+            runs = [done[name][seed] for seed in seeds]
+            drawn = mean_and_spread(one["drawn"][place] for one in runs)[0]
+            accuracy = percent(one["accuracy"][place] for one in runs)
+            cells.append((name, str(EVERY * (place + 1)), f"{drawn:.0f}", accuracy))
+    return ["", table(("dynamic sampling", "steps", "completions drawn", "accuracy, %"), cells)]
+
+
+def plot(result: dict[str, Any], out: Path) -> None:
+    """Accuracy over the steps, one small plot for each algorithm, above those of all others in grey."""
+    done, start = result["algorithms"], result["start"]
+    steps = [EVERY * place for place in range(STEPS // EVERY + 1)]
+    curves = {
+        name: [[start, *one["accuracy"]] for one in seeds.values()] for name, seeds in done.items() if name in SETTINGS
+    }
+    columns = 5
+    count = -(-len(curves) // columns)
+    with figure(out, width=2.1 * columns, height=1.7 * count) as drawn:
+        places = drawn.subplots(count, columns, sharex=True, sharey=True, squeeze=False).flatten()
+        for axes, name in zip(places, curves, strict=False):
+            for other in curves.values():
+                for curve in other:
+                    axes.plot(steps, [100 * value for value in curve], color=GREY, linewidth=0.3, alpha=0.4)
+            for curve in curves[name]:
+                axes.plot(steps, [100 * value for value in curve], color=BLUE, linewidth=0.8, alpha=0.5)
+            mean = [100 * mean_and_spread(values)[0] for values in zip(*curves[name], strict=True)]
+            axes.plot(steps, mean, color=BLUE, linewidth=2)
+            axes.set_title(name, fontsize=9)
+        for axes in places[len(curves) :]:
+            axes.axis("off")
+        drawn.supxlabel("steps", fontsize=9)
+        drawn.supylabel("test accuracy, %", fontsize=9)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,93 @@
+"""Runs of a study: each is done once and kept, so that a study that is started again goes on where it stopped.
+
+A run is a program of launch/ in a process of its own, on one thread. When it has ended well, `finished.json` in its
+directory says with which arguments; until then the run counts as not begun.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hark import UserError
+from hark.data.json_files import write_json
+from hark.grpo.instruments.metrics import read_metrics
+from hark.launch.common.torchrun import environment
+
+LAUNCH = Path(__file__).parents[1]
+FINISHED = "finished.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A program of launch/ with its words; it writes to `directory`, which the words name too."""
+
+    directory: Path
+    program: str
+    words: tuple[str, ...]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run was done with these words."""
+        path = self.directory / FINISHED
+        return path.is_file() and json.loads(path.read_text())["words"] == [self.program, *self.words]
+
+    def do(self) -> None:
+        """Do the run from its beginning; its output is kept in output.txt. Raises UserError if it fails."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+        self.directory.mkdir(parents=True)
+        started = time.monotonic()
+        command = [sys.executable, str(LAUNCH / self.program), *self.words]
+        with (self.directory / "output.txt").open("w") as output:
+            one_thread = environment() | {"OMP_NUM_THREADS": "1"}
+            status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=one_thread).returncode
+        if status:
+            raise UserError(f"{' '.join(command)} ended with status {status}; see {self.directory / 'output.txt'}")
+        seconds = round(time.monotonic() - started, 1)
+        write_json(self.directory / FINISHED, {"words": [self.program, *self.words], "seconds": seconds})
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        return read_metrics(self.directory)
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The lines of the evaluations during training."""
+        return [line for line in self.metrics() if line.get("event") == "evaluation"]
+
+
+def do_all(runs: Sequence[Run], *, jobs: int = 1) -> Iterator[Run]:
+    """Do the runs that are not finished, in order, `jobs` at a time; yields all of them as they are finished."""
+    waiting = [run for run in runs if not run.is_finished]
+    yield from (run for run in runs if run.is_finished)
+    print(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished", flush=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        started = {pool.submit(run.do): run for run in waiting}
+        try:
+            for future in as_completed(started):
+                future.result()
+                print(f"finished {os.path.relpath(started[future].directory)}", flush=True)
+                yield started[future]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def mean_and_spread(values: Iterable[float]) -> tuple[float, float]:
+    """The mean and the sample standard deviation; 0 for one value."""
+    numbers = list(values)
+    return statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else 0.0
+
+
+def percent(values: Iterable[float]) -> str:
+    """Shares as "45.2 ± 1.3", in percent: their mean and spread."""
+    mean, spread = mean_and_spread(values)
+    return f"{100 * mean:.1f} ± {100 * spread:.1f}"
