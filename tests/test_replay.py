@@ -71,6 +71,24 @@ def test_nothing_differs_in_a_sound_run(run, tmp_path, capsys):
     assert status == 0 and "step 3 of" in out and "with the model after 2 steps" in out
 
 
+OTHER = [
+    "loss.kind=reinforce_pp", "loss.beta=0.1", "loss.importance_cap=2", "loss.kl_target=0.001", "loss.entropy=0.01",
+    "loss.truncated=mask", "loss.kl_horizon=32",
+]  # fmt: skip
+
+
+def test_advantages_of_tokens_a_differing_sampler_and_an_adapted_beta_are_replayed(run, tmp_path, capsys):
+    on_ranks(1, train, [*run, *OTHER])
+    betas = [read_step(tmp_path / "run", step).values["beta"] for step in (1, 2, 3)]
+    assert betas[0] == 0.1 and len(set(betas)) == 3
+    record = read_step(tmp_path / "run", 2)
+    assert {"token_advantages", "scored_logprobs", "importance"} <= record.tensors.keys()
+    status, out = replayed(capsys, tmp_path / "run")
+    assert status == 0 and "all 3 records agree: 11 quantities are equal, 0 differ by rounding" in out
+    status, out = replayed(capsys, tmp_path / "run", "1:3", "--model")
+    assert status == 0 and f"all 3 records agree: {sum(map(len, ORDER))} quantities are equal" in out
+
+
 @pytest.mark.parametrize(
     "settings_of_run", [["lora.rank=2"], ["model.train=no-tower"], ["loss.beta=0"], ["data.silent_share=0.5"]]
 )
