@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
 import pytest
 import soundfile
 import torch
 
+from hark.data.described import described
 from hark.data.errors import DataError
+from hark.from_file import from_file
+from hark.grpo import loop
 from hark.grpo.distribution import log_distribution
+from hark.grpo.instruments.record import read_step
+from hark.grpo.runtime.collectives import joined_world
 from hark.grpo.sampler import sample
 from hark.launch import build_tts
+from hark.launch.common.config_file import CONFIGS, load_config
 from hark.models.codec import Settings, load_codec, stretches, train_codec
 from hark.models.codec_tokens import CODEC_TOKEN, code_ids
 from hark.models.families.causal_lm import CausalLMPolicy
@@ -20,7 +27,9 @@ from hark.models.families.codec_lm import CodecLMPolicy
 from hark.models.loading import load_policy
 from hark.models.mini import build_mini_speaker
 from hark.models.policy import PolicyError
+from tests.runs import build, read_metrics
 
+tts_reward = sys.modules[from_file(f"{CONFIGS}/tts_reward.py:score").__module__]
 SMALL = Settings(codes=24, iterations=8)
 TEXTS = ("low then high", "high then low")
 
@@ -150,3 +159,70 @@ def test_build_tts_writes_codec_questions_and_a_model_that_reads_them(tmp_path, 
     ids = policy.completion_ids(row["answer"]).tolist()
     heard = codec.encode(torch.from_numpy(soundfile.read(tmp_path / "0.wav", dtype="float32")[0]))
     assert [policy.code_ids.index(token) for token in ids[:-1]] == heard and len(heard) == 25
+
+
+# GRPO -----------------------------------------------------------------------------------------------------------------
+
+
+def test_two_steps_of_grpo_on_codec_tokens_with_a_reward_on_the_waveform(tmp_path, directory, codec, monkeypatch):
+    """The reward is worked out again from the recorded tokens: codes, waveform, words heard, 1 - tanh(3 WER)."""
+    rows = [{"id": n, "question_text": text, "answer": None} for n, text in enumerate(TEXTS)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "config.yaml").write_text("{}")
+    words = [
+        "data.template=open", "rollout.group_size=4", "rollout.max_new_tokens=10", "optim.prompts_per_step=2",
+        "optim.steps=2", "optim.lr=1e-3", "optim.schedule=constant", "loss.beta=0.1", "record.every=1",
+        "reward.weights={heard: 1.0}", "checkpoint.export=false", "checkpoint.every=0",
+    ]  # fmt: skip
+    paths = [f"model.path={directory}", f"data.train={tmp_path}/train.jsonl", f"run.directory={tmp_path}/run"]
+    config, policy = load_config([str(tmp_path / "config.yaml"), *paths, *words]), load_policy(directory)
+
+    def worked_out(text: str, tokens: list[int]) -> float:
+        wave = codec.decode([policy.code_ids.index(token) for token in tokens if token in policy.code_ids])
+        return 1 - math.tanh(3 * tts_reward.word_error_rate(text, " ".join(heard(wave))))
+
+    def rewards(examples, texts, *others):
+        codes = [[int(code) for code in tts_reward.CODE.findall(text)] for text in texts]
+        monkeypatch.setattr(tts_reward, "heard", lambda wave: " ".join(heard(torch.from_numpy(wave))))
+        monkeypatch.setattr(tts_reward, "_codec", lambda: codec)
+        scores = [
+            tts_reward.score(example, tts_reward.decode(one)) for example, one in zip(examples, codes, strict=True)
+        ]
+        return torch.tensor(scores)[:, None]
+
+    with joined_world(threads=1) as world:
+        trainer = build(world, config, rewards=rewards, describe=described)
+        loop.train(trainer)
+    lines = [line for line in read_metrics(tmp_path / "run") if "loss" in line]
+    assert len(lines) == 2 and all(line["sampler_gap"] < 1e-5 for line in lines)
+    for line in lines:
+        record = read_step(tmp_path / "run", line["step"])
+        texts = [prompt["row"]["question_text"] for prompt in record.values["prompts"] for _ in range(4)]
+        tokens = [
+            row[keep].tolist() for row, keep in zip(record.tensors["tokens"], record.tensors["mask"], strict=True)
+        ]
+        expected = torch.tensor([worked_out(*pair) for pair in zip(texts, tokens, strict=True)])
+        assert torch.allclose(record.tensors["reward"], expected, atol=1e-6)
+        assert line["reward"] == pytest.approx(expected.mean().item(), abs=1e-6)
+        groups = expected.view(2, 4)
+        advantages = (groups - groups.mean(1, True)) / (groups.std(1, keepdim=True) + 1e-4)
+        assert torch.allclose(record.tensors["advantages"], advantages.flatten(), atol=1e-4)
+
+
+def heard(wave: torch.Tensor) -> list[str]:
+    """A recogniser of two words: each fifth of a second is "low" or "high" by its zero crossings."""
+    parts = wave.split(3200)
+    return ["high" if int((part[1:] * part[:-1] < 0).sum()) > len(part) / 16 else "low" for part in parts]
+
+
+def test_the_reward_of_the_recipe_is_that_of_cosyvoice2():
+    """WER 0, 1/4, 1/2 and 1 of four words, and 1 - tanh(3 WER) as it is published for these values."""
+    said = "the old man sleeps"
+    for text, wer, reward in [
+        ("The old man sleeps.", 0.0, 1.0),
+        ("the old man", 0.25, 0.364851),
+        ("an old man sleep", 0.5, 0.094852),
+        ("", 1.0, 0.004945),
+    ]:
+        assert tts_reward.word_error_rate(said, text) == wer
+        assert 1 - math.tanh(3 * wer) == pytest.approx(reward, abs=1e-6)

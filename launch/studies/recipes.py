@@ -17,7 +17,7 @@ from hark.launch.common.entry import run
 
 BEGIN, END = "<!-- recipes -->", "<!-- end of recipes -->"
 RECIPES = (
-    "omni_r1", "omni_r1_text", "echo_ink", "ke_omni_r", "audio_mcq",
+    "asr", "tts", "sari_sft", "sari", "omni_r1", "omni_r1_text", "echo_ink", "ke_omni_r", "audio_mcq",
     "dapo", "dr_grpo", "gspo", "cispo", "sapo",
 )  # fmt: skip
 
