@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizerFast
+from transformers import AutoTokenizer, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
 from hark.data.examples import Example
 from hark.data.prompts import Template
@@ -71,4 +71,4 @@ def _codec() -> Codec:
 @cache
 def _recogniser() -> tuple[Any, Any, Any]:
     model = WhisperForConditionalGeneration.from_pretrained(WHISPER).eval()
-    return WhisperFeatureExtractor.from_pretrained(WHISPER), WhisperTokenizerFast.from_pretrained(WHISPER), model
+    return WhisperFeatureExtractor.from_pretrained(WHISPER), AutoTokenizer.from_pretrained(WHISPER), model
