@@ -8,7 +8,7 @@ import pytest
 
 from hark import UserError
 from hark.launch.studies import algorithms, kept
-from hark.launch.studies.kept import Run, do_all, percent
+from hark.launch.studies.kept import Kept, Run, do_all, percent
 
 PROGRAM = """
 import sys, pathlib
@@ -28,10 +28,10 @@ def program(tmp_path, monkeypatch):
 def test_a_run_is_done_once_and_a_failed_one_again_from_its_beginning(program):
     good, bad = program("good"), program("bad", status=3)
     with pytest.raises(UserError, match="status 3; see .*output.txt"):
-        list(do_all([good, bad]))
+        list(do_all({"a": [good], "b": [bad]}))
     assert good.is_finished and not bad.is_finished
     mended = Run(bad.directory, "program.py", (str(bad.directory), "0"))
-    assert {one.directory for one in do_all([good, mended], jobs=2)} == {good.directory, bad.directory}
+    assert set(do_all({"a": [good, mended], "b": [good]}, jobs=2)) == {"a", "b"}
     for one in (good, mended):
         assert (one.directory / "count").read_text() == "x", "once, in an empty directory"
     assert not program("good", status=1).is_finished, "with other words it is another run"
@@ -58,19 +58,33 @@ def written(root, name: str, seed: int, accuracy: float, drawn: int | None = Non
     return one
 
 
-def test_the_study_of_algorithms_shows_what_is_finished_the_best_first(tmp_path):
-    start = written(tmp_path, "grpo", 9, 0.3)
-    runs = {("grpo", seed): written(tmp_path, "grpo", seed, 0.4 + seed / 10) for seed in range(2)}
-    runs |= {("sapo", 0): written(tmp_path, "sapo", 0, 0.6), ("gspo", 0): algorithms.training(tmp_path, "gspo", 0)}
-    runs |= {(algorithms.PLAIN, 0): written(tmp_path, algorithms.PLAIN, 0, 0.5)}
-    runs |= {(algorithms.DYNAMIC, 0): written(tmp_path, algorithms.DYNAMIC, 0, 0.55, drawn=10)}
-    result = algorithms.figures(start, runs)
-    text = algorithms.tables(result)
-    assert text.startswith("5 of 6 runs;") and "from a start of 30.0 %" in text
-    names = [line.split("|")[1].strip() for line in text.split("\n") if line.startswith("| `")]
-    assert names == ["`sapo`", "`grpo`"], "the best first; what is not finished is left out"
+def test_a_case_is_kept_with_its_settings(tmp_path):
+    Kept(tmp_path / "figures.json").put("one", [1, "a"], {"accuracy": 0.5})
+    again = Kept(tmp_path / "figures.json")
+    assert again.has("one", [1, "a"]) and again.figures("one") == {"accuracy": 0.5}
+    assert not again.has("one", [2, "a"]) and not again.has("other", [1, "a"])
+
+
+def test_the_study_of_algorithms_shows_what_is_finished_the_best_first(tmp_path, capsys):
+    page, figures = tmp_path / "page.md", Kept(tmp_path / "figures.json")
+    page.write_text(f"before\n{algorithms.MARKERS.begin}\n{algorithms.MARKERS.end}\nafter\n")
+    figures.put("start", [], {"accuracy": 0.3})
+    ends = {("grpo", 0): 0.4, ("grpo", 1): 0.5, ("sapo", 0): 0.6, ("sapo", 1): 0.6}
+    ends |= {(algorithms.PLAIN, seed): 0.5 for seed in (0, 1)} | {(algorithms.DYNAMIC, seed): 0.55 for seed in (0, 1)}
+    for (name, seed), accuracy in ends.items():
+        one = written(tmp_path, name, seed, accuracy, drawn=10 if name == algorithms.DYNAMIC else None)
+        figures.put(algorithms.case_name(name, seed), algorithms.settings_of(name), algorithms.figures_of(one))
+    words = [f"--{name}={tmp_path}/{file}" for name, file in (("json", "figures.json"), ("plot", "c.svg"))]
+    algorithms.main(["--seeds=2", f"--page={page}", f"--root={tmp_path}", *words, "--only", *dict(ends_by_name(ends))])
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and text.count("8 of 8 runs;") == 1
+    names = [line.split("|")[1].strip() for line in text.split("\n") if "±" in line][:4]
+    assert names == ["`sapo`", algorithms.DYNAMIC, algorithms.PLAIN, "`grpo`"], "the best first"
     assert "| `grpo` | 2 | 45.0 ± 7.1 | 45.0 ± 7.1 | 10.0 ± 0.0 | 0.30 | 0.50 |" in text
     # 25 steps of 8 and of 10 prompts with 12 completions each
     assert f"| {algorithms.PLAIN} | 25 | 2400 |" in text and f"| {algorithms.DYNAMIC} | 25 | 3000 |" in text
-    algorithms.plot(result, tmp_path / "curves.svg")
-    assert "test accuracy, %" in (tmp_path / "curves.svg").read_text()
+    assert "test accuracy, %" in (tmp_path / "c.svg").read_text()
+
+
+def ends_by_name(ends) -> list[tuple[str, None]]:
+    return [(name, None) for name, _ in ends]

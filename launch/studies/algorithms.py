@@ -16,11 +16,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hark.data.json_files import write_json
 from hark.grpo.algorithms import ALGORITHMS
 from hark.launch.common.entry import run
 from hark.launch.common.pages import Markers, table
-from hark.launch.studies.kept import Run, do_all, mean_and_spread, percent
+from hark.launch.studies.kept import Kept, Run, do, do_all, mean_and_spread, percent
 from hark.launch.studies.pictures import BLUE, GREY, figure
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -35,19 +34,34 @@ SETTINGS: dict[str, tuple[str, ...]] = {name: (f"loss.kind={name}",) for name in
 
 def main(argv: list[str]) -> None:
     arguments = parse(argv)
-    start = warm_start(arguments.root / "start")
-    for _ in do_all(start):
-        pass
+    kept = Kept(arguments.json)
     # All algorithms by the first seed, then all by the second: what there is compares all of them at any time.
     chosen = {name: SETTINGS[name] for name in arguments.only or SETTINGS}
-    runs = {(name, seed): training(arguments.root, name, seed) for seed in range(arguments.seeds) for name in chosen}
-    for _ in do_all(list(runs.values()), jobs=arguments.jobs):
-        result = figures(start[-1], runs)
-        write_json(arguments.json, result)
-        arguments.page.write_text(MARKERS.filled(arguments.page.read_text(), tables(result)))
-        if find_spec("matplotlib") is not None:
-            plot(result, arguments.plot)
-    print(tables(result))
+    cases = {case_name(name, seed): (name, seed) for seed in range(arguments.seeds) for name in chosen}
+    waiting = {case: which for case, which in cases.items() if not kept.has(case, settings_of(which[0]))}
+    if waiting:
+        start = warm_start(arguments.root / "start")
+        do(start)
+        kept.put("start", [], {"accuracy": start[-1].evaluations()[-1]["accuracy"]})
+    runs = {case: [training(arguments.root, *which)] for case, which in waiting.items()}
+    for case in do_all(runs, jobs=arguments.jobs):
+        kept.put(case, settings_of(cases[case][0]), figures_of(runs[case][0]))
+        write(arguments, kept, cases)
+    print(write(arguments, kept, cases))
+
+
+def write(arguments: argparse.Namespace, kept: Kept, cases: dict[str, tuple[str, int]]) -> str:
+    """Write the table and the picture of the cases that are finished; returns the table."""
+    done: dict[str, list[dict[str, Any]]] = {}
+    for case, (name, _) in cases.items():
+        if kept.has(case, settings_of(name)):
+            done.setdefault(name, []).append(kept.figures(case))
+    start = kept.figures("start")["accuracy"]
+    text = tables(done, start=start, cases=len(cases))
+    arguments.page.write_text(MARKERS.filled(arguments.page.read_text(), text))
+    if find_spec("matplotlib") is not None:
+        plot(done, start, arguments.plot)
+    return text
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -77,7 +91,7 @@ def warm_start(root: Path) -> list[Run]:
 
 
 def training(root: Path, name: str, seed: int) -> Run:
-    directory, start = root / f"{name.replace(', ', '-').replace(' ', '')}-{seed}", root / "start"
+    directory, start = root / case_name(name, seed), root / "start"
     words = [
         "mini", f"run.directory={directory}", f"run.seed={seed}", f"model.path={start}/warm/model",
         f"data.train={start}/mini/data/train.jsonl", f"data.validation={start}/mini/data/test.jsonl",
@@ -88,16 +102,16 @@ def training(root: Path, name: str, seed: int) -> Run:
     return Run(directory, "train.py", tuple(words))
 
 
-def figures(start: Run, runs: dict[tuple[str, int], Run]) -> dict[str, Any]:
-    """The figures of the finished runs: for each algorithm one entry per seed."""
-    found: dict[str, Any] = {"start": start.evaluations()[-1]["accuracy"], "runs": len(runs), "algorithms": {}}
-    for (name, seed), one in runs.items():
-        if one.is_finished:
-            found["algorithms"].setdefault(name, {})[str(seed)] = of_run(one)
-    return found
+def case_name(name: str, seed: int) -> str:
+    return f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
 
 
-def of_run(one: Run) -> dict[str, Any]:
+def settings_of(name: str) -> list[Any]:
+    """What a case of this algorithm is: cases with other settings are done again."""
+    return [STEPS, EVERY, PROMPTS, GROUP, *SETTINGS[name]]
+
+
+def figures_of(one: Run) -> dict[str, Any]:
     """Accuracy and completions drawn at each evaluation, and means over the steps."""
     steps = [line for line in one.metrics() if "reward" in line]
     drawn = [GROUP * line.get("drawn_prompts", PROMPTS) for line in steps]
@@ -109,22 +123,18 @@ def of_run(one: Run) -> dict[str, Any]:
         "equal_reward_share": mean_and_spread(line["equal_reward_share"] for line in steps)[0],
         "grad_norm": mean_and_spread(line["grad_norm"] for line in steps)[0],
         "entropy": steps[-1]["entropy"],
-        "completion_tokens": steps[-1]["completion_tokens"],
     }
 
 
-def tables(result: dict[str, Any]) -> str:
-    """The table of all algorithms, the best first, and the sentence on dynamic sampling."""
-    done = result["algorithms"]
-    rows = sorted(done, key=lambda name: -mean_and_spread(one["accuracy"][-1] for one in done[name].values())[0])
-    cells = [row(name, list(done[name].values())) for name in rows]
+def tables(done: dict[str, list[dict[str, Any]]], *, start: float, cases: int) -> str:
+    """The table of all algorithms, the best first, and that of dynamic sampling."""
+    rows = sorted(done, key=lambda name: -mean_and_spread(one["accuracy"][-1] for one in done[name])[0])
     heading = ("algorithm", "seeds", "accuracy, %", "best, %", "no choice, %", "entropy", "gradient norm")
-    finished = sum(map(len, done.values()))
     lines = [
-        f"{finished} of {result['runs']} runs; {STEPS} steps of {PROMPTS} questions x {GROUP} completions from a start "
-        f"of {100 * result['start']:.1f} %; 480 test questions; mean and sample standard deviation over the seeds.",
+        f"{sum(map(len, done.values()))} of {cases} runs; {STEPS} steps of {PROMPTS} questions x {GROUP} completions "
+        f"from a start of {100 * start:.1f} %; 480 test questions; mean and sample standard deviation over the seeds.",
         "",
-        table(heading, cells),
+        table(heading, [row(name, done[name]) for name in rows]),
     ]
     return "\n".join(lines + dynamic(done))
 
@@ -141,28 +151,23 @@ def row(name: str, seeds: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     )
 
 
-def dynamic(done: dict[str, Any]) -> list[str]:
-    """How many completions dynamic sampling needs for the accuracy that plain GRPO ends with."""
-    seeds = sorted(done.get(PLAIN, {}).keys() & done.get(DYNAMIC, {}).keys())
-    if not seeds:
+def dynamic(done: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """A table of the completions that plain GRPO and dynamic sampling have drawn, and the accuracy then."""
+    if not {PLAIN, DYNAMIC} <= done.keys():
         return []
     cells = []
     for name in (PLAIN, DYNAMIC):
         for place in range(STEPS // EVERY):
-            runs = [done[name][seed] for seed in seeds]
-            drawn = mean_and_spread(one["drawn"][place] for one in runs)[0]
-            accuracy = percent(one["accuracy"][place] for one in runs)
+            drawn = mean_and_spread(one["drawn"][place] for one in done[name])[0]
+            accuracy = percent(one["accuracy"][place] for one in done[name])
             cells.append((name, str(EVERY * (place + 1)), f"{drawn:.0f}", accuracy))
     return ["", table(("dynamic sampling", "steps", "completions drawn", "accuracy, %"), cells)]
 
 
-def plot(result: dict[str, Any], out: Path) -> None:
+def plot(done: dict[str, list[dict[str, Any]]], start: float, out: Path) -> None:
     """Accuracy over the steps, one small plot for each algorithm, above those of all others in grey."""
-    done, start = result["algorithms"], result["start"]
     steps = [EVERY * place for place in range(STEPS // EVERY + 1)]
-    curves = {
-        name: [[start, *one["accuracy"]] for one in seeds.values()] for name, seeds in done.items() if name in SETTINGS
-    }
+    curves = {name: [[start, *one["accuracy"]] for one in done[name]] for name in SETTINGS if name in done}
     columns = 5
     count = -(-len(curves) // columns)
     with figure(out, width=2.1 * columns, height=1.7 * count) as drawn:

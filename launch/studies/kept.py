@@ -1,19 +1,20 @@
-"""Runs of a study: each is done once and kept, so that a study that is started again goes on where it stopped.
+"""Runs of a study: each is done once and its figures are kept, so that a study that is started again goes on.
 
 A run is a program of launch/ in a process of its own, on one thread. When it has ended well, `finished.json` in its
-directory says with which arguments; until then the run counts as not begun.
+directory says with which arguments; until then the run counts as not begun. A case of a study is one or several runs in
+a row. The figures of a case are kept in a JSON file beside the study's page; such a case is not done again even where
+its directory is gone.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,20 +66,44 @@ class Run:
         return [line for line in self.metrics() if line.get("event") == "evaluation"]
 
 
-def do_all(runs: Sequence[Run], *, jobs: int = 1) -> Iterator[Run]:
-    """Do the runs that are not finished, in order, `jobs` at a time; yields all of them as they are finished."""
-    waiting = [run for run in runs if not run.is_finished]
-    yield from (run for run in runs if run.is_finished)
-    print(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished", flush=True)
+class Kept:
+    """The figures of finished cases by name, in a JSON file: {"settings": what the case was, "figures": ...}."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._cases: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+
+    def has(self, name: str, settings: Any) -> bool:
+        """Whether the case was done with these settings."""
+        return name in self._cases and self._cases[name]["settings"] == settings
+
+    def put(self, name: str, settings: Any, figures: dict[str, Any]) -> None:
+        """Keep the figures of a case; the file is written at once."""
+        self._cases[name] = {"settings": settings, "figures": figures}
+        write_json(self._path, dict(sorted(self._cases.items())))
+
+    def figures(self, name: str) -> dict[str, Any]:
+        return self._cases[name]["figures"]
+
+
+def do_all(cases: Mapping[str, Sequence[Run]], *, jobs: int = 1) -> Iterator[str]:
+    """Do the runs of each case that are not finished, in order, `jobs` cases at a time; yields each finished case."""
     with ThreadPoolExecutor(jobs) as pool:
-        started = {pool.submit(run.do): run for run in waiting}
+        started = {pool.submit(do, runs): name for name, runs in cases.items()}
         try:
-            for future in as_completed(started):
+            for number, future in enumerate(as_completed(started), 1):
                 future.result()
-                print(f"finished {os.path.relpath(started[future].directory)}", flush=True)
+                print(f"{started[future]}: {number} of {len(cases)} finished", flush=True)
                 yield started[future]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def do(runs: Sequence[Run]) -> None:
+    """Do the runs of a case that are not finished."""
+    for one in runs:
+        if not one.is_finished:
+            one.do()
 
 
 def mean_and_spread(values: Iterable[float]) -> tuple[float, float]:
