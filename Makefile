@@ -4,7 +4,7 @@ BIN := .venv/bin
 # A SoundFont player; a package that contains TimGM6mb.sf2, a SoundFont of 128 instruments; espeak-ng.
 SOUNDS := tinysoundfont==0.3.7 pretty_midi==0.2.11.post0 espeakng-loader==0.2.4
 
-.PHONY: demo test test-browser test-gpu mutants study-algorithms lint docs notebook clean
+.PHONY: demo test test-browser test-gpu mutants study-algorithms study-rl-or-sft lint docs notebook clean
 
 # `make demo POLICY=qwen2_5_omni` trains a small model of another family; docs/families.md lists them.
 demo: .venv/sounds
@@ -25,6 +25,12 @@ mutants: .venv/test
 # started again; finished runs are kept in runs/studies. Writes docs/algorithms.md, .svg and .json.
 study-algorithms: .venv/sounds
 	$(BIN)/python launch/studies/algorithms.py
+
+# GRPO against SFT and rejection sampling from a pretrained start: a night on two cores. It can be stopped and started again;
+# docs/rl-or-sft.json keeps the figures of what is finished.
+study-rl-or-sft: .venv/sounds
+	$(BIN)/pip install -q -e ".[gguf]"
+	$(BIN)/python launch/studies/rl_or_sft.py
 
 # Checks that need a GPU; without one it fails with a message.
 test-gpu: .venv/test

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from hark import UserError
-from hark.launch.studies import algorithms, kept
+from hark.launch.studies import algorithms, kept, rl_or_sft
 from hark.launch.studies.kept import Kept, Run, do_all, percent
 
 PROGRAM = """
@@ -88,3 +88,41 @@ def test_the_study_of_algorithms_shows_what_is_finished_the_best_first(tmp_path,
 
 def ends_by_name(ends) -> list[tuple[str, None]]:
     return [(name, None) for name, _ in ends]
+
+
+def test_training_start_and_test_of_rl_or_sft_share_no_question(tmp_path):
+    kinds = [*rl_or_sft.WORDS, *rl_or_sft.NEVER]
+    for split, count in (("train", 2400), ("test", 480)):
+        rows = [
+            {"id": f"{split}-{n}", "audio_path": f"audio/{n}.wav", "question_text": f"Which {n}?", "answer": 0,
+             "multi_choice": ["a", "b"], "category": kinds[n % len(kinds)]} for n in range(count)
+        ]  # fmt: skip
+        rl_or_sft.lines(tmp_path / f"{split}.jsonl", rows)
+    rl_or_sft.divide(tmp_path, tmp_path / "divided")
+    read = {path.stem: list(map(json.loads, path.open())) for path in (tmp_path / "divided").glob("*.jsonl")}
+    ids = {name: {row["id"].removesuffix("-words") for row in rows} for name, rows in read.items()}
+    assert not ids["start"] & ids["train-640"] and not (ids["start"] | ids["train-640"]) & ids["test"]
+    assert ids["train-80"] < ids["train-640"] and len(read["train-640"]) == 640
+    for name in ("start", "train-640"):
+        assert not {row["category"] for row in read[name]} & {*rl_or_sft.NEVER}
+    parts = {part: [row for row in read["test"] if row["dataset_name"] == part] for part in rl_or_sft.PARTS}
+    assert all(len(rows) == rl_or_sft.QUESTIONS for rows in parts.values())
+    assert {row["category"] for row in parts["other kinds"]} <= {*rl_or_sft.NEVER}
+    assert all(row["id"].startswith("train-") for row in parts["same sources"])
+    pairs = list(zip(parts["other sources"], parts["other words"], strict=True))
+    assert all(a["audio_path"] == b["audio_path"] and a["question_text"] != b["question_text"] for a, b in pairs)
+
+
+def test_the_study_of_rl_or_sft_has_a_table_for_each_cell(tmp_path):
+    page, kept_figures, cell = tmp_path / "page.md", Kept(tmp_path / "figures.json"), rl_or_sft.CELLS[0]
+    page.write_text(f"{rl_or_sft.MARKERS.begin}\n{rl_or_sft.MARKERS.end}\n")
+    cases = {"start": (cell, "start", 0), "g0": (cell, "grpo", 0), "g1": (cell, "grpo", 1)}
+    for number, (case, which) in enumerate(cases.items()):
+        shares = dict.fromkeys(rl_or_sft.PARTS, 0.2 + number / 10)
+        figures = {"accuracy": shares, "no_choice": dict.fromkeys(rl_or_sft.PARTS, 0.1), "silent": 0.25, "seconds": 60}
+        kept_figures.put(case, rl_or_sft.settings_of(*which), figures)
+    arguments = rl_or_sft.parse([f"--page={page}", f"--plot={tmp_path}/plot.svg"])
+    text = rl_or_sft.write(arguments, kept_figures, cases | {"s0": (cell, "sft-lora", 0)})
+    assert "\n\n3 of 4 cases.\n" in text and text in page.read_text()
+    assert "| grpo | 2 | 35.0 ± 7.1 |" in text and "| start | 1 | 20.0 ± 0.0 |" in text
+    assert "other kinds" in (tmp_path / "plot.svg").read_text()

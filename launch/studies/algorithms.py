@@ -58,9 +58,10 @@ def write(arguments: argparse.Namespace, kept: Kept, cases: dict[str, tuple[str,
             done.setdefault(name, []).append(kept.figures(case))
     start = kept.figures("start")["accuracy"]
     text = tables(done, start=start, cases=len(cases))
-    arguments.page.write_text(MARKERS.filled(arguments.page.read_text(), text))
     if find_spec("matplotlib") is not None:
         plot(done, start, arguments.plot)
+        text = f"![Test accuracy over the steps of every algorithm]({arguments.plot.name})\n\n{text}"
+    arguments.page.write_text(MARKERS.filled(arguments.page.read_text(), text))
     return text
 
 
