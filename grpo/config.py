@@ -121,6 +121,16 @@ class RolloutConfig:
 @dataclass(frozen=True)
 class RewardConfig:
     weights: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0, "format": 1.0})  # of each reward
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)  # keyword arguments: {REWARD: {KEY: VALUE}}
+    only_if: dict[str, str] = field(default_factory=dict)  # a reward is 0 where another is not above 0: {REWARD: OTHER}
+    schedule: dict[str, dict[int, float]] = field(  # weights that change: {REWARD: {STEP: WEIGHT}}, linear between
+        default_factory=dict
+    )
+    on_error: Literal["stop", "none"] = (
+        "stop"  # when a reward fails: end the run, or leave out what it would have given
+    )
+    timeout: Positive = 60.0  # seconds of one call of one reward on one group, in the processes of rewards
+    workers: CountOrZero = 0  # processes per rank that run rewards; 0: one for your own and those that may not end
 
 
 @dataclass(frozen=True)

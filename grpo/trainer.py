@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import pad
 
+from hark import UserError
 from hark.from_file import short_name
 from hark.grpo.advantage import deviations, equal_rewards, weighted_rewards
 from hark.grpo.config import Config
 from hark.grpo.instruments.console import PACE, Completion
-from hark.grpo.instruments.groups import best_and_worst, group_sums, shares_of_variance
+from hark.grpo.instruments.groups import best_and_worst, group_sums, reward_means, shares_of_variance
 from hark.grpo.instruments.trackers import Audio
 from hark.grpo.learner import MEANS, Key, Learner, TrainingData
 from hark.grpo.loss import TokenTerms, adapted_beta, supervised_loss
 from hark.grpo.refill import Drawn, draw_with_spread
-from hark.grpo.runtime.collectives import World, exchange_rows, reduce_sums
+from hark.grpo.reward_weights import weights_at
+from hark.grpo.runtime.collectives import World, exchange_rows, reduce_max, reduce_sums
 from hark.grpo.runtime.sharding import gathered, mix_weights, release
 from hark.grpo.sampler import sample
 from hark.grpo.scorer import score
@@ -28,7 +32,22 @@ from hark.grpo.types import PolicyBatch, Rollout
 from hark.models.lora import WithoutAdapters
 from hark.models.policy import Policy, Prompt
 
-RewardMatrix = Callable[[Sequence[Any], Sequence[str]], torch.Tensor]  # (examples, completions), B each -> (B, K)
+
+class Judged(Protocol):
+    """The rewards of completions: columns (B, K), NaN where one was not given; failed calls; sums to log."""
+
+    @property
+    def columns(self) -> torch.Tensor: ...
+
+    @property
+    def failures(self) -> Sequence[Any]: ...
+
+    @property
+    def figures(self) -> Mapping[str, float]: ...
+
+
+# (N examples, B texts, B lists of ids, B times whether it stopped, step) -> rewards
+Rewards = Callable[[Sequence[Any], Sequence[str], Sequence[Sequence[int]], Sequence[bool], int], Judged]
 # (examples of a step, count) -> for the first `count` of them the prompts of each control
 Controls = Callable[[Sequence[Any], int], Mapping[str, Sequence[Prompt]]]
 
@@ -36,7 +55,8 @@ Controls = Callable[[Sequence[Any], int], Mapping[str, Sequence[Prompt]]]
 class Trainer(Learner[PolicyBatch]):
     """Trains a policy by GRPO.
 
-    rewards: returns one column per name in `reward.weights`, in that order; called in a separate thread.
+    rewards: returns one column per name in `reward.weights`, in that order; called in a separate thread. An exception
+    on one rank ends the step on all.
     reference: the frozen policy of the KL term; None if loss.beta is 0.
     controls: the prompts whose greedy answers are recorded beside those to the questions as they are.
     target: the text of the right answer to an example, for the supervised term of loss.sft.
@@ -54,7 +74,7 @@ class Trainer(Learner[PolicyBatch]):
         policy: Policy,
         *,
         data: TrainingData,
-        rewards: RewardMatrix,
+        rewards: Rewards,
         reference: Policy | WithoutAdapters | None = None,
         controls: Controls = lambda examples, count: {},
         target: Callable[[Any], str] | None = None,
@@ -66,6 +86,7 @@ class Trainer(Learner[PolicyBatch]):
         self.cursor: int | None = None  # with rollout.refill, where the next step begins in the run's order
         self.group_size = config.rollout.group_size
         self._reward_thread = ThreadPoolExecutor(1, "rewards")
+        self._figures: Counter[str] = Counter()  # this rank's sums of the step: failed rewards, tokens of judges
         self._latest: tuple[Any, ...] = ()  # of the latest step: examples, completions, columns, rewards, advantages
 
     def step(self, step: int) -> dict[str, float]:
@@ -78,7 +99,7 @@ class Trainer(Learner[PolicyBatch]):
         self.recorder.note(rollout=rollout, positions=drawn.positions, since=drawn.since)
         self.clock.lap("rollout")
         if self.recorder.is_due:
-            self.recorder.note(answers=self.answers(examples, prompts))
+            self.recorder.note(answers=self.answers(examples, prompts, step))
             self.clock.lap("record")
 
         completions = self.policy.completion_texts(rollout.tokens, rollout.mask)
@@ -87,7 +108,7 @@ class Trainer(Learner[PolicyBatch]):
         pending = None
         if drawn.columns is None:
             pending = self._reward_thread.submit(
-                self.judge, examples, rollout, completions
+                self.judge, examples, rollout, completions, step
             )  # runs during the reference pass
         self.clock.lap("reward")
 
@@ -95,11 +116,12 @@ class Trainer(Learner[PolicyBatch]):
         old_logprobs = self.scored_again(rollout)
         self.clock.lap("reference")
 
-        columns = drawn.columns if pending is None else pending.result().to(self.world.device)  # (B, K)
+        columns = drawn.columns if pending is None else self.agreed(pending.result)  # (B, K)
         assert columns is not None
-        rewards = weighted_rewards(columns, list(self.config.reward.weights.values()))
+        weights = self.reward_weights(step)
+        rewards = weighted_rewards(columns, weights)
         penalties = self.objective.penalties(old_logprobs, ref_logprobs, rollout.mask, self.beta)
-        advantages = self.advantages(columns, rollout.mask, penalties)
+        advantages = self.advantages(columns, weights, rollout.mask, penalties)
         self._latest = repeated, completions, columns, rewards, advantages
         self.recorder.note(reward_names=list(self.config.reward.weights), columns=columns, rewards=rewards)
         self.clock.lap("reward")
@@ -110,7 +132,9 @@ class Trainer(Learner[PolicyBatch]):
         # The gap is that of the first update, which scores with the weights that sampled; later ones do not.
         sums = updates[-1] | {"sampler_gap": updates[0]["sampler_gap"]}
         sums |= {"seconds/waiting": waited / max(self.world.size - 1, 1)}  # the slowest rank has not waited
-        metrics = self.report(sums, columns, rewards, rollout, batch, completions) | {"tokens": totals["tokens"]}
+        metrics = self.report(sums, columns, weights, rewards, rollout, batch, completions) | {
+            "tokens": totals["tokens"]
+        }
         self.move_reference(step)
         self.cursor = drawn.cursor
         return metrics | drawn.figures | self.adapt_beta(metrics)
@@ -124,9 +148,29 @@ class Trainer(Learner[PolicyBatch]):
         self.clock.lap("rollout")
         return Drawn(examples, prompts, keys, rollout)
 
-    def judge(self, examples: Sequence[Any], rollout: Rollout, texts: Sequence[str]) -> torch.Tensor:
-        """The reward columns (B, K) of the completions of N examples."""
-        return self.rewards(self.repeated(examples), texts)
+    def judge(self, examples: Sequence[Any], rollout: Rollout, texts: Sequence[str], step: int) -> Judged:
+        """The rewards of the completions of N examples."""
+        rows = zip(rollout.tokens.tolist(), rollout.mask.sum(dim=1).tolist(), strict=True)
+        return self.rewards(examples, texts, [ids[:length] for ids, length in rows], rollout.stopped.tolist(), step)
+
+    def agreed(self, judge: Callable[[], Judged]) -> torch.Tensor:
+        """The columns (B, K) that `judge` returns. What it raises on one rank is raised on all: none waits for another.
+
+        Raises the exception itself where it occurred, and a UserError with its message on the other ranks.
+        """
+        failure = None
+        try:
+            judged = judge()
+        except Exception as error:
+            failure = error
+        if reduce_max(failure is not None, self.world):
+            found = exchange_rows([] if failure is None else [f"rank {self.world.rank}: {failure}"], self.world)
+            raise failure or UserError("; ".join(found))
+        self._figures.update({"reward_failures": len(judged.failures)} | dict(judged.figures))
+        return judged.columns.to(self.world.device)
+
+    def reward_weights(self, step: int) -> list[float]:
+        return weights_at(self.config.reward.weights, self.config.reward.schedule, step)
 
     def repeated(self, examples: Sequence[Any]) -> list[Any]:
         """The example of each completion (B) of N examples."""
@@ -138,12 +182,12 @@ class Trainer(Learner[PolicyBatch]):
         def draw(candidates: Sequence[tuple[Any, Prompt, Key]]) -> tuple[Rollout, torch.Tensor]:
             one = self.drawn(candidates)
             texts = self.policy.completion_texts(one.rollout.tokens, one.rollout.mask)
-            columns = self._reward_thread.submit(self.judge, one.examples, one.rollout, texts).result()
+            columns = self.agreed(self._reward_thread.submit(self.judge, one.examples, one.rollout, texts, step).result)
             self.clock.lap("reward")
-            return one.rollout, columns.to(self.world.device)
+            return one.rollout, columns
 
         def spread(columns: torch.Tensor) -> list[bool]:
-            rewards = weighted_rewards(columns, list(self.config.reward.weights.values()))
+            rewards = weighted_rewards(columns, self.reward_weights(step))
             return (~equal_rewards(rewards, group_size=self.group_size)).tolist()
 
         prompts = self.config.optim.prompts_per_step
@@ -163,7 +207,7 @@ class Trainer(Learner[PolicyBatch]):
                 temperature=rollout.temperature, batch=rollout.batch, graphs=rollout.cuda_graphs, stop=stop,
             )  # fmt: skip
 
-    def answers(self, examples: Sequence[Any], prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+    def answers(self, examples: Sequence[Any], prompts: Sequence[Prompt], step: int) -> list[dict[str, Any]]:
         """Greedy answers to the first `record.answers` questions: {"greedy": ..., "silent": ...} for each of them."""
         first = examples[: self.config.record.answers]
         asked = {"greedy": prompts[: len(first)], **self.controls(examples, len(first))}
@@ -175,7 +219,8 @@ class Trainer(Learner[PolicyBatch]):
                 self.policy, flat, group_size=1, max_new_tokens=self.config.rollout.max_new_tokens, temperature=0
             )
         texts = self.policy.completion_texts(rollout.tokens, rollout.mask)
-        rewards = self.rewards([*first] * len(asked), texts).tolist()
+        columns = self.agreed(lambda: self.judge([*first] * len(asked), rollout, texts, step))
+        rewards = [[None if math.isnan(value) else value for value in row] for row in columns.tolist()]
         rows = [{"text": text, "rewards": row} for text, row in zip(texts, rewards, strict=True)]
         return [dict(zip(asked, rows[n :: len(first)], strict=True)) for n in range(len(first))]
 
@@ -203,13 +248,15 @@ class Trainer(Learner[PolicyBatch]):
             release(policy)
         return logprobs
 
-    def advantages(self, columns: torch.Tensor, mask: torch.Tensor, penalties: torch.Tensor | None) -> torch.Tensor:
+    def advantages(
+        self, columns: torch.Tensor, weights: Sequence[float], mask: torch.Tensor, penalties: torch.Tensor | None
+    ) -> torch.Tensor:
         """Advantages (B,) or (B, T) of this rank's completions, among those of all ranks."""
         own = [columns, mask] if penalties is None else [columns, mask, penalties]
         parts = exchange_rows([[tensor.cpu() for tensor in own]], self.world)
         every = [_joined(tensors) for tensors in zip(*parts, strict=True)]
         advantages = self.objective.advantages(
-            every[0], list(self.config.reward.weights.values()), every[1], None if penalties is None else every[2],
+            every[0], weights, every[1], None if penalties is None else every[2],
             group_size=self.group_size,
         )  # fmt: skip
         first = self.world.rank * len(mask)
@@ -312,6 +359,7 @@ class Trainer(Learner[PolicyBatch]):
         self,
         sums: dict[str, float],
         columns: torch.Tensor,
+        weights: Sequence[float],
         rewards: torch.Tensor,
         rollout: Rollout,
         batch: PolicyBatch,
@@ -333,9 +381,11 @@ class Trainer(Learner[PolicyBatch]):
             "completion_tokens": rollout.mask.sum() / completions,
         }
         for name, column in zip(self.config.reward.weights, columns.T, strict=True):
-            own[f"reward/{short_name(name)}"] = column.sum() / completions
-        own |= group_sums(columns, texts, weights=self.config.reward.weights, group_size=self.group_size, groups=groups)
-        means = shares_of_variance(reduce_sums(sums | own, self.world))
+            own |= {f"reward/{short_name(name)}": column.nansum(), f"given/{short_name(name)}": (~column.isnan()).sum()}
+        shown = dict(zip(self.config.reward.weights, weights, strict=True))
+        own |= group_sums(columns, texts, weights=shown, group_size=self.group_size, groups=groups)
+        means = reward_means(shares_of_variance(reduce_sums(sums | own | self._figures, self.world)))
+        self._figures.clear()
         scored = means.pop("scored")  # the total weight of the scored tokens; 1 if no group was skipped
         of_scored = {name: means.pop(name) for name in MEANS.values() if name in means}
         return means | ({name: value / scored for name, value in of_scored.items()} if scored else {})

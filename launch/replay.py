@@ -20,10 +20,12 @@ from pathlib import Path
 import torch
 
 from hark.data.described import example_of
+from hark.data.rewards.judging import Judge
 from hark.grpo.config import Config, ConfigError
 from hark.grpo.instruments.record import RecordError, StepRecord, read_step, recorded_steps
 from hark.grpo.instruments.replay import ORDER, RECOMPUTED, Difference, differences, first_difference, recomputed
 from hark.grpo.objective import Objective
+from hark.grpo.reward_weights import weights_at
 from hark.grpo.runtime.collectives import joined_world
 from hark.launch.common.entry import run
 from hark.launch.common.questions import rewards_of
@@ -76,17 +78,19 @@ def steps_of(arguments: argparse.Namespace) -> list[int]:
 
 
 def alone(directory: Path, steps: Sequence[int], config: Config) -> Iterator[tuple[StepRecord, list[Difference]]]:
-    for step in steps:
-        record = read_step(directory, step)
-        yield record, differences(record, again(record, config), among=RECOMPUTED)
+    with rewards_of(config) as rewards:
+        for step in steps:
+            record = read_step(directory, step)
+            yield record, differences(record, again(record, config, rewards), among=RECOMPUTED)
 
 
-def again(record: StepRecord, config: Config) -> StepRecord:
+def again(record: StepRecord, config: Config, rewards: Judge) -> StepRecord:
     """The record with its rewards, advantages, weights and loss computed again, by the settings of a configuration."""
     if "rewards" not in record.tensors or "logprobs" not in record.tensors:
         raise RecordError(f"step {record.step} has no rewards and logprobs: it is not of GRPO, or an error ended it")
     return recomputed(
-        record, columns=reward_columns(record, config), reward_weights=list(config.reward.weights.values()),
+        record, columns=reward_columns(record, rewards),
+        reward_weights=weights_at(config.reward.weights, config.reward.schedule, record.step - 1),
         objective=Objective(config.loss, max_new_tokens=config.rollout.max_new_tokens), beta=beta_of(record, config),
     )  # fmt: skip
 
@@ -96,10 +100,13 @@ def beta_of(record: StepRecord, config: Config) -> float:
     return config.loss.beta if config.loss.kl_target is None else record.values["beta"]
 
 
-def reward_columns(record: StepRecord, config: Config) -> torch.Tensor:
-    size = record.values["group_size"]
-    examples = [example for prompt in record.values["prompts"] for example in [example_of(prompt)] * size]
-    return rewards_of(config)(examples, [completion["text"] for completion in record.values["completions"]])
+def reward_columns(record: StepRecord, rewards: Judge) -> torch.Tensor:
+    """The rewards (B, K) of a recorded step, computed again."""
+    examples = [example_of(prompt) for prompt in record.values["prompts"]]
+    texts = [completion["text"] for completion in record.values["completions"]]
+    rows = zip(record.tensors["tokens"].tolist(), record.tensors["mask"].sum(dim=1).tolist(), strict=True)
+    ids, stopped = [row[:length] for row, length in rows], record.tensors["stopped"].tolist()
+    return rewards(examples, texts, ids, stopped, record.step - 1).columns
 
 
 def rerun_steps(directory: Path, steps: Sequence[int]) -> bool:
@@ -214,7 +221,10 @@ def checked(overrides: Sequence[str]) -> list[str]:
 
 def side_by_side(record: StepRecord, before: Config, after: Config, words: Sequence[str]) -> str:
     """The terms of a step as they were and as they would have been."""
-    columns = [terms(again(record, config), config) for config in (before, after)]
+    columns = []
+    for config in (before, after):
+        with rewards_of(config) as rewards:
+            columns.append(terms(again(record, config, rewards), config))
     lines = [f"step {record.step}{'':23}{'recorded':>14}  {' '.join(words)}"]
     lines += [f"{name:30}{columns[0][name]:14.6g}{columns[1][name]:14.6g}" for name in columns[0]]
     return "\n".join(lines)

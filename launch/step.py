@@ -23,6 +23,7 @@ from hark.grpo.advantage import EPSILON
 from hark.grpo.config import ConfigError
 from hark.grpo.instruments.console import excerpt
 from hark.grpo.instruments.record import RecordError, StepRecord, read_step
+from hark.grpo.reward_weights import weights_at
 from hark.launch.common.entry import run
 
 WIDTH = 60  # characters of a text in a table
@@ -124,7 +125,16 @@ def arithmetic(record: StepRecord, row: int) -> Iterator[str]:
 def _advantage(record: StepRecord, row: int) -> Iterator[str]:
     config, tensors, size = record.values["config"], record.tensors, record.values["group_size"]
     weights, columns = config["reward"]["weights"], tensors["rewards"][row].tolist()
-    parts = [f"{weights[name]:g} * {value:g} ({name})" for name, value in zip(weights, columns, strict=True)]
+    schedule = {  # JSON has text for the steps
+        name: {int(step): weight for step, weight in points.items()}
+        for name, points in config["reward"].get("schedule", {}).items()
+    }
+    now = weights_at(weights, schedule, record.step - 1)
+    parts = [
+        f"{weight:g} * {value:g} ({name})"
+        for name, weight, value in zip(weights, now, columns, strict=True)
+        if not math.isnan(value)
+    ]
     rewards = tensors["reward"].unflatten(0, (-1, size))[row // size]
     reward, mean, deviation = float(tensors["reward"][row]), float(rewards.mean()), float(rewards.std())
     yield f"  reward    = {' + '.join(parts)} = {reward:g}"

@@ -9,11 +9,14 @@ divides a gradient by its own size, turns that rounding into steps.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
+from hark.data.rewards import Judged
+from hark.data.rewards.judging import Judge
 from hark.grpo import loop
 from hark.grpo.config import Config
 from hark.grpo.learner import Learner
@@ -34,11 +37,23 @@ def length_reward(examples, completions) -> torch.Tensor:
     return torch.tensor([[len(text) % 7 / 7, float("a" in text)] for text in completions])
 
 
+def judging(columns: Callable[[Sequence, Sequence[str]], torch.Tensor]) -> Callable[..., Judged]:
+    """The rewards that a function gives of the example of each completion and of its text."""
+
+    def rewards(examples, texts, ids, stopped, step) -> Judged:
+        size = len(texts) // len(examples)
+        return Judged(columns([example for example in examples for _ in range(size)], texts))
+
+    return rewards
+
+
 def build(world: World, config: Config, kind: type[Learner] = Trainer, **more) -> Learner:
     policy = make_policy(config, world)
     loader = training_loader(config, world, policy, training_examples(config, world, policy)[0])
     if kind is Trainer:
         more = {"rewards": length_reward, "reference": make_reference(config, world, policy)} | more
+        if not isinstance(more["rewards"], Judge):
+            more["rewards"] = judging(more["rewards"])
     return kind(config, world, policy, data=loader, **more)
 
 

@@ -9,8 +9,9 @@ import pytest
 from hark import UserError
 from hark.data.examples import Example
 from hark.data.prompts import find_template, render, target
-from hark.data.rewards import check_rewards, find_reward, reward_matrix
+from hark.data.rewards import check_rewards, find_reward
 from hark.from_file import from_file, short_name
+from tests.judged import columns_of
 
 EXAMPLE = Example(id="a", clips=(), question="Which?", choices=("dog", "car"), answer=1)
 OWN = """
@@ -24,8 +25,12 @@ with Path("runs").open("a") as file:
 short = Template("{question} {choices}", "<say>{answer}</say>", ("say",))
 
 
-def brief(example, completion, template):
-    return len(completion) < 5
+def brief(group):
+    return [len(text) < 5 for text in group.texts]
+
+
+def old(example, completion, template):
+    return 1.0
 
 
 class Brief:
@@ -43,7 +48,7 @@ def own(tmp_path, monkeypatch):
 
 
 def test_a_reward_of_a_file_stands_beside_those_of_the_package():
-    rewards = reward_matrix([EXAMPLE] * 2, ["car", "a long dog"], ["accuracy", "mine.py:brief"], "plain")
+    rewards = columns_of([EXAMPLE], ["car", "a long dog"], ["accuracy", "mine.py:brief"], "plain")
     assert rewards.tolist() == [[1, 1], [0, 0]]
 
 
@@ -51,7 +56,7 @@ def test_a_template_of_a_file_gives_prompt_target_and_the_tags_of_the_format_rew
     assert render(EXAMPLE, "mine.py:short") == "Which? ['dog', 'car']"
     assert target(EXAMPLE, "mine.py:short") == "<say>car</say>"
     completions = ["<say>car</say>", "<answer>car</answer>"]
-    assert reward_matrix([EXAMPLE] * 2, completions, ["format"], "mine.py:short").tolist() == [[1], [0]]
+    assert columns_of([EXAMPLE], completions, ["format"], "mine.py:short").tolist() == [[1], [0]]
 
 
 def test_a_file_is_run_once_for_all_of_its_names_paths_and_threads(tmp_path):
@@ -68,6 +73,10 @@ def test_a_file_is_run_once_for_all_of_its_names_paths_and_threads(tmp_path):
         ("mine.py:breif", "mine.py: has no 'breif'; did you mean 'brief'"),
         ("mine.py:five", "is of type int; expected a function"),
         ("mine.py:Brief", "is a class; expected a function"),
+        (
+            "mine.py:old",
+            r"has the signature .example, completion, template.; expected a function .group. -> one number",
+        ),
         ("raises.py:brief", "raises.py:2: ZeroDivisionError: division by zero"),
         ("syntax.py:brief", "syntax.py:3: SyntaxError"),
     ],

@@ -201,6 +201,7 @@ def test_every_figure_of_a_step_is_the_one_worked_out_by_hand(beta, settings, tm
     expected = {
         "step": 1,
         "reward": fmean(hand.rewards),
+        "reward_failures": 0,
         "reward/accuracy": fmean(accuracy for accuracy, _ in REWARDS),
         "reward/format": fmean(form for _, form in REWARDS),
         "reward_std": fmean(map(stdev, hand.groups)),

@@ -14,11 +14,13 @@ from hark.data.chat import Turn
 from hark.data.errors import DataError
 from hark.data.examples import load_examples
 from hark.data.order import hold_out, shuffle_choices
-from hark.data.prompts import TEMPLATES, Template, render, target, texts_of
-from hark.data.rewards import RewardError, accuracy, reward_matrix
+from hark.data.prompts import Template, render, target, texts_of
+from hark.data.rewards import RewardError
+from hark.data.rewards.choice import accuracy
 from hark.grpo.config import ConfigError
 from hark.launch import evaluate, sft, train
 from tests.clips import write_questions
+from tests.judged import columns_of, group_of
 
 ROW = {"id": 1, "audio_path": "a.wav", "question_text": "How many?", "answer": "two"}
 
@@ -109,10 +111,10 @@ def test_every_other_key_is_kept_for_rewards_and_changes_no_question(tmp_path):
 
 def test_a_reward_of_ones_own_reads_other_keys_where_the_answer_is_null(tmp_path):
     (tmp_path / "mine.py").write_text(
-        "def far(example, completion, template):\n    return float(completion == example.extra['said'])\n"
+        "def far(group):\n    return [float(text == group.example.extra['said']) for text in group.texts]\n"
     )
     example = one(tmp_path, answer=None, said="hello")
-    rewards = reward_matrix([example] * 2, ["hello", "bye"], [f"{tmp_path}/mine.py:far", "format"], "plain")
+    rewards = columns_of([example], ["hello", "bye"], [f"{tmp_path}/mine.py:far", "format"], "plain")
     assert rewards.tolist() == [[1, 1], [0, 1]]
 
 
@@ -190,7 +192,7 @@ def test_questions_that_share_a_clip_directly_or_by_others_are_held_out_together
 )  # fmt: skip
 def test_an_open_answer_is_right_if_it_equals_an_accepted_text_after_normalisation(tmp_path, completion, right):
     example = one(tmp_path, answer=["two", "2"])
-    assert accuracy(example, completion, TEMPLATES["answer"]) == right
+    assert accuracy(group_of(example, completion)) == [right]
     for name, benchmark in BENCHMARKS.items():
         assert graded(example, completion, benchmark) is bool(right), name
 
@@ -198,7 +200,7 @@ def test_an_open_answer_is_right_if_it_equals_an_accepted_text_after_normalisati
 def test_accuracy_refuses_a_question_without_an_answer(tmp_path):
     example = one(tmp_path, answer=None)
     with pytest.raises(RewardError, match='"answer" is null, and accuracy needs one; set reward.weights.accuracy to 0'):
-        reward_matrix([example], ["x"], ["accuracy"], "plain")
+        columns_of([example], ["x"], ["accuracy"], "plain")
     assert graded(example, "x", BENCHMARKS["strict"]) is None
     assert blank_row(example)["correct"] is None and blank_row(one(tmp_path))["correct"] is False
 

@@ -74,7 +74,7 @@ def test_a_written_row_is_read_as_the_same_example(tmp_path, monkeypatch, clips)
 def words(tmp_path, qwen2_audio_dir):
     """A measurement by a reward of one's own, since a random model is never right."""
     (tmp_path / "mine.py").write_text(
-        "def some(example, completion, template):\n    return float(len(completion) % 3 == 0)\n"
+        "def some(group):\n    return [float(len(text) % 3 == 0) for text in group.texts]\n"
     )
     data = write_questions(tmp_path / "data", 7)
     (tmp_path / "c.yaml").write_text(

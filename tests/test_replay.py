@@ -24,9 +24,9 @@ from hark.models.loading import load_policy
 from tests.ranks import as_torchrun, on_ranks
 from tests.runs import build
 
-REWARD = '''def length(example, completion, template):
+REWARD = '''def length(group):
     """Something that differs between the completions of a random model."""
-    return len(completion) % 7 / 7
+    return [len(text) % 7 / 7 for text in group.texts]
 '''
 
 

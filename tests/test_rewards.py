@@ -1,29 +1,30 @@
-"""data/rewards.py: rewards are what they say, one column each, and a broken one is never swallowed."""
+"""data/rewards: rewards are what they say, one column each, and a broken one is never swallowed."""
 
 import pytest
 import torch
 
 from hark.data.examples import Example
 from hark.data.prompts import TEMPLATES, target
-from hark.data.rewards import REWARDS, RewardError, reward_matrix
+from hark.data.rewards import REWARDS, RewardError
+from tests.judged import columns_of
 
 EXAMPLE = Example("7", (), "Which?", ("Car", "Dog"), 0)
 
 
 def well_formed(completion, template):
-    return reward_matrix([EXAMPLE], [completion], ["format"], template).item()
+    return columns_of([EXAMPLE], [completion], ["format"], template).item()
 
 
 def test_the_matrix_has_one_row_per_completion_and_one_column_per_name_in_order():
     other = Example("8", (), "Which?", ("Car", "Dog"), 1)
-    completions = ["<answer>car</answer>", "car", "<answer>car</answer>"]
-    rewards = reward_matrix([EXAMPLE, EXAMPLE, other], completions, ["format", "accuracy"], "answer")
+    completions = ["<answer>car</answer>", "car", "<answer>car</answer>", "dog"]
+    rewards = columns_of([EXAMPLE, other], completions, ["format", "accuracy"], "answer")
     assert rewards.dtype == torch.float32
-    assert rewards.tolist() == [[1, 1], [0, 1], [1, 0]]
+    assert rewards.tolist() == [[1, 1], [0, 1], [1, 0], [0, 1]]
 
 
 def test_no_completions_give_an_empty_matrix_with_its_columns():
-    assert reward_matrix([], [], ["format", "accuracy"], "answer").shape == (0, 2)
+    assert columns_of([], [], ["format", "accuracy"], "answer").shape == (0, 2)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_the_plain_format_is_text_without_tags():
 
 @pytest.mark.parametrize("template", ["plain", "answer"])
 def test_what_sft_trains_on_earns_every_reward(template):
-    rewards = reward_matrix([EXAMPLE], [target(EXAMPLE, template)], list(REWARDS), template)
+    rewards = columns_of([EXAMPLE], [target(EXAMPLE, template)], ["accuracy", "format", "mmau"], template)
     assert (rewards == 1).all()
 
 
@@ -71,29 +72,28 @@ def test_a_long_completion_does_not_make_the_format_slow():
 
 
 def test_a_users_reward_is_one_line(monkeypatch):
-    monkeypatch.setitem(REWARDS, "brief", lambda example, completion, template: len(completion) < 5)
-    assert reward_matrix([EXAMPLE] * 2, ["Car", "A longer one"], ["brief"], "plain").tolist() == [[1], [0]]
+    monkeypatch.setitem(REWARDS, "brief", lambda group: [len(text) < 5 for text in group.texts])
+    assert columns_of([EXAMPLE], ["Car", "A longer one"], ["brief"], "plain").tolist() == [[1], [0]]
 
 
-@pytest.mark.parametrize("result", [float("nan"), float("inf"), None, "high"])
+@pytest.mark.parametrize("result", [[float("nan")], [float("inf")], None, ["high"], [], [1, 1]])
 def test_a_reward_that_is_no_finite_number_names_itself_the_example_and_the_completion(monkeypatch, result):
-    monkeypatch.setitem(REWARDS, "odd", lambda example, completion, template: result)
+    monkeypatch.setitem(REWARDS, "odd", lambda group: result)
     with pytest.raises(RewardError, match="reward 'odd' of example '7' for the completion 'Car'"):
-        reward_matrix([EXAMPLE], ["Car"], ["accuracy", "odd"], "plain")
+        columns_of([EXAMPLE], ["Car"], ["accuracy", "odd"], "plain")
 
 
 def test_a_reward_that_throws_is_an_error_with_its_cause(monkeypatch):
-    monkeypatch.setitem(REWARDS, "odd", lambda example, completion, template: 1 / 0)
-    with pytest.raises(RewardError, match="reward 'odd' of example '7' .*ZeroDivisionError") as error:
-        reward_matrix([EXAMPLE], ["Car"], ["odd"], "plain")
-    assert isinstance(error.value.__cause__, ZeroDivisionError)
+    monkeypatch.setitem(REWARDS, "odd", lambda group: 1 / 0)
+    with pytest.raises(RewardError, match="reward 'odd' of example '7' .*ZeroDivisionError"):
+        columns_of([EXAMPLE], ["Car"], ["odd"], "plain")
 
 
 def test_unknown_names_and_unequal_lengths_are_refused():
     with pytest.raises(ValueError, match="unknown reward 'acuracy'; did you mean 'accuracy'"):
-        reward_matrix([EXAMPLE], ["Car"], ["acuracy"], "plain")
+        columns_of([EXAMPLE], ["Car"], ["acuracy"], "plain")
     with pytest.raises(ValueError, match="unknown template"):
-        reward_matrix([EXAMPLE], ["Car"], ["accuracy"], "plane")
-    with pytest.raises(ValueError, match="1 examples for 2 completions"):
-        reward_matrix([EXAMPLE], ["Car", "Dog"], ["accuracy"], "plain")
-    assert set(TEMPLATES) == {"plain", "answer", "think", "open"}
+        columns_of([EXAMPLE], ["Car"], ["accuracy"], "plane")
+    with pytest.raises(ValueError, match="3 texts, 3 ids and 3 stopped for 2 examples"):
+        columns_of([EXAMPLE] * 2, ["Car", "Dog", "Car"], ["accuracy"], "plain")
+    assert set(TEMPLATES) >= {"plain", "answer", "think", "open"}

@@ -41,7 +41,7 @@ def test_a_link_to_source_leads_to_the_page_of_its_docstrings(site):
     assert 'href="source/grpo/loss.py.html"' in (site / "index.html").read_text()
     assert (site / "source" / "launch" / "configs.html").exists() or (site / "source" / "launch").is_dir()
     listed = (site / "reference.html").read_text()
-    assert listed.count("source/grpo/") >= 20 and "source/data/rewards.py.html" in listed
+    assert listed.count("source/grpo/") >= 20 and "source/data/rewards/judging.py.html" in listed
 
 
 def test_nothing_is_loaded_from_another_server(site):

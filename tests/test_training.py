@@ -268,7 +268,8 @@ def test_completions_are_drawn_with_the_keys_of_the_data(settings, tmp_path, mon
 
 def test_the_rewards_of_the_configuration_reach_the_advantages(settings, tmp_path):
     config = load_config([*settings, f"run.directory={tmp_path}/run"])
-    columns = rewards_of(config)([load_examples(config.data.train)[0][0]] * 2, ["<answer>rain</answer>", "rain"])
+    texts, examples = ["<answer>rain</answer>", "rain"], load_examples(config.data.train)[0][:1]
+    columns = rewards_of(config)(examples, texts, [[1], [1]], [True, True], 0).columns
     assert columns.tolist() == [[1.0, 1.0], [1.0, 0.0]]
 
 

@@ -12,6 +12,7 @@ from hark.grpo.advantage import deviations, equal_rewards
 from hark.grpo.instruments.console import Completion
 
 SHOWN = 3  # groups of which completions are shown
+GIVEN = "given/"  # the prefix of the number of values of a reward that were given
 VARIANCE = "variance_share/"  # the prefix of metrics that are shares of their sum over all rewards
 
 
@@ -39,6 +40,14 @@ def shares_of_variance(means: dict[str, float]) -> dict[str, float]:
     return others | ({name: value / total for name, value in variances.items()} if total else {})
 
 
+def reward_means(sums: dict[str, float]) -> dict[str, float]:
+    """The metrics with each `reward/NAME` divided by `given/NAME`, its number of values; without those of no value."""
+    counts = {name.removeprefix(GIVEN): value for name, value in sums.items() if name.startswith(GIVEN)}
+    means = {f"reward/{name}": sums[f"reward/{name}"] / count for name, count in counts.items() if count}
+    removed = {f"{prefix}{name}" for name in counts for prefix in ("reward/", GIVEN)}
+    return {name: value for name, value in sums.items() if name not in removed} | means
+
+
 def best_and_worst(
     examples: Sequence[Any],
     texts: Sequence[str],
@@ -55,7 +64,8 @@ def best_and_worst(
     """
     groups = rewards.unflatten(0, (-1, group_size))  # (N, G)
     shown = range(0, len(groups), max(len(groups) // SHOWN, 1))[:SHOWN]
-    rows = [n * group_size + int(pick(groups[n])) for n in shown for pick in (torch.argmax, torch.argmin)]
+    high, low = groups.nan_to_num(nan=-torch.inf).argmax(dim=1), groups.nan_to_num(nan=torch.inf).argmin(dim=1)
+    rows = [n * group_size + int(place[n]) for n in shown for place in (high, low)]
     shorts = list(map(short_name, names))
     return [
         Completion(

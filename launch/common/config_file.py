@@ -309,7 +309,7 @@ def convert(value: Any, hint: Any) -> Any:
     if origin is list:
         return _list(value, args[0])
     if origin is dict:
-        return _mapping(value, args[1])
+        return _nested(value, args[1]) if get_origin(args[1]) is dict else _mapping(value, args[1])
     return {bool: _bool, int: _int, float: _float, str: _str}[hint](value)
 
 
@@ -375,3 +375,20 @@ def _mapping(value: Any, item: Any) -> dict:
     elif not isinstance(value, dict) or not value or not all(isinstance(key, str) for key in value):
         raise ConfigError("a mapping of at least one name to a number")
     return {key: convert(element, item) for key, element in value.items()}
+
+
+def _nested(value: Any, item: Any) -> dict:
+    """A mapping of names to mappings: of steps to numbers, or of names to anything."""
+    of_steps = get_args(item)[0] is int
+    words = "a mapping of names to " + ("mappings of steps to weights" if of_steps else "mappings of keys to values")
+    kind = int if of_steps else str
+    if not isinstance(value, dict) or not all(isinstance(k, str) and isinstance(v, dict) for k, v in value.items()):
+        raise ConfigError(words)
+    keys = [key for inner in value.values() for key in inner]
+    if not all(type(key) is kind for key in keys) or of_steps and min(keys, default=0) < 0:
+        raise ConfigError(words)
+    if of_steps:
+        if not all(value.values()):
+            raise ConfigError(words)
+        return {name: {step: _float(inner[step]) for step in sorted(inner)} for name, inner in value.items()}
+    return {name: dict(inner) for name, inner in value.items()}

@@ -12,6 +12,7 @@ from hark.data.loader import evaluation_batches
 from hark.data.order import digest, shuffle_choices
 from hark.grpo.advantage import weighted_rewards
 from hark.grpo.config import Config
+from hark.grpo.reward_weights import weights_at
 from hark.grpo.runtime.collectives import World, gather_rows
 from hark.grpo.runtime.sharding import gathered
 from hark.grpo.sampler import sample
@@ -76,9 +77,11 @@ def draw(config: Config, policy: Policy, pairs: Sequence[tuple[Example, Prompt]]
         temperature=rollout.temperature, batch=rollout.batch, graphs=rollout.cuda_graphs,
     )  # fmt: skip
     texts = policy.completion_texts(drawn.tokens, drawn.mask)
-    columns = rewards_of(config)([example for example in examples for _ in range(size)], texts)
+    tokens = zip(drawn.tokens.tolist(), drawn.mask.sum(dim=1).tolist(), strict=True)
+    with rewards_of(config) as judge:
+        columns = judge(examples, texts, [ids[:count] for ids, count in tokens], drawn.stopped.tolist(), 0).columns
     right = columns[:, list(config.reward.weights).index(reward)] >= RIGHT
-    rewards = weighted_rewards(columns, list(config.reward.weights.values()))
+    rewards = weighted_rewards(columns, weights_at(config.reward.weights, config.reward.schedule, 0))
     return [
         Drawn(example.id, right[rows].tolist(), texts[rows], drawn.stopped[rows].tolist(), rewards[rows].tolist())
         for n, example in enumerate(examples)

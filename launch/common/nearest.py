@@ -31,7 +31,7 @@ OTHER_NAMES = {
     "data.workers": "num_workers dataloader_num_workers preprocessing_num_workers",
     "rollout.group_size": "num_generations num_samples num_completions n g samples_per_prompt num_return_sequences",
     "rollout.max_new_tokens": "max_tokens max_length max_completion_length max_response_length max_output_tokens",
-    "reward.weights": "rewards reward_funcs reward_functions reward_weight",
+    "reward.weights": "rewards reward_funcs reward_functions reward_weight accuracy format",
     "loss.kind": "algorithm algo adv_estimator loss_fn",
     "loss.advantage": "scale_rewards normalize_advantages whiten_rewards",
     "loss.ratio": "importance_sampling_level",

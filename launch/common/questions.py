@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import torch
 
 from hark.data.audio import load_waveform
 from hark.data.benchmarks.report import accuracies, answer_shares, row_of
@@ -22,7 +20,7 @@ from hark.data.examples import BadExample, Example, is_right, joined, load_quest
 from hark.data.loader import BadLog, Loader, evaluation_batches
 from hark.data.order import Curriculum, hold_out, order_of
 from hark.data.prompts import render, right_answer
-from hark.data.rewards import reward_matrix
+from hark.data.rewards.judging import Judge
 from hark.grpo.config import Config, ConfigError, Files
 from hark.grpo.evaluate import evaluate
 from hark.grpo.runtime.collectives import World, exchange_rows
@@ -321,9 +319,14 @@ def silenced(load: Callable[[Clip], np.ndarray]) -> Callable[[Clip], np.ndarray]
     return lambda clip: np.zeros_like(load(clip))
 
 
-def rewards_of(config: Config) -> Callable[[Sequence[Example], Sequence[str]], torch.Tensor]:
-    """A function from examples and completions to their reward columns (B, K)."""
-    return partial(reward_matrix, names=tuple(config.reward.weights), template=config.data.template)
+def rewards_of(config: Config) -> Judge:
+    """The rewards of a configuration, as the trainer calls them."""
+    reward = config.reward
+    return Judge(
+        list(reward.weights), config.data.template, options=reward.options, only_if=reward.only_if,
+        on_error=reward.on_error, timeout=reward.timeout, workers=reward.workers,
+        max_new_tokens=config.rollout.max_new_tokens,
+    )  # fmt: skip
 
 
 def controls_of(config: Config, policy: Policy) -> Callable[[Sequence[Example], int], dict[str, list[Prompt]]]:

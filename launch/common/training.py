@@ -67,7 +67,7 @@ def train(config: Config, make_trainer: Callable[..., Learner], *, judged: bool,
 def announce(config: Config, world: World) -> None:
     """Check the names of template, rewards and loss, then print what the configuration changes of the defaults."""
     find_template(config.data.template)
-    check_rewards(config.reward.weights)
+    check_rewards(config.reward.weights, config.reward.options, config.reward.only_if, config.reward.schedule)
     find_advantage(config.loss.advantage)
     find_own_loss(config.loss.kind)
     if world.is_main:
