@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
 from hark.data.examples import Example
-from hark.data.prompts import Template
+from hark.data.rewards import Group
 from hark.models.codec import Codec, load_codec
 
 CODEC = "runs/tts/codec"  # of `python -m hark.launch.build_tts runs/tts`
@@ -24,10 +24,10 @@ CODE = re.compile(r"<\|s_(\d+)\|>")
 MOST_TOKENS = 30  # that the recogniser may write
 
 
-def intelligible(example: Example, completion: str, template: Template) -> float:
+def intelligible(group: Group) -> list[float]:
     """1 - tanh(3 WER) of what is heard, as the CosyVoice2 recipe of verl has it; 0 without a code."""
-    codes = [int(code) for code in CODE.findall(completion)]
-    return score(example, decode(codes)) if codes else 0.0
+    codes = [[int(code) for code in CODE.findall(text)] for text in group.texts]
+    return [score(group.example, decode(own)) if own else 0.0 for own in codes]
 
 
 def decode(codes: Sequence[int]) -> np.ndarray:
