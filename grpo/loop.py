@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from hark import UserError
+from hark.from_file import save_own_files
 from hark.grpo.config import to_yaml
 from hark.grpo.instruments.flops import best_matmul_rate
 from hark.grpo.instruments.metrics import Metrics, peak_gib, restart_peak, speed
@@ -59,6 +60,7 @@ def train(learner: Learner) -> None:
         learner.restore(state)
     if world.is_main:
         (learner.directory / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        save_own_files(learner.directory / "own_files")
         print(f"all settings are in {learner.directory / 'config.yaml'}", flush=True)
     metrics.truncate(start + 1 if start else 0)
     learner.recorder.truncate(start)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import itertools
 import os
 import sys
 import threading
@@ -18,6 +19,7 @@ from typing import Any
 from hark import UserError
 
 _MODULES: dict[str, ModuleType] = {}  # by absolute path
+_TEXTS: dict[str, str] = {}  # of the files that were run, by absolute path
 _LOCK = threading.Lock()  # rewards are looked up in a thread of their own
 
 
@@ -50,13 +52,25 @@ def from_file(name: str) -> Any:
     return getattr(module, key)
 
 
+def save_own_files(directory: Path) -> None:
+    """Write the text of each file that was run to `directory`, as it was then; beside another text of that name."""
+    for path, text in _TEXTS.items():
+        directory.mkdir(parents=True, exist_ok=True)
+        name = Path(path)
+        places = (directory / f"{name.stem}{'' if n == 1 else f'-{n}'}{name.suffix}" for n in itertools.count(1))
+        place = next(place for place in places if not place.exists() or place.read_text(encoding="utf-8") == text)
+        place.write_text(text, encoding="utf-8")
+
+
 def _module(path: str) -> ModuleType:
     absolute = os.path.abspath(os.path.expanduser(path))
     with _LOCK:
         if absolute not in _MODULES:
             if not os.path.isfile(absolute):
                 raise OwnFileError(f"{path}: no such file (working directory {os.getcwd()})")
+            text = Path(absolute).read_text(encoding="utf-8", errors="replace")
             _MODULES[absolute] = _run(absolute, path)
+            _TEXTS[absolute] = text
         return _MODULES[absolute]
 
 

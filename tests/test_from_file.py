@@ -10,7 +10,7 @@ from hark import UserError
 from hark.data.examples import Example
 from hark.data.prompts import find_template, render, target
 from hark.data.rewards import check_rewards, find_reward
-from hark.from_file import from_file, short_name
+from hark.from_file import from_file, save_own_files, short_name
 from tests.judged import columns_of
 
 EXAMPLE = Example(id="a", clips=(), question="Which?", choices=("dog", "car"), answer=1)
@@ -102,3 +102,14 @@ def test_rewards_of_one_short_name_are_refused_because_metrics_would_mix_them(tm
     check_rewards(["accuracy", "mine.py:brief"])
     with pytest.raises(UserError, match="'mine.py:brief' and 'other.py:brief' would both be shown as 'brief'"):
         check_rewards(["mine.py:brief", "other.py:brief"])
+
+
+def test_the_text_of_a_file_is_kept_as_it_was_run_and_another_text_beside_it(tmp_path):
+    from_file("mine.py:brief")
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "mine.py").write_text("earlier")
+    (tmp_path / "mine.py").write_text("changed since")
+    save_own_files(tmp_path / "kept")
+    save_own_files(tmp_path / "kept")
+    texts = [path.read_text() for path in sorted((tmp_path / "kept").glob("mine*.py"))]
+    assert texts.count("earlier") == 1 and texts.count(OWN) == 1 and "changed since" not in texts

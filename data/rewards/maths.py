@@ -16,7 +16,7 @@ def math(group: Group, *, unparseable: float | None = None) -> list[float | None
         return [None] * len(group.texts)
     answer = group.example.answer_text
     gold = verify.parse(answer, parsing_timeout=None) or verify.parse(f"${answer}$", parsing_timeout=None)
-    if not gold:
+    if all(isinstance(one, str) for one in gold):  # no number and no expression
         return [unparseable] * len(group.texts)
     found = [verify.parse(text, parsing_timeout=None) for text in group.texts]
     return [float(verify.verify(gold, one, timeout_seconds=None)) for one in found]

@@ -74,6 +74,9 @@ def _check_signature(name: str, reward: Callable, options: Mapping[str, Any]) ->
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         for key in options:
             named(dict.fromkeys(known, ""), key, kind=f"option of reward {name!r}")
+    for value in options.values():
+        if isinstance(value, str) and is_in_file(value):
+            from_file(value)
     missing = [
         p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in options
     ]
