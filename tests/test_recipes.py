@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from hark.data.errors import DataError
+from hark.data.examples import load_examples
 from hark.data.prompts import find_template
 from hark.data.rewards import REWARDS
+from hark.from_file import from_file, is_in_file
 from hark.grpo.config import ConfigError
 from hark.grpo.instruments.record import read_step
 from hark.launch import sft, train
@@ -55,6 +57,13 @@ def first_step(name: str, model: Path, questions: Path, tmp_path: Path, *more: s
     return line
 
 
+def skip_without_rewards(name: str) -> None:
+    """Skip the test of a recipe whose rewards are not there."""
+    unknown = [one for one in load_config([name]).reward.weights if not is_in_file(one) and one not in REWARDS]
+    if unknown:
+        pytest.skip(f"no reward {', '.join(unknown)} yet")
+
+
 @pytest.mark.parametrize("name", AQA)
 def test_an_algorithm_takes_a_step_on_the_data_of_r1_aqa(name, tmp_path, qwen2_audio_dir, questions):
     line = first_step(name, qwen2_audio_dir, questions, tmp_path)
@@ -63,9 +72,7 @@ def test_an_algorithm_takes_a_step_on_the_data_of_r1_aqa(name, tmp_path, qwen2_a
 
 @pytest.mark.parametrize("name", OMNI)
 def test_a_recipe_for_qwen2_5_omni_takes_a_step(name, tmp_path, omni_dir):
-    unknown = [reward for reward in load_config([name]).reward.weights if reward not in REWARDS]
-    if unknown:
-        pytest.skip(f"no reward {', '.join(unknown)} yet")
+    skip_without_rewards(name)
     text = name == "omni_r1_text"
     file = text_questions(tmp_path / "text.jsonl") if text else write_questions(tmp_path / "data", 4)
     line = first_step(name, omni_dir, file, tmp_path)
@@ -95,6 +102,36 @@ def test_sari_takes_a_step_on_structured_thoughts_and_then_on_easy_questions(
         assert re.findall(r"<(\w+)>", target) == [*template.tags] and line["loss"] > 0
 
 
+def test_emotion_takes_a_step_and_halves_its_reward_between_style_and_words(tmp_path, omni_dir, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    spoken = {"answer": "the old man sleeps", "style": "happy", "multi_choice": None}
+    file = write_questions(tmp_path / "data", 4, **{f"line{n}": spoken for n in range(1, 5)})
+    line = first_step("emotion", omni_dir, file, tmp_path)
+    assert line["reward/style_and_words"] == 0.0 and "kl" not in line
+    reward, template = (from_file(f"launch/configs/emotion_reward.py:{n}") for n in ("style_and_words", "styled"))
+    example = load_examples(file)[0][0]
+    for text, expected in [
+        ("<style>Happy</style><answer>The old man sleeps.</answer>", 1.0),
+        ("<style>sad</style><answer>The old dog sleeps.</answer>", 0.375),  # one word of four is wrong
+        ("happy", 0.0),
+    ]:
+        assert reward(example, text, template) == expected
+
+
+def test_open_rs_takes_a_step_on_text_and_rewards_a_thought_that_is_closed_once(tmp_path, causal_lm_dir, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    reward = from_file("launch/configs/open_rs_reward.py:closed_thought")
+    texts = ["so\n</think>\n4", "so </think> 4", "so\n</think>\n\n</think>\n4"]
+    assert [reward(None, text, None) for text in texts] == [1.0, 0.0, 0.0]
+    skip_without_rewards("open_rs")
+    file = tmp_path / "train.jsonl"
+    rows = [{"id": n, "question_text": f"2 + {n}?", "answer": str(2 + n), "system": "Think."} for n in range(4)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = load_config(["open_rs"])
+    assert config.reward.options["cosine"]["form"] == "open_rs", "the released form, not the default of TRL"
+    assert "kl" in first_step("open_rs", causal_lm_dir, file, tmp_path)
+
+
 def test_questions_without_sound_are_refused_unless_they_are_wanted(tmp_path, omni_dir):
     file = text_questions(tmp_path / "text.jsonl")
     with pytest.raises(DataError, match='text.jsonl:1: "audio_path" is missing'):
@@ -117,6 +154,8 @@ def test_the_recipes_are_those_that_were_published():
 
 PUBLISHED = {  # group size, temperature, learning rate, beta, tokens
     "asr": (12, 1.0, 1e-5, 0.1, 256),
+    "emotion": (8, 1.0, 1e-6, 0.0, 256),
+    "open_rs": (6, 0.7, 1e-6, 0.04, 3584),
     "tts": (8, 1.0, 1e-4, 0.1, 80),
     "sari": (8, 1.0, 1e-6, 0.04, 512),
     "omni_r1": (8, 1.0, 1e-6, 0.04, 256),

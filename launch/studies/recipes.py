@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hark import UserError
+from hark.from_file import short_name
 from hark.grpo.config import Config
 from hark.launch.common.config_file import find_config, load_config
 from hark.launch.common.entry import run
 
 BEGIN, END = "<!-- recipes -->", "<!-- end of recipes -->"
 RECIPES = (
-    "asr", "tts", "sari_sft", "sari", "omni_r1", "omni_r1_text", "echo_ink", "ke_omni_r", "audio_mcq",
+    "asr", "emotion", "tts", "open_rs", "sari_sft", "sari",
+    "omni_r1", "omni_r1_text", "echo_ink", "ke_omni_r", "audio_mcq",
     "dapo", "dr_grpo", "gspo", "cispo", "sapo",
 )  # fmt: skip
 
@@ -96,7 +98,7 @@ def rewards(recipe: Recipe) -> str:
     if recipe.verb == "sft":
         return "none: right answers"
     weights = recipe.config.reward.weights.items()
-    return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in weights)
+    return " + ".join(short_name(name) if weight == 1 else f"{weight:g} {short_name(name)}" for name, weight in weights)
 
 
 def loss(recipe: Recipe) -> str:
