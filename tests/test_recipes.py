@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from hark.data.errors import DataError
-from hark.data.examples import load_examples
+from hark.data.examples import Example, load_examples
 from hark.data.prompts import find_template
-from hark.data.rewards import REWARDS
+from hark.data.rewards import REWARDS, Group
 from hark.from_file import from_file, is_in_file
 from hark.grpo.config import ConfigError
 from hark.grpo.instruments.record import read_step
@@ -115,14 +115,16 @@ def test_emotion_takes_a_step_and_halves_its_reward_between_style_and_words(tmp_
         ("<style>sad</style><answer>The old dog sleeps.</answer>", 0.375),  # one word of four is wrong
         ("happy", 0.0),
     ]:
-        assert reward(example, text, template) == expected
+        assert reward(Group(example, (text,), ((),), (True,), template)) == [expected]
 
 
 def test_open_rs_takes_a_step_on_text_and_rewards_a_thought_that_is_closed_once(tmp_path, causal_lm_dir, monkeypatch):
     monkeypatch.chdir(ROOT)
     reward = from_file("launch/configs/open_rs_reward.py:closed_thought")
     texts = ["so\n</think>\n4", "so </think> 4", "so\n</think>\n\n</think>\n4"]
-    assert [reward(None, text, None) for text in texts] == [1.0, 0.0, 0.0]
+    example = Example(id="a", clips=(), question="2 + 2?", accepted=("4",))
+    group = Group(example, tuple(texts), ((),) * 3, (True,) * 3, find_template("open"))
+    assert reward(group) == [1.0, 0.0, 0.0]
     skip_without_rewards("open_rs")
     file = tmp_path / "train.jsonl"
     rows = [{"id": n, "question_text": f"2 + {n}?", "answer": str(2 + n), "system": "Think."} for n in range(4)]

@@ -27,7 +27,7 @@ MOST_TOKENS = 30  # that the recogniser may write
 def intelligible(group: Group) -> list[float]:
     """1 - tanh(3 WER) of what is heard, as the CosyVoice2 recipe of verl has it; 0 without a code."""
     codes = [[int(code) for code in CODE.findall(text)] for text in group.texts]
-    return [score(group.example, decode(own)) if own else 0.0 for own in codes]
+    return [score(group.example, decode(one)) if one else 0.0 for one in codes]
 
 
 def decode(codes: Sequence[int]) -> np.ndarray:
