@@ -4,7 +4,7 @@ BIN := .venv/bin
 # A SoundFont player; a package that contains TimGM6mb.sf2, a SoundFont of 128 instruments; espeak-ng.
 SOUNDS := tinysoundfont==0.3.7 pretty_midi==0.2.11.post0 espeakng-loader==0.2.4
 
-.PHONY: demo test test-browser test-gpu mutants study-algorithms study-rl-or-sft lint docs notebook clean
+.PHONY: demo test test-browser test-gpu mutants study-algorithms study-rl-or-sft study-asr lint docs notebook clean
 
 # `make demo POLICY=qwen2_5_omni` trains a small model of another family; docs/families.md lists them.
 demo: .venv/sounds
@@ -31,6 +31,11 @@ study-algorithms: .venv/sounds
 study-rl-or-sft: .venv/sounds
 	$(BIN)/pip install -q -e ".[gguf]"
 	$(BIN)/python launch/studies/rl_or_sft.py
+
+# A pretrained model learns to transcribe by SFT, then by GRPO: an hour or two on two cores, in pieces as above.
+study-asr: .venv/sounds
+	$(BIN)/pip install -q -e ".[gguf]"
+	$(BIN)/python launch/studies/asr.py
 
 # Checks that need a GPU; without one it fails with a message.
 test-gpu: .venv/test

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
+from numpy.random import default_rng
 
 from hark import UserError
-from hark.launch.studies import algorithms, kept, rl_or_sft
-from hark.launch.studies.kept import Kept, Run, do_all, percent
+from hark.launch.studies import algorithms, asr, kept, rl_or_sft
+from hark.launch.studies.kept import Kept, Run, answered, do_all, percent
 
 PROGRAM = """
 import sys, pathlib
@@ -126,3 +128,24 @@ def test_the_study_of_rl_or_sft_has_a_table_for_each_cell(tmp_path):
     assert "\n\n3 of 4 cases.\n" in text and text in page.read_text()
     assert "| grpo | 2 | 35.0 ± 7.1 |" in text and "| start | 1 | 20.0 ± 0.0 |" in text
     assert "other kinds" in (tmp_path / "plot.svg").read_text()
+
+
+def test_the_word_error_rate_of_a_part_is_that_of_all_its_words():
+    rows = [{"answer": "the red box", "prediction": "The red box."}, {"answer": "a b c d e", "prediction": "a x c d"}]
+    assert asr.word_error_rate(rows) == 2 / 8  # b for x, and e is missing
+
+
+def test_what_was_answered_is_joined_to_the_questions(tmp_path):
+    test = tmp_path / "test.jsonl"
+    test.write_text('{"id": "b", "dataset_name": "one", "answer": "x"}\n{"id": "a", "answer": "y"}\n')
+    rows = [{"id": "a", "correct": True}, {"id": "b", "correct": False}]
+    (tmp_path / "evaluation.json").write_text(json.dumps({"config": {"data": {"test": str(test)}}, "rows": rows}))
+    assert answered(tmp_path) == [
+        {"id": "a", "answer": "y", "correct": True},
+        {"id": "b", "dataset_name": "one", "answer": "x", "correct": False},
+    ]
+
+
+def test_no_two_sentences_are_alike():
+    said = list(itertools.islice(asr.sentences(default_rng(0)), 500))
+    assert len(set(said)) == 500 and all(len(sentence.split()) == len(asr.WORDS) for sentence in said)

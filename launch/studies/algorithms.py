@@ -3,8 +3,9 @@
     python launch/studies/algorithms.py [--seeds 3] [--jobs 1] [--root runs/studies/algorithms] [--only NAME ...]
 
 The start is the demo's small model and data after its warm start. Each run trains 100 steps of 8 questions with 12
-completions each, in a minute or two on one core, and answers the 480 test questions every 25 steps. Two further runs
-have dynamic sampling: GRPO without a KL term, with and without `rollout.refill`. A run is done once: a study that was
+completions each, in a minute or two on one core, and answers the 480 test questions every 25 steps. Further runs vary
+what is trained on: GRPO without a KL term, with and without dynamic sampling (`rollout.refill`), and GRPO from easy to
+hard questions, as SARI orders them, by the pass rates that the start has. A run is done once: a study that was
 stopped goes on when it is started again. After each run the figures, the table and the picture are written.
 """
 
@@ -29,6 +30,8 @@ PLAIN, DYNAMIC = "grpo, beta 0", "grpo, beta 0, refill 3"
 SETTINGS: dict[str, tuple[str, ...]] = {name: (f"loss.kind={name}",) for name in ALGORITHMS} | {
     PLAIN: ("loss.beta=0",),
     DYNAMIC: ("loss.beta=0", "rollout.refill=3"),
+    "grpo, easy to hard": ("data.order=sorted", "data.order_by=pass_rate"),
+    "grpo, three stages": ("data.order=staged", "data.order_by=pass_rate", "data.stages=3"),
 }
 
 
@@ -42,7 +45,7 @@ def main(argv: list[str]) -> None:
     if waiting:
         start = warm_start(arguments.root / "start")
         do(start)
-        kept.put("start", [], {"accuracy": start[-1].evaluations()[-1]["accuracy"]})
+        kept.put("start", [], {"accuracy": start[1].evaluations()[-1]["accuracy"]})
     runs = {case: [training(arguments.root, *which)] for case, which in waiting.items()}
     for case in do_all(runs, jobs=arguments.jobs):
         kept.put(case, settings_of(cases[case][0]), figures_of(runs[case][0]))
@@ -85,9 +88,12 @@ def warm_start(root: Path) -> list[Run]:
         f"data.train={root}/mini/data/train.jsonl", f"data.validation={root}/mini/data/test.jsonl",
         "evaluation.every=150",
     ]  # fmt: skip
+    rates = root / "rates"
+    measured = [f"run.directory={rates}", f"model.path={warm}/model", f"data.train={root}/mini/data/train.jsonl"]
     return [
         Run(root / "mini", "build_mini.py", (str(root / "mini"),)),
         Run(warm, "sft.py", tuple(fine_tuning)),
+        Run(rates, "pass_rate.py", ("mini", *measured, "--samples", "8", "--out", str(rates / "rates.jsonl"))),
     ]
 
 
@@ -95,7 +101,7 @@ def training(root: Path, name: str, seed: int) -> Run:
     directory, start = root / case_name(name, seed), root / "start"
     words = [
         "mini", f"run.directory={directory}", f"run.seed={seed}", f"model.path={start}/warm/model",
-        f"data.train={start}/mini/data/train.jsonl", f"data.validation={start}/mini/data/test.jsonl",
+        f"data.train={start}/rates/rates.jsonl", f"data.validation={start}/mini/data/test.jsonl",
         f"optim.steps={STEPS}", f"optim.prompts_per_step={PROMPTS}", f"rollout.group_size={GROUP}",
         f"evaluation.every={EVERY}", "evaluation.silent=false", "record.every=0", "record.last=0", "checkpoint.every=0",
         "checkpoint.export=false", "log.completions=0", *SETTINGS[name],

@@ -106,6 +106,14 @@ def do(runs: Sequence[Run]) -> None:
             one.do()
 
 
+def answered(directory: Path) -> list[dict[str, Any]]:
+    """The rows of data.test of an evaluation, each with what was answered: prediction, correct, choice, ..."""
+    evaluation = json.loads((directory / "evaluation.json").read_text(encoding="utf-8"))
+    with open(evaluation["config"]["data"]["test"], encoding="utf-8") as file:
+        asked = {row["id"]: row for row in map(json.loads, file)}
+    return [asked[row["id"]] | row for row in evaluation["rows"]]
+
+
 def mean_and_spread(values: Iterable[float]) -> tuple[float, float]:
     """The mean and the sample standard deviation; 0 for one value."""
     numbers = list(values)

