@@ -12,8 +12,23 @@ from hark.grpo.instruments.console import PACE
 from hark.grpo.learner import Learner, TrainingData
 from hark.grpo.loss import TokenTerms, supervised_loss
 from hark.grpo.runtime.collectives import World, reduce_sums
+from hark.grpo.scorer import score
 from hark.grpo.types import Batch
 from hark.models.policy import Policy, Prompt, completion_lengths
+
+
+def add_supervised(learner: Learner, batch: Batch, *, weight: float) -> float:
+    """Add the gradient of `weight` times the supervised loss of a batch; returns this rank's part of that loss."""
+    total = 0.0
+    for _, micro in learner.micro_batches(batch):
+        logprobs, _ = score(
+            learner.policy, micro.prompts, micro.tokens, micro.mask, group_size=micro.group_size,
+            temperature=learner.config.rollout.temperature,
+        )  # fmt: skip
+        loss, _ = supervised_loss(logprobs, micro.weights)
+        (weight * loss).backward()
+        total += float(loss.detach())
+    return total
 
 
 class SupervisedTrainer(Learner[Batch]):

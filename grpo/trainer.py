@@ -5,15 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.nn.functional import pad
 
-from hark import UserError
 from hark.from_file import short_name
 from hark.grpo.advantage import deviations, equal_rewards, weighted_rewards
 from hark.grpo.config import Config
@@ -21,33 +18,18 @@ from hark.grpo.instruments.console import PACE, Completion
 from hark.grpo.instruments.groups import best_and_worst, group_sums, reward_means, shares_of_variance
 from hark.grpo.instruments.trackers import Audio
 from hark.grpo.learner import MEANS, Key, Learner, TrainingData
-from hark.grpo.loss import TokenTerms, adapted_beta, supervised_loss
+from hark.grpo.loss import TokenTerms
+from hark.grpo.reference import Reference, rollout_logprobs
 from hark.grpo.refill import Drawn, draw_with_spread
-from hark.grpo.reward_weights import weights_at
-from hark.grpo.runtime.collectives import World, exchange_rows, reduce_max, reduce_sums
-from hark.grpo.runtime.sharding import gathered, mix_weights, release
+from hark.grpo.rewards import Rewards, StepRewards
+from hark.grpo.runtime.collectives import World, exchange_rows, reduce_sums
+from hark.grpo.runtime.sharding import gathered
 from hark.grpo.sampler import sample
-from hark.grpo.scorer import score
+from hark.grpo.sft import add_supervised
 from hark.grpo.types import PolicyBatch, Rollout
 from hark.models.lora import WithoutAdapters
 from hark.models.policy import Policy, Prompt
 
-
-class Judged(Protocol):
-    """The rewards of completions: columns (B, K), NaN where one was not given; failed calls; sums to log."""
-
-    @property
-    def columns(self) -> torch.Tensor: ...
-
-    @property
-    def failures(self) -> Sequence[Any]: ...
-
-    @property
-    def figures(self) -> Mapping[str, float]: ...
-
-
-# (N examples, B texts, B lists of ids, B times whether it stopped, step) -> rewards
-Rewards = Callable[[Sequence[Any], Sequence[str], Sequence[Sequence[int]], Sequence[bool], int], Judged]
 # (examples of a step, count) -> for the first `count` of them the prompts of each control
 Controls = Callable[[Sequence[Any], int], Mapping[str, Sequence[Prompt]]]
 
@@ -81,12 +63,12 @@ class Trainer(Learner[PolicyBatch]):
         **options: Any,
     ):
         super().__init__(config, world, policy, data=data, **options)
-        self.rewards, self.reference, self.controls, self.target = rewards, reference, controls, target
-        self.beta = config.loss.beta  # of the next step; with loss.kl_target it changes
+        self.rewards = StepRewards(rewards, config.reward, world)
+        self.controls, self.target = controls, target
         self.cursor: int | None = None  # with rollout.refill, where the next step begins in the run's order
         self.group_size = config.rollout.group_size
-        self._reward_thread = ThreadPoolExecutor(1, "rewards")
-        self._figures: Counter[str] = Counter()  # this rank's sums of the step: failed rewards, tokens of judges
+        completions = config.optim.prompts_per_step * self.group_size
+        self.reference = Reference(reference, config.loss, completions=completions)
         self._latest: tuple[Any, ...] = ()  # of the latest step: examples, completions, columns, rewards, advantages
 
     def step(self, step: int) -> dict[str, float]:
@@ -105,22 +87,19 @@ class Trainer(Learner[PolicyBatch]):
         completions = self.policy.completion_texts(rollout.tokens, rollout.mask)
         repeated = self.repeated(examples)
         self.recorder.note(texts=completions)
-        pending = None
-        if drawn.columns is None:
-            pending = self._reward_thread.submit(
-                self.judge, examples, rollout, completions, step
-            )  # runs during the reference pass
+        # Rewards are computed during the reference pass.
+        pending = self.rewards.start(examples, rollout, completions, step) if drawn.columns is None else None
         self.clock.lap("reward")
 
         ref_logprobs = self.reference_logprobs(rollout)
         old_logprobs = self.scored_again(rollout)
         self.clock.lap("reference")
 
-        columns = drawn.columns if pending is None else self.agreed(pending.result)  # (B, K)
+        columns = drawn.columns if pending is None else self.rewards.columns(pending)  # (B, K)
         assert columns is not None
-        weights = self.reward_weights(step)
+        weights = self.rewards.weights(step)
         rewards = weighted_rewards(columns, weights)
-        penalties = self.objective.penalties(old_logprobs, ref_logprobs, rollout.mask, self.beta)
+        penalties = self.objective.penalties(old_logprobs, ref_logprobs, rollout.mask, self.reference.beta)
         advantages = self.advantages(columns, weights, rollout.mask, penalties)
         self._latest = repeated, completions, columns, rewards, advantages
         self.recorder.note(reward_names=list(self.config.reward.weights), columns=columns, rewards=rewards)
@@ -132,12 +111,12 @@ class Trainer(Learner[PolicyBatch]):
         # The gap is that of the first update, which scores with the weights that sampled; later ones do not.
         sums = updates[-1] | {"sampler_gap": updates[0]["sampler_gap"]}
         sums |= {"seconds/waiting": waited / max(self.world.size - 1, 1)}  # the slowest rank has not waited
-        metrics = self.report(sums, columns, weights, rewards, rollout, batch, completions) | {
-            "tokens": totals["tokens"]
-        }
-        self.move_reference(step)
+        metrics = self.report(sums, columns, weights, rewards, rollout, batch, completions)
+        metrics |= {"tokens": totals["tokens"]} | drawn.figures | self.reference.figures()
+        self.reference.move(self.policy, step)
+        self.reference.adapt(metrics.get("kl", 0.0))
         self.cursor = drawn.cursor
-        return metrics | drawn.figures | self.adapt_beta(metrics)
+        return metrics
 
     def drawn(self, candidates: Sequence[tuple[Any, Prompt, Key]]) -> Drawn:
         """Completions of examples."""
@@ -147,30 +126,6 @@ class Trainer(Learner[PolicyBatch]):
         rollout = self.draw(prompts, keys)
         self.clock.lap("rollout")
         return Drawn(examples, prompts, keys, rollout)
-
-    def judge(self, examples: Sequence[Any], rollout: Rollout, texts: Sequence[str], step: int) -> Judged:
-        """The rewards of the completions of N examples."""
-        rows = zip(rollout.tokens.tolist(), rollout.mask.sum(dim=1).tolist(), strict=True)
-        return self.rewards(examples, texts, [ids[:length] for ids, length in rows], rollout.stopped.tolist(), step)
-
-    def agreed(self, judge: Callable[[], Judged]) -> torch.Tensor:
-        """The columns (B, K) that `judge` returns. What it raises on one rank is raised on all: none waits for another.
-
-        Raises the exception itself where it occurred, and a UserError with its message on the other ranks.
-        """
-        failure = None
-        try:
-            judged = judge()
-        except Exception as error:
-            failure = error
-        if reduce_max(failure is not None, self.world):
-            found = exchange_rows([] if failure is None else [f"rank {self.world.rank}: {failure}"], self.world)
-            raise failure or UserError("; ".join(found))
-        self._figures.update({"reward_failures": len(judged.failures)} | dict(judged.figures))
-        return judged.columns.to(self.world.device)
-
-    def reward_weights(self, step: int) -> list[float]:
-        return weights_at(self.config.reward.weights, self.config.reward.schedule, step)
 
     def repeated(self, examples: Sequence[Any]) -> list[Any]:
         """The example of each completion (B) of N examples."""
@@ -182,12 +137,12 @@ class Trainer(Learner[PolicyBatch]):
         def draw(candidates: Sequence[tuple[Any, Prompt, Key]]) -> tuple[Rollout, torch.Tensor]:
             one = self.drawn(candidates)
             texts = self.policy.completion_texts(one.rollout.tokens, one.rollout.mask)
-            columns = self.agreed(self._reward_thread.submit(self.judge, one.examples, one.rollout, texts, step).result)
+            columns = self.rewards.columns(self.rewards.start(one.examples, one.rollout, texts, step))
             self.clock.lap("reward")
             return one.rollout, columns
 
         def spread(columns: torch.Tensor) -> list[bool]:
-            rewards = weighted_rewards(columns, self.reward_weights(step))
+            rewards = weighted_rewards(columns, self.rewards.weights(step))
             return (~equal_rewards(rewards, group_size=self.group_size)).tolist()
 
         prompts = self.config.optim.prompts_per_step
@@ -219,34 +174,24 @@ class Trainer(Learner[PolicyBatch]):
                 self.policy, flat, group_size=1, max_new_tokens=self.config.rollout.max_new_tokens, temperature=0
             )
         texts = self.policy.completion_texts(rollout.tokens, rollout.mask)
-        columns = self.agreed(lambda: self.judge([*first] * len(asked), rollout, texts, step))
+        columns = self.rewards.columns(self.rewards.start([*first] * len(asked), rollout, texts, step))
         rewards = [[None if math.isnan(value) else value for value in row] for row in columns.tolist()]
         rows = [{"text": text, "rewards": row} for text, row in zip(texts, rewards, strict=True)]
         return [dict(zip(asked, rows[n :: len(first)], strict=True)) for n in range(len(first))]
 
-    @torch.no_grad()
     def reference_logprobs(self, rollout: Rollout) -> torch.Tensor | None:
-        """Logprobs (B, T) of the completions under the reference, `optim.micro_batch` groups at a time."""
-        return None if self.reference is None else self._logprobs(self.reference, rollout)
+        """Logprobs (B, T) of the completions under the reference; None without one."""
+        return None if self.reference.policy is None else self._logprobs(self.reference.policy, rollout)
 
-    @torch.no_grad()
     def scored_again(self, rollout: Rollout) -> torch.Tensor:
-        """Logprobs (B, T) of the completions under the weights that drew them: the sampler's, or, to weigh how much the
-        sampler differs (loss.importance_cap), the scorer's."""
+        """Logprobs (B, T) of the completions under the weights that drew them: the sampler's; with loss.importance_cap
+        the scorer's, to weigh how much the sampler differs.
+        """
         return self._logprobs(self.policy, rollout) if self.config.loss.importance_cap else rollout.logprobs
 
     def _logprobs(self, policy: Policy | WithoutAdapters, rollout: Rollout) -> torch.Tensor:
-        logprobs = torch.zeros_like(rollout.logprobs)
-        for groups in rollout.split_by_length(self.config.optim.micro_batch):
-            micro = rollout.select(groups)
-            part, _ = score(
-                policy, micro.prompts, micro.tokens, micro.mask,
-                group_size=micro.group_size, temperature=self.config.rollout.temperature,
-            )  # fmt: skip
-            logprobs[rollout.rows(groups), : part.shape[1]] = part
-        if isinstance(policy, Policy):
-            release(policy)
-        return logprobs
+        size, temperature = self.config.optim.micro_batch, self.config.rollout.temperature
+        return rollout_logprobs(policy, rollout, micro_batch=size, temperature=temperature)
 
     def advantages(
         self, columns: torch.Tensor, weights: Sequence[float], mask: torch.Tensor, penalties: torch.Tensor | None
@@ -273,7 +218,6 @@ class Trainer(Learner[PolicyBatch]):
         tokens: float,
     ) -> PolicyBatch:
         """The inputs of the loss. counted: (B, T), the tokens to train on; `tokens` is their number over all ranks."""
-        loss = self.config.loss
         return PolicyBatch(
             prompts=rollout.prompts,
             group_size=rollout.group_size,
@@ -283,8 +227,8 @@ class Trainer(Learner[PolicyBatch]):
             old_logprobs=old_logprobs,
             ref_logprobs=ref_logprobs,
             advantages=advantages,
-            beta=self.beta,
-            regularised=self.reference is not None and loss.kl_in == "loss" or loss.entropy > 0,
+            beta=self.reference.beta,
+            regularised=self.reference.in_loss or self.config.loss.entropy > 0,
             sampled_logprobs=None if old_logprobs is rollout.logprobs else rollout.logprobs,
         )
 
@@ -300,16 +244,8 @@ class Trainer(Learner[PolicyBatch]):
         sums = super().accumulate(batch)
         if batch.given is None:
             return sums
-        supervised = 0.0
-        for _, micro in self.micro_batches(batch.given):
-            logprobs, _ = score(
-                self.policy, micro.prompts, micro.tokens, micro.mask, group_size=1,
-                temperature=self.config.rollout.temperature,
-            )  # fmt: skip
-            loss = self.config.loss.sft * supervised_loss(logprobs, micro.weights)[0]
-            loss.backward()
-            supervised += float(loss.detach())
-        return sums | {"loss": sums["loss"] + supervised, "sft_loss": supervised / self.config.loss.sft}
+        likelihood = add_supervised(self, batch.given, weight=self.config.loss.sft)
+        return sums | {"loss": sums["loss"] + self.config.loss.sft * likelihood, "sft_loss": likelihood}
 
     def loss(
         self, micro: PolicyBatch, logprobs: torch.Tensor, entropy: torch.Tensor
@@ -321,39 +257,15 @@ class Trainer(Learner[PolicyBatch]):
         sampled = micro.old_logprobs if micro.sampled_logprobs is None else micro.sampled_logprobs
         return loss, terms | {"sampler_gap": (logprobs.detach() - sampled).abs()}
 
-    def move_reference(self, step: int) -> None:
-        """After a step: move the reference towards the policy where loss.reference_every says so."""
-        every = self.config.loss.reference_every
-        if every and (step + 1) % every == 0:
-            assert isinstance(self.reference, Policy)
-            mix_weights(self.policy, self.reference, share=self.config.loss.reference_mix)
-
-    def adapt_beta(self, metrics: dict[str, float]) -> dict[str, float]:
-        """After a step: adapt beta to the KL of the step if loss.kl_target says so; returns the beta of the step."""
-        loss = self.config.loss
-        if loss.kl_target is None:
-            return {}
-        used, completions = self.beta, self.config.optim.prompts_per_step * self.group_size
-        self.beta = adapted_beta(
-            used, metrics.get("kl", loss.kl_target), target=loss.kl_target, completions=completions,
-            horizon=loss.kl_horizon,
-        )  # fmt: skip
-        return {"beta": used}
-
     def state(self) -> dict[str, Any]:
-        return super().state() | {"beta": self.beta, "cursor": self.cursor}
+        return {"beta": self.reference.beta, "cursor": self.cursor}
 
     def restore(self, state: dict[str, Any]) -> None:
-        super().restore(state)
         self.cursor = state.get("cursor")
-        if self.config.loss.kl_target is not None:
-            self.beta = state.get("beta", self.beta)
+        self.reference.restore(state)
 
     def further_policies(self) -> dict[str, Policy]:
-        if not self.config.loss.reference_every:
-            return {}
-        assert isinstance(self.reference, Policy)
-        return {"reference": self.reference}
+        return self.reference.further_policies()
 
     def report(
         self,
@@ -368,7 +280,7 @@ class Trainer(Learner[PolicyBatch]):
         """The metrics of a step over all ranks, by one all-reduce."""
         completions = len(rewards) * self.world.size
         groups = completions // self.group_size
-        macs = self.macs(batch).step(reference=self.reference is not None, updates=self.config.loss.inner_epochs)
+        macs = self.macs(batch).step(reference=self.reference.policy is not None, updates=self.config.loss.inner_epochs)
         if batch.given is not None:
             macs += self.macs(batch.given).step(rollout=False, reference=False, updates=self.config.loss.inner_epochs)
         own: dict[str, Any] = {
@@ -384,8 +296,7 @@ class Trainer(Learner[PolicyBatch]):
             own |= {f"reward/{short_name(name)}": column.nansum(), f"given/{short_name(name)}": (~column.isnan()).sum()}
         shown = dict(zip(self.config.reward.weights, weights, strict=True))
         own |= group_sums(columns, texts, weights=shown, group_size=self.group_size, groups=groups)
-        means = reward_means(shares_of_variance(reduce_sums(sums | own | self._figures, self.world)))
-        self._figures.clear()
+        means = reward_means(shares_of_variance(reduce_sums(sums | own | self.rewards.take_figures(), self.world)))
         scored = means.pop("scored")  # the total weight of the scored tokens; 1 if no group was skipped
         of_scored = {name: means.pop(name) for name in MEANS.values() if name in means}
         return means | ({name: value / scored for name, value in of_scored.items()} if scored else {})

@@ -25,7 +25,7 @@ from hark.grpo.config import Config, ConfigError
 from hark.grpo.instruments.record import RecordError, StepRecord, read_step, recorded_steps
 from hark.grpo.instruments.replay import ORDER, RECOMPUTED, Difference, differences, first_difference, recomputed
 from hark.grpo.objective import Objective
-from hark.grpo.reward_weights import weights_at
+from hark.grpo.rewards import weights_at
 from hark.grpo.runtime.collectives import joined_world
 from hark.launch.common.entry import run
 from hark.launch.common.questions import rewards_of

@@ -23,7 +23,7 @@ from hark.grpo.advantage import EPSILON
 from hark.grpo.config import ConfigError
 from hark.grpo.instruments.console import excerpt
 from hark.grpo.instruments.record import RecordError, StepRecord, read_step
-from hark.grpo.reward_weights import weights_at
+from hark.grpo.rewards import weights_at
 from hark.launch.common.entry import run
 
 WIDTH = 60  # characters of a text in a table

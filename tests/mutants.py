@@ -295,17 +295,21 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("gap after the last update", 'updates[0]["sampler_gap"]', 'updates[-1]["sampler_gap"]', "test_logged_metrics"),
         ("means over skipped groups", "{name: value / scored", "{name: value", "test_skipping"),
         (
-            "reference out of order",
-            "logprobs[rollout.rows(groups),",
-            "logprobs[rollout.rows(sorted(groups)),",
-            "test_training.py::test_the_reference_scores_each_completion_where_it_stands",
-        ),
-        (
             "rewards of other completions",
             "[example for example in examples for _ in range(self.group_size)]",
             "[*examples] * self.group_size",
             "test_training.py::test_each_completion_is_rewarded_with_the_example_it_answers",
         ),
+    ),
+    "grpo/reference.py": (
+        (
+            "reference out of order",
+            "logprobs[rollout.rows(groups),",
+            "logprobs[rollout.rows(sorted(groups)),",
+            "test_training.py::test_the_reference_scores_each_completion_where_it_stands",
+        ),
+        ("beta of the configuration after a resume", 'state.get("beta", self.beta)', "self.beta", "test_loss_options"),
+        ("the reference moves a step late", "(step + 1) % self", "step % self", "test_loss_options"),
     ),
     "grpo/loop.py": (
         (

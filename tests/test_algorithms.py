@@ -195,7 +195,8 @@ def gradients(world, settings: list[str], directory) -> None:
     for name in ALGORITHMS:
         loss = LossConfig(**{"kind": name, "beta": 0.04} | named_values(name))
         trainer.config = dataclasses.replace(config, loss=loss)
-        trainer.objective, trainer.beta = objective(name), loss.beta
+        trainer.reference._loss = loss
+        trainer.objective, trainer.reference.beta = objective(name), loss.beta
         trainer.optimizer.step = lambda name=name: found.update({name: whole_gradients(trainer.policy)})
         trainer.step(0)
     if world.is_main:

@@ -52,7 +52,7 @@ def modules(*prefixes: str) -> set[str]:
 
 def test_the_modules_are_found():
     assert {"grpo.trainer", "models.families.qwen2_audio", "data.sources.mmau", "launch.train"} <= FILES.keys()
-    assert "grpo.scorer" in OWN["grpo.trainer"] and "models.policy" in below("grpo.trainer")
+    assert "grpo.reference" in OWN["grpo.trainer"] and "models.policy" in below("grpo.trainer")
 
 
 @pytest.mark.parametrize("module", sorted(FILES))

@@ -28,7 +28,7 @@ def check_bytes(world: World, settings: list[str]) -> None:
         trainer = build(world, config)
         foreseen = step_bytes(
             trainer.policy,
-            trainer.reference,
+            trainer.reference.policy,
             shards=world.size // config.sharding.replicas,
             replicas=config.sharding.replicas,
             dtype=getattr(torch, config.model.dtype),

@@ -186,7 +186,7 @@ def test_the_reference_moves_by_its_share(settings, tmp_path):
 
     def run(world) -> None:
         trainer = build(world, config)
-        policy, reference = (dict(one.named_parameters()) for one in (trainer.policy, trainer.reference))
+        policy, reference = (dict(one.named_parameters()) for one in (trainer.policy, trainer.reference.policy))
         before = {name: weight.detach().clone() for name, weight in reference.items()}
         trainer.step(0)
         moved = 0.0
@@ -194,7 +194,7 @@ def test_the_reference_moves_by_its_share(settings, tmp_path):
             torch.testing.assert_close(weight, before[name] + 0.25 * (policy[name] - before[name]))
             moved = max(moved, float((weight - before[name]).abs().max()))
         assert moved > 1e-5
-        mix_weights(trainer.policy, trainer.reference, share=1.0)
+        mix_weights(trainer.policy, trainer.reference.policy, share=1.0)
         assert all(torch.equal(weight, policy[name]) for name, weight in reference.items())
 
     on_ranks(1, run)

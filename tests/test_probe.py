@@ -10,6 +10,7 @@ import torch
 from hark.data.examples import load_examples
 from hark.data.loader import Loader
 from hark.grpo import learner, loop
+from hark.grpo import reference as reference_module
 from hark.grpo import trainer as trainer_module
 from hark.grpo.loop import MemoryProbeError, probe
 from hark.grpo.runtime.collectives import World
@@ -42,7 +43,7 @@ def test_the_longest_prompt_is_found_by_clip_and_by_text(tmp_path):
 def test_the_probe_uses_the_longest_prompt_and_changes_nothing(kind, settings, tmp_path, monkeypatch, capsys):
     config = load_config([*settings, f"run.directory={tmp_path}/run", "optim.weight_decay=0.1"])
     tried = []
-    score = trainer_module.score
+    score = reference_module.score
 
     def recorded(policy, prompts, tokens, mask, **kwargs):
         tried.append((len(prompts[0].ids), tokens.shape))
@@ -52,7 +53,7 @@ def test_the_probe_uses_the_longest_prompt_and_changes_nothing(kind, settings, t
         more = {} if kind is Trainer else {"target": lambda example: "<answer>rain</answer>"}
         trainer = build(world, config, kind, **more)
         before = [whole(parameter).clone() for parameter in trainer.policy.parameters()]
-        for module in (learner, trainer_module):
+        for module in (learner, reference_module):
             monkeypatch.setattr(module, "score", recorded)
         probe(trainer)
         after = [whole(parameter) for parameter in trainer.policy.parameters()]
@@ -71,7 +72,7 @@ def test_the_probe_scores_all_that_a_step_without_a_reference_could(settings, tm
     """A step leaves out groups of equal rewards; the longest step has none."""
     config = load_config([*settings, f"run.directory={tmp_path}/run", "loss.beta=0"])
     tried = []
-    score = trainer_module.score
+    score = reference_module.score
 
     def recorded(policy, prompts, *args, **kwargs):
         tried.append(len(prompts))
@@ -79,7 +80,7 @@ def test_the_probe_scores_all_that_a_step_without_a_reference_could(settings, tm
 
     def run(world: World) -> None:
         trainer = build(world, config)
-        for module in (learner, trainer_module):
+        for module in (learner, reference_module):
             monkeypatch.setattr(module, "score", recorded)
         probe(trainer)
 
@@ -103,7 +104,7 @@ def test_what_does_not_fit_fails_before_the_first_step_and_names_the_example(err
 
     def run(world: World) -> None:
         trainer = build(world, config)
-        monkeypatch.setattr(trainer_module, "score", too_much)
+        monkeypatch.setattr(reference_module, "score", too_much)
         loop.train(trainer)
 
     with pytest.raises(
@@ -121,7 +122,7 @@ def test_another_error_of_the_probe_is_not_called_one_of_memory(settings, tmp_pa
 
     def run(world: World) -> None:
         trainer = build(world, config)
-        monkeypatch.setattr(trainer_module, "score", wrong)
+        monkeypatch.setattr(reference_module, "score", wrong)
         probe(trainer)
 
     with pytest.raises(RuntimeError, match="^shapes differ$"):

@@ -18,7 +18,7 @@ from hark.launch import replay
 from hark.launch.common.config_file import load_config
 from tests.clips import write_questions
 from tests.ranks import on_ranks
-from tests.runs import build, largest_difference, read_metrics
+from tests.runs import build, judging, largest_difference, read_metrics
 
 T, F = True, False
 
@@ -185,6 +185,6 @@ def test_a_run_trains_on_the_same_groups_after_a_resume_and_on_two_ranks(tmp_pat
     for step, positions in enumerate(whole):
         assert all(begins[step] <= position < begins[step + 1] for position, _ in positions)
     assert all(line["equal_reward_share"] == 0 for line in lines if line["drawn_prompts"] * line["kept_share"] == 2)
-    monkeypatch.setattr("hark.launch.common.rerun.rewards_of", lambda config: rewards)
+    monkeypatch.setattr("hark.launch.common.rerun.rewards_of", lambda config: judging(rewards))
     replay.main([f"{tmp_path}/whole", "2", "--model"])
     assert "the record agrees" in capsys.readouterr().out, "a replay finds the prompts by their positions"

@@ -147,7 +147,7 @@ def wrong_mask(trainer: Trainer) -> None:
 
 def wrong_reference(trainer: Trainer) -> None:
     with torch.no_grad():
-        trainer.reference.model.get_output_embeddings().weight.mul_(1.01)
+        trainer.reference.policy.model.get_output_embeddings().weight.mul_(1.01)
 
 
 def silent(trainer: Trainer) -> None:

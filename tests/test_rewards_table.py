@@ -3,19 +3,19 @@
 import json
 import math
 import threading
-from collections import Counter
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from types import SimpleNamespace
 
 import pytest
+import torch
 
 from hark import UserError
 from hark.data.errors import DataError
 from hark.data.examples import Example
 from hark.data.rewards import RewardError, find_reward
 from hark.data.rewards.judging import Judge
-from hark.grpo.reward_weights import weights_at
-from hark.grpo.trainer import Trainer
+from hark.grpo.config import RewardConfig
+from hark.grpo.rewards import StepRewards, weights_at
+from hark.grpo.types import Rollout
 from tests.judged import columns_of, group_of
 from tests.ranks import on_ranks
 
@@ -222,14 +222,16 @@ def test_a_failure_stops_the_run_if_asked(monkeypatch, tmp_path):
 
 
 def fails_on_one_rank(world):
-    def judge():
+    def judge(*completions):
         if world.rank == 1:
             raise RewardError("reward 'accuracy' of example 'q17' failed")
         with Judge(["accuracy"], "plain") as accuracy:
-            return accuracy([CHOICES], ["dog"], [[1]], [True], 0)
+            return accuracy(*completions)
 
+    rollout = Rollout((), 1, *torch.ones(2, 1, 1, dtype=torch.int64), torch.zeros(1, 1), torch.ones(1))
+    rewards = StepRewards(judge, RewardConfig(), world)
     with pytest.raises(UserError, match="'q17' failed"):
-        Trainer.agreed(SimpleNamespace(world=world, _figures=Counter()), judge)
+        rewards.columns(rewards.start([CHOICES], rollout, ["dog"], 0))
 
 
 def test_a_reward_that_fails_on_one_rank_stops_all_of_them():

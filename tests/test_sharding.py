@@ -69,7 +69,7 @@ def check_places(world: World, settings: list[str]) -> None:
     for overrides, whole in (([], "nothing"), ([FROZEN], "audio_tower")):
         trainer = build(world, load_config([*settings, *overrides]))
         for step in range(2):  # and again after a step, which must have freed what it gathered
-            for policy in (trainer.policy, trainer.reference):
+            for policy in (trainer.policy, trainer.reference.policy):
                 for name, parameter in policy.model.named_parameters():
                     kept = whole in name or (world.size == 1 and not parameter.requires_grad)
                     assert isinstance(parameter, DTensor) != kept, name

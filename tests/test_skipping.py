@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hark.grpo import learner, loop
-from hark.grpo import trainer as trainer_module
+from hark.grpo import reference as reference_module
 from hark.grpo.runtime.collectives import World
 from hark.grpo.types import PolicyBatch
 from hark.launch.common.config_file import load_config
@@ -55,11 +55,11 @@ def train(world: World, settings: list[str], *, skips: bool = True) -> list[tupl
         scored.append((mask, spread.entropy))
         return logprobs, spread
 
-    original = trainer_module.score
+    original = reference_module.score
     trainer = build(world, load_config(settings), rewards=rewards)
     with ExitStack() as stack:
         stack.enter_context(patch.object(loop, "probe"))
-        for module in (learner, trainer_module):
+        for module in (learner, reference_module):
             stack.enter_context(patch.object(module, "score", score))
         if not skips:
             stack.enter_context(patch.object(PolicyBatch, "skips_groups", False))

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from hark.data.examples import load_examples
 from hark.data.rewards import RewardError
 from hark.grpo import loop
+from hark.grpo import reference as reference_module
 from hark.grpo import trainer as trainer_module
 from hark.grpo.advantage import group_advantages
 from hark.grpo.config import ConfigError
@@ -144,7 +145,7 @@ def test_the_reference_scores_each_completion_where_it_stands(settings, tmp_path
         together = trainer.reference_logprobs(drawn)
         for n, prompt in enumerate(prompts):
             rows = slice(4 * n, 4 * n + 4)
-            alone, _ = score(trainer.reference, [prompt], drawn.tokens[rows], drawn.mask[rows], group_size=4)
+            alone, _ = score(trainer.reference.policy, [prompt], drawn.tokens[rows], drawn.mask[rows], group_size=4)
             assert (alone - together[rows]).abs().max() < ROUNDING
 
     on_ranks(1, run)
@@ -169,7 +170,7 @@ def test_rewards_are_found_while_the_reference_scores(settings, tmp_path, monkey
 
     def run(world: World) -> None:
         trainer = build(world, config, rewards=rewards)
-        monkeypatch.setattr(trainer_module, "score", scored)
+        monkeypatch.setattr(reference_module, "score", scored)
         means = trainer.step(0)
         assert means["reward"] > 0 and means["kl"] == pytest.approx(0, abs=ROUNDING)
         assert scoring.is_set() and judged == [16], "each completion is judged once"

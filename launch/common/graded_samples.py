@@ -12,7 +12,7 @@ from hark.data.loader import evaluation_batches
 from hark.data.order import digest, shuffle_choices
 from hark.grpo.advantage import weighted_rewards
 from hark.grpo.config import Config
-from hark.grpo.reward_weights import weights_at
+from hark.grpo.rewards import weights_at
 from hark.grpo.runtime.collectives import World, gather_rows
 from hark.grpo.runtime.sharding import gathered
 from hark.grpo.sampler import sample

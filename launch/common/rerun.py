@@ -64,7 +64,7 @@ def rerun(trainer: Trainer, record: StepRecord) -> StepRecord | None:
     world, step = trainer.world, record.step
     examples, prompts, keys = zip(*_prompts(trainer, record), strict=True)
     own = _part(record, world)
-    trainer.beta = record.values["beta"]
+    trainer.reference.beta = record.values["beta"]
     trainer.recorder.begin(step)
     drawn = trainer.draw(prompts, keys)
     scored = Rollout(
@@ -72,15 +72,15 @@ def rerun(trainer: Trainer, record: StepRecord) -> StepRecord | None:
     )
     texts = trainer.policy.completion_texts(scored.tokens, scored.mask)
     names = list(trainer.config.reward.weights)
-    columns = trainer.agreed(lambda: trainer.judge(examples, scored, texts, step - 1))
+    columns = trainer.rewards.columns(trainer.rewards.start(examples, scored, texts, step - 1))
     ref_logprobs = trainer.reference_logprobs(scored)
     trainer.recorder.note(
         examples=examples, prompts=prompts, keys=keys, rollout=drawn, texts=texts, reward_names=names, columns=columns
     )
     old, ref = own.get("scored_logprobs", own["old_logprobs"]), own.get("ref_logprobs")
-    weights = trainer.reward_weights(step - 1)
+    weights = trainer.rewards.weights(step - 1)
     reward = weighted_rewards(own["rewards"], weights)
-    penalties = trainer.objective.penalties(old, ref, scored.mask, trainer.beta)
+    penalties = trainer.objective.penalties(old, ref, scored.mask, trainer.reference.beta)
     advantages = trainer.advantages(own["rewards"], weights, scored.mask, penalties)
     counted = trainer.objective.counted(scored.mask, scored.stopped)
     tokens = float(trainer.objective.counted(record.tensors["mask"], record.tensors["stopped"]).sum())
@@ -92,7 +92,7 @@ def rerun(trainer: Trainer, record: StepRecord) -> StepRecord | None:
     )
     for _ in range(trainer.config.loss.inner_epochs):
         trainer.update(recorded, step - 1, examples)
-    trainer.move_reference(step - 1)
+    trainer.reference.move(trainer.policy, step - 1)
     part = trainer.recorder.take()
     tensors = part.tensors | {name: tensor.cpu() for name, tensor in found.items() if tensor is not None}
     parts = gather_rows([dataclasses.replace(part, tensors=tensors)], world)

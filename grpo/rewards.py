@@ -1,0 +1,87 @@
+"""The rewards of a step: computed in a thread of their own, agreed on by all ranks, and weighted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+
+from hark import UserError
+from hark.grpo.config import RewardConfig
+from hark.grpo.runtime.collectives import World, exchange_rows, reduce_max
+from hark.grpo.types import Rollout
+
+
+class Judged(Protocol):
+    """The rewards of completions: columns (B, K), NaN where one was not given; failed calls; sums to log."""
+
+    @property
+    def columns(self) -> torch.Tensor: ...
+
+    @property
+    def failures(self) -> Sequence[Any]: ...
+
+    @property
+    def figures(self) -> Mapping[str, float]: ...
+
+
+# (N examples, B texts, B lists of ids, B times whether it stopped, step) -> rewards
+Rewards = Callable[[Sequence[Any], Sequence[str], Sequence[Sequence[int]], Sequence[bool], int], Judged]
+
+
+class StepRewards:
+    """rewards: returns one column per name in `reward.weights`, in that order."""
+
+    def __init__(self, rewards: Rewards, config: RewardConfig, world: World):
+        self._rewards, self._config, self._world = rewards, config, world
+        self._thread = ThreadPoolExecutor(1, "rewards")
+        self._figures: Counter[str] = Counter()
+
+    def start(self, examples: Sequence[Any], rollout: Rollout, texts: Sequence[str], step: int) -> Future[Judged]:
+        """Start to judge the completions (B) of N examples."""
+        rows = zip(rollout.tokens.tolist(), rollout.mask.sum(dim=1).tolist(), strict=True)
+        ids = [tokens[:length] for tokens, length in rows]
+        return self._thread.submit(self._rewards, examples, texts, ids, rollout.stopped.tolist(), step)
+
+    def columns(self, pending: Future[Judged]) -> torch.Tensor:
+        """The columns (B, K), waited for. What is raised on one rank is raised on all: none waits for another.
+
+        Raises the exception itself where it occurred, and a UserError with its message on the other ranks.
+        """
+        failure = pending.exception()
+        if failure is not None and not isinstance(failure, Exception):
+            raise failure
+        if reduce_max(failure is not None, self._world):
+            found = exchange_rows([] if failure is None else [f"rank {self._world.rank}: {failure}"], self._world)
+            raise failure or UserError("; ".join(found))
+        judged = pending.result()
+        self._figures.update({"reward_failures": len(judged.failures)} | dict(judged.figures))
+        return judged.columns.to(self._world.device)
+
+    def weights(self, step: int) -> list[float]:
+        return weights_at(self._config.weights, self._config.schedule, step)
+
+    def take_figures(self) -> dict[str, float]:
+        """This rank's sums since the last call: failed calls, tokens of judges."""
+        figures: dict[str, float] = dict(self._figures)
+        self._figures.clear()
+        return figures
+
+
+def weights_at(weights: Mapping[str, float], schedule: Mapping[str, Mapping[int, float]], step: int) -> list[float]:
+    """The weight of each reward at a step, counted from 0: the scheduled one, or else that of `weights`."""
+    return [scheduled(sorted(schedule[name].items()), step) if name in schedule else weights[name] for name in weights]
+
+
+def scheduled(points: Sequence[tuple[int, float]], step: int) -> float:
+    """The value at a step of points (step, value) in order: linear between them, constant before and after."""
+    if step <= points[0][0]:
+        return points[0][1]
+    for (start, first), (end, last) in pairwise(points):
+        if step <= end:
+            return first + (last - first) * (step - start) / (end - start)
+    return points[-1][1]
