@@ -77,7 +77,9 @@ def relative(uri: str, start: str) -> str:
 @functools.cache
 def modules() -> list[Path]:
     """The modules of the packages, relative to the checkout."""
-    return [path.relative_to(ROOT) for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+    found = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+    # A file beside a configuration, which names it, is no module.
+    return [path.relative_to(ROOT) for path in found if (path.parent / "__init__.py").exists()]
 
 
 def page_of(path: Path) -> str:
