@@ -29,6 +29,7 @@ FIXED = (
     ("data", "band"),
     ("data", "held_out"),
     ("data", "template"),
+    ("loss", "reference_every"),  # a checkpoint has the weights of a reference that moves
     ("optim", "prompts_per_step"),
 )
 OF_STAGES = ("optim", "steps")  # the stages of a curriculum divide the whole run
