@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -276,6 +277,17 @@ def test_a_named_setting_gives_its_keys_and_a_given_key_wins(settings):
     loss = load_config([*settings, "run.directory=unused", "loss.kind=gspo", "loss.clip_high=0.01"]).loss
     assert (loss.ratio, loss.clip_low, loss.clip_high, loss.beta) == ("sequence", 3e-4, 0.01, 0.0)
     assert load_config([*settings, "run.directory=unused"]).loss == LossConfig()
+
+
+def test_a_named_setting_on_the_command_line_takes_the_place_of_the_files_keys(settings):
+    path = Path(settings[0])
+    path.write_text("loss: {kind: gspo, clip_high: 0.01, beta: 0.1, entropy: 0.5}")
+    words = [*settings, "run.directory=unused"]
+    loss = load_config(words).loss
+    assert (loss.ratio, loss.clip_high, loss.beta, loss.entropy) == ("sequence", 0.01, 0.1, 0.5), "the file's keys win"
+    loss = load_config([*words, "loss.kind=dapo"]).loss
+    assert (loss.ratio, loss.clip_high, loss.beta, loss.entropy) == ("token", 0.28, 0.0, 0.5)
+    assert load_config([*words, "loss.beta=0.2", "loss.kind=dapo"]).loss.beta == 0.2
 
 
 def test_the_constant_length_is_the_longest_completion_unless_it_is_given():

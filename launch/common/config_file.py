@@ -19,7 +19,7 @@ import yaml
 
 from hark.from_file import is_in_file
 from hark.grpo.advantage import ADVANTAGES
-from hark.grpo.algorithms import AlgorithmError, named_values
+from hark.grpo.algorithms import ALGORITHMS, AlgorithmError, named_values
 from hark.grpo.config import Bound, Config, ConfigError, Files, LossConfig, default_of, flow
 from hark.launch.common.nearest import nearest
 
@@ -50,10 +50,11 @@ def load_config(argv: list[str]) -> Config:
         raise ConfigError("the first argument must be the configuration: CONFIG [section.key=value ...]")
     path = find_config(argv[0])
     entries = _read_file(path)
-    for override in argv[1:]:
-        name, entry = _read_override(override)
-        entries[name] = entry
-    return _build(entries, source=path)
+    overrides = dict(map(_read_override, argv[1:]))
+    if "loss.kind" in overrides:  # it takes the place of the file's: of the keys that it gives too
+        given = ALGORITHMS.get(overrides["loss.kind"].value, {})
+        entries = {name: entry for name, entry in entries.items() if name.removeprefix("loss.") not in given}
+    return _build(entries | overrides, source=path)
 
 
 def config_of(overrides: list[str]) -> Config:
