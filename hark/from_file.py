@@ -19,8 +19,9 @@ from typing import Any
 from hark import UserError
 
 _MODULES: dict[str, ModuleType] = {}  # by absolute path
+_NUMBERS = itertools.count()  # in the names of modules: two files may have one name
 _TEXTS: dict[str, str] = {}  # of the files that were run, by absolute path
-_LOCK = threading.Lock()  # rewards are looked up in a thread of their own
+_LOCK = threading.RLock()  # rewards are looked up in a thread of their own; a file that is run may call from_file
 
 
 class OwnFileError(UserError, ValueError):
@@ -69,24 +70,26 @@ def _module(path: str) -> ModuleType:
             if not os.path.isfile(absolute):
                 raise OwnFileError(f"{path}: no such file (working directory {os.getcwd()})")
             text = Path(absolute).read_text(encoding="utf-8", errors="replace")
-            _MODULES[absolute] = _run(absolute, path)
+            _run(absolute, path)
             _TEXTS[absolute] = text
         return _MODULES[absolute]
 
 
-def _run(absolute: str, path: str) -> ModuleType:
-    """Run a file as a module, which sys.modules holds meanwhile and after, as dataclasses and pickle need."""
-    name = f"hark_own_file_{len(_MODULES)}_{Path(absolute).stem}"
+def _run(absolute: str, path: str) -> None:
+    """Run a file as a module, which sys.modules holds meanwhile and after, as dataclasses and pickle need.
+
+    _MODULES holds it meanwhile too: files that use each other see what has been defined so far, as Python's imports do.
+    """
+    name = f"hark_own_file_{next(_NUMBERS)}_{Path(absolute).stem}"
     spec = importlib.util.spec_from_file_location(name, absolute)
     if spec is None or spec.loader is None:
         raise OwnFileError(f"{path}: not a Python file")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    module = _MODULES[absolute] = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        del sys.modules[name]
+        del sys.modules[name], _MODULES[absolute]
         raise OwnFileError(f"{path}:{_line(error, absolute)}: {type(error).__name__}: {error}") from error
-    return module
 
 
 def _line(error: BaseException, path: str) -> int:

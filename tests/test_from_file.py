@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -64,6 +65,41 @@ def test_a_file_is_run_once_for_all_of_its_names_paths_and_threads(tmp_path):
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(from_file, names))
     assert (tmp_path / "runs").read_text() == "x"
+
+
+def in_a_thread(name):
+    """What a name leads to, or the error. The thread may hang for ever, at a lock that it holds itself."""
+    found = []
+
+    def find():
+        try:
+            found.append(from_file(name))
+        except UserError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=find, daemon=True)
+    thread.start()
+    thread.join(timeout=20)
+    return found[0]
+
+
+def test_a_file_that_is_run_may_use_another_of_its_name(tmp_path):
+    use = "from hark.from_file import from_file\n\nname = __name__, from_file('{}')\n"
+    (tmp_path / "further").mkdir()
+    (tmp_path / "further" / "outer.py").write_text("name = __name__\n")
+    (tmp_path / "outer.py").write_text(use.format("further/outer.py:name"))
+    outer, inner = in_a_thread("outer.py:name")
+    assert outer != inner
+
+
+def test_files_that_use_each_other_see_what_is_there(tmp_path):
+    use = "from hark.from_file import from_file\n\nx = 1\ny = from_file('{}')\n"
+    (tmp_path / "one.py").write_text(use.format("two.py:y"))
+    (tmp_path / "two.py").write_text(use.format("one.py:x"))
+    assert in_a_thread("one.py:y") == 1
+    (tmp_path / "self.py").write_text(use.format("self.py:z"))
+    for _ in range(2):  # a file that failed is not kept
+        assert "self.py:4: OwnFileError: self.py: has no 'z'" in str(in_a_thread("self.py:z"))
 
 
 @pytest.mark.parametrize(
