@@ -164,13 +164,12 @@ def gradient_of(policy) -> dict[str, torch.Tensor]:
 MOVING = ["loss.kl_target=0.001", "loss.kl_horizon=32", "loss.reference_every=1", "loss.reference_mix=0.25"]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_an_adapted_beta_and_a_moving_reference_are_resumed_bit_for_bit(ranks, settings, tmp_path):
+def test_an_adapted_beta_and_a_moving_reference_are_resumed_bit_for_bit_on_two_ranks(settings, tmp_path):
     settings = [*settings, *MOVING, "checkpoint.every=2"]
     whole = [*settings, f"run.directory={tmp_path}/whole", "optim.steps=4"]
     half = [*settings, f"run.directory={tmp_path}/half", "optim.steps=2"]
     rest = [*settings, f"run.directory={tmp_path}/half", "optim.steps=4", "run.resume=true"]
-    on_ranks(ranks, train_all, [whole, half, rest])
+    on_ranks(2, train_all, [whole, half, rest])
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "half")
     assert all(torch.equal(a[name], b[name]) for name in a)
     first, second = (read_metrics(tmp_path / name) for name in ("whole", "half"))
@@ -193,7 +192,7 @@ def test_the_reference_moves_by_its_share(settings, tmp_path):
         moved = 0.0
         for name, weight in reference.items():
             torch.testing.assert_close(weight, before[name] + 0.25 * (policy[name] - before[name]))
-            moved = max(moved, float((weight - before[name]).abs().max()))
+            moved = max(moved, float((weight.detach() - before[name]).abs().max()))
         assert moved > 1e-5
         mix_weights(trainer.policy, trainer.reference.policy, share=1.0)
         assert all(torch.equal(weight, policy[name]) for name, weight in reference.items())
