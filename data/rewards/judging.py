@@ -15,7 +15,7 @@ import torch
 from hark.data.examples import Example
 from hark.data.prompts import Template, find_template
 from hark.data.rewards.group import Failure, Group, Judged, RewardError
-from hark.data.rewards.serving import Reply, plain, run_reward
+from hark.data.rewards.serving import Reply, run_reward
 from hark.data.rewards.table import check_rewards, is_foreign
 from hark.data.rewards.worker import Worker
 
@@ -114,7 +114,7 @@ class Judge:
         if reply.reason:
             failures.append(failure(name, group, None, f"failed: {reply.reason}"))
             return [None] * size
-        values = plain(reply.values)
+        values = reply.values
         if not isinstance(values, list) or len(values) != size:
             what = f"{len(values)} values" if isinstance(values, list) else values
             failures.append(failure(name, group, None, f"returned {what}; expected {size} numbers or None"))

@@ -21,7 +21,7 @@ from hark.data.rewards.table import find_reward
 
 
 class Reply(NamedTuple):
-    """What a call gave: the values, or the reason why there are none; and sums to log."""
+    """What a call gave: the values as `plain`, or the reason why there are none; and sums to log."""
 
     values: Any = None
     reason: str = ""
@@ -32,7 +32,7 @@ def run_reward(name: str, options: Mapping[str, Any] | None, group: Group) -> Re
     """Call a reward here; an exception becomes a reason."""
     try:
         values: Sequence[float | None] = find_reward(name, options)(group)
-        return Reply(values, "", taken())
+        return Reply(plain(values), "", taken())
     except Exception as error:
         return Reply(None, f"{type(error).__name__}: {error}", taken())
 
@@ -49,7 +49,7 @@ def main(descriptor: int) -> None:
             return
         reply = run_reward(name, options.get(name), group)
         try:
-            pipe.send((plain(reply.values), reply.reason, dict(reply.figures)))
+            pipe.send((reply.values, reply.reason, dict(reply.figures)))
         except OSError:
             return
 

@@ -1,0 +1,133 @@
+"""Rewards in processes, and rewards that fail in a training step of two ranks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from hark import UserError
+from hark.data.examples import Example
+from hark.data.rewards import REWARDS, RewardError
+from hark.data.rewards.judging import Judge
+from hark.grpo.runtime.collectives import World, exchange_rows
+from hark.launch.common.config_file import load_config
+from hark.launch.common.questions import rewards_of
+from tests.ranks import on_ranks
+from tests.runs import build
+
+EXAMPLES = [Example(str(n), (), "Which?", ("dog", "car"), n % 2) for n in range(4)]
+OWN = """
+import os
+
+def process(group):
+    if group.texts[0] == "die":
+        os._exit(3)
+    return [os.getpid()] * len(group.texts)
+
+def odd(group):
+    return {"nothing": None, "text": "high", "texts": ["high", 1.0], "few": [1.0], "many": [1.0] * 3, "one": 1.0,
+            "nan": [float("nan"), 2.0], "none": [None, 2.0], "true": [True, False]}[group.texts[0]]
+
+def raises(group):
+    raise KeyError("caption")
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    return f"{tmp_path}/own.py"
+
+
+def test_two_workers_give_the_columns_of_one_and_a_dead_one_is_replaced(own):
+    names, ids, stopped = [f"{own}:process", "accuracy", "length_median"], [[1], [1, 2]] * 4, [True] * 8
+    with Judge(names, "plain", on_error="none", workers=2) as judge:
+        found = [judge(EXAMPLES, [first, "car"] * 4, ids, stopped, 0) for first in ("dog", "die", "dog")]
+    with Judge(names[1:], "plain") as judge:
+        expected = judge(EXAMPLES, ["dog", "car"] * 4, ids, stopped, 0).columns
+    before, between, after = ({int(p) for p in judged.columns[:, 0] if not p.isnan()} for judged in found)
+    assert len(before) in (1, 2) and between == set()  # as fast as calls are, one process may do all of them
+    assert after and not after & before
+    assert torch.equal(found[0].columns[:, 1:], expected) and torch.equal(found[2].columns[:, 1:], expected)
+    assert [len(judged.failures) for judged in found] == [0, 4, 0]
+    assert all("died with status 3" in failure.reason for failure in found[1].failures)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "said"),
+    [
+        ("nothing", [None, None], "returned None; expected 2 numbers or None"),
+        ("text", [None, None], "returned 'high'; expected 2 numbers"),
+        ("texts", [None, None], "returned \\['high', 1.0\\]; expected 2 numbers"),
+        ("few", [None, None], "returned 1 values; expected 2 numbers"),
+        ("many", [None, None], "returned 3 values; expected 2 numbers"),
+        ("one", [None, None], "returned 1.0; expected 2 numbers"),
+        ("nan", [None, 2], "for the completion 'nan' is nan; expected a finite number or None"),
+        ("none", [None, 2], None),
+        ("true", [1, 0], None),
+        ("unknown", [None, None], "failed: KeyError: 'unknown'"),
+    ],
+)
+def test_what_is_no_number_is_none_and_one_failure(kind, values, said, monkeypatch, own, capsys):
+    space: dict = {}
+    exec(OWN, space)
+    monkeypatch.setitem(REWARDS, "odd", space["odd"])
+    example, rest = EXAMPLES[:1], (["x"] * 2, [True] * 2, 0)
+    with Judge(["odd"], "plain", on_error="none") as judge:
+        judged = judge(example, [kind, "b"], *rest)
+    assert [None if math.isnan(value) else value for value in judged.columns[:, 0].tolist()] == values
+    assert len(judged.failures) == (said is not None)
+    with Judge(["odd"], "plain") as judge:
+        if said is None:
+            judge(example, [kind, "b"], *rest)
+        else:
+            with pytest.raises(RewardError, match=said):
+                judge(example, [kind, "b"], *rest)
+
+
+def test_a_process_says_what_its_reward_returned_or_raised(own):
+    names = [f"{own}:odd", f"{own}:raises"]
+    with Judge(names, "plain", on_error="none") as judge:
+        judged = judge(EXAMPLES[:1], ["texts", "b"], [[1], [1]], [True, True], 0)
+    assert judged.columns.isnan().all()
+    first, second = (failure.reason for failure in judged.failures)
+    assert "returned ['high', 1.0]; expected 2 numbers" in first and "failed: KeyError: 'caption'" in second
+
+
+def fails_once(calls: list[str]):
+    def reward(group):
+        calls.append(group.example.id)
+        if len(calls) == 2:
+            raise ValueError("no caption")
+        return [len(text) % 7 / 7 for text in group.texts]
+
+    return reward
+
+
+def step_with_a_failing_reward(world: World, settings: list[str]) -> None:
+    """Rank 1's second group has no reward: the run ends on both ranks, or goes on with the same metrics on both."""
+    for on_error in ("stop", "none"):
+        config = load_config([*settings, "reward.weights={odd: 1.0, format: 0.5}", f"reward.on_error={on_error}"])
+        calls: list[str] = []
+        REWARDS["odd"] = fails_once(calls if world.rank == 1 else ["never"] * 9)
+        try:
+            with rewards_of(config) as rewards:
+                learner = build(world, config, rewards=rewards)
+                if on_error == "stop":
+                    with pytest.raises(UserError, match="reward 'odd' of example .* failed: ValueError: no caption"):
+                        learner.step(0)
+                    continue
+                metrics = learner.step(0)
+        finally:
+            del REWARDS["odd"]
+        assert metrics["reward_failures"] == 1
+        seen = [metrics[name] for name in ("reward", "reward/odd", "grad_norm", "loss")]
+        assert all(map(math.isfinite, seen))
+        first, second = exchange_rows([seen], world)
+        assert first == second
+
+
+def test_a_reward_that_fails_on_one_rank_stops_both_or_leaves_both_training(settings, tmp_path):
+    on_ranks(2, step_with_a_failing_reward, [*settings, f"run.directory={tmp_path}/run", "loss.beta=0"])
