@@ -108,6 +108,27 @@ def test_mathematics_compares_numbers_not_their_digits():
     assert values("math", blank) == [None] and values("math", blank, unparseable=1.0) == [1]
 
 
+@pytest.mark.parametrize(
+    ("answer", "right", "wrong"),
+    [
+        ("3", ["<answer>3</answer>", "<think>5?</think> <answer>$3.0$</answer>", "It is $3$."],
+         ["<think>It is 3</think><answer>5</answer>", "<answer>3</answer><answer>5</answer>", "<answer>3",
+          "<answer>3\\pi</answer>"]),
+        (r"2\pi", ["<answer>2\\pi</answer>", r"so $\boxed{2\pi}$"], ["<answer>2</answer>", "2"]),
+        ("1,000", ["<answer>1000</answer>", "1,000"], ["<answer>1</answer>"]),
+        ("x^2 + 2x", [r"<answer>$2x + x^2$</answer>"], ["<answer>2x</answer>"]),
+        ("7 cm", ["<answer>7</answer>", "<answer>The length is 7 cm</answer>"], ["<answer>8 cm</answer>"]),
+    ],
+)  # fmt: skip
+def test_mathematics_reads_the_answer_tag_and_bare_latex(answer, right, wrong):
+    group = group_of(Example("1", (), "q", accepted=(answer,)), *right, *wrong)
+    assert values("math", group) == [1] * len(right) + [0] * len(wrong)
+
+
+def test_words_are_no_mathematics():
+    assert values("math", group_of(Example("1", (), "q", accepted=("Paris",)), "Paris", "$Paris$")) == [None, None]
+
+
 def test_mmau_accepts_words_around_and_refuses_those_of_wrong_choices():
     texts = ["<answer>a dog barks</answer>", "dog car", "<answer>dog</answer><answer>dog</answer>"]
     assert values("mmau", group_of(CHOICES, *texts)) == [1, 0, 0]
