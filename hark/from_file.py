@@ -41,6 +41,8 @@ def short_name(name: str) -> str:
 def from_file(name: str) -> Any:
     """The object that `path/to/file.py:name` names; the path is relative to the working directory.
 
+    That of a configuration's own line may also be relative to the configuration: reading it makes it a path from here.
+
     A file is run once, whatever number of its objects is used. OwnFileError says what is wrong with it.
     """
     path, _, key = name.rpartition(":")

@@ -6,12 +6,18 @@ import json
 import math
 import sys
 
+import numpy as np
 import pytest
 import soundfile
 import torch
 
 from hark.data.described import described
 from hark.data.errors import DataError
+from hark.data.examples import Example
+from hark.data.prompts import find_template
+from hark.data.rewards.artefact import artefact
+from hark.data.rewards.group import Group
+from hark.data.rewards.transcript import error_rate
 from hark.from_file import from_file
 from hark.grpo import loop
 from hark.grpo.distribution import log_distribution
@@ -29,7 +35,8 @@ from hark.models.mini import build_mini_speaker
 from hark.models.policy import PolicyError
 from tests.runs import build, read_metrics
 
-tts_reward = sys.modules[from_file(f"{CONFIGS}/tts_reward.py:score").__module__]
+DECODE, SCORE = (f"{CONFIGS}/tts_reward.py:{name}" for name in ("decode", "intelligible"))
+tts_reward = sys.modules[from_file(SCORE).__module__]
 SMALL = Settings(codes=24, iterations=8)
 TEXTS = ("low then high", "high then low")
 
@@ -179,16 +186,15 @@ def test_two_steps_of_grpo_on_codec_tokens_with_a_reward_on_the_waveform(tmp_pat
 
     def worked_out(text: str, tokens: list[int]) -> float:
         wave = codec.decode([policy.code_ids.index(token) for token in tokens if token in policy.code_ids])
-        return 1 - math.tanh(3 * tts_reward.word_error_rate(text, " ".join(heard(wave))))
+        return 1 - math.tanh(3 * error_rate(text.split(), heard(wave))) if len(wave) else 0.0
 
-    def rewards(examples, texts, *others):
-        codes = [[int(code) for code in tts_reward.CODE.findall(text)] for text in texts]
-        monkeypatch.setattr(tts_reward, "heard", lambda wave: " ".join(heard(torch.from_numpy(wave))))
-        monkeypatch.setattr(tts_reward, "_codec", lambda: codec)
-        scores = [
-            tts_reward.score(example, tts_reward.decode(one)) for example, one in zip(examples, codes, strict=True)
-        ]
-        return torch.tensor(scores)[:, None]
+    monkeypatch.setattr(tts_reward, "heard", lambda wave, rate: " ".join(heard(torch.from_numpy(wave))))
+    monkeypatch.setattr(tts_reward, "_codec", lambda: (codec, {t: code for code, t in enumerate(policy.code_ids)}))
+
+    def rewards(examples, texts):
+        ids = [(tuple(policy.completion_ids(text).tolist()),) for text in texts]
+        groups = [Group(*one, (True,), find_template("open")) for one in zip(examples, zip(texts), ids, strict=True)]
+        return torch.tensor([artefact(group, decode=DECODE, score=SCORE) for group in groups])
 
     with joined_world(threads=1) as world:
         trainer = build(world, config, rewards=rewards, describe=described)
@@ -215,14 +221,15 @@ def heard(wave: torch.Tensor) -> list[str]:
     return ["high" if int((part[1:] * part[:-1] < 0).sum()) > len(part) / 16 else "low" for part in parts]
 
 
-def test_the_reward_of_the_recipe_is_that_of_cosyvoice2():
-    """WER 0, 1/4, 1/2 and 1 of four words, and 1 - tanh(3 WER) as it is published for these values."""
-    said = "the old man sleeps"
-    for text, wer, reward in [
-        ("The old man sleeps.", 0.0, 1.0),
-        ("the old man", 0.25, 0.364851),
-        ("an old man sleep", 0.5, 0.094852),
-        ("", 1.0, 0.004945),
+def test_the_reward_of_the_recipe_is_that_of_cosyvoice2(monkeypatch):
+    """1 - tanh(3 WER) as it is published, at a WER of 0, 1/4, 1/2 and 1 of four words; 0 without a sample."""
+    example = Example(id="a", clips=(), question="The old man sleeps", accepted=())
+    for text, reward in [
+        ("The old man sleeps.", 1.0),
+        ("the old man", 0.364851),
+        ("an old man sleep", 0.094852),
+        ("", 0.004945),
     ]:
-        assert tts_reward.word_error_rate(said, text) == wer
-        assert 1 - math.tanh(3 * wer) == pytest.approx(reward, abs=1e-6)
+        monkeypatch.setattr(tts_reward, "heard", lambda wave, rate, text=text: text)
+        assert tts_reward.intelligible(np.ones(640), 16_000, example) == pytest.approx(reward, abs=1e-6)
+    assert tts_reward.intelligible(np.ones(0), 16_000, example) == 0.0

@@ -139,6 +139,23 @@ def test_a_string_override_is_taken_as_it_stands(load):
     assert (config.data.train, config.data.template) == ("10.jsonl", "quoted")
 
 
+def test_a_file_of_ones_own_is_found_beside_the_configuration_unless_one_is_where_we_are(tmp_path, monkeypatch):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there" / "mine.py").write_text("")
+    file, text = tmp_path / "there" / "c.yaml", MINIMAL + "data: {template: mine.py:short}\n"
+    file.write_text(text + "reward:\n  weights: {mine.py:brief: 1.0}\n  options: {mine.py:brief: {by: none.py:best}}\n")
+    monkeypatch.chdir(tmp_path / "here")
+    config, found = load_config([str(file)]), f"{tmp_path}/there/mine.py"
+    assert config.data.template == f"{found}:short" and config.reward.weights == {f"{found}:brief": 1.0}
+    assert config.reward.options == {f"{found}:brief": {"by": "none.py:best"}}, (
+        "a file that is nowhere stays as written"
+    )
+    assert load_config([str(file), "data.template=mine.py:short"]).data.template == "mine.py:short", "from the shell"
+    (tmp_path / "here" / "mine.py").write_text("")
+    assert load_config([str(file)]).data.template == "mine.py:short"
+
+
 def test_null_clears_an_optional_string(load):
     text = MINIMAL + "data: {train: t.jsonl, validation: v.jsonl}\n"
     config = load(text, "data.train=null", "data.validation=")

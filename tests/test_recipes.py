@@ -11,14 +11,14 @@ import pytest
 from hark.data.errors import DataError
 from hark.data.examples import Example, load_examples
 from hark.data.prompts import find_template
-from hark.data.rewards import REWARDS, Group
+from hark.data.rewards import REWARDS, Group, find_reward
 from hark.from_file import from_file, is_in_file
 from hark.grpo.config import ConfigError
 from hark.grpo.instruments.record import read_step
 from hark.launch import sft, train
-from hark.launch.common.config_file import load_config
+from hark.launch.common.config_file import CONFIGS, load_config
 from hark.launch.studies.recipes import RECIPES, page, read_recipe
-from hark.models.mini import build_mini
+from hark.models.mini import build_mini, build_mini_speaker
 from tests.clips import write_questions
 from tests.conftest import TEXTS
 from tests.runs import read_metrics
@@ -66,8 +66,10 @@ def skip_without_rewards(name: str) -> None:
 
 @pytest.mark.parametrize("name", AQA)
 def test_an_algorithm_takes_a_step_on_the_data_of_r1_aqa(name, tmp_path, qwen2_audio_dir, questions):
-    line = first_step(name, qwen2_audio_dir, questions, tmp_path)
+    own = ["reward.options={soft_overlong: {cache: 2}}"] if name == "dapo" else []  # of 8 tokens
+    line = first_step(name, qwen2_audio_dir, questions, tmp_path, *own)
     assert "kl" not in line and {"reward/accuracy", "reward/format"} <= line.keys()
+    assert ("reward/soft_overlong" in line) == (name == "dapo")
 
 
 @pytest.mark.parametrize("name", OMNI)
@@ -82,45 +84,41 @@ def test_a_recipe_for_qwen2_5_omni_takes_a_step(name, tmp_path, omni_dir):
 
 
 @pytest.mark.parametrize("name", ["sari_sft", "sari"])
-def test_sari_takes_a_step_on_structured_thoughts_and_then_on_easy_questions(
-    name, tmp_path, qwen2_audio_dir, monkeypatch
-):
-    """The wrong, never answered and harder questions are not asked: the two easiest are those of the first step."""
-    monkeypatch.chdir(ROOT)
+def test_sari_takes_a_step_on_structured_thoughts_and_then_on_easy_questions(name, tmp_path, qwen2_audio_dir):
+    """Two stages of one prompt each: first one of the easier half, then one of the harder; never one of pass rate 0."""
     sections = "".join(f"<{tag}>x</{tag}>" for tag in ("PLANNING", "CAPTION", "REASONING", "SUMMARY"))
     target = sections + "<answer>rain</answer>"
     rates = (0.0, 0.25, 1.0, 0.5, 0.75)
     rows = {f"line{n + 1}": {"target": target, "pass_rate": rate} for n, rate in enumerate(rates)}
     file = write_questions(tmp_path / "data", 5, **rows)
-    more = ["record.every=1", f"model.reference={qwen2_audio_dir}"] if name == "sari" else []
+    more = ["record.every=1", f"model.reference={qwen2_audio_dir}", "data.stages=2"] if name == "sari" else []
     line = first_step(name, qwen2_audio_dir, file, tmp_path, "rollout.max_new_tokens=80", *more)
     if name == "sari":
         asked = [prompt["row"]["pass_rate"] for prompt in read_step(tmp_path / "run", 1).values["prompts"]]
-        assert sorted(asked) == [0.75, 1.0] and "kl" in line
+        assert asked[0] in (1.0, 0.75) and asked[1] in (0.5, 0.25) and "kl" in line
     else:
         template = find_template(load_config([name]).data.template)
         assert re.findall(r"<(\w+)>", target) == [*template.tags] and line["loss"] > 0
 
 
-def test_emotion_takes_a_step_and_halves_its_reward_between_style_and_words(tmp_path, omni_dir, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_emotion_takes_a_step_and_halves_its_reward_between_style_and_words(tmp_path, omni_dir):
     spoken = {"answer": "the old man sleeps", "style": "happy", "multi_choice": None}
     file = write_questions(tmp_path / "data", 4, **{f"line{n}": spoken for n in range(1, 5)})
     line = first_step("emotion", omni_dir, file, tmp_path)
-    assert line["reward/style_and_words"] == 0.0 and "kl" not in line
-    reward, template = (from_file(f"launch/configs/emotion_reward.py:{n}") for n in ("style_and_words", "styled"))
-    example = load_examples(file)[0][0]
+    assert line["reward/style"] == line["reward/wer"] == 0.0 and "kl" not in line
+    config, example = load_config(["emotion"]), load_examples(file)[0][0]
+    template = find_template(config.data.template)
     for text, expected in [
         ("<style>Happy</style><answer>The old man sleeps.</answer>", 1.0),
         ("<style>sad</style><answer>The old dog sleeps.</answer>", 0.375),  # one word of four is wrong
         ("happy", 0.0),
     ]:
-        assert reward(Group(example, (text,), ((),), (True,), template)) == [expected]
+        group = Group(example, (text,), ((),), (True,), template)
+        assert sum(w * find_reward(name)(group)[0] for name, w in config.reward.weights.items()) == expected
 
 
-def test_open_rs_takes_a_step_on_text_and_rewards_a_thought_that_is_closed_once(tmp_path, causal_lm_dir, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    reward = from_file("launch/configs/open_rs_reward.py:closed_thought")
+def test_open_rs_takes_a_step_on_text_and_rewards_a_thought_that_is_closed_once(tmp_path, causal_lm_dir):
+    reward = from_file(f"{CONFIGS}/open_rs_reward.py:closed_thought")
     texts = ["so\n</think>\n4", "so </think> 4", "so\n</think>\n\n</think>\n4"]
     example = Example(id="a", clips=(), question="2 + 2?", accepted=("4",))
     group = Group(example, tuple(texts), ((),) * 3, (True,) * 3, find_template("open"))
@@ -130,8 +128,30 @@ def test_open_rs_takes_a_step_on_text_and_rewards_a_thought_that_is_closed_once(
     rows = [{"id": n, "question_text": f"2 + {n}?", "answer": str(2 + n), "system": "Think."} for n in range(4)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = load_config(["open_rs"])
-    assert config.reward.options["cosine"]["form"] == "open_rs", "the released form, not the default of TRL"
+    options = config.reward.options["cosine"]
+    assert options["form"] == "open_rs", "the released form, not the default of TRL"
+    boxed = Group(example, (r"so\n</think>\n\boxed{4}", r"\boxed{5}"), ((),) * 2, (True,) * 2, find_template("open"))
+    right, wrong = find_reward("cosine", options)(boxed)
+    assert right == pytest.approx(1.0, abs=1e-3) and wrong == pytest.approx(0.0, abs=1e-3), "short: 1 and 0"
     assert "kl" in first_step("open_rs", causal_lm_dir, file, tmp_path)
+
+
+def test_speech_takes_a_step_of_sft_on_codec_tokens_and_one_of_grpo_with_a_group_that_is_listened_to(tmp_path):
+    """The reward is the number of samples; both functions are of a file beside the working directory's."""
+    model, file, own = tmp_path / "speaker", tmp_path / "train.jsonl", tmp_path / "mine.py"
+    build_mini_speaker(model, ["low", "high"], codes=8, vocabulary=300, hidden=64, layers=1)
+    rows = [{"id": n, "question_text": "low", "answer": "<|s_1|><|s_2|>"} for n in range(4)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own.write_text(
+        "def decode(ids):\n    return [0.0] * len(ids), 8\ndef score(wave, rate, example):\n    return rate\n"
+    )
+    options = f"reward.options={{artefact: {{decode: '{own}:decode', score: '{own}:score'}}}}"
+    assert first_step("tts_sft", model, file, tmp_path / "sft")["loss"] > 0
+    line = first_step("tts", model, file, tmp_path / "grpo", options)
+    assert (
+        line["reward/artefact"] == 8.0 and line["reward/length_median"] <= 0 < line["reward/diversity"] and "kl" in line
+    )
+    assert {is_in_file(name) for name in load_config(["tts"]).reward.options["artefact"].values()} == {True}
 
 
 def test_questions_without_sound_are_refused_unless_they_are_wanted(tmp_path, omni_dir):
@@ -178,7 +198,7 @@ def test_the_loss_and_the_rewards_of_a_recipe_are_its_own():
     assert (dapo.clip_low, dapo.clip_high, dapo.token_weights) == (0.2, 0.28, "token-mean")
     assert (gspo.ratio, gspo.clip_low, gspo.clip_high) == ("sequence", 3e-4, 4e-4)
     assert (sapo.bound, sapo.gate_up, sapo.gate_down) == ("sapo", 1.0, 1.05)
-    assert load_config(["dapo"]).rollout.refill == 9
+    assert load_config(["dapo"]).rollout.refill == 29
     assert load_config(["audio_mcq"]).reward.weights == {"accuracy": 2.0, "format": 0.5}
     assert load_config(["ke_omni_r"]).reward.weights == {"accuracy": 2.0, "format": 1.0}
     plain, text = (load_config([name]) for name in ("omni_r1", "omni_r1_text"))

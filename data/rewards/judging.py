@@ -48,7 +48,7 @@ class Judge:
         self.names, self.template = list(names), find_template(template)
         self._options, self._only_if = options or {}, only_if or {}
         self._on_error, self._timeout, self._max_new_tokens = on_error, timeout, max_new_tokens
-        self._isolated = {name for name in names if workers or is_foreign(name)}
+        self._isolated = {name for name in names if workers or is_foreign(name, self._options.get(name))}
         self._workers: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         self._threads = ThreadPoolExecutor(max(workers, 1), "rewards")
         for _ in range(max(workers, 1)):

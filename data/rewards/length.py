@@ -7,6 +7,7 @@ from statistics import median
 
 from hark.data.examples import is_right
 from hark.data.rewards.group import Group
+from hark.data.rewards.maths import math as mathematics
 
 
 def length_median(group: Group) -> list[float]:
@@ -20,6 +21,7 @@ def cosine(
     group: Group,
     *,
     form: str = "trl",
+    by: str = "accuracy",
     max_length: int | None = None,
     min_right: float = 0.5,
     max_right: float = 1.0,
@@ -34,16 +36,19 @@ def cosine(
     form "trl": length in tokens, p at most 1, and min_wrong -1, max_wrong -0.5: short wrong answers cost most (TRL,
     get_cosine_scaled_reward). form "open_rs": length in characters, p not limited, and min_wrong 0, max_wrong -0.5:
     long wrong answers cost most (Open-RS, arXiv 2503.16219, recipes/grpo.yaml). max_length: null is the token limit.
-    None without a right answer.
+    by: what is right, as the reward "accuracy" or "math" has it. None without a right answer.
     """
+    if by not in ("accuracy", "math"):
+        raise ValueError(f"by is {by!r}; expected 'accuracy' or 'math'")
     if form not in ("trl", "open_rs"):
         raise ValueError(f"form is {form!r}; expected 'trl' or 'open_rs'")
     short_wrong = min_wrong if min_wrong is not None else -1.0 if form == "trl" else 0.0
     long_wrong = -0.5 if max_wrong is None else max_wrong
     longest = max_length or group.max_new_tokens
 
-    def value(text: str, ids: tuple[int, ...]) -> float | None:
-        right = is_right(group.example, text)
+    rights = mathematics(group) if by == "math" else [is_right(group.example, text) for text in group.texts]
+
+    def value(text: str, ids: tuple[int, ...], right: float | bool | None) -> float | None:
         if right is None:
             return None
         p = min(len(ids) / longest, 1.0) if form == "trl" else len(text) / longest
@@ -51,7 +56,7 @@ def cosine(
         low, high = (min_right, max_right) if right else (long_wrong, short_wrong)
         return low + (high - low) * wave
 
-    return [value(text, ids) for text, ids in zip(group.texts, group.ids, strict=True)]
+    return [value(*one) for one in zip(group.texts, group.ids, rights, strict=True)]
 
 
 def soft_overlong(group: Group, *, cache: int, max_length: int | None = None) -> list[float]:

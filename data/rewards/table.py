@@ -58,9 +58,9 @@ def find_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
     return partial(reward, **options) if options else reward
 
 
-def is_foreign(name: str) -> bool:
+def is_foreign(name: str, options: Mapping[str, Any] | None = None) -> bool:
     """Whether a reward runs in a process of its own even without reward.workers: it may not end."""
-    return is_in_file(name) or name in FOREIGN
+    return is_in_file(name) or name in FOREIGN or (options or {}).get("by") in FOREIGN
 
 
 def _check_signature(name: str, reward: Callable, options: Mapping[str, Any]) -> None:

@@ -214,8 +214,19 @@ def _read_file(path: str) -> dict[str, Entry]:
         for key, node in _pairs(section_node, path, section.value):
             where = f"{path}:{key.start_mark.line + 1}"
             name = _known(f"{section.value}.{key.value}", where)
-            entries[name] = Entry(_construct(loader, node, path, name), where)
+            entries[name] = Entry(_found_beside(_construct(loader, node, path, name), Path(path).parent), where)
     return entries
+
+
+def _found_beside(value: Any, directory: Path) -> Any:
+    """The value with `file.py:name` in `directory`, that of the configuration, if it is there and not where we are."""
+    if isinstance(value, dict):
+        return {_found_beside(key, directory): _found_beside(inner, directory) for key, inner in value.items()}
+    if isinstance(value, str) and is_in_file(value):
+        file, _, name = value.rpartition(":")
+        beside = directory / file
+        return f"{beside}:{name}" if beside.is_file() and not Path(file).is_file() else value
+    return value
 
 
 def _of_directory(path: Path) -> str:
