@@ -7,11 +7,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from hark.data.errors import DataError
 from hark.data.examples import Example, load_examples
 from hark.data.prompts import find_template
 from hark.data.rewards import REWARDS, Group, find_reward
+from hark.data.rewards.judging import Judge
 from hark.from_file import from_file, is_in_file
 from hark.grpo.config import ConfigError
 from hark.grpo.instruments.record import read_step
@@ -106,15 +108,15 @@ def test_emotion_takes_a_step_and_halves_its_reward_between_style_and_words(tmp_
     file = write_questions(tmp_path / "data", 4, **{f"line{n}": spoken for n in range(1, 5)})
     line = first_step("emotion", omni_dir, file, tmp_path)
     assert line["reward/style"] == line["reward/wer"] == 0.0 and "kl" not in line
-    config, example = load_config(["emotion"]), load_examples(file)[0][0]
-    template = find_template(config.data.template)
-    for text, expected in [
-        ("<style>Happy</style><answer>The old man sleeps.</answer>", 1.0),
-        ("<style>sad</style><answer>The old dog sleeps.</answer>", 0.375),  # one word of four is wrong
-        ("happy", 0.0),
-    ]:
-        group = Group(example, (text,), ((),), (True,), template)
-        assert sum(w * find_reward(name)(group)[0] for name, w in config.reward.weights.items()) == expected
+    config, examples = load_config(["emotion"]), load_examples(file)[0]
+    reward = config.reward
+    judge = Judge(list(reward.weights), config.data.template, options=reward.options, only_if=reward.only_if)
+    texts = ["<style>Happy</style><answer>The old man sleeps.</answer>",
+             "<style>sad</style><answer>The old dog sleeps.</answer>",  # one word of four is wrong
+             "<style>happy</style>The old man sleeps", "happy"]  # fmt: skip
+    with judge:
+        columns = judge(examples[:1], texts, [()] * 4, [True] * 4, 0).columns
+    assert (columns @ torch.tensor(list(reward.weights.values()))).tolist() == [1.0, 0.375, 0.5, 0.0]
 
 
 def test_open_rs_takes_a_step_on_text_and_rewards_a_thought_that_is_closed_once(tmp_path, causal_lm_dir):
@@ -176,14 +178,14 @@ def test_the_recipes_are_those_that_were_published():
 
 PUBLISHED = {  # group size, temperature, learning rate, beta, tokens
     "asr": (12, 1.0, 1e-5, 0.1, 256),
-    "emotion": (8, 1.0, 1e-6, 0.0, 256),
+    "emotion": (8, 1.0, 1e-5, 0.0, 256),
     "open_rs": (6, 0.7, 1e-6, 0.04, 3584),
     "tts": (8, 1.0, 1e-4, 0.1, 80),
     "sari": (8, 1.0, 1e-6, 0.04, 512),
     "omni_r1": (8, 1.0, 1e-6, 0.04, 256),
     "omni_r1_text": (8, 1.0, 1e-6, 0.04, 256),
     "echo_ink": (16, 1.0, 1e-6, 0.001, 768),
-    "ke_omni_r": (4, 1.0, 1e-6, 0.01, 64),
+    "ke_omni_r": (8, 1.0, 1e-6, 0.01, 64),
     "audio_mcq": (8, 1.5, 1e-6, 0.001, 128),
     "dapo": (16, 1.0, 1e-6, 0.0, 256),
     "dr_grpo": (8, 1.0, 1e-6, 0.0, 256),

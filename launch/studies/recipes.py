@@ -94,10 +94,10 @@ def linked(name: str) -> str:
 
 
 def rewards(recipe: Recipe) -> str:
-    """The rewards with their weights: `2 accuracy + format`."""
+    """The rewards with their weights, but those of weight 0: `2 accuracy + format`."""
     if recipe.verb == "sft":
         return "none: right answers"
-    weights = recipe.config.reward.weights.items()
+    weights = [(name, weight) for name, weight in recipe.config.reward.weights.items() if weight]
     return " + ".join(short_name(name) if weight == 1 else f"{weight:g} {short_name(name)}" for name, weight in weights)
 
 
