@@ -121,6 +121,7 @@ def mean_and_spread(values: Iterable[float]) -> tuple[float, float]:
 
 
 def percent(values: Iterable[float]) -> str:
-    """Shares as "45.2 ± 1.3", in percent: their mean and spread."""
-    mean, spread = mean_and_spread(values)
-    return f"{100 * mean:.1f} ± {100 * spread:.1f}"
+    """Shares as "45.2 ± 1.3", in percent: their mean and spread; one share as "45.2"."""
+    numbers = list(values)
+    mean, spread = mean_and_spread(numbers)
+    return f"{100 * mean:.1f} ± {100 * spread:.1f}" if len(numbers) > 1 else f"{100 * mean:.1f}"
