@@ -301,6 +301,110 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
             "test_training.py::test_each_completion_is_rewarded_with_the_example_it_answers",
         ),
     ),
+    "grpo/rewards.py": (
+        (
+            "a failure stays on its rank",
+            "if reduce_max(failure is not None, self._world):",
+            "if failure is not None:",
+            "test_rewards_failing",
+        ),
+        ("failed calls uncounted", '{"reward_failures": len(judged.failures)} |', "", "test_rewards_failing"),
+        ("failed calls counted again", "self._figures.clear()", "pass", "test_rewards_table"),
+        (
+            "schedule in steps",
+            "(last - first) * (step - start) / (end - start)",
+            "(last - first) * (step > start)",
+            "test_rewards_table",
+        ),
+        ("padding judged", "ids = [tokens[:length]", "ids = [tokens[:]", "test_rewards_table"),
+    ),
+    "data/rewards/judging.py": (
+        ("rewards of another group", "replies[n * len(self.names) :]", "replies[0:]", "test_rewards"),
+        ("a condition that always holds", "0.0 if (needed or 0) <= 0 else value", "value", "test_rewards_table"),
+        ("a reward that is not finite", "and not math.isfinite(value)", "and False", "test_rewards"),
+        ("all rewards in a process", "workers or is_foreign", "True or is_foreign", "test_rewards_failing"),
+        (
+            "own rewards in the run",
+            "workers or is_foreign(name, self._options.get(name))",
+            "workers",
+            "test_rewards_table",
+        ),
+        ("a warning where it should stop", 'self._on_error == "stop"', "False", "test_rewards"),
+        ("groups of one", "slice(n * size, (n + 1) * size)", "slice(n * size, n * size + 1)", "test_rewards"),
+    ),
+    "data/rewards/worker.py": (
+        (
+            "a dead process is kept",
+            "        self.close()\n        return Reply(reason=reason)",
+            "        return Reply(reason=reason)",
+            "test_rewards_table",
+        ),
+        (
+            "a hanging process is kept",
+            "self._process = self._pipe = None",
+            "self._process = None",
+            "test_rewards_table",
+        ),
+        ("what a process started lives on", "os.killpg(process.pid, 9)", "process.kill()", "test_rewards_failing"),
+    ),
+    "data/rewards/table.py": (
+        (
+            "mathematics in the run",
+            'name in FOREIGN or (options or {}).get("by") in FOREIGN',
+            "False",
+            "test_rewards_failing",
+        ),
+        ("options unchecked", "_check_signature(name, reward, options or {})", "pass", "test_rewards_table"),
+    ),
+    "data/rewards/length.py": (
+        (
+            "the cosine goes on",
+            "min(len(ids) / longest, 1.0) if form",
+            "len(ids) / longest if form",
+            "test_rewards_table",
+        ),
+        ("wrong answers the other way", "(long_wrong, short_wrong)", "(short_wrong, long_wrong)", "test_rewards_table"),
+        ("overlong from the start", "start = longest - cache", "start = 0", "test_rewards_table"),
+    ),
+    "data/rewards/maths.py": (
+        (
+            "the thought is the answer",
+            'return _read(extract_answer(completion) or "")',
+            "return _library().parse(completion, parsing_timeout=None)",
+            "test_rewards_table",
+        ),
+        ("bare LaTeX is a number", '[f"${answer}$", answer]', "[answer]", "test_rewards_table"),
+    ),
+    "data/rewards/transcript.py": (
+        ("loops of the transcript", "and not repeated(reference.split(), repeats, longest)", "", "test_rewards_table"),
+        ("precision left out", "(right / sum(there) + recall) / 2", "recall", "test_rewards_table"),
+    ),
+    "data/rewards/thinking.py": (
+        ("the first choice named", "max(found)[2]", "min(found)[2]", "test_rewards_table"),
+        (
+            "the shorter name",
+            "match.end() - match.start(), index",
+            "match.start() - match.end(), index",
+            "test_rewards_table",
+        ),
+    ),
+    "data/rewards/variety.py": (
+        (
+            "repeats of the others",
+            "len(set(grams)) / len(grams) if grams",
+            "len(set(grams)) / len(items) if grams",
+            "test_rewards_table",
+        ),
+    ),
+    "hark/from_file.py": (
+        ("a lock for one", "threading.RLock", "threading.Lock", "test_from_file"),
+        (
+            "a failed file is kept",
+            "del sys.modules[name], _MODULES[absolute]",
+            "del sys.modules[name]",
+            "test_from_file",
+        ),
+    ),
     "grpo/reference.py": (
         (
             "reference out of order",

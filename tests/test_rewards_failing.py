@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
+import time
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hark import UserError
 from hark.data.examples import Example
 from hark.data.rewards import REWARDS, RewardError
 from hark.data.rewards.judging import Judge
+from hark.data.rewards.table import is_foreign
 from hark.grpo.runtime.collectives import World, exchange_rows
 from hark.launch.common.config_file import load_config
 from hark.launch.common.questions import rewards_of
@@ -19,7 +22,7 @@ from tests.runs import build
 
 EXAMPLES = [Example(str(n), (), "Which?", ("dog", "car"), n % 2) for n in range(4)]
 OWN = """
-import os
+import fcntl, os, subprocess
 
 def process(group):
     if group.texts[0] == "die":
@@ -32,6 +35,11 @@ def odd(group):
 
 def raises(group):
     raise KeyError("caption")
+
+def starts(group):
+    lock = open(group.texts[0], "w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    subprocess.Popen(["sleep", "60"], pass_fds=[lock.fileno()]).wait()
 """
 
 
@@ -94,6 +102,34 @@ def test_a_process_says_what_its_reward_returned_or_raised(own):
     assert judged.columns.isnan().all()
     first, second = (failure.reason for failure in judged.failures)
     assert "returned ['high', 1.0]; expected 2 numbers" in first and "failed: KeyError: 'caption'" in second
+
+
+def test_what_a_hanging_reward_started_ends_with_it(own, tmp_path):
+    with Judge([f"{own}:starts"], "plain", on_error="none", timeout=0.5) as judge:
+        judged = judge(EXAMPLES[:1], [f"{tmp_path}/lock"], [[1]], [True], 0)
+    assert "not finished after 0.5 s" in judged.failures[0].reason
+    with open(tmp_path / "lock") as lock:  # the process that was started holds it as long as it lives
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "apart"),
+    [
+        ("cosine", {}, False),
+        ("cosine", {"by": "accuracy"}, False),
+        ("cosine", {"by": "math"}, True),
+        ("math", {}, True),
+        ("mine.py:brief", {}, True),
+    ],
+)
+def test_what_may_not_end_runs_in_a_process_of_its_own(name, options, apart):
+    assert is_foreign(name, options) is apart
 
 
 def fails_once(calls: list[str]):

@@ -8,16 +8,15 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 import torch
 
-from hark import UserError
 from hark.data.errors import DataError
 from hark.data.examples import Example
-from hark.data.rewards import RewardError, find_reward
+from hark.data.rewards import Failure, Judged, RewardError, find_reward
 from hark.data.rewards.judging import Judge
 from hark.grpo.config import RewardConfig
 from hark.grpo.rewards import StepRewards, weights_at
+from hark.grpo.runtime.collectives import World
 from hark.grpo.types import Rollout
 from tests.judged import columns_of, group_of
-from tests.ranks import on_ranks
 
 CHOICES = Example("7", (), "Which?", ("dog", "hot dog", "car"), 0)
 SAID = Example("8", (), "What is said?", accepted=("The cat sat on the mat.",), extra={"keywords": ["cat", "mat"]})
@@ -42,6 +41,37 @@ def test_the_cosine_of_tokens_stops_at_the_limit_and_that_of_characters_goes_on(
     padded = [f"<answer>car</answer>{'x' * (n - 20)}" for n in (25, 50, 100, 150, 200)]
     released = values("cosine", group_of(CHOICES, *padded), form="open_rs")
     assert released == near(-0.073223, -0.25, -0.5, -0.25, 0)
+
+
+def test_the_cosine_of_mathematics_is_that_of_trl_and_of_open_rs():
+    """The numbers are those of trl/rewards/accuracy_rewards.py (July 2026) and of src/open_r1/rewards.py of Open-RS."""
+    half = Example("1", (), "q", accepted=(r"$\frac{1}{2}$",))
+    texts = [r"It is $\boxed{\frac{1}{2}}$", r"$\boxed{0.5}$ it is, at last", r"$\boxed{\frac{1}{3}}$"]
+    texts.append(r"no $\boxed{2}$" + " indeed" * 5)
+    group = group_of(half, *texts, ids=tuple((1,) * n for n in (20, 90, 30, 160)))
+    assert values("cosine", group, by="math") == near(0.95225425, 0.51223587, -0.89694631, -0.5)
+    own = {"min_right": 0.1, "max_right": 0.9, "min_wrong": -3.0, "max_wrong": -0.2}
+    assert values("cosine", group, by="math", **own) == near(0.82360680, 0.11957739, -2.42289935, -0.2)
+    released = {"form": "open_rs", "by": "math", "max_length": 40}
+    assert values("cosine", group, **released) == near(0.61937536, 0.60305369, -0.26961477, -0.44010149)
+    unread, without = (group_of(Example("1", (), "q", accepted=given), "2") for given in (("?",), ()))
+    assert values("cosine", unread, by="math") == [None] and values("cosine", unread, **released) == [None]
+    assert values("cosine", without, **released) == [None]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("cosine", {"form": "both"}, "form is 'both'; expected 'trl' or 'open_rs'"),
+        ("cosine", {"by": "judge"}, "by is 'judge'; expected 'accuracy' or 'math'"),
+        ("soft_overlong", {"cache": 0}, "cache is 0; expected 1 to 100 tokens"),
+        ("soft_overlong", {"cache": 101}, "cache is 101; expected 1 to 100 tokens"),
+        ("repetition", {"of": "letters"}, "of is 'letters'; expected 'tokens' or 'words'"),
+    ],
+)
+def test_options_have_values_that_make_sense(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        values(name, group_of(CHOICES, "dog"), **options)
 
 
 def test_soft_overlong_falls_over_the_last_tokens():
@@ -81,6 +111,11 @@ def test_hallucinations_are_loops_absence_and_another_script():
         "cat mat",
     ]
     assert values("hallucination", group_of(SAID, *texts)) == [0, -1, -1, -1, 0]
+
+
+def test_what_was_said_again_and_again_is_no_hallucination():
+    said = Example("9", (), "What is said?", accepted=("No no no no no, stop.",))
+    assert values("hallucination", group_of(said, "no no no no stop", "stop stop stop stop")) == [0, -1]
 
 
 def test_keywords_count_precision_and_recall():
@@ -242,18 +277,17 @@ def test_a_failure_stops_the_run_if_asked(monkeypatch, tmp_path):
         columns_of([CHOICES], ["a", "b"], [f"{tmp_path}/own.py:bad"], "plain")
 
 
-def fails_on_one_rank(world):
-    def judge(*completions):
-        if world.rank == 1:
-            raise RewardError("reward 'accuracy' of example 'q17' failed")
-        with Judge(["accuracy"], "plain") as accuracy:
-            return accuracy(*completions)
+def test_a_reward_sees_the_tokens_of_each_completion_and_a_failed_call_is_counted_once():
+    seen = []
 
-    rollout = Rollout((), 1, *torch.ones(2, 1, 1, dtype=torch.int64), torch.zeros(1, 1), torch.ones(1))
-    rewards = StepRewards(judge, RewardConfig(), world)
-    with pytest.raises(UserError, match="'q17' failed"):
-        rewards.columns(rewards.start([CHOICES], rollout, ["dog"], 0))
+    def judge(examples, texts, ids, stopped, step):
+        seen.append((ids, stopped, step))
+        return Judged(torch.ones(2, 1), (Failure("accuracy", "failed"),), {"judge/prompt_tokens": 3.0})
 
-
-def test_a_reward_that_fails_on_one_rank_stops_all_of_them():
-    on_ranks(2, fails_on_one_rank)
+    tokens, mask = torch.tensor([[5, 6, 2], [7, 2, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    rollout = Rollout((), 2, tokens, mask, torch.zeros(2, 3), torch.tensor([False, True]))
+    rewards = StepRewards(judge, RewardConfig(), World(0, 1, torch.device("cpu")))
+    assert rewards.columns(rewards.start([CHOICES], rollout, ["a", "b"], 4)).tolist() == [[1], [1]]
+    assert seen == [([[5, 6, 2], [7, 2]], [False, True], 4)]
+    assert rewards.take_figures() == {"reward_failures": 1, "judge/prompt_tokens": 3}
+    assert rewards.take_figures() == {}

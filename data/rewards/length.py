@@ -35,8 +35,9 @@ def cosine(
 
     form "trl": length in tokens, p at most 1, and min_wrong -1, max_wrong -0.5: short wrong answers cost most (TRL,
     get_cosine_scaled_reward). form "open_rs": length in characters, p not limited, and min_wrong 0, max_wrong -0.5:
-    long wrong answers cost most (Open-RS, arXiv 2503.16219, recipes/grpo.yaml). max_length: null is the token limit.
-    by: what is right, as the reward "accuracy" or "math" has it. None without a right answer.
+    long wrong answers cost most (Open-RS, arXiv 2503.16219, src/open_r1/grpo.py). max_length: null is the token limit.
+    by: what is right, as the reward "accuracy" or "math" has it; TRL and Open-RS compare mathematics. None without a
+    right answer, or one that cannot be read, of which Open-RS gives 1.
     """
     if by not in ("accuracy", "math"):
         raise ValueError(f"by is {by!r}; expected 'accuracy' or 'math'")

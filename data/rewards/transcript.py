@@ -45,7 +45,7 @@ def cer(group: Group, *, lowest: float = 0.0) -> list[float | None]:
 
 
 def rouge_l(group: Group) -> list[float | None]:
-    """F1 of the longest common subsequence of words: 2 P R / (P + R) (ROUGE-L, Lin 2004, with beta 1).
+    """F1 of the longest common subsequence of words: 2 P R / (P + R) (ROUGE-L, Lin 2004, with beta 1), not of stems.
 
     None without a transcript.
     """
