@@ -126,13 +126,12 @@ def reinforce_pp(table: RewardTable) -> torch.Tensor:
 
     G_t = r - sum_{s >= t} penalty_s;  A_t = (G_t - mean) / sqrt(var + 1e-8), the sample variance, as in verl
     """
-    return _whitened(table, table.rewards if table.penalties is None else _without_penalties(table))
+    return _whitened(table, _without_penalties(table))
 
 
 def reinforce_pp_baseline(table: RewardTable) -> torch.Tensor:
     """REINFORCE++ of rewards less the mean of their group (arXiv 2501.03262, equation 11)."""
-    rewards = table.rewards if table.penalties is None else _without_penalties(table)
-    groups = rewards.unflatten(0, (-1, table.group_size))
+    groups = _without_penalties(table).unflatten(0, (-1, table.group_size))
     return _whitened(table, (groups - groups.nanmean(dim=1, keepdim=True)).flatten())
 
 

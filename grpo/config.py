@@ -95,7 +95,7 @@ class DataConfig:
     )
     order_by: Literal["difficulty", "pass_rate"] = "difficulty"  # the key of a row that says how hard it is
     stages: Count = 3  # of data.order=staged: equal parts of the run, each with its part of the examples
-    band: list[float] | None = None  # [LOW, HIGH]: train only on examples whose data.order_by is in this range
+    band: list[float] | None = None  # train only on examples whose difficulty or pass rate is in [LOW, HIGH]
     columns: dict[str, str] = field(default_factory=dict)  # keys that have another name in the files: {KEY: NAME, ...}
     audio_root: str | None = None  # directory that relative audio paths start from; null is the file's own
     template: str = "answer"  # name of the prompt template
@@ -113,7 +113,9 @@ class RolloutConfig:
     group_size: Count = 8  # completions per prompt
     max_new_tokens: Count = 256  # longest completion, in tokens
     temperature: Positive = 1.0  # divides the logits, in sampling and in scoring
-    refill: CountOrZero = 0  # most prompts that replace groups of equal rewards in a step, in units of prompts_per_step
+    refill: CountOrZero = (
+        0  # groups of equal rewards are replaced by at most this many times prompts_per_step further prompts
+    )
     batch: Count | None = None  # prompts decoded at a time on one rank; the next starts when one finishes; null is all
     cuda_graphs: bool = False  # on a GPU, record decode steps as CUDA graphs in each rollout; for long completions
 
@@ -123,21 +125,27 @@ class RewardConfig:
     weights: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0, "format": 1.0})  # of each reward
     options: dict[str, dict[str, Any]] = field(default_factory=dict)  # keyword arguments: {REWARD: {KEY: VALUE}}
     only_if: dict[str, str] = field(default_factory=dict)  # a reward is 0 where another is not above 0: {REWARD: OTHER}
-    schedule: dict[str, dict[int, float]] = field(  # weights that change: {REWARD: {STEP: WEIGHT}}, linear between
-        default_factory=dict
+    schedule: dict[str, dict[int, float]] = (
+        field(  # weights that change: {REWARD: {STEP from 0: WEIGHT}}, linear between
+            default_factory=dict
+        )
     )
     on_error: Literal["stop", "none"] = (
         "stop"  # when a reward fails: end the run, or leave out what it would have given
     )
     timeout: Positive = 60.0  # seconds of one call of one reward on one group, in the processes of rewards
-    workers: CountOrZero = 0  # processes per rank that run rewards; 0: one for your own and those that may not end
+    workers: CountOrZero = (
+        0  # processes per rank that run rewards; 0: one, for your own rewards, math, judge and artefact
+    )
 
 
 @dataclass(frozen=True)
 class LossConfig:
     kind: str = "grpo"  # a named setting of the keys below (docs/algorithms.md), or your own loss, path/to/file.py:name
     advantage: str = "std"  # what rewards become: a name of docs/algorithms.md, or your own, path/to/file.py:name
-    ratio: Literal["token", "sequence", "sequence_product"] = "token"  # of new to old probability: of what
+    ratio: Literal["token", "sequence", "sequence_product"] = (
+        "token"  # new to old probability: of each token, the geometric mean over the completion, or the product
+    )
     bound: Literal["clip", "cispo", "sapo", "none", "reinforce"] = "clip"  # what bounds the ratio
     clip_low: ClipLow = 0.2  # the ratio is clipped to at least 1 - clip_low
     clip_high: Positive = 0.2  # the ratio is clipped to at most 1 + clip_high
@@ -153,13 +161,17 @@ class LossConfig:
     kl: Literal["k1", "k2", "k3"] = "k3"  # the estimate of the KL
     kl_in: Literal["loss", "reward"] = "loss"  # add beta * KL to the loss, or subtract it from the reward
     kl_gradient: Literal["own", "k2", "ratio"] = "own"  # gradient of the KL in the loss: the estimate's, or corrected
-    kl_target: Positive | None = None  # beta is adapted until the KL, the mean over tokens, is this; null leaves it
+    kl_target: Positive | None = None  # beta is adapted until the metric kl is this; null leaves beta as it is
     kl_horizon: Count = 10000  # completions over which beta adapts
     reference_every: CountOrZero = 0  # steps between moving the reference towards the policy; 0 is never
     reference_mix: WholeShare = 1.0  # how far it moves: 1 copies the policy; 0.01 at every step averages exponentially
     entropy: PositiveOrZero = 0.0  # weight of the entropy bonus
-    importance_cap: PositiveOrZero = 0.0  # of a sampler that differs: a token's largest pi / pi_sampler; 0 is off
-    sft: PositiveOrZero = 0.0  # weight of the supervised loss of the right answers beside the policy loss
+    importance_cap: PositiveOrZero = (
+        0.0  # weigh tokens by pi / pi_sampler, at most this, scored before the update; 0 is off
+    )
+    sft: PositiveOrZero = (
+        0.0  # weight of the supervised loss of right answers, or of targets of the rows, beside the policy loss
+    )
     inner_epochs: Count = 1  # passes over each step's rollout (mu in the paper), one update each
 
 

@@ -207,11 +207,11 @@ def policy_loss(
 
     loss = sum_t w_t * ( importance_t * bound(ratio_t, A) + beta * KL_t - entropy_weight * H_t )
 
-    logprobs, old_logprobs, ref_logprobs, weights, importance, entropy: (B, T), 0 at padding; advantages: (B,) or
-    (B, T). The weights contain every normalisation, so losses of micro-batches and ranks are summed. mask: (B, T), the
-    completion tokens; None is where the weights are not 0. own: takes the place of ratio and bound. importance:
-    factors without a gradient (`importance_weights`). ref_logprobs may be None if beta is 0.
-    Terms: "ratio", "clipped" (where the bound stops the gradient), "kl" with a reference, and "loss".
+    logprobs, old_logprobs, ref_logprobs, weights, entropy: (B, T), 0 at padding; advantages: (B,) or (B, T). The
+    weights contain every normalisation, so losses of micro-batches and ranks are summed. mask: (B, T), the completion
+    tokens; None is where the weights are not 0. own: takes the place of ratio and bound. importance: (B, T), factors
+    without a gradient (`importance_weights`). ref_logprobs may be None if beta is 0.
+    Terms: "ratio", "clipped" (where the bound stops or changes the gradient), "kl" with a reference, and "loss".
     """
     counts = weights != 0 if mask is None else mask
     advantage = advantages[:, None] if advantages.dim() == 1 else advantages

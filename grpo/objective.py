@@ -50,6 +50,8 @@ class Objective:
         """Advantages (B,), or (B, T) and 0 at padding, of all completions of a step, over all ranks."""
         table = RewardTable(columns, reward_weights, group_size, mask.sum(dim=1), penalties)
         advantages = self._advantage(table)
+        if penalties is not None:
+            advantages = advantages + 0.0 * penalties.sum()  # what is not finite must not be taken for a missing reward
         return advantages if advantages.dim() == 1 else advantages * mask
 
     def loss(

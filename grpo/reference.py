@@ -16,7 +16,7 @@ from hark.models.policy import Policy
 
 
 class Reference:
-    """policy: frozen; None if loss.beta is 0. completions: of a step, over all ranks.
+    """policy: has no gradient; None if loss.beta is 0. completions: of a step, over all ranks.
 
     beta: the KL weight of the next step; with loss.kl_target it changes.
     """
@@ -36,9 +36,9 @@ class Reference:
             assert isinstance(self.policy, Policy)
             mix_weights(policy, self.policy, share=self._loss.reference_mix)
 
-    def adapt(self, kl: float) -> None:
-        """After a step: adapt beta to the step's KL where loss.kl_target says so."""
-        if self._loss.kl_target is not None:
+    def adapt(self, kl: float | None) -> None:
+        """After a step: adapt beta to the step's KL where loss.kl_target says so; None if no token was scored."""
+        if self._loss.kl_target is not None and kl is not None:
             self.beta = adapted_beta(
                 self.beta, kl, target=self._loss.kl_target, completions=self._completions,
                 horizon=self._loss.kl_horizon,

@@ -19,7 +19,7 @@ from hark.models.policy import Policy, Prompt, completion_lengths
 
 def add_supervised(learner: Learner, batch: Batch, *, weight: float) -> float:
     """Add the gradient of `weight` times the supervised loss of a batch; returns this rank's part of that loss."""
-    total = 0.0
+    total: Any = 0.0
     for _, micro in learner.micro_batches(batch):
         logprobs, _ = score(
             learner.policy, micro.prompts, micro.tokens, micro.mask, group_size=micro.group_size,
@@ -27,8 +27,14 @@ def add_supervised(learner: Learner, batch: Batch, *, weight: float) -> float:
         )  # fmt: skip
         loss, _ = supervised_loss(logprobs, micro.weights)
         (weight * loss).backward()
-        total += float(loss.detach())
-    return total
+        total += loss.detach()
+    return float(total)  # only at the end, because float() waits for a GPU
+
+
+def longest_given(learner: Learner, target: Callable[[Any], str], prompts: tuple[Prompt, ...]) -> Batch:
+    """A batch of these prompts with the longest of all given completions."""
+    longest = next(iter(completion_lengths(learner.policy.tokenizer, map(target, learner.data.examples))))
+    return learner.given_batch([longest] * len(prompts), prompts)[0]
 
 
 class SupervisedTrainer(Learner[Batch]):
@@ -67,5 +73,4 @@ class SupervisedTrainer(Learner[Batch]):
         return supervised_loss(logprobs, micro.weights)
 
     def longest_batch(self, prompts: tuple[Prompt, ...]) -> Batch:
-        longest = next(iter(completion_lengths(self.policy.tokenizer, map(self.target, self.data.examples))))
-        return self.given_batch([longest] * len(prompts), prompts)[0]
+        return longest_given(self, self.target, prompts)

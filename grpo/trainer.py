@@ -9,13 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
 
 from hark.from_file import short_name
 from hark.grpo.advantage import deviations, equal_rewards, weighted_rewards
 from hark.grpo.config import Config
 from hark.grpo.instruments.console import PACE, Completion
+from hark.grpo.instruments.draft import recorded_advantages
 from hark.grpo.instruments.groups import best_and_worst, group_sums, reward_means, shares_of_variance
+from hark.grpo.instruments.record import stacked
 from hark.grpo.instruments.trackers import Audio
 from hark.grpo.learner import MEANS, Key, Learner, TrainingData
 from hark.grpo.loss import TokenTerms
@@ -25,7 +26,7 @@ from hark.grpo.rewards import Rewards, StepRewards
 from hark.grpo.runtime.collectives import World, exchange_rows, reduce_sums
 from hark.grpo.runtime.sharding import gathered
 from hark.grpo.sampler import sample
-from hark.grpo.sft import add_supervised
+from hark.grpo.sft import add_supervised, longest_given
 from hark.grpo.types import PolicyBatch, Rollout
 from hark.models.lora import WithoutAdapters
 from hark.models.policy import Policy, Prompt
@@ -39,7 +40,7 @@ class Trainer(Learner[PolicyBatch]):
 
     rewards: returns one column per name in `reward.weights`, in that order; called in a separate thread. An exception
     on one rank ends the step on all.
-    reference: the frozen policy of the KL term; None if loss.beta is 0.
+    reference: the policy of the KL term; None if loss.beta is 0.
     controls: the prompts whose greedy answers are recorded beside those to the questions as they are.
     target: the text of the right answer to an example, for the supervised term of loss.sft.
     """
@@ -101,7 +102,8 @@ class Trainer(Learner[PolicyBatch]):
         rewards = weighted_rewards(columns, weights)
         penalties = self.objective.penalties(old_logprobs, ref_logprobs, rollout.mask, self.reference.beta)
         advantages = self.advantages(columns, weights, rollout.mask, penalties)
-        self._latest = repeated, completions, columns, rewards, advantages
+        shown = recorded_advantages(advantages, rollout.mask)["advantages"]
+        self._latest = repeated, completions, columns, rewards, shown
         self.recorder.note(reward_names=list(self.config.reward.weights), columns=columns, rewards=rewards)
         self.clock.lap("reward")
 
@@ -114,7 +116,7 @@ class Trainer(Learner[PolicyBatch]):
         metrics = self.report(sums, columns, weights, rewards, rollout, batch, completions)
         metrics |= {"tokens": totals["tokens"]} | drawn.figures | self.reference.figures()
         self.reference.move(self.policy, step)
-        self.reference.adapt(metrics.get("kl", 0.0))
+        self.reference.adapt(metrics.get("kl"))
         self.cursor = drawn.cursor
         return metrics
 
@@ -199,7 +201,7 @@ class Trainer(Learner[PolicyBatch]):
         """Advantages (B,) or (B, T) of this rank's completions, among those of all ranks."""
         own = [columns, mask] if penalties is None else [columns, mask, penalties]
         parts = exchange_rows([[tensor.cpu() for tensor in own]], self.world)
-        every = [_joined(tensors) for tensors in zip(*parts, strict=True)]
+        every = [stacked(tensors) for tensors in zip(*parts, strict=True)]
         advantages = self.objective.advantages(
             every[0], weights, every[1], None if penalties is None else every[2],
             group_size=self.group_size,
@@ -294,8 +296,8 @@ class Trainer(Learner[PolicyBatch]):
         }
         for name, column in zip(self.config.reward.weights, columns.T, strict=True):
             own |= {f"reward/{short_name(name)}": column.nansum(), f"given/{short_name(name)}": (~column.isnan()).sum()}
-        shown = dict(zip(self.config.reward.weights, weights, strict=True))
-        own |= group_sums(columns, texts, weights=shown, group_size=self.group_size, groups=groups)
+        by_name = dict(zip(self.config.reward.weights, weights, strict=True))
+        own |= group_sums(columns, texts, weights=by_name, group_size=self.group_size, groups=groups)
         means = reward_means(shares_of_variance(reduce_sums(sums | own | self.rewards.take_figures(), self.world)))
         scored = means.pop("scored")  # the total weight of the scored tokens; 1 if no group was skipped
         of_scored = {name: means.pop(name) for name in MEANS.values() if name in means}
@@ -319,10 +321,8 @@ class Trainer(Learner[PolicyBatch]):
         advantages = torch.ones(len(rollout.tokens), device=self.world.device)  # 0 would give no gradient
         tokens = rollout.mask.numel() * self.world.size
         old, ref = self.scored_again(rollout), self.reference_logprobs(rollout)
-        return self.batch(rollout, old, ref, advantages, rollout.mask, tokens)
-
-
-def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The rows of all parts (B, X) of one tensor, each padded with 0 to the widest."""
-    widest = max(part.shape[1] for part in parts)
-    return torch.cat([pad(part, (0, widest - part.shape[1])) for part in parts])
+        batch = self.batch(rollout, old, ref, advantages, rollout.mask, tokens)
+        if not self.config.loss.sft:
+            return batch
+        assert self.target is not None
+        return dataclasses.replace(batch, given=longest_given(self, self.target, prompts))

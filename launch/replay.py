@@ -236,7 +236,10 @@ def terms(record: StepRecord, config: Config) -> dict[str, float]:
     weights, last = values["weights"], {name: values[name][..., -1] for name in ("ratio", "clipped", "loss")}
     beta = beta_of(record, config) if config.loss.kl_in == "loss" else 0.0
     kl = values["kl"][..., -1] if beta else torch.zeros_like(weights)
+    if beta and config.loss.kl_gradient == "ratio":
+        kl = kl * (values["logprobs"][..., -1] - values.get("scored_logprobs", values["old_logprobs"])).exp()
     penalty = float(beta * (weights * kl).sum())
+    bonus = float(config.loss.entropy * (weights * values["entropy"][..., -1]).sum())
     loss = float(last["loss"].sum())
     return {
         "reward": float(values["reward"].mean()),
@@ -245,8 +248,9 @@ def terms(record: StepRecord, config: Config) -> dict[str, float]:
         "weights, sum": float(weights.sum()),
         "ratio, largest": float(last["ratio"].max()),
         "tokens clipped": float(last["clipped"].sum()),
-        "surrogate": penalty - loss,
+        "surrogate": penalty - bonus - loss,
         "beta * KL": penalty,
+        "entropy bonus": bonus,
         "loss": loss,
     }
 

@@ -127,7 +127,7 @@ def _advantage(record: StepRecord, row: int) -> Iterator[str]:
     weights, columns = config["reward"]["weights"], tensors["rewards"][row].tolist()
     schedule = {  # JSON has text for the steps
         name: {int(step): weight for step, weight in points.items()}
-        for name, points in config["reward"].get("schedule", {}).items()
+        for name, points in config["reward"]["schedule"].items()
     }
     now = weights_at(weights, schedule, record.step - 1)
     parts = [
@@ -139,8 +139,9 @@ def _advantage(record: StepRecord, row: int) -> Iterator[str]:
     reward, mean, deviation = float(tensors["reward"][row]), float(rewards.mean()), float(rewards.std())
     yield f"  reward    = {' + '.join(parts)} = {reward:g}"
     kind, advantage = config["loss"]["advantage"], float(tensors["advantages"][row])
-    if kind not in ("std", "none"):
-        yield f"  advantage = {kind} of the rewards = {advantage:+.6f}"
+    penalised = " less their KL" if config["loss"]["kl_in"] == "reward" else ""
+    if kind not in ("std", "none") or penalised:
+        yield f"  advantage = {kind} of the rewards{penalised} = {advantage:+.6f}"
         return
     below = f" / ({deviation:.6f} + {EPSILON})" if kind == "std" else ""
     yield f"  advantage = ({reward:g} - {mean:.6f}){below} = {advantage:+.6f}"
@@ -150,16 +151,18 @@ def _contributions(record: StepRecord, row: int, update: int) -> Iterator[str]:
     """A line for each token: loss = weight * (-S + beta * kl - c * entropy), with the S that the bound says."""
     tensors, loss = record.tensors, record.values["config"]["loss"]
     low, high, beta = 1 - loss["clip_low"], 1 + loss["clip_high"], beta_in_loss(record)
+    scored = "scored_logprobs" if "scored_logprobs" in tensors else "old_logprobs"
     yield f"  update {update + 1}: {formula(loss, beta)}"
     heading = ("logprob", "old", "ratio", "clip", "S", "reference", "kl", "weight", "loss")
     yield f"  {'token':18}" + "".join(f"{name:>12}" for name in heading)
     total = 0.0
     for t in range(int(tensors["mask"][row].sum())):
         new, ratio, part = (float(tensors[name][row, t, update]) for name in ("logprobs", "ratio", "loss"))
-        old, weight = (float(tensors[name][row, t]) for name in ("old_logprobs", "weights"))
+        old, weight = (float(tensors[name][row, t]) for name in (scored, "weights"))
         clipped = min(max(ratio, low), high)
         reference = float(tensors["ref_logprobs"][row, t]) if "ref_logprobs" in tensors else float("nan")
         kl = float(tensors["kl"][row, t, update]) if "kl" in tensors else 0.0
+        kl *= math.exp(new - old) if loss["kl_gradient"] == "ratio" else 1.0
         bonus = loss["entropy"] * float(tensors["entropy"][row, t, update])
         surrogate = beta * kl - bonus - part / weight if weight else 0.0
         text = excerpt(repr(record.values["tokens"][str(int(tensors["tokens"][row, t]))])[1:-1], 17)

@@ -28,7 +28,8 @@ def main(argv: list[str]) -> None:
             f"rollout.group_size must be at least 2: loss.advantage={config.loss.advantage} is relative to the group; "
             f"{' and '.join(WITHOUT_GROUP)} are not"
         )
-    judged = config.reward.weights.get("accuracy", 0) != 0
+    weights = [config.reward.weights.get("accuracy", 0), *config.reward.schedule.get("accuracy", {}).values()]
+    judged = any(weights)
     needing = ["the reward accuracy"] * judged + ["loss.sft"] * (config.loss.sft > 0)
     train(config, make_trainer, judged=judged, answered=" and ".join(needing))
 

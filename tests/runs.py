@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
+from hark.data.prompts import target
 from hark.data.rewards import Judged
 from hark.data.rewards.judging import Judge
 from hark.grpo import loop
@@ -51,7 +53,8 @@ def build(world: World, config: Config, kind: type[Learner] = Trainer, **more) -
     policy = make_policy(config, world)
     loader = training_loader(config, world, policy, training_examples(config, world, policy)[0])
     if kind is Trainer:
-        more = {"rewards": length_reward, "reference": make_reference(config, world, policy)} | more
+        right = partial(target, template=config.data.template)
+        more = {"rewards": length_reward, "reference": make_reference(config, world, policy), "target": right} | more
         if not isinstance(more["rewards"], Judge):
             more["rewards"] = judging(more["rewards"])
     return kind(config, world, policy, data=loader, **more)

@@ -256,7 +256,7 @@ def test_errors_say_what_is_recorded_and_what_is_broken(recorded):
     with pytest.raises(RecordError, match="rank-0 cannot be read"):
         read_step(recorded, 2)
     path.write_text(json.dumps(json.loads(text) | {"format": 99}))
-    with pytest.raises(RecordError, match="has format 99; expected 1"):
+    with pytest.raises(RecordError, match="has format 99; expected 2"):
         read_step(recorded, 2)
 
 

@@ -62,7 +62,7 @@ def test_nothing_differs_in_a_sound_run(run, tmp_path, capsys):
     assert status == 0 and "all 3 records agree: 10 quantities are equal, 0 differ by rounding" in out
     status, out = replayed(capsys, tmp_path / "run", "1:3", "--model")
     assert status == 0 and "with the model after 0 steps, on 1 of 1 ranks" in out
-    of_other_losses = len(("token_advantages", "scored_logprobs"))
+    of_other_losses = len(("token_advantages", "scored_logprobs", "importance"))
     assert (
         f"all 3 records agree: {sum(map(len, ORDER)) - of_other_losses} quantities are equal, 0 differ by rounding"
         in out
@@ -73,7 +73,7 @@ def test_nothing_differs_in_a_sound_run(run, tmp_path, capsys):
 
 OTHER = [
     "loss.kind=reinforce_pp", "loss.beta=0.1", "loss.importance_cap=2", "loss.kl_target=0.001", "loss.entropy=0.01",
-    "loss.truncated=mask", "loss.kl_horizon=32",
+    "loss.truncated=mask", "loss.kl_horizon=32", "loss.sft=0.5",
 ]  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def test_advantages_of_tokens_a_differing_sampler_and_an_adapted_beta_are_replay
     record = read_step(tmp_path / "run", 2)
     assert {"token_advantages", "scored_logprobs", "importance"} <= record.tensors.keys()
     status, out = replayed(capsys, tmp_path / "run")
-    assert status == 0 and "all 3 records agree: 11 quantities are equal, 0 differ by rounding" in out
+    assert status == 0 and "all 3 records agree: 12 quantities are equal, 0 differ by rounding" in out
     status, out = replayed(capsys, tmp_path / "run", "1:3", "--model")
     assert status == 0 and f"all 3 records agree: {sum(map(len, ORDER))} quantities are equal" in out
 

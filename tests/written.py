@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from hark.grpo.config import to_yaml
-from hark.grpo.instruments.record import StepRecord, write_part
+from hark.grpo.instruments.record import FORMAT, StepRecord, write_part
 from hark.grpo.loss import policy_loss
 from hark.launch.common.config_file import load_config
 from tests.clips import WORDS, write_questions
@@ -87,7 +87,7 @@ def step_record(step: int, rows: list[dict], root: Path, config: dict, texts: tu
         "likeliest_logprobs": torch.tensor([-0.5, -1.5]).expand(count, LENGTH, LIKELIEST),
     }  # fmt: skip
     values = {
-        "format": 1, "step": step, "ranks": 1, "parts": [0], "reason": "every", "group_size": GROUP,
+        "format": FORMAT, "step": step, "ranks": 1, "parts": [0], "reason": "every", "group_size": GROUP,
         "reward_names": ["accuracy", "format"], "stop_ids": [5], "pad_id": 0, "config": config, "versions": {},
         "learning_rate": 3e-4, "beta": config["loss"]["beta"], "prompts": [prompt(row, root, texts) for row in rows],
         "completions": [completion(row, mask, texts) for row in range(count)],

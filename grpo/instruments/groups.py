@@ -60,7 +60,7 @@ def best_and_worst(
 ) -> list[Completion]:
     """The completions with the highest and the lowest reward of a few groups, evenly spread.
 
-    examples, texts: B each, columns: (B, K) with K names, rewards: (B,), advantages: (B,) or (B, T).
+    examples, texts: B each, columns: (B, K) with K names, rewards, advantages: (B,).
     """
     groups = rewards.unflatten(0, (-1, group_size))  # (N, G)
     shown = range(0, len(groups), max(len(groups) // SHOWN, 1))[:SHOWN]
@@ -74,7 +74,7 @@ def best_and_worst(
             texts[b],
             dict(zip(shorts, columns[b].tolist(), strict=True)),
             reward=float(rewards[b]),
-            advantage=float(advantages[b].mean()),
+            advantage=float(advantages[b]),
         )  # fmt: skip
         for b in rows
     ]

@@ -22,8 +22,10 @@ from torch.nn.functional import pad
 from hark import UserError
 from hark.grpo.instruments.metrics import finite
 
-FORMAT = 1  # of the files; a reader refuses others
-SUMS = ("loss", "kl", "clip_share", "entropy", "sampler_gap", "scored")  # of an update: each rank has its term
+FORMAT = 2  # of the files; a reader refuses others
+SUMS = (  # of an update: each rank has its term
+    "loss", "kl", "clip_share", "entropy", "sampler_gap", "importance", "importance_capped_share", "sft_loss", "scored",
+)  # fmt: skip
 
 
 class RecordError(UserError, RuntimeError):
@@ -100,7 +102,7 @@ def joined(parts: Sequence[StepRecord]) -> StepRecord:
     updates = zip(*(part.values["updates"] for part in parts), strict=False)
     values["updates"] = [_joined_update(terms) for terms in updates]
     shared = [name for name in first.tensors if all(name in part.tensors for part in parts)]
-    return StepRecord(values, {name: _stacked([part.tensors[name] for part in parts]) for name in shared})
+    return StepRecord(values, {name: stacked([part.tensors[name] for part in parts]) for name in shared})
 
 
 def delete_steps(run: Path, steps: Sequence[int]) -> None:
@@ -127,7 +129,7 @@ def _joined_update(terms: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return terms[0] | {name: sum(one[name] for one in terms) for name in known}
 
 
-def _stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+def stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Tensors under one another; those of (B, T, ...) are padded with 0 to the longest T."""
     if tensors[0].dim() < 2:
         return torch.cat(list(tensors))

@@ -22,12 +22,12 @@ ORDER = (  # of the quantities, as a step computes them
     ("examples", "prompts", "audio", "seeds", "weights_before"),
     ("tokens", "mask", "stopped", "old_logprobs", "texts"),
     ("rewards", "reward", "advantages", "token_advantages", "weights", "ref_logprobs", "scored_logprobs"),
-    ("logprobs", "entropy", "likeliest_logprobs", "ratio", "clipped", "kl", "loss"),
+    ("logprobs", "entropy", "likeliest_logprobs", "ratio", "clipped", "kl", "importance", "loss"),
     ("grad_norms", "grad_norm", "learning_rate", "weights_after"),
 )
 RECOMPUTED = (
     "mask", "stopped", "rewards", "reward", "advantages", "token_advantages", "weights",
-    "ratio", "clipped", "kl", "loss",
+    "ratio", "clipped", "kl", "importance", "loss",
 )  # fmt: skip
 EXACT = ("tokens", "mask", "stopped", "clipped")  # tensors that have no rounding
 
@@ -90,7 +90,7 @@ def recomputed(
         )  # fmt: skip
         # A group without a gradient was not scored if there is no KL term; its logprobs are 0.
         had_pass = logprobs.ne(0).any(dim=1, keepdim=True) & old["mask"]
-        updates.append({name: term * had_pass for name, term in terms.items()})
+        updates.append({name: term.masked_fill(~had_pass, 0) for name, term in terms.items()})
     for name in updates[0] if updates else ():
         new[name] = torch.stack([terms[name] for terms in updates], dim=-1)
     return dataclasses.replace(record, tensors=old | new)

@@ -51,8 +51,9 @@ def load_config(argv: list[str]) -> Config:
     path = find_config(argv[0])
     entries = _read_file(path)
     overrides = dict(map(_read_override, argv[1:]))
-    if "loss.kind" in overrides:  # it takes the place of the file's: of the keys that it gives too
-        given = ALGORITHMS.get(overrides["loss.kind"].value, {})
+    if "loss.kind" in overrides:  # it takes the place of the file's, and of the keys that either of them gives
+        kinds = (source["loss.kind"].value for source in (entries, overrides) if "loss.kind" in source)
+        given = {key for kind in kinds for key in ALGORITHMS.get(kind, {})}
         entries = {name: entry for name, entry in entries.items() if name.removeprefix("loss.") not in given}
     return _build(entries | overrides, source=path)
 

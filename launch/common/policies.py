@@ -30,7 +30,7 @@ def make_policy(config: Config, world: World, *, train: bool = True) -> Policy:
 
 
 def make_reference(config: Config, world: World, policy: Policy) -> Policy | WithoutAdapters | None:
-    """The frozen policy of the KL term, or None if loss.beta is 0.
+    """The policy of the KL term, or None if loss.beta is 0.
 
     For adapters on model.path it is the policy without its adapters. Otherwise it is a model of its own, with
     sharding.offload_reference in host memory.

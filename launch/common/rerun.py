@@ -8,12 +8,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hark.data.described import described
+from hark.data.prompts import target
 from hark.grpo.advantage import weighted_rewards
 from hark.grpo.config import Config, ConfigError
 from hark.grpo.instruments.draft import recorded_advantages
@@ -43,7 +45,7 @@ def prepared_trainer(config: Config, world: World) -> Iterator[Trainer]:
     with training_loader(config, world, policy, examples) as loader:
         yield Trainer(
             config, world, policy, data=loader, rewards=rewards_of(config), describe=described,
-            reference=make_reference(config, world, policy),
+            reference=make_reference(config, world, policy), target=partial(target, template=config.data.template),
         )  # fmt: skip
 
 
@@ -74,6 +76,7 @@ def rerun(trainer: Trainer, record: StepRecord) -> StepRecord | None:
     names = list(trainer.config.reward.weights)
     columns = trainer.rewards.columns(trainer.rewards.start(examples, scored, texts, step - 1))
     ref_logprobs = trainer.reference_logprobs(scored)
+    scored_logprobs = trainer.scored_again(scored) if "scored_logprobs" in own else None
     trainer.recorder.note(
         examples=examples, prompts=prompts, keys=keys, rollout=drawn, texts=texts, reward_names=names, columns=columns
     )
@@ -86,6 +89,7 @@ def rerun(trainer: Trainer, record: StepRecord) -> StepRecord | None:
     tokens = float(trainer.objective.counted(record.tensors["mask"], record.tensors["stopped"]).sum())
     batch = trainer.with_answers(trainer.batch(scored, old, ref, advantages, counted, tokens), examples)
     found = {"tokens": drawn.tokens, "mask": drawn.mask, "ref_logprobs": ref_logprobs, "reward": reward}
+    found |= {"scored_logprobs": scored_logprobs}
     found |= recorded_advantages(advantages, scored.mask) | {"weights": batch.weights}
     recorded = dataclasses.replace(
         batch, advantages=own.get("token_advantages", own["advantages"]), weights=own["weights"]
