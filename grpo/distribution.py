@@ -5,8 +5,6 @@ The sampler and the scorer both use `log_distribution`, so that their logprobs a
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 
 from hark.models.policy import Policy
@@ -18,16 +16,9 @@ def log_distribution(policy: Policy, hidden: torch.Tensor, temperature: float) -
     log softmax(logits / temperature), where the policy's suppressed ids have probability 0.
     """
     logits = policy.logits(hidden).float() / temperature
-    for neighbours in _runs(policy.suppressed_ids):  # by slices: indexing by a list copies the list to the device
+    for neighbours in policy.suppressed_runs:  # by slices: indexing by a list copies the list to the device
         logits[..., neighbours] = -torch.inf
     return logits.log_softmax(dim=-1)
-
-
-@lru_cache(maxsize=8)
-def _runs(ids: tuple[int, ...]) -> tuple[slice, ...]:
-    """Ids as slices of neighbours: a policy that writes codec tokens suppresses all text tokens, over 100,000."""
-    starts = [n for n, token in enumerate(ids) if n == 0 or token != ids[n - 1] + 1]
-    return tuple(slice(ids[a], ids[b - 1] + 1) for a, b in zip(starts, [*starts[1:], len(ids)], strict=False))
 
 
 def draw_tokens(distribution: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

@@ -178,6 +178,10 @@ class Learner(Generic[Kind]):
     def restore(self, state: dict[str, Any]) -> None:
         """Take over the state of a checkpoint."""
 
+    def prepare(self, step: int) -> None:
+        """Start to prepare the prompts of the first step of a run or of a resumed run."""
+        self.data.prepare(step)
+
     def further_policies(self) -> dict[str, Policy]:
         """Policies besides the trained one whose weights change and belong to a checkpoint, by name."""
         return {}

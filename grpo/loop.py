@@ -64,7 +64,7 @@ def train(learner: Learner) -> None:
         print(f"all settings are in {learner.directory / 'config.yaml'}", flush=True)
     metrics.truncate(start + 1 if start else 0)
     learner.recorder.truncate(start)
-    learner.data.prepare(start)
+    learner.prepare(start)
     with interruptible(lambda: how_to_resume(learner, done=metrics.step)):
         with closing(metrics), recorded(learner):
             do_steps(learner, metrics, start=start, rate=rate)

@@ -66,8 +66,8 @@ def chosen(spread: Sequence[bool], wanted: int) -> tuple[list[int], int]:
 def next_draw(spread: Sequence[bool], wanted: int, *, further: int, ranks: int) -> int:
     """How many candidates to draw after those: 0 if enough have spread, or if the bound is reached.
 
-    As many as will hold the missing groups if as large a share of them has spread as before, at most `wanted`; a
-    multiple of `ranks`, as `wanted` is one.
+    The number of missing groups divided by the share of candidates with spread so far (`wanted` if none has it), at
+    most `wanted`, and rounded up to a multiple of `ranks`. `wanted` is such a multiple.
     """
     drawn, found = len(spread), sum(spread)
     left = (1 + further) * wanted - drawn
@@ -100,7 +100,7 @@ def draw_with_spread(
     waited = 0.0
     while size := next_draw(flags, prompts, further=further, ranks=world.size):
         first = cursor + len(flags)
-        positions = _share(range(first, first + size), world)
+        positions = share(range(first, first + size), world)
         candidates = data.at(step, positions, since=cursor)
         rollout, columns = draw(candidates)
         own, began = list(spread(columns)), time.perf_counter()
@@ -112,10 +112,10 @@ def draw_with_spread(
         }
     kept, used = chosen(flags, prompts)
     every, after = [cursor + n for n in kept], cursor + used
-    positions, groups = _share(every, world), _moved(groups, every, world)
+    positions, groups = share(every, world), _moved(groups, every, world)
     missing = [position for position in positions if position not in known]
     known |= zip(missing, data.at(step, missing, since=cursor), strict=True)
-    data.prepare_at(step + 1, _share(range(after, after + prompts), world), since=after)
+    data.prepare_at(step + 1, share(range(after, after + prompts), world), since=after)
     examples, asked, keys = zip(*(known[position] for position in positions), strict=True)
     return Drawn(
         examples,
@@ -135,7 +135,7 @@ def draw_with_spread(
     )
 
 
-def _share(positions: Sequence[int], world: World) -> list[int]:
+def share(positions: Sequence[int], world: World) -> list[int]:
     """This rank's share: the ranks have consecutive ones of equal length."""
     size = len(positions) // world.size
     return list(positions[world.rank * size : (world.rank + 1) * size])
@@ -146,7 +146,7 @@ def _moved(groups: dict[int, _Group], kept: Sequence[int], world: World) -> dict
 
     A prompt is not sent: its rank prepares it again.
     """
-    own = set(_share(kept, world))
+    own = set(share(kept, world))
     sent = [(position, _on(group, "cpu")) for position, group in groups.items() if position in {*kept} - own]
     received = [(position, group) for position, group in exchange_rows(sent, world) if position in own]
     return groups | {position: _on(group, world.device) for position, group in received}

@@ -21,7 +21,7 @@ from hark.grpo.instruments.trackers import Audio
 from hark.grpo.learner import MEANS, Key, Learner, TrainingData
 from hark.grpo.loss import TokenTerms
 from hark.grpo.reference import Reference, rollout_logprobs
-from hark.grpo.refill import Drawn, draw_with_spread
+from hark.grpo.refill import Drawn, draw_with_spread, share
 from hark.grpo.rewards import Rewards, StepRewards
 from hark.grpo.runtime.collectives import World, exchange_rows, reduce_sums
 from hark.grpo.runtime.sharding import gathered
@@ -265,6 +265,12 @@ class Trainer(Learner[PolicyBatch]):
     def restore(self, state: dict[str, Any]) -> None:
         self.cursor = state.get("cursor")
         self.reference.restore(state)
+
+    def prepare(self, step: int) -> None:
+        if not self.config.rollout.refill or self.cursor is None:
+            return super().prepare(step)
+        positions = range(self.cursor, self.cursor + self.config.optim.prompts_per_step)
+        self.data.prepare_at(step, share(positions, self.world), since=self.cursor)
 
     def further_policies(self) -> dict[str, Policy]:
         return self.reference.further_policies()

@@ -41,7 +41,8 @@ def short_name(name: str) -> str:
 def from_file(name: str) -> Any:
     """The object that `path/to/file.py:name` names; the path is relative to the working directory.
 
-    That of a configuration's own line may also be relative to the configuration: reading it makes it a path from here.
+    In a configuration file the path may also be relative to the directory of that file; reading the configuration
+    replaces it by a path from the working directory.
 
     A file is run once, whatever number of its objects is used. OwnFileError says what is wrong with it.
     """
@@ -78,9 +79,10 @@ def _module(path: str) -> ModuleType:
 
 
 def _run(absolute: str, path: str) -> None:
-    """Run a file as a module, which sys.modules holds meanwhile and after, as dataclasses and pickle need.
+    """Run a file as a module. It is in sys.modules from before the run on; dataclasses and pickle need that.
 
-    _MODULES holds it meanwhile too: files that use each other see what has been defined so far, as Python's imports do.
+    It is in _MODULES from before the run on too. So two files can use each other: each sees what the other has defined
+    so far, as with Python's imports.
     """
     name = f"hark_own_file_{next(_NUMBERS)}_{Path(absolute).stem}"
     spec = importlib.util.spec_from_file_location(name, absolute)

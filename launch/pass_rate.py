@@ -144,7 +144,11 @@ def settings_of(subject: Subject, options: argparse.Namespace) -> dict[str, Any]
 
 
 def write(config: Config, options: argparse.Namespace, examples: dict[str, Example], drawn: Sequence[Drawn]) -> None:
-    """Append the rows of questions to the files. Those to keep come first: `begun` drops them if the others lack."""
+    """Append the rows of questions to the files.
+
+    The answers to keep are written before the pass rates. If the run ends between the two, `begun` drops the answers to
+    questions that have no pass rate yet.
+    """
 
     def row(one: Drawn, file: Path) -> dict[str, Any]:
         return row_in(examples[one.id], Path(config.data.audio_root or file.parent))

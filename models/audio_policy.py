@@ -144,7 +144,7 @@ class AudioPolicy(Policy):
         # The placeholder may have no embedding of its own.
         embeddings = self.embed_tokens(ids.masked_fill(is_audio, self.pad_id))
         if not any(prompt.clips for prompt in prompts):
-            return embeddings, lengths
+            return embeddings + self._zero(), lengths
         audio = self.project(self._encoded([clip for prompt in prompts for clip in prompt.clips]))
         if int(is_audio.sum()) != len(audio):
             raise PolicyError(
@@ -157,6 +157,14 @@ class AudioPolicy(Policy):
     def share_tower(self, other: Policy) -> None:
         self.model.set_submodule(self.tower_name, other.tower)
         self.tower_cache = other.tower_cache
+
+    def _zero(self) -> torch.Tensor | int:
+        """0, with the trained weights of the projector in its graph.
+
+        FSDP reduces the gradients that a rank has; those of a rank without a clip must be as many as those of others.
+        """
+        weights = (weight for module in self.projectors for weight in module.parameters())
+        return 0 * sum(weight.sum() for weight in weights if weight.requires_grad)
 
     def _encoded(self, clips: Sequence[Audio]) -> torch.Tensor:
         """The tower's outputs for all clips, concatenated: (audio embeddings, width); cached if it is frozen."""

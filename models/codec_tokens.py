@@ -30,7 +30,8 @@ def code_ids(tokenizer: Any, name: str) -> tuple[int, ...]:
 def add_codec(model: Any, tokenizer: Any, codes: int) -> None:
     """Give a causal language model a token for each of `codes` codes, and name them in its config.
 
-    Their embeddings are drawn as those of a new model are, since the same mean for all would have to be learned apart.
+    Their embeddings are random, as in a new model. By default transformers makes them all nearly equal to the mean of
+    the other embeddings, and training would first have to tell them apart.
     """
     tokenizer.add_tokens([CODEC_TOKEN.format(code) for code in range(codes)])
     rows = max(len(tokenizer), model.get_input_embeddings().weight.shape[0])

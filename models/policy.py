@@ -97,6 +97,12 @@ def on_policy(
     return run
 
 
+def _runs(ids: tuple[int, ...]) -> tuple[slice, ...]:
+    """Ids as slices of neighbours; there may be 150,000 ids, so this is not for each step of the sampler."""
+    starts = [n for n, token in enumerate(ids) if n == 0 or token != ids[n - 1] + 1]
+    return tuple(slice(ids[a], ids[b - 1] + 1) for a, b in zip(starts, [*starts[1:], len(ids)], strict=False))
+
+
 class Policy(nn.Module):
     """A causal decoder with its tokenizer, and an audio tower if the family has one.
 
@@ -179,9 +185,19 @@ class Policy(nn.Module):
     lora: Lora | None = None  # settings of its adapters; None without adapters
     tower_cache: TowerCache | None = None  # outputs of a frozen tower; None without a cache
     audio_id: int | None = None  # the placeholder token, one for each audio embedding
-    suppressed_ids: tuple[int, ...] = ()  # tokens of probability 0 in sampling and scoring: placeholders
+    _suppressed_ids: tuple[int, ...] = ()
+    suppressed_runs: tuple[slice, ...] = ()  # the suppressed ids as slices of neighbours
 
     # Shared by all families.
+
+    @property
+    def suppressed_ids(self) -> tuple[int, ...]:
+        """Tokens of probability 0 in sampling and scoring: placeholders; in a codec policy all text tokens."""
+        return self._suppressed_ids
+
+    @suppressed_ids.setter
+    def suppressed_ids(self, ids: tuple[int, ...]) -> None:
+        self._suppressed_ids, self.suppressed_runs = ids, _runs(ids)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

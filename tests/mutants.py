@@ -323,12 +323,6 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("a condition that always holds", "0.0 if (needed or 0) <= 0 else value", "value", "test_rewards_table"),
         ("a reward that is not finite", "and not math.isfinite(value)", "and False", "test_rewards"),
         ("all rewards in a process", "workers or is_foreign", "True or is_foreign", "test_rewards_failing"),
-        (
-            "own rewards in the run",
-            "workers or is_foreign(name, self._options.get(name))",
-            "workers",
-            "test_rewards_table",
-        ),
         ("a warning where it should stop", 'self._on_error == "stop"', "False", "test_rewards"),
         ("groups of one", "slice(n * size, (n + 1) * size)", "slice(n * size, n * size + 1)", "test_rewards"),
     ),

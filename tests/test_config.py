@@ -364,6 +364,12 @@ def test_a_command_line_without_a_file_says_how_it_is_written(argv):
         (["lora.rank=4", "lora.path=adapters"], "lora.rank and lora.path are both set"),
         (["lora.targets=[]"], "lora.targets is empty"),
         (["data.held_out=5", "data.validation=v.jsonl"], "data.held_out and data.validation are both set"),
+        (["rollout.refill=1", "data.order=staged"], "rollout.refill is set, and data.order is staged"),
+        (["rollout.refill=1", "rollout.group_size=1"], "rollout.refill is set, and rollout.group_size is 1"),
+        (
+            ["data.require_audio=false", "model.train=no-tower", "lora.rank=4", "lora.targets=[q_proj, tower.q_proj]"],
+            "data.require_audio=false needs lora.targets without the tower's layers",
+        ),
         (["model.master_dtype=bfloat16"], "model.master_dtype=bfloat16 needs model.dtype=bfloat16"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from hark.launch import train
 from hark.launch.common.config_file import load_config
 from hark.launch.common.questions import weighted
 from tests.clips import write_questions
-from tests.runs import largest_difference
+from tests.ranks import on_ranks
+from tests.runs import ROUNDING, largest_difference
+from tests.runs import train as train_on_ranks
 
 COUNTS, WEIGHTS = (7, 50, 3), (0.7, 0.25, 0.05)
 
@@ -181,3 +184,16 @@ def test_weights_of_validation_files_are_refused(tmp_path, qwen2_audio_dir):
     settings = settings_of(tmp_path, qwen2_audio_dir, "run", f"data.train={data}", f"data.validation=[{data}:1]")
     with pytest.raises(ConfigError, match="data.validation has weights"):
         train.main(settings)
+
+
+@pytest.mark.parametrize("part", ["no-tower", "projector"])
+def test_a_rank_without_a_clip_takes_part_in_the_gradients_of_the_projector(part, tmp_path, qwen2_audio_dir):
+    file = write_questions(tmp_path, 2)
+    heard, text = file.read_text().splitlines()
+    file.write_text(f"{heard}\n{json.dumps({k: v for k, v in json.loads(text).items() if k != 'audio_path'})}\n")
+    more = [f"data.train={file}", "data.require_audio=false", "data.order=file", f"model.train={part}"]
+    more.append("reward.weights={accuracy: 1.0, format: 1.0}")
+    for ranks in (1, 2):
+        settings = settings_of(tmp_path, qwen2_audio_dir, ranks, *more, "optim.prompts_per_step=2", "optim.steps=1")
+        on_ranks(ranks, train_on_ranks, settings)
+    assert largest_difference(tmp_path / "1", tmp_path / "2") < ROUNDING

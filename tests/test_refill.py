@@ -13,9 +13,10 @@ from hark.grpo import loop
 from hark.grpo.instruments.record import read_step
 from hark.grpo.refill import chosen, draw_with_spread, next_draw
 from hark.grpo.runtime.collectives import World
+from hark.grpo.trainer import Trainer
 from hark.grpo.types import Rollout
 from hark.launch import replay
-from hark.launch.common.config_file import load_config
+from hark.launch.common.config_file import config_of, load_config
 from tests.clips import write_questions
 from tests.ranks import on_ranks
 from tests.runs import build, judging, largest_difference, read_metrics
@@ -137,6 +138,14 @@ def test_a_stream_worked_by_hand_on_one_and_on_two_ranks(tmp_path):
             assert alone[step][n] == first[step][n] + second[step][n]
         assert alone[step][4] == first[step][4] == second[step][4]
         assert alone[step][5][1] == first[step][5][1] + second[step][5][1]
+
+
+def test_a_resumed_step_is_prepared_from_the_cursor_on():
+    config = config_of(["model.path=m", "run.directory=r", "rollout.refill=1", "optim.prompts_per_step=4"])
+    trainer = Trainer.__new__(Trainer)
+    trainer.config, trainer.world, trainer.data, trainer.cursor = config, SimpleNamespace(rank=1, size=2), Stream(), 7
+    trainer.prepare(3)
+    assert trainer.data.next == (3, [9, 10], 7)
 
 
 # Runs -----------------------------------------------------------------------------------------------------------------

@@ -155,6 +155,12 @@ def _check_together(config: Config, *, source: str) -> None:
             f"{source}: data.require_audio=false needs model.train=no-tower: a rank without a clip would not take part "
             "when the others reduce the tower's gradients"
         )
+    if not config.data.require_audio and config.lora.rank and any("tower." in name for name in config.lora.targets):
+        raise ConfigError(
+            f"{source}: data.require_audio=false needs lora.targets without the tower's layers: a rank without a clip "
+            "would not take part when the others reduce their gradients"
+        )
+    _check_refill(config, source)
     if config.lora.path is not None and config.lora.rank:
         raise ConfigError(f"{source}: lora.rank and lora.path are both set; saved adapters have a rank already")
     if not config.lora.targets:
@@ -167,6 +173,21 @@ def _check_together(config: Config, *, source: str) -> None:
     if config.data.held_out and config.data.validation is not None:
         raise ConfigError(
             f"{source}: data.held_out and data.validation are both set; validation questions come from one of them"
+        )
+
+
+def _check_refill(config: Config, source: str) -> None:
+    if not config.rollout.refill:
+        return
+    if config.data.order == "staged":
+        raise ConfigError(
+            f"{source}: rollout.refill is set, and data.order is staged: the prompts that replace others count too, so "
+            "the stages would end early; set rollout.refill=0 or another data.order"
+        )
+    if config.rollout.group_size == 1:
+        raise ConfigError(
+            f"{source}: rollout.refill is set, and rollout.group_size is 1: a group of one completion has no spread "
+            "of rewards; set rollout.group_size to 2 or more, or rollout.refill=0"
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from hark.data.examples import Example
 from hark.data.loader import evaluation_batches
 from hark.data.order import digest, shuffle_choices
+from hark.data.rewards.judging import Judge
 from hark.grpo.advantage import weighted_rewards
 from hark.grpo.config import Config
 from hark.grpo.rewards import weights_at
@@ -59,14 +60,16 @@ def answers(
         on_bad=bad_log(config).add,
     )
     places = {example.id: place for place, example in enumerate(examples)}
-    with gathered(policy):
+    with gathered(policy), rewards_of(config) as judge:
         for _ in range(0, len(examples), size * world.size):  # as often on all ranks
             pairs = next(batches, [])
-            drawn = gather_rows(draw(config, policy, pairs, reward) if pairs else [], world)
+            drawn = gather_rows(draw(config, policy, judge, pairs, reward) if pairs else [], world)
             yield sorted(drawn or [], key=lambda one: places[one.id])
 
 
-def draw(config: Config, policy: Policy, pairs: Sequence[tuple[Example, Prompt]], reward: str) -> list[Drawn]:
+def draw(
+    config: Config, policy: Policy, judge: Judge, pairs: Sequence[tuple[Example, Prompt]], reward: str
+) -> list[Drawn]:
     """G answers to each question, with the settings of rollout, graded."""
     examples, prompts = zip(*pairs, strict=True)
     rollout, size = config.rollout, config.rollout.group_size
@@ -78,8 +81,7 @@ def draw(config: Config, policy: Policy, pairs: Sequence[tuple[Example, Prompt]]
     )  # fmt: skip
     texts = policy.completion_texts(drawn.tokens, drawn.mask)
     tokens = zip(drawn.tokens.tolist(), drawn.mask.sum(dim=1).tolist(), strict=True)
-    with rewards_of(config) as judge:
-        columns = judge(examples, texts, [ids[:count] for ids, count in tokens], drawn.stopped.tolist(), 0).columns
+    columns = judge(examples, texts, [ids[:count] for ids, count in tokens], drawn.stopped.tolist(), 0).columns
     right = columns[:, list(config.reward.weights).index(reward)] >= RIGHT
     rewards = weighted_rewards(columns, weights_at(config.reward.weights, config.reward.schedule, 0))
     return [
