@@ -13,7 +13,7 @@ import torch
 
 from hark.grpo import loop
 from hark.grpo.algorithms import AlgorithmError, find_advantage, find_own_loss
-from hark.grpo.config import ConfigError, LossConfig
+from hark.grpo.config import ConfigError, LossConfig, to_yaml
 from hark.grpo.distribution import entropy
 from hark.grpo.loss import adapted_beta, importance_weights, kl_k1, kl_k2, kl_term, policy_loss
 from hark.grpo.objective import Objective
@@ -287,6 +287,9 @@ def test_a_named_setting_on_the_command_line_takes_the_place_of_the_files_keys(s
     loss = load_config([*words, "loss.kind=dapo"]).loss
     assert (loss.ratio, loss.clip_high, loss.beta, loss.entropy) == ("token", 0.28, 0.0, 0.5)
     assert load_config([*words, "loss.beta=0.2", "loss.kind=dapo"]).loss.beta == 0.2
+    path.write_text(to_yaml(load_config([*words, "loss.kind=dr_grpo"])))  # as a run saves it, with every key
+    loss = load_config([*words, "loss.kind=grpo"]).loss
+    assert (loss.advantage, loss.token_weights, loss.beta, loss.entropy) == ("std", "sequence-mean", 0.04, 0.5)
 
 
 def test_the_constant_length_is_the_longest_completion_unless_it_is_given():
