@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.functional import pad
 
 from hark.grpo.learner import Key, TrainingData
 from hark.grpo.runtime.collectives import World, exchange_rows
-from hark.grpo.types import Rollout
+from hark.grpo.types import Rollout, stacked
 from hark.models.policy import Prompt
 
 
@@ -168,16 +167,11 @@ def _on(group: _Group, device: torch.device | str) -> _Group:
 
 def _joined(parts: Sequence[Rollout], prompts: tuple[Prompt, ...], pad_id: int) -> Rollout:
     """The groups of several rollouts as one, padded to the longest completion."""
-    longest = max(part.mask.shape[1] for part in parts)
-
-    def padded(tensors: Iterable[torch.Tensor], value: float) -> torch.Tensor:
-        return torch.cat([pad(tensor, (0, longest - tensor.shape[1]), value=value) for tensor in tensors])
-
     return Rollout(
         prompts,
         parts[0].group_size,
-        padded((part.tokens for part in parts), pad_id),
-        padded((part.mask for part in parts), False),
-        logprobs=padded((part.logprobs for part in parts), 0.0),
-        stopped=torch.cat([part.stopped for part in parts]),
+        stacked([part.tokens for part in parts], value=pad_id),
+        stacked([part.mask for part in parts]),
+        logprobs=stacked([part.logprobs for part in parts]),
+        stopped=stacked([part.stopped for part in parts]),
     )

@@ -14,6 +14,7 @@ from hark import UserError
 from hark.grpo.config import RewardConfig
 from hark.grpo.runtime.collectives import World, exchange_rows, reduce_max
 from hark.grpo.types import Rollout
+from hark.models.policy import completion_ids
 
 
 class Judged(Protocol):
@@ -43,8 +44,7 @@ class StepRewards:
 
     def start(self, examples: Sequence[Any], rollout: Rollout, texts: Sequence[str], step: int) -> Future[Judged]:
         """Start to judge the completions (B) of N examples."""
-        rows = zip(rollout.tokens.tolist(), rollout.mask.sum(dim=1).tolist(), strict=True)
-        ids = [tokens[:length] for tokens, length in rows]
+        ids = completion_ids(rollout.tokens, rollout.mask)
         return self._thread.submit(self._rewards, examples, texts, ids, rollout.stopped.tolist(), step)
 
     def columns(self, pending: Future[Judged]) -> torch.Tensor:

@@ -16,7 +16,6 @@ from hark.grpo.config import Config
 from hark.grpo.instruments.console import PACE, Completion
 from hark.grpo.instruments.draft import recorded_advantages
 from hark.grpo.instruments.groups import best_and_worst, group_sums, reward_means, shares_of_variance
-from hark.grpo.instruments.record import stacked
 from hark.grpo.instruments.trackers import Audio
 from hark.grpo.learner import MEANS, Key, Learner, TrainingData
 from hark.grpo.loss import TokenTerms
@@ -27,7 +26,7 @@ from hark.grpo.runtime.collectives import World, exchange_rows, reduce_sums
 from hark.grpo.runtime.sharding import gathered
 from hark.grpo.sampler import sample
 from hark.grpo.sft import add_supervised, longest_given
-from hark.grpo.types import PolicyBatch, Rollout
+from hark.grpo.types import PolicyBatch, Rollout, stacked
 from hark.models.lora import WithoutAdapters
 from hark.models.policy import Policy, Prompt
 

@@ -16,10 +16,20 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from torch.nn.functional import pad
 
 from hark.models.policy import Prompt
 
 AnyGroups = TypeVar("AnyGroups", bound="Groups")
+
+
+def stacked(tensors: Sequence[torch.Tensor], *, value: float = 0) -> torch.Tensor:
+    """Tensors under one another; those of (B, T, ...) are padded with `value` to the longest T."""
+    if tensors[0].dim() < 2:
+        return torch.cat(list(tensors))
+    longest = max(tensor.shape[1] for tensor in tensors)
+    missing = [(0, 0) * (tensor.dim() - 2) + (0, longest - tensor.shape[1]) for tensor in tensors]
+    return torch.cat([pad(tensor, sides, value=value) for tensor, sides in zip(tensors, missing, strict=True)])
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from hark.launch.common.entry import run
 from hark.launch.common.questions import rewards_of
 from hark.launch.common.rerun import prepared_trainer, rerun, restore
 from hark.launch.common.trained import read_run
+from hark.models.policy import completion_ids
 
 SETTABLE = ("loss.", "reward.")  # settings that a record alone can be computed with again
 
@@ -104,9 +105,8 @@ def reward_columns(record: StepRecord, rewards: Judge) -> torch.Tensor:
     """The rewards (B, K) of a recorded step, computed again."""
     examples = [example_of(prompt) for prompt in record.values["prompts"]]
     texts = [completion["text"] for completion in record.values["completions"]]
-    rows = zip(record.tensors["tokens"].tolist(), record.tensors["mask"].sum(dim=1).tolist(), strict=True)
-    ids, stopped = [row[:length] for row, length in rows], record.tensors["stopped"].tolist()
-    return rewards(examples, texts, ids, stopped, record.step - 1).columns
+    ids = completion_ids(record.tensors["tokens"], record.tensors["mask"])
+    return rewards(examples, texts, ids, record.tensors["stopped"].tolist(), record.step - 1).columns
 
 
 def rerun_steps(directory: Path, steps: Sequence[int]) -> bool:

@@ -372,7 +372,7 @@ class Policy(nn.Module):
 
         Other special tokens are kept: a completion with one is malformed, and rewards must be able to detect that.
         """
-        rows = [row[keep].tolist() for row, keep in zip(tokens.cpu(), mask.cpu(), strict=True)]
+        rows = completion_ids(tokens, mask)
         rows = [row[:-1] if row and row[-1] in self.stop_ids else row for row in rows]
         return self.tokenizer.batch_decode(rows, skip_special_tokens=False)
 
@@ -413,6 +413,12 @@ def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def text_ids(tokenizer: Any, text: str) -> list[int]:
     """Ids of a text as it stands in a completion, without a stop token."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def completion_ids(tokens: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
+    """The ids of each of B completions, given as tokens (B, T) and mask (B, T), without padding."""
+    rows = zip(tokens.tolist(), mask.sum(dim=1).tolist(), strict=True)
+    return [ids[:length] for ids, length in rows]
 
 
 def completion_lengths(tokenizer: Any, texts: Iterable[str]) -> dict[str, int]:

@@ -316,7 +316,6 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
             "(last - first) * (step > start)",
             "test_rewards_table",
         ),
-        ("padding judged", "ids = [tokens[:length]", "ids = [tokens[:]", "test_rewards_table"),
     ),
     "data/rewards/judging.py": (
         ("rewards of another group", "replies[n * len(self.names) :]", "replies[0:]", "test_rewards"),
@@ -684,6 +683,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("adapters stay off", "layer.enabled = True", "layer.enabled = False", "test_lora"),
     ),
     "models/policy.py": (
+        ("padding judged", "return [ids[:length]", "return [ids[:]", "test_rewards_table"),
         ("a completion without its end", "< lengths[:, None]", "< lengths[:, None] - 1", "test_ask"),
         ("stop token in the text", "row[:-1] if row and", "row if row and", "test_models test_rewards"),
         ("scale of logits inverted", "logits * scale", "logits / scale", "test_models"),

@@ -46,7 +46,7 @@ def test_a_mean_and_its_spread_in_percent():
 
 def written(root, name: str, seed: int, accuracy: float, drawn: int | None = None) -> Run:
     """A finished run that ends with this accuracy."""
-    one = algorithms.training(root, name, seed)
+    (one,) = algorithms.runs_of(root, name, seed)
     one.directory.mkdir(parents=True)
     lines = []
     for step in range(1, algorithms.STEPS + 1):
@@ -75,7 +75,7 @@ def test_the_study_of_algorithms_shows_what_is_finished_the_best_first(tmp_path,
     ends |= {(algorithms.PLAIN, seed): 0.5 for seed in (0, 1)} | {(algorithms.DYNAMIC, seed): 0.55 for seed in (0, 1)}
     for (name, seed), accuracy in ends.items():
         one = written(tmp_path, name, seed, accuracy, drawn=10 if name == algorithms.DYNAMIC else None)
-        figures.put(algorithms.case_name(name, seed), algorithms.settings_of(name), algorithms.figures_of(one))
+        figures.put(algorithms.case_name(name, seed), algorithms.settings_of(name, seed), algorithms.figures_of([one]))
     words = [f"--{name}={tmp_path}/{file}" for name, file in (("json", "figures.json"), ("plot", "c.svg"))]
     algorithms.main(["--seeds=2", f"--page={page}", f"--root={tmp_path}", *words, "--only", *dict(ends_by_name(ends))])
     text = page.read_text()

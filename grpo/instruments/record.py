@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.nn.functional import pad
 
 from hark import UserError
 from hark.grpo.instruments.metrics import finite
+from hark.grpo.types import stacked
 
 FORMAT = 2  # of the files; a reader refuses others
 SUMS = (  # of an update: each rank has its term
@@ -127,14 +127,6 @@ def _joined_update(terms: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """An update of all ranks: the sums of their terms. All other figures are those of all ranks already."""
     known = [name for name in SUMS if all(one.get(name) is not None for one in terms)]
     return terms[0] | {name: sum(one[name] for one in terms) for name in known}
-
-
-def stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Tensors under one another; those of (B, T, ...) are padded with 0 to the longest T."""
-    if tensors[0].dim() < 2:
-        return torch.cat(list(tensors))
-    longest = max(tensor.shape[1] for tensor in tensors)
-    return torch.cat([pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, longest - tensor.shape[1])) for tensor in tensors])
 
 
 def _listed(steps: Sequence[int]) -> str:

@@ -18,7 +18,7 @@ from hark.grpo.runtime.collectives import World, gather_rows
 from hark.grpo.runtime.sharding import gathered
 from hark.grpo.sampler import sample
 from hark.launch.common.questions import bad_log, rewards_of, waveform_of
-from hark.models.policy import Policy, Prompt
+from hark.models.policy import Policy, Prompt, completion_ids
 
 RIGHT = 0.5  # the least reward of a right answer
 
@@ -80,8 +80,8 @@ def draw(
         temperature=rollout.temperature, batch=rollout.batch, graphs=rollout.cuda_graphs,
     )  # fmt: skip
     texts = policy.completion_texts(drawn.tokens, drawn.mask)
-    tokens = zip(drawn.tokens.tolist(), drawn.mask.sum(dim=1).tolist(), strict=True)
-    columns = judge(examples, texts, [ids[:count] for ids, count in tokens], drawn.stopped.tolist(), 0).columns
+    ids = completion_ids(drawn.tokens, drawn.mask)
+    columns = judge(examples, texts, ids, drawn.stopped.tolist(), 0).columns
     right = columns[:, list(config.reward.weights).index(reward)] >= RIGHT
     rewards = weighted_rewards(columns, weights_at(config.reward.weights, config.reward.schedule, 0))
     return [

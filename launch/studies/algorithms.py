@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,9 @@ from typing import Any
 from hark.grpo.algorithms import ALGORITHMS
 from hark.launch.common.entry import run
 from hark.launch.common.pages import Markers, table
-from hark.launch.studies.kept import Kept, Run, do, do_all, mean_and_spread, percent
+from hark.launch.studies.kept import DOCS, Kept, Run, do, mean_and_spread, missing, options, percent
 from hark.launch.studies.pictures import BLUE, GREY, figure
 
-DOCS = Path(__file__).parents[2] / "docs"
 MARKERS = Markers.of("launch/studies/algorithms.py")
 STEPS, EVERY, PROMPTS, GROUP, UPDATES = 80, 20, 8, 12, 2
 PLAIN, DYNAMIC = "grpo, beta 0", "grpo, beta 0, refill 3"
@@ -42,14 +42,16 @@ def main(argv: list[str]) -> None:
     # All algorithms by the first seed, then all by the second: what there is compares all of them at any time.
     chosen = {name: SETTINGS[name] for name in arguments.only or SETTINGS}
     cases = {case_name(name, seed): (name, seed) for seed in range(arguments.seeds) for name in chosen}
-    waiting = {case: which for case, which in cases.items() if not kept.has(case, settings_of(which[0]))}
-    if waiting:
+
+    def prepare() -> None:
         start = warm_start(arguments.root / "start")
         do(start)
         kept.put("start", [], {"accuracy": start[1].evaluations()[-1]["accuracy"]})
-    runs = {case: [training(arguments.root, *which)] for case, which in waiting.items()}
-    for case in do_all(runs, jobs=arguments.jobs):
-        kept.put(case, settings_of(cases[case][0]), figures_of(runs[case][0]))
+
+    for _ in missing(
+        kept, cases, settings_of=settings_of, prepare=prepare, runs_of=partial(runs_of, arguments.root),
+        figures_of=figures_of, jobs=arguments.jobs,
+    ):  # fmt: skip
         write(arguments, kept, cases)
     print(write(arguments, kept, cases))
 
@@ -57,8 +59,8 @@ def main(argv: list[str]) -> None:
 def write(arguments: argparse.Namespace, kept: Kept, cases: dict[str, tuple[str, int]]) -> str:
     """Write the table and the picture of the cases that are finished; returns the table."""
     done: dict[str, list[dict[str, Any]]] = {}
-    for case, (name, _) in cases.items():
-        if kept.has(case, settings_of(name)):
+    for case, (name, seed) in cases.items():
+        if kept.has(case, settings_of(name, seed)):
             done.setdefault(name, []).append(kept.figures(case))
     start = kept.figures("start")["accuracy"]
     text = tables(done, start=start, cases=len(cases))
@@ -70,14 +72,9 @@ def write(arguments: argparse.Namespace, kept: Kept, cases: dict[str, tuple[str,
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=Path("runs/studies/algorithms"), help="of the runs (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each algorithm (%(default)s)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one thread (%(default)s)")
+    parser = options(__doc__, "algorithms", seeds="each algorithm")
     parser.add_argument("--only", nargs="+", choices=SETTINGS, metavar="NAME", help="these alone")
-    parser.add_argument("--json", type=Path, default=DOCS / "algorithms.json", help="where the figures are written")
     parser.add_argument("--plot", type=Path, default=DOCS / "algorithms.svg", help="where the picture is written")
-    parser.add_argument("--page", type=Path, default=DOCS / "algorithms.md", help="the page with the table")
     return parser.parse_args(argv)
 
 
@@ -98,7 +95,7 @@ def warm_start(root: Path) -> list[Run]:
     ]
 
 
-def training(root: Path, name: str, seed: int) -> Run:
+def runs_of(root: Path, name: str, seed: int) -> list[Run]:
     directory, start = root / case_name(name, seed), root / "start"
     words = [
         "mini", f"run.directory={directory}", f"run.seed={seed}", f"model.path={start}/warm/model",
@@ -108,20 +105,21 @@ def training(root: Path, name: str, seed: int) -> Run:
         f"evaluation.every={EVERY}", "evaluation.silent=false", "record.every=0", "record.last=0", "checkpoint.every=0",
         "checkpoint.export=false", "log.completions=0", *SETTINGS[name],
     ]  # fmt: skip
-    return Run(directory, "train.py", tuple(words))
+    return [Run(directory, "train.py", tuple(words))]
 
 
 def case_name(name: str, seed: int) -> str:
     return f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
 
 
-def settings_of(name: str) -> list[Any]:
+def settings_of(name: str, seed: int) -> list[Any]:
     """What a case of this algorithm is: cases with other settings are done again."""
     return [STEPS, EVERY, PROMPTS, GROUP, UPDATES, *SETTINGS[name]]
 
 
-def figures_of(one: Run) -> dict[str, Any]:
+def figures_of(runs: Sequence[Run]) -> dict[str, Any]:
     """Accuracy and completions drawn at each evaluation, and means over the steps."""
+    one = runs[-1]
     steps = [line for line in one.metrics() if "reward" in line]
     drawn = [GROUP * line.get("drawn_prompts", PROMPTS) for line in steps]
     evaluations = one.evaluations()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,8 @@ from hark.data.rewards.transcript import error_rate, spoken
 from hark.launch.common.entry import run
 from hark.launch.common.pages import Markers, table
 from hark.launch.studies.composed import common, compose, tuning
-from hark.launch.studies.kept import Kept, Run, answered, do, do_all, percent
+from hark.launch.studies.kept import Kept, Run, answered, do, missing, options, percent
 
-DOCS = Path(__file__).parents[2] / "docs"
 MARKERS = Markers.of("launch/studies/asr.py")
 TRAIN, TEST = 1600, 100  # sentences; the test has so many of each part
 PARTS = ("known voices", "other voices")
@@ -48,27 +48,19 @@ WORDS = (  # a sentence has one word of each; none of them is an article
 
 def main(argv: list[str]) -> None:
     arguments = parse(argv)
-    kept, root = Kept(arguments.json), arguments.root
+    kept = Kept(arguments.json)
     cases = {f"{method}, {seed}": (method, seed) for seed in range(arguments.seeds) for method in METHODS}
     cases |= {"start": ("start", 0)}
-    waiting = {case: which for case, which in cases.items() if not kept.has(case, settings_of(*which))}
-    if waiting:
-        prepare(root)
-    runs = {case: runs_of(root, *which) for case, which in waiting.items()}
-    for case in do_all(runs, jobs=arguments.jobs):
-        kept.put(case, settings_of(*cases[case]), figures_of(runs[case][-1].directory))
+    for _ in missing(
+        kept, cases, settings_of=settings_of, prepare=partial(prepare, arguments.root),
+        runs_of=partial(runs_of, arguments.root), figures_of=figures_of, jobs=arguments.jobs,
+    ):  # fmt: skip
         write(arguments, kept, cases)
     print(write(arguments, kept, cases))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=Path("runs/studies/asr"), help="of the runs (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each method (%(default)s)")
-    parser.add_argument("--jobs", type=int, default=1, help="cases at a time, each on one thread (%(default)s)")
-    parser.add_argument("--json", type=Path, default=DOCS / "asr.json", help="where the figures are written")
-    parser.add_argument("--page", type=Path, default=DOCS / "asr.md", help="the page with the table")
-    return parser.parse_args(argv)
+    return options(__doc__, "asr", seeds="each method").parse_args(argv)
 
 
 # Speech ---------------------------------------------------------------------------------------------------------------
@@ -141,9 +133,9 @@ def runs_of(root: Path, method: str, seed: int) -> list[Run]:
     return [*of_method[method], Run(place / "tested", "evaluate.py", test)]
 
 
-def figures_of(tested: Path) -> dict[str, Any]:
+def figures_of(runs: Sequence[Run]) -> dict[str, Any]:
     """The word error rate of each part of the test: edits of all sentences by their words; and the exact share."""
-    rows = answered(tested)
+    rows = answered(runs[-1].directory)
     parts = {part: [row for row in rows if row["dataset_name"] == part] for part in PARTS}
     return {"wer": {part: word_error_rate(some) for part, some in parts.items()}} | {
         "exact": {part: sum(row["correct"] for row in some) / len(some) for part, some in parts.items()}

@@ -8,17 +8,18 @@ its directory is gone.
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from hark import UserError
 from hark.data.json_files import write_json
@@ -26,7 +27,9 @@ from hark.grpo.instruments.metrics import read_metrics
 from hark.launch.common.torchrun import environment
 
 LAUNCH = Path(__file__).parents[1]
+DOCS = LAUNCH.parent / "docs"
 FINISHED = "finished.json"
+Case: TypeAlias = "tuple[Any, ...]"
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,41 @@ def do_all(cases: Mapping[str, Sequence[Run]], *, jobs: int = 1) -> Iterator[str
                 yield started[future]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def missing(
+    kept: Kept,
+    cases: Mapping[str, Case],
+    *,
+    settings_of: Callable[..., Any],
+    prepare: Callable[[], None],
+    runs_of: Callable[..., Sequence[Run]],
+    figures_of: Callable[[Sequence[Run]], dict[str, Any]],
+    jobs: int,
+) -> Iterator[str]:
+    """Do the cases that are not kept, each a tuple of arguments of the functions, and keep them; yields their names.
+
+    prepare: makes what all of them begin with; it is called only if a case is missing.
+    """
+    waiting = {name: case for name, case in cases.items() if not kept.has(name, settings_of(*case))}
+    if waiting:
+        prepare()
+    runs = {name: runs_of(*case) for name, case in waiting.items()}
+    for name in do_all(runs, jobs=jobs):
+        kept.put(name, settings_of(*waiting[name]), figures_of(runs[name]))
+        yield name
+
+
+def options(text: str | None, name: str, *, seeds: str) -> argparse.ArgumentParser:
+    """The options that every study has. name: of its runs and of its files in docs. seeds: what has so many runs."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    root = Path("runs/studies") / name
+    parser.add_argument("--root", type=Path, default=root, help="of the runs (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help=f"runs of {seeds} (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="cases at a time, each on one thread (%(default)s)")
+    parser.add_argument("--json", type=Path, default=DOCS / f"{name}.json", help="where the figures are written")
+    parser.add_argument("--page", type=Path, default=DOCS / f"{name}.md", help="the page with the table")
+    return parser
 
 
 def do(runs: Sequence[Run]) -> None:

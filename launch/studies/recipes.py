@@ -2,7 +2,7 @@
 
     python -m hark.launch.studies.recipes docs/recipes.md
 
-The page has the lines <!-- recipes --> and <!-- end of recipes -->; what stands between them is replaced.
+What stands between two marker lines of the page is replaced.
 """
 
 import argparse
@@ -15,8 +15,9 @@ from hark.from_file import short_name
 from hark.grpo.config import Config
 from hark.launch.common.config_file import find_config, load_config
 from hark.launch.common.entry import run
+from hark.launch.common.pages import Markers
 
-BEGIN, END = "<!-- recipes -->", "<!-- end of recipes -->"
+MARKERS = Markers.of("launch/studies/recipes.py")
 RECIPES = (
     "asr", "emotion", "tts", "open_rs", "sari_sft", "sari",
     "omni_r1", "omni_r1_text", "echo_ink", "ke_omni_r", "audio_mcq",
@@ -51,11 +52,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def page(text: str) -> str:
     """The text of a page with its table written again. UserError if it has no place for one."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise UserError(f"the page has no lines {BEGIN} and {END}, between which the table stands")
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+    if not MARKERS.are_in(text):
+        raise UserError(f"the page has no lines {MARKERS.begin} and {MARKERS.end}, between which the table stands")
+    return MARKERS.filled(text, table())
 
 
 def table() -> str:

@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,10 +32,9 @@ from typing import Any, NamedTuple
 from hark.launch.common.entry import run
 from hark.launch.common.pages import Markers, table
 from hark.launch.studies.composed import common, compose, tuning
-from hark.launch.studies.kept import Kept, Run, answered, do, do_all, mean_and_spread, percent
+from hark.launch.studies.kept import DOCS, Kept, Run, answered, do, mean_and_spread, missing, options, percent
 from hark.launch.studies.pictures import BLUE, GREEN, GREY, ORANGE, figure
 
-DOCS = Path(__file__).parents[2] / "docs"
 MARKERS = Markers.of("launch/studies/rl_or_sft.py")
 METHODS = {"grpo": BLUE, "sft-lora": ORANGE, "sft-full": GREY, "rejection": GREEN}
 PARTS = ("same sources", "other sources", "other words", "other kinds")
@@ -82,25 +82,18 @@ def main(argv: list[str]) -> None:
         for cell in cells for seed in range(arguments.seeds) for method in METHODS
     }  # fmt: skip
     cases |= {f"{cell.name}, start": (cell, "start", 0) for cell in cells}
-    waiting = {case: which for case, which in cases.items() if not kept.has(case, settings_of(*which))}
-    if waiting:
-        prepare(arguments.root)
-    runs = {case: runs_of(arguments.root, *which) for case, which in waiting.items()}
-    for case in do_all(runs, jobs=arguments.jobs):
-        kept.put(case, settings_of(*cases[case]), figures_of(runs[case][-1].directory, runs[case]))
+    for _ in missing(
+        kept, cases, settings_of=settings_of, prepare=partial(prepare, arguments.root),
+        runs_of=partial(runs_of, arguments.root), figures_of=figures_of, jobs=arguments.jobs,
+    ):  # fmt: skip
         write(arguments, kept, cases)
     print(write(arguments, kept, cases))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=Path("runs/studies/rl-or-sft"), help="of the runs (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each method in each cell (%(default)s)")
-    parser.add_argument("--jobs", type=int, default=1, help="cases at a time, each on one thread (%(default)s)")
+    parser = options(__doc__, "rl-or-sft", seeds="each method in each cell")
     parser.add_argument("--only", nargs="+", choices=[cell.name for cell in CELLS], metavar="CELL", help="these alone")
-    parser.add_argument("--json", type=Path, default=DOCS / "rl-or-sft.json", help="where the figures are written")
     parser.add_argument("--plot", type=Path, default=DOCS / "rl-or-sft.svg", help="where the picture is written")
-    parser.add_argument("--page", type=Path, default=DOCS / "rl-or-sft.md", help="the page with the table")
     return parser.parse_args(argv)
 
 
@@ -184,9 +177,9 @@ def test(root: Path, directory: Path, model: Path) -> Run:
     return Run(directory, "evaluate.py", words)
 
 
-def figures_of(tested: Path, runs: Sequence[Run]) -> dict[str, Any]:
+def figures_of(runs: Sequence[Run]) -> dict[str, Any]:
     """Accuracy and the share of answers that are no choice, of each part of the test, and the time of training."""
-    every = answered(tested)
+    every = answered(runs[-1].directory)
     rows = {part: [row for row in every if row["dataset_name"] == part] for part in PARTS}
     seconds = [json.loads((one.directory / "finished.json").read_text())["seconds"] for one in runs[:-1]]
     return {
