@@ -103,9 +103,9 @@ def test_training_start_and_test_of_rl_or_sft_share_no_question(tmp_path):
     rl_or_sft.divide(tmp_path, tmp_path / "divided")
     read = {path.stem: list(map(json.loads, path.open())) for path in (tmp_path / "divided").glob("*.jsonl")}
     ids = {name: {row["id"].removesuffix("-words") for row in rows} for name, rows in read.items()}
-    assert not ids["start"] & ids["train-640"] and not (ids["start"] | ids["train-640"]) & ids["test"]
-    assert ids["train-80"] < ids["train-640"] and len(read["train-640"]) == 640
-    for name in ("start", "train-640"):
+    assert not ids["start"] & ids["train-320"] and not (ids["start"] | ids["train-320"]) & ids["test"]
+    assert ids["train-40"] < ids["train-320"] and len(read["train-320"]) == 320
+    for name in ("start", "train-320"):
         assert not {row["category"] for row in read[name]} & {*rl_or_sft.NEVER}
     parts = {part: [row for row in read["test"] if row["dataset_name"] == part] for part in rl_or_sft.PARTS}
     assert all(len(rows) == rl_or_sft.QUESTIONS for rows in parts.values())

@@ -29,9 +29,9 @@ from hark.launch.studies.composed import common, compose, tuning
 from hark.launch.studies.kept import Kept, Run, answered, do, missing, options, percent
 
 MARKERS = Markers.of("launch/studies/asr.py")
-TRAIN, TEST = 1600, 100  # sentences; the test has so many of each part
+TRAIN, TEST = 1600, 50  # sentences; the test has so many of each part
 PARTS = ("known voices", "other voices")
-PROMPTS, STEPS = 8, 80
+PROMPTS, STEPS = 8, 60
 METHODS = ("grpo", "sft")
 TEXT = ("data.template=open", "rollout.max_new_tokens=32", "data.max_seconds=4")
 QUESTION = "Transcribe the speech."

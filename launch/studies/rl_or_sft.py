@@ -4,7 +4,7 @@
 
 The start is a Whisper encoder and SmolLM2 with a new projector (docs/compose.md): 171 million parameters, of which the
 tower stays frozen. Its projector, then its decoder, learn the first half of the demo's questions of ten kinds; a strong
-start learns the decoder's part longer than a weak one. From there each method sees 640 questions of the second half:
+start learns the decoder's part longer than a weak one. From there each method sees 320 questions of the second half:
 
     grpo        GRPO with adapters, 8 completions per question
     sft-lora    supervised fine-tuning on the right answers, with adapters
@@ -38,8 +38,8 @@ from hark.launch.studies.pictures import BLUE, GREEN, GREY, ORANGE, figure
 MARKERS = Markers.of("launch/studies/rl_or_sft.py")
 METHODS = {"grpo": BLUE, "sft-lora": ORANGE, "sft-full": GREY, "rejection": GREEN}
 PARTS = ("same sources", "other sources", "other words", "other kinds")
-PROMPTS, SEEN = 8, 640  # questions per step, and in all
-QUESTIONS = 100  # of each part of the test
+PROMPTS, SEEN = 8, 320  # questions per step, and in all
+QUESTIONS = 50  # of each part of the test
 # The projector learns the answers without their choices, so that they have to come from the clips (docs/compose.md).
 PROJECTOR = ("model.train=projector", "data.template=open", "optim.steps=80", "optim.lr=1e-3")
 TEXT = ("data.template=answer", "rollout.max_new_tokens=24")
@@ -70,7 +70,7 @@ class Cell(NamedTuple):
         return f"start {self.start}, {self.questions} questions, {'shuffled' if self.shuffled else 'fixed'} choices"
 
 
-CELLS = (Cell(120, 640, True), Cell(40, 640, True), Cell(120, 80, True), Cell(40, 80, True), Cell(120, 640, False))
+CELLS = (Cell(120, 320, True), Cell(40, 320, True), Cell(120, 40, True), Cell(120, 320, False))
 
 
 def main(argv: list[str]) -> None:
