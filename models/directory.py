@@ -34,7 +34,7 @@ def files_to_copy(directory: Path) -> list[Path]:
 
 
 def inside(path: Path, directory: Path) -> bool:
-    """Whether a path, its links resolved, is inside a directory, or among the blobs of its repository in the hub's cache.
+    """Whether a path, its links resolved, is inside a directory, or is a blob of its repository in the hub's cache.
 
     The cache keeps a model in REPOSITORY/snapshots/REVISION, whose files are links to REPOSITORY/blobs.
     """
