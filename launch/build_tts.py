@@ -70,8 +70,8 @@ def build_model(out: Path, texts: Sequence[str], codes: int, language_model: Pat
         return build_mini_speaker(out, texts, codes=codes, **SIZES["small"])
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(language_model)
-    model = AutoModelForCausalLM.from_pretrained(language_model)
+    tokenizer = AutoTokenizer.from_pretrained(language_model, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(language_model, use_safetensors=True, trust_remote_code=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of the new embeddings
         add_codec(model, tokenizer, codes)

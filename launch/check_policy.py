@@ -23,7 +23,7 @@ def main(argv: list[str]) -> None:
     kind = type(policy.model)
     if not hasattr(kind, "from_pretrained"):
         raise PolicyError(f"{kind.__name__}: is no model of transformers, so there is nothing to compare with")
-    native = kind.from_pretrained(policy.directory, dtype=torch.float32).eval()
+    native = kind.from_pretrained(policy.directory, dtype=torch.float32, use_safetensors=True).eval()
     count = sum(parameter.numel() for parameter in policy.parameters())
     print(f"{arguments.model}: {kind.__name__} with {count / 1e6:.4g} M parameters, as {type(policy).__name__}")
     findings = list(check(policy, native, gradients=not arguments.without_gradients))

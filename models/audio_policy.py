@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import nn
 
 from hark.data.chat import Chat, messages
 from hark.data.errors import DataError
+from hark.models.directory import read_json
 from hark.models.policy import Audio, Policy, PolicyError, Prompt, pad_ids, text_ids
 
 
@@ -82,7 +82,7 @@ class AudioPolicy(Policy):
     def load_processor(self, path: Path) -> Any:
         from transformers import AutoProcessor
 
-        return AutoProcessor.from_pretrained(path)
+        return AutoProcessor.from_pretrained(path, trust_remote_code=False)
 
     def native_inputs(self, chat: Chat, *waveforms: np.ndarray) -> dict[str, torch.Tensor]:
         made = self.processor(
@@ -207,11 +207,11 @@ class AudioHalf:
     def load(cls, path: Path) -> AudioHalf:
         from transformers import AutoFeatureExtractor, AutoTokenizer
 
-        tokenizer, older = AutoTokenizer.from_pretrained(path), path / "chat_template.json"
+        tokenizer, older = AutoTokenizer.from_pretrained(path, trust_remote_code=False), path / "chat_template.json"
         template = tokenizer.chat_template
         if template is None and older.exists():  # older processors kept it there
-            template = json.loads(older.read_text(encoding="utf-8"))["chat_template"]
-        return cls(AutoFeatureExtractor.from_pretrained(path), tokenizer, template)
+            template = read_json(older)["chat_template"]
+        return cls(AutoFeatureExtractor.from_pretrained(path, trust_remote_code=False), tokenizer, template)
 
     def apply_chat_template(self, turns: list[dict], **options: Any) -> str:
         return self.tokenizer.apply_chat_template(turns, chat_template=self.template, **options)

@@ -78,7 +78,9 @@ def _language_model(directory: Path) -> Any:
 
     try:
         read_config(directory)
-        return AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
+        return AutoModelForCausalLM.from_pretrained(
+            directory, dtype="auto", use_safetensors=True, trust_remote_code=False
+        ).eval()
     except (PolicyError, OSError, ValueError) as error:
         raise DataError(
             f"{directory}: no causal language model of transformers ({' '.join(str(error).split())[:200]}); "

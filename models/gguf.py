@@ -26,8 +26,8 @@ def import_gguf(source: Path, out: Path) -> int:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        stored = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name)
-        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        stored = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False)
     except ImportError as error:
         raise DataError(f"{source}: reading GGUF needs two more packages: pip install gguf accelerate") from error
     except (ValueError, KeyError, OSError, NotImplementedError) as error:
@@ -35,7 +35,7 @@ def import_gguf(source: Path, out: Path) -> int:
     # A model that was read from GGUF refuses to be saved, so its weights go to one that is not marked as such.
     weights, config = stored.state_dict(), stored.config
     del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.load_state_dict(weights)
     model.generation_config = stored.generation_config
     model.save_pretrained(out)

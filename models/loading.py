@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,8 +16,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from hark import UserError
 from hark.from_file import from_file
 from hark.models.cache import TowerCache
+from hark.models.directory import check_directory, in_short, pairs, read_json
 from hark.models.families.audioflamingo3 import AudioFlamingo3Policy, MusicFlamingoPolicy
 from hark.models.families.automatic import AutomaticPolicy
 from hark.models.families.causal_lm import CausalLMPolicy
@@ -67,6 +69,10 @@ SUPPORTED = (
     "(...ForCausalLM); see docs/extending.md"
 )
 TOKENIZERS = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json"}
+LAYERS, MOST_LAYERS = (
+    re.compile(r"\w*(layers?|depth|experts)"),
+    1024,
+)  # the keys of a config, and a bound of their values
 PROCESSORS = {"preprocessor_config.json", "processor_config.json"}
 
 
@@ -126,13 +132,32 @@ def build_policy(directory: Path, own: str | None = None) -> Policy:
     config = read_config(directory)
     family = family_of(config, where=str(directory), own=own)
     _check_files(directory, family)
-    with meta_parameters():
-        model = family.build(config)
-    if (directory / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(directory)
-    policy = family(model, directory)
+    _check_layers(config, directory)
+    try:
+        with meta_parameters():
+            model = family.build(config)
+        if (directory / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(directory)
+        policy = family(model, directory)
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises any kind for settings that make no sense
+        if own is not None:  # a fault of the user's own class is shown with its traceback
+            raise
+        raise PolicyError(
+            f"{directory}: its model cannot be built ({in_short(error)}); copy its files again"
+        ) from error
     policy.directory = directory
     return policy
+
+
+def _check_layers(config: Any, directory: Path) -> None:
+    """Raise PolicyError if a config asks for more layers or experts than any model has: building them may never end."""
+    for key, value in pairs(config.to_dict()):
+        if LAYERS.fullmatch(key) and isinstance(value, int) and value > MOST_LAYERS:
+            raise PolicyError(
+                f"{directory / 'config.json'}: {key} is {in_short(value)}; expected at most {MOST_LAYERS}"
+            )
 
 
 def read_family(path: str | Path, own: str | None = None) -> type[Policy]:
@@ -154,14 +179,15 @@ def read_config(path: str | Path) -> Any:
     from transformers import CONFIG_MAPPING, AutoConfig
 
     if _is_local(path):
+        check_directory(Path(path))
         kind = _model_type(Path(path))
         if kind not in CONFIG_MAPPING:
-            raise PolicyError(f"{path}: no policy for model type {kind!r}; {SUPPORTED}")
+            raise PolicyError(f"{path}: no policy for model type {in_short(kind)!r}; {SUPPORTED}")
     try:
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
         where = f"{Path(path) / 'config.json'}: cannot be used" if _is_local(path) else _not_on_hub(path)
-        raise PolicyError(f"{where} ({_in_short(error)})") from error
+        raise PolicyError(f"{where} ({in_short(error)})") from error
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -169,9 +195,11 @@ def load_tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path)
+        if Path(path).is_dir():
+            check_directory(Path(path))
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
-        raise PolicyError(f"{path}: its tokenizer cannot be loaded ({_in_short(error)}); copy it again") from error
+        raise PolicyError(f"{path}: its tokenizer cannot be loaded ({in_short(error)}); copy it again") from error
 
 
 def build_from_config(config: Any, own: str | None = None) -> Policy:
@@ -196,7 +224,7 @@ def family_of(config: Any, *, where: str, own: str | None = None) -> type[Policy
     if config.model_type in FAMILIES:
         return FAMILIES[config.model_type]
     saved = config.architectures[0] if config.architectures else None
-    kind = f"model type {config.model_type!r}" + (f" ({saved})" if saved else "")
+    kind = f"model type {config.model_type!r}" + (f" ({in_short(saved)})" if saved else "")
     if config.model_type in REFUSED:
         raise PolicyError(f"{where}: no policy for {kind}: {REFUSED[config.model_type]}; {SUPPORTED}")
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ())
@@ -237,11 +265,6 @@ def _not_on_hub(path: str | Path) -> str:
     return f"{path}: no such directory, and no model on the hub by that name"
 
 
-def _in_short(error: Exception) -> str:
-    """What an error says, on one line of at most 200 characters."""
-    return " ".join((str(error) or type(error).__name__).split())[:200]
-
-
 def _model_type(directory: Path) -> str:
     """The model type in a directory's config.json."""
     path = directory / "config.json"
@@ -250,11 +273,8 @@ def _model_type(directory: Path) -> str:
         hint = "; it holds adapters: set lora.path to it, and model.path to their model" if adapters else ""
         hint += f"; there is one in {directory / 'model'}" if (directory / "model" / "config.json").exists() else ""
         raise PolicyError(f"{directory}: config.json is missing; expected a Hugging Face checkpoint directory{hint}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PolicyError(f"{path}: not readable as JSON ({_in_short(error)}); copy it again") from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+    config = read_json(path)
+    if not isinstance(config.get("model_type"), str):
         raise PolicyError(f"{path}: has no model_type; expected the config.json of a transformers model")
     return config["model_type"]
 
@@ -292,7 +312,7 @@ def _directory(path: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(path)))
     except Exception as error:
-        raise PolicyError(f"{_not_on_hub(path)} ({_in_short(error)})") from error
+        raise PolicyError(f"{_not_on_hub(path)} ({in_short(error)})") from error
 
 
 @contextmanager
@@ -326,22 +346,39 @@ def _load_weights(policy: Policy, directory: Path, dtype: torch.dtype, master_dt
             state[name] = _placed(partial(_part, initial_weight(name, target.shape)), target, policy, trained_dtype)
         elif name not in stored:
             problems.append(f"{name} is missing")
+        elif stored.is_floating_point(name) != target.is_floating_point():
+            kind = "floating-point" if target.is_floating_point() else "whole"
+            problems.append(f"{stored.stored_name(name)} does not hold {kind} numbers in {stored.file(name).name}")
         elif stored.shape(name) != tuple(target.shape):
             stored_as = f"{stored.stored_name(name)} is {stored.shape(name)}"
             problems.append(f"{stored_as}, the model has {tuple(target.shape)}")
         else:
             state[name] = _placed(partial(stored.read, name), target, policy, trained_dtype)
+            if isinstance(target, nn.Parameter):  # some buffers hold infinite values, such as the bounds of a clamp
+                _check_finite(state[name], stored.stored_name(name), stored.file(name))
     state |= {name: state[first] for name, first in tied.items() if first in state}
     problems += [f"{name} is not part of the model" for name in stored.surplus]
     if problems:
         more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
         where = f"{directory} with the adapters of {adapters}" if adapters else directory
-        raise PolicyError(f"{where}: the weights do not fit config.json: {'; '.join(problems[:5])}{more}")
+        named = "; ".join(map(in_short, problems[:5]))
+        raise PolicyError(f"{where}: the weights do not fit config.json: {named}{more}")
     policy.model.load_state_dict(state, assign=True)
     for module in policy.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(policy.device)
+
+
+def _check_finite(tensor: torch.Tensor, name: str, file: Path) -> None:
+    """Raise PolicyError if this rank's part of a tensor, in the dtype of its use, holds a NaN or an infinite value."""
+    local = tensor.detach()
+    local = local.to_local() if isinstance(local, DTensor) else local
+    # The extremes are NaN if one value is, and finding them needs no memory.
+    if local.is_floating_point() and local.numel() and not all(torch.stack(torch.aminmax(local)).isfinite()):
+        raise PolicyError(
+            f"{file}: {in_short(name)} holds a value that is not finite, as {local.dtype}; copy the file again"
+        )
 
 
 def _part(tensor: torch.Tensor, part: Part | None) -> torch.Tensor:

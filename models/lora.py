@@ -20,12 +20,14 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from hark.models.directory import check_directory, in_short, read_json
 from hark.models.linear import linear
 from hark.models.policy import Lora, Policy, PolicyError
 
 ALL = "all-linear"  # a target: every linear layer in the decoder's layers
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
+MOST_RANK = 1 << 16  # of an adapter; no layer has more columns
 
 
 def read_lora(path: str | Path) -> Lora:
@@ -35,20 +37,37 @@ def read_lora(path: str | Path) -> Lora:
     """
     path = Path(path)
     try:
-        saved = json.loads((path / CONFIG_FILE).read_text())
+        check_directory(path)
+        saved = read_json(path / CONFIG_FILE)
         with safe_open(path / WEIGHTS_FILE, framework="pt") as file:
             # From the tensors' names, because target_modules may be a list or a regular expression.
             layers = {name.removesuffix(".lora_A.weight") for name in file.keys() if name.endswith(".lora_A.weight")}
         targets = tuple(sorted(layer.removeprefix(PEFT_PREFIX) for layer in layers))
-        lora = Lora(int(saved["r"]), float(saved["lora_alpha"]), targets, path)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        lora = Lora(_count(saved["r"]), _number(saved["lora_alpha"]), targets, path)
+        if not targets:
+            raise ValueError(f"no tensors of LoRA in {WEIGHTS_FILE}")
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, SafetensorError) as error:
         raise PolicyError(
-            f"{path}: no adapters ({error}); expected {CONFIG_FILE} with r and lora_alpha, and {WEIGHTS_FILE}"
+            f"{path}: no adapters ({in_short(error)}); expected {CONFIG_FILE} with r and lora_alpha, and {WEIGHTS_FILE}"
         ) from error
     for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"):
         if saved.get(key):
-            raise PolicyError(f"{path / CONFIG_FILE}: {key} is {saved[key]!r}; only plain LoRA can be loaded")
+            raise PolicyError(f"{path / CONFIG_FILE}: {key} is {in_short(saved[key])}; only plain LoRA can be loaded")
     return lora
+
+
+def _count(value: Any) -> int:
+    """A rank; ValueError for what is none."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= MOST_RANK:
+        raise ValueError(f"r is {in_short(value)!r}; expected an integer from 1 to {MOST_RANK}")
+    return value
+
+
+def _number(value: Any) -> float:
+    """A scale; ValueError for what is no finite number."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"lora_alpha is {in_short(value)!r}; expected a number")
+    return float(value)
 
 
 class LoraLinear(nn.Linear):

@@ -5,7 +5,6 @@ The result is a Hugging Face checkpoint directory, loaded like that of Qwen2-Aud
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +16,9 @@ from torch import nn
 from hark.data.errors import DataError
 from hark.data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
 from hark.models.codec_tokens import add_codec
+from hark.models.directory import check_directory, read_json
 from hark.models.mini_families import FAMILIES, Sizes
+from hark.models.policy import PolicyError
 
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 # One token each, to keep answers short. They are not special tokens, so they stay in the completions' texts.
@@ -90,7 +91,7 @@ def build_mini_speaker(directory: str | Path, texts: Iterable[str], *, codes: in
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = transformers.AutoConfig.for_model(**chosen.text("qwen2", len(tokenizer)))
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         add_codec(model, tokenizer, codes)
     stop = tokenizer.convert_tokens_to_ids(END)
     model.generation_config = transformers.GenerationConfig(eos_token_id=stop, pad_token_id=tokenizer.pad_token_id)
@@ -152,7 +153,7 @@ def whisper_encoder(directory: Path) -> Any:
 
     check_whisper(directory)
     try:
-        loaded: Any = WhisperModel.from_pretrained(directory, output_loading_info=True)
+        loaded: Any = WhisperModel.from_pretrained(directory, output_loading_info=True, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise DataError(
             f"{directory}: cannot be loaded ({' '.join(str(error).split())[:200]}); copy it again"
@@ -167,11 +168,10 @@ def whisper_encoder(directory: Path) -> Any:
 def check_whisper(directory: Path) -> None:
     """DataError if the directory does not hold a Whisper checkpoint."""
     try:
-        kind = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError):
-        raise DataError(
-            f"{directory}: no checkpoint, as it has no config.json; expected one of Whisper, such as whisper-tiny"
-        ) from None
+        check_directory(directory)
+        kind = read_json(directory / "config.json").get("model_type")
+    except PolicyError as error:
+        raise DataError(f"{directory}: no checkpoint of Whisper, such as whisper-tiny ({error})") from None
     if kind != "whisper":
         raise DataError(f"{directory}: holds a {kind} model; expected a Whisper checkpoint, such as whisper-tiny")
 

@@ -6,7 +6,6 @@ one tensor for all of them. Names and conversions are those that transformers it
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,10 +18,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hark.data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
+from hark.models.directory import in_short, inside, read_json
 from hark.models.lora import WEIGHTS_FILE, is_adapter, peft_name
 from hark.models.policy import Policy, PolicyError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}  # as safetensors calls them
 
 Part = tuple[slice, ...]  # of a tensor: one slice for each dimension
 
@@ -75,6 +77,15 @@ class StoredTensors:
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor; only the headers of the files are read."""
         return self._shapes[name] if name in self._shapes else self._stored_shape(self._stored[name])
+
+    def is_floating_point(self, name: str) -> bool:
+        """Whether a tensor holds floating-point numbers; only the headers of the files are read."""
+        with _opened(self.file(name)) as file:
+            return file.get_slice(self.stored_name(name)).get_dtype() in FLOATS
+
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor, or the first of those that it is made of."""
+        return self._files[self.stored_name(name)]
 
     def read(self, name: str, part: Part | None = None) -> torch.Tensor:
         """A tensor, or a part of it. Of a tensor that is stored as it is, and of experts, only that part is read."""
@@ -180,11 +191,21 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
     """Stored tensor name -> the safetensors file that holds it."""
     index = directory / INDEX
     if index.exists():
-        try:
-            return {name: directory / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-        except (ValueError, KeyError) as error:
-            raise PolicyError(f"{index}: cannot be read ({error}); expected a weight_map; copy it again") from error
+        files = read_json(index).get("weight_map")
+        if not isinstance(files, dict) or not files:
+            raise PolicyError(f"{index}: has no weight_map of tensors to files; copy it again")
+        for file in {str(file): file for file in files.values()}.values():
+            _check_shard(file, directory, index)
+        return {name: directory / file for name, file in files.items()}
     return _tensors_of(directory / SINGLE)
+
+
+def _check_shard(name: Any, directory: Path, index: Path) -> None:
+    """Refuse a file of weights that is none of the directory's own."""
+    if not isinstance(name, str) or not name.endswith(".safetensors") or "\0" in name:
+        raise PolicyError(f"{index}: names {in_short(name)!r}; expected safetensors files; copy it again")
+    if not inside(directory / name, directory):
+        raise PolicyError(f"{index}: {in_short(name)} is not in the model directory; expected only files of it")
 
 
 def _tensors_of(path: Path) -> dict[str, Path]:

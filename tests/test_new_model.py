@@ -73,7 +73,7 @@ def test_a_mistake_is_one_sentence_and_writes_nothing(data, tmp_path):
         (["--data", str(data), "--out", full], "exists and is not an empty directory"),
         (["--data", "none.jsonl", "--out", out], "none.jsonl: no such file"),
         (["--data", str(data), "--out", out, "--tower-from", full], "holds a qwen2_audio model; expected a Whisper"),
-        (["--data", str(data), "--out", out, "--tower-from", str(tmp_path)], "no checkpoint, as it has no config.json"),
+        (["--data", str(data), "--out", out, "--tower-from", str(tmp_path)], "no checkpoint of Whisper"),
         (["--data", str(data), "--out", out, "--template", "anser"], "did you mean 'answer'"),
     ):
         with pytest.raises(UserError, match=message):

@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from itertools import starmap
 from typing import NamedTuple
 
+from hark.shown import shown
+
 PLAIN_INTERVAL = 5.0  # seconds between lines where stdout is not a terminal
 PACE_STEPS = 20  # the pace, and with it the time left, is the mean over this many steps
 BAR_WIDTH = 8  # characters
 LONGEST_QUESTION, LONGEST_COMPLETION = 100, 400  # characters that are printed of each
-INDENT, GAP = "    ", " ... "
+INDENT = "    "
 PACE = "s/step"  # the name of the pace among the values of a line
 LABELS = {  # of names on the line, short so that all fit in 160 columns
     "reward/accuracy": "acc",
@@ -121,11 +123,8 @@ def excerpt(text: str, longest: int) -> str:
 
     Control characters are escaped, because they could steer a terminal, and what stdout's encoding lacks.
     """
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text.strip())
     encoding = sys.stdout.encoding or "utf-8"
-    text = text.encode(encoding, "backslashreplace").decode(encoding)
-    half = (longest - len(GAP)) // 2
-    return text if len(text) <= longest else text[:half] + GAP + text[-half:]
+    return shown(shown(text.strip(), longest).encode(encoding, "backslashreplace").decode(encoding), longest)
 
 
 def _field(label: str, value: float) -> str:

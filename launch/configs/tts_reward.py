@@ -52,11 +52,12 @@ def heard(waveform: np.ndarray, rate: int) -> str:
 @cache
 def _codec() -> tuple[Codec, dict[int, int]]:
     """The codec, and the code of each codec token."""
-    ids = code_ids(AutoTokenizer.from_pretrained(f"{TTS}/model"), CODEC_TOKEN)
+    ids = code_ids(AutoTokenizer.from_pretrained(f"{TTS}/model", trust_remote_code=False), CODEC_TOKEN)
     return load_codec(f"{TTS}/codec"), {token: code for code, token in enumerate(ids)}
 
 
 @cache
 def _recogniser() -> tuple[Any, Any, Any]:
-    model = WhisperForConditionalGeneration.from_pretrained(WHISPER).eval()
-    return WhisperFeatureExtractor.from_pretrained(WHISPER), AutoTokenizer.from_pretrained(WHISPER), model
+    model = WhisperForConditionalGeneration.from_pretrained(WHISPER, use_safetensors=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(WHISPER, trust_remote_code=False)
+    return WhisperFeatureExtractor.from_pretrained(WHISPER), tokenizer, model

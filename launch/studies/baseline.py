@@ -36,10 +36,12 @@ class Baseline:
     def load(directory: str | Path) -> Baseline:
         from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
-        model = Qwen2AudioForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
+        model = Qwen2AudioForConditionalGeneration.from_pretrained(
+            directory, dtype=torch.float32, use_safetensors=True
+        ).eval()
         # Whisper's positions are constants, but transformers marks them as trainable after loading.
         model.model.audio_tower.embed_positions.requires_grad_(False)
-        processor = AutoProcessor.from_pretrained(directory)
+        processor = AutoProcessor.from_pretrained(directory, trust_remote_code=False)
         processor.tokenizer.padding_side = "left"
         return Baseline(model, processor, model.config.audio_token_id)
 

@@ -102,20 +102,25 @@ def figures(name: str, directory: Path, data: Path) -> list[str]:
     model = directory / "model"
     build_mini(model, [QUESTION, *WORDS, "<answer>"], family=name, **SIZES["tiny"])
     policy = load_policy(model)
-    findings = list(check(policy, type(policy.model).from_pretrained(model, dtype=torch.float32).eval()))
+    findings = list(check(policy, _native(policy, model)))
     cells = [f"{sum(finding.holds for finding in findings)} of {len(findings)}"]
     for kind, settings in KINDS.items():
         losses = trained(model, data, directory / kind, settings)
         cells.append(f"{losses[0]:.2f} to {losses[-1]:.2f}")
     cells.append(f"{two_ranks(model, data, directory):.0e}")
     exported = load_policy(directory / "all" / "model")
-    native = type(exported.model).from_pretrained(directory / "all" / "model", dtype=torch.float32).eval()
+    native = _native(exported, directory / "all" / "model")
     row = next(f for f in check(exported, native, gradients=False) if f.name.startswith("a row"))
     cells.append(f"{row.difference:.0e}")
     planned = shape_of(build_from_config(read_config(model)), targets=("all-linear",)).parameters
     cells.append("exact" if planned == sum(p.numel() for p in policy.parameters()) else f"{planned} parameters")
     build_mini(directory / "small", [QUESTION, *WORDS, "<answer>"], family=name, **SIZES["small"])
     return [*cells, f"{speed(load_policy(directory / 'small')):.1f} x"]
+
+
+def _native(policy: Policy, directory: Path) -> Any:
+    """transformers' own model of a policy, with the weights of a directory."""
+    return type(policy.model).from_pretrained(directory, dtype=torch.float32, use_safetensors=True).eval()
 
 
 def settings_of(model: Path, data: Path, directory: Path) -> list[str]:
@@ -156,7 +161,7 @@ def speed(policy: Policy, repeat: int = 3) -> float:
     """Time of transformers' own procedure divided by that of a group in one row; medians of turns."""
     sound = 0.1 * np.random.default_rng(0).standard_normal(round(SECONDS * 16_000)).astype(np.float32)
     prompt, inputs = policy.prepare(QUESTION, sound), policy.native_inputs(QUESTION, sound)
-    native: Any = type(policy.model).from_pretrained(policy.directory, dtype=torch.float32).eval()
+    native = _native(policy, policy.directory)
 
     def own() -> None:
         rollout = sample(

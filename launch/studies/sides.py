@@ -178,7 +178,7 @@ def build_model(directory: Path, size: Size) -> None:
 
     # The vocabulary is so small that the question has about 60 tokens, as real questions have.
     build_mini(directory, [QUESTION], vocabulary=275, hidden=64, layers=1, tower_hidden=64, tower_layers=1)
-    audio_id = AutoConfig.from_pretrained(directory).audio_token_id
+    audio_id = AutoConfig.from_pretrained(directory, trust_remote_code=False).audio_token_id
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         Qwen2AudioForConditionalGeneration(model_config(size, audio_id)).save_pretrained(directory)

@@ -21,13 +21,13 @@ class CausalLMPolicy(Policy):
     def __init__(self, model: nn.Module, path: Path):
         from transformers import AutoTokenizer
 
-        super().__init__(model, AutoTokenizer.from_pretrained(path))
+        super().__init__(model, AutoTokenizer.from_pretrained(path, trust_remote_code=False))
 
     @staticmethod
     def build(config: Any) -> Any:
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
     @property
     def decoder(self) -> Any:
