@@ -25,8 +25,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hark.data.json_files import write_json
 from hark.grpo.config import Config, ConfigError
 from hark.grpo.instruments.metrics import read_metrics
@@ -34,6 +32,7 @@ from hark.grpo.runtime.checkpoint import checkpoints
 from hark.launch.common.config_file import load_config
 from hark.launch.common.entry import run
 from hark.launch.common.intervals import mean_interval
+from hark.launch.common.plain_yaml import read_options
 from hark.launch.common.run_directory import changed
 from hark.launch.common.torchrun import environment
 
@@ -161,7 +160,7 @@ def check(one: Run) -> None:
     if one.evaluation and not (checkpoint.export or checkpoint.every):
         raise ConfigError("data.test is set; testing a run needs checkpoint.export=true or checkpoint.every above 0")
     path = one.directory / "config.yaml"
-    before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+    before = read_options(path)
     keys = [(section.name, f.name) for section in fields(one.config) for f in fields(getattr(one.config, section.name))]
     keys = [key for key in keys if key not in (("run", "directory"), ("run", "resume"))]
     for name, old, new in changed(before, one.config, keys):

@@ -22,7 +22,10 @@ from hark.grpo.advantage import ADVANTAGES
 from hark.grpo.algorithms import ALGORITHMS, AlgorithmError, named_values
 from hark.grpo.config import Bound, Config, ConfigError, Files, LossConfig, default_of, flow
 from hark.launch.common.nearest import nearest
+from hark.launch.common.plain_yaml import BROKEN, MOST_BYTES, PlainLoader, plain_loader, plain_yaml, said
+from hark.shown import shown
 
+LONGEST = 200  # characters of a value in a message
 CONFIGS = Path(__file__).parents[1] / "configs"  # configurations of the package, found by their names
 SECTIONS: dict[str, type] = get_type_hints(Config)
 # A field of a section and its comment, which may be on a later line of the same field.
@@ -120,7 +123,9 @@ def _build(entries: dict[str, Entry], *, source: str) -> Config:
         try:
             values[section][key] = convert(entry.value, HINTS[name])
         except ConfigError as error:
-            raise ConfigError(f"{entry.where}: {name} must be {error}, not {entry.value!r}") from None
+            raise ConfigError(
+                f"{entry.where}: {name} must be {error}, not {shown(repr(entry.value), LONGEST)}"
+            ) from None
     for section, kind in SECTIONS.items():
         for f in dataclasses.fields(kind):
             if f.name not in values[section] and _is_required(f):
@@ -213,10 +218,17 @@ def _check_loss(config: Config, source: str) -> None:
 # Reading ------------------------------------------------------------------------------------------------------------
 
 
+def _text(path: Path) -> str:
+    """The text of a configuration; a pipe, a device or a huge file is an error before it is read."""
+    if path.exists() and not path.is_dir() and (not path.is_file() or path.stat().st_size > MOST_BYTES):
+        raise ConfigError(f"{path}: not a file of at most {MOST_BYTES} bytes; expected a configuration")
+    return path.read_text(encoding="utf-8")
+
+
 def _read_file(path: str) -> dict[str, Entry]:
     """Every `section.key` of a YAML file with its line; unknown and repeated names are errors."""
     try:
-        loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
+        loader = plain_loader(_text(Path(path)))
         root = loader.get_single_node()
     except IsADirectoryError:
         raise ConfigError(f"{path}: a directory; {_of_directory(Path(path))}") from None
@@ -224,15 +236,17 @@ def _read_file(path: str) -> dict[str, Entry]:
         raise ConfigError(f"{path}: no such file (working directory {os.getcwd()})") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except BROKEN as error:
+        raise ConfigError(f"{path}: not YAML: {said(error)}") from None
     entries = {}
     for section, section_node in _pairs(root, path, "the file"):
         where = f"{path}:{section.start_mark.line + 1}"
         if section.value not in SECTIONS:
             if not isinstance(section_node, yaml.MappingNode):
                 _known(section.value, where)  # a key without its section
-            raise ConfigError(f"{where}: unknown section {section.value}; {_nearest_section(section.value)}")
+            raise ConfigError(
+                f"{where}: unknown section {shown(section.value, LONGEST)}; {_nearest_section(section.value[:LONGEST])}"
+            )
         for key, node in _pairs(section_node, path, section.value):
             where = f"{path}:{key.start_mark.line + 1}"
             name = _known(f"{section.value}.{key.value}", where)
@@ -273,33 +287,33 @@ def _pairs(node: yaml.Node | None, path: str, name: str) -> list[tuple[yaml.Node
         if not isinstance(key, yaml.ScalarNode):
             raise ConfigError(f"{where}: a key of {name} must be a plain name")
         if key.value in seen:
-            raise ConfigError(f"{where}: {key.value} is given twice in {name}")
+            raise ConfigError(f"{where}: {shown(key.value, LONGEST)} is given twice in {name}")
         seen.add(key.value)
     return node.value
 
 
-def _construct(loader: yaml.SafeLoader, node: yaml.Node, path: str, name: str) -> Any:
+def _construct(loader: PlainLoader, node: yaml.Node, path: str, name: str) -> Any:
     if isinstance(node, yaml.MappingNode):
         _pairs(node, path, name)
     try:
         return loader.construct_object(node, deep=True)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path}:{node.start_mark.line + 1}: {name} is not YAML: {error}") from None
+    except BROKEN as error:
+        raise ConfigError(f"{path}:{node.start_mark.line + 1}: {name} is not YAML: {said(error)}") from None
 
 
 def _read_override(text: str) -> tuple[str, Entry]:
     """Split `section.key=value`; the value is YAML, except that a string field takes the text unchanged."""
     name, equals, written = text.partition("=")
-    where = f"override {text}"
+    where = f"override {shown(text, LONGEST)}"
     if not equals:
         hint = f", here {nearest(text, HINTS)}=VALUE" if text.startswith("--") else ""
         raise ConfigError(f"{where}: an override is written section.key=value{hint}")
     name = _known(name.strip(), where)
     try:
-        value = yaml.safe_load(written)
-    except (yaml.YAMLError, ValueError) as error:
+        value = plain_yaml(written)
+    except BROKEN as error:
         if not _is_text(HINTS[name]):
-            raise ConfigError(f"{where}: the value is not YAML: {error}") from None
+            raise ConfigError(f"{where}: the value is not YAML: {said(error)}") from None
         value = written
     # run.directory=2026 means the directory "2026": a shell has no good way to quote a YAML string.
     is_other = not isinstance(value, str) and not (value is None and _is_optional(HINTS[name]))
@@ -314,12 +328,14 @@ def _known(name: str, where: str) -> str:
         keys = ", ".join(known for known in HINTS if known.startswith(f"{name}."))
         raise ConfigError(f"{where}: {name} is a section; its keys are {keys}")
     if name not in HINTS:
-        raise ConfigError(f"{where}: unknown key {name}; the nearest key is {nearest(name, HINTS)}")
+        raise ConfigError(
+            f"{where}: unknown key {shown(name, LONGEST)}; the nearest key is {nearest(name[:LONGEST], HINTS)}"
+        )
     return name
 
 
 def _nearest_section(name: str) -> str:
-    near = difflib.get_close_matches(name, list(SECTIONS), n=1, cutoff=0.0)[0]
+    near = difflib.get_close_matches(name[:LONGEST], list(SECTIONS), n=1, cutoff=0.0)[0]
     return f"the nearest section is {near}, of {', '.join(SECTIONS)}"
 
 

@@ -10,10 +10,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hark.grpo.instruments.metrics import read_metrics
 from hark.grpo.instruments.record import RecordError, place_of, read_step, recorded_steps
+from hark.launch.common.plain_yaml import read_options
 from hark.launch.common.trained import check_run
 from hark.launch.page.curves import curves, warnings
 from hark.launch.page.evaluated import figures, rows_part
@@ -173,7 +172,7 @@ def base_of(run: Path) -> Path:
 
 def _configuration(run: Path) -> dict[str, Any]:
     """The options of a run by name, "section.key"."""
-    sections = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    sections = read_options(run / "config.yaml")
     return {f"{section}.{key}": value for section, options in sections.items() for key, value in options.items()}
 
 
