@@ -23,7 +23,11 @@ CROP_MARGIN = 0.05  # seconds decoded beyond a crop, since the resampling filter
 MAX_KERNEL = 2**24  # values of a resampling filter (64 MiB); rates without a small ratio would need gigabytes
 UNKNOWN_FRAMES = 2**62  # libsndfile reports this many frames or more where it does not know the length
 WINDOW_SLACK = 0.05  # seconds by which a window may end after its clip, since ends are often rounded up
-BLOCK = 2**16  # frames decoded at a time to go to a window in an ogg file
+BLOCK = 2**20  # values decoded at a time, of all channels
+FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3", "MPEG")  # as libsndfile names them
+MAX_CHANNELS = 64
+RATES = (1_000, 768_000)  # Hz; outside of it, a header is wrong
+MAX_PEAK = 16.0  # of full scale, +24 dB: float files may exceed full scale, and integers kept as floats exceed this
 LONG_CLIPS = ("error", "crop", "skip")
 
 
@@ -53,22 +57,20 @@ def load_waveform(
         begin = _seek(clip, file, sample_rate)
         lead = _frames(clip.start, rate) - begin  # frames that are decoded before the window
         seconds = max_seconds if clip.seconds is None else min(clip.seconds, max_seconds)
-        samples = _decode(clip, file, lead + _frames(seconds + CROP_MARGIN, rate))
-        too_long = clip.seconds > max_seconds if clip.seconds else len(samples) - lead > _frames(max_seconds, rate)
+        waveform = _decode(clip, file, lead + _frames(seconds + CROP_MARGIN, rate))
+        too_long = clip.seconds > max_seconds if clip.seconds else len(waveform) - lead > _frames(max_seconds, rate)
         if too_long and long_clips != "crop":
             raise _too_long(clip, file, max_seconds, long_clips)
-        _check_window(clip, file, found=begin + len(samples), expected=seconds)
-    waveform = samples.mean(axis=1)  # (samples,)
+        _check_window(clip, file, found=begin + len(waveform), expected=seconds)
+        channels = file.channels
     if len(waveform) == 0:
         raise _no_samples(clip)
-    if not np.isfinite(waveform).all():
-        raise AudioError(f"{clip}: holds values that are not finite; expected samples in -1 to 1; encode it again")
     first = _frames(clip.start, sample_rate) - begin * sample_rate // rate
     waveform = _resample(clip, waveform, rate, sample_rate)[first : first + _frames(seconds, sample_rate)]
     peak = float(np.abs(waveform).max(initial=0.0))
     if peak < SILENCE_PEAK:
         raise SilentClipError(
-            f"{clip}: is silent (peak {_rounded(peak, SILENCE_PEAK, '.1e')}, mean of {samples.shape[1]} channels); "
+            f"{clip}: is silent (peak {_rounded(peak, SILENCE_PEAK, '.1e')}, mean of {channels} channels); "
             f"expected a peak of at least {SILENCE_PEAK:.0e}; remove the example or replace the file"
         )
     return waveform
@@ -105,10 +107,14 @@ def _skip(file: soundfile.SoundFile, frames: int) -> None:
     if file.format != "OGG":
         file.seek(frames)
         return
-    block = np.empty((BLOCK, file.channels), dtype=np.float32)
+    block = _block(file)
     while frames > 0:
         file.read(out=block[:frames])
-        frames -= BLOCK
+        frames -= len(block)
+
+
+def _block(file: soundfile.SoundFile) -> np.ndarray:
+    return np.empty((BLOCK // file.channels, file.channels), dtype=np.float32)
 
 
 def _check_window(clip: Clip, file: soundfile.SoundFile, *, found: int, expected: float = 0.0) -> None:
@@ -131,6 +137,7 @@ def _opened(source: Path | Cell) -> Iterator[soundfile.SoundFile]:
         try:
             # From its path, since libsndfile recognises some formats by the suffix alone.
             with soundfile.SoundFile(source if isinstance(source, Path) else content) as file:
+                _check_header(source, file)
                 yield file
         # soundfile raises TypeError for headerless formats, which it recognises by the suffix.
         except (soundfile.SoundFileError, TypeError) as error:
@@ -138,6 +145,17 @@ def _opened(source: Path | Cell) -> Iterator[soundfile.SoundFile]:
                 f"{source}: cannot be decoded{_detail(error)}; expected wav, flac, ogg or mp3; "
                 "copy it again if it is cut off, else convert it, e.g. with ffmpeg"
             ) from error
+
+
+def _check_header(source: Path | Cell, file: soundfile.SoundFile) -> None:
+    """AudioError for what no clip has, before anything is decoded: it would cost memory and time without a bound."""
+    if file.format not in FORMATS:
+        raise AudioError(f"{source}: is in the format {file.format}; expected wav, flac, ogg or mp3; convert it")
+    if not 1 <= file.channels <= MAX_CHANNELS:
+        raise AudioError(f"{source}: has {file.channels} channels; expected at most {MAX_CHANNELS}; encode it again")
+    if not RATES[0] <= file.samplerate <= RATES[1]:
+        expected = f"expected {RATES[0]} to {RATES[1]} Hz; encode it again"
+        raise AudioError(f"{source}: has a sample rate of {file.samplerate} Hz; {expected}")
 
 
 def _check_file(path: Path) -> None:
@@ -153,18 +171,33 @@ def _check_file(path: Path) -> None:
 
 
 def _decode(clip: Clip, file: soundfile.SoundFile, frames: int) -> np.ndarray:
-    """At most the next `frames` of the file: float32 (samples, channels).
+    """The mean of the channels of at most the next `frames` of the file: float32 (samples,).
 
-    Reads into an allocated array: soundfile would otherwise allocate the header's length, which may be wrong.
+    Reads into a block: memory grows with what is there, not with the header's length, which may be wrong.
     """
-    samples = np.empty((frames, file.channels), dtype=np.float32)
+    block, means, left = _block(file), [np.empty(0, dtype=np.float32)], frames
     try:
-        return file.read(out=samples)
+        while left > 0 and len(samples := file.read(out=block[:left])):
+            _check_samples(clip, samples)
+            means.append(samples.mean(axis=1))
+            left -= len(samples)
+        return np.concatenate(means)
     except soundfile.SoundFileError as error:
         if file.format != "FLAC":
             raise
         # The decoder fails in the same way where the file ends and where it is damaged.
         raise _cut_off(clip.source, "decoding fails before the end that its header promises") from error
+
+
+def _check_samples(clip: Clip, samples: np.ndarray) -> None:
+    peak = float(np.abs(samples).max())
+    if not math.isfinite(peak):
+        raise AudioError(f"{clip}: holds values that are not finite; expected samples in -1 to 1; encode it again")
+    if peak > MAX_PEAK:
+        raise AudioError(
+            f"{clip}: has a peak of {peak:.3g}; expected samples in -1 to 1, and {MAX_PEAK:.0f} at most; "
+            "divide integers by their full scale, and encode it again"
+        )
 
 
 def _cut_off(source: Path | Cell, missing: str) -> CutClipError:

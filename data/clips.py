@@ -16,7 +16,7 @@ from hark.data.errors import AudioError, CutClipError, DataError, MissingClipErr
 from hark.data.examples import BadExample, Example
 from hark.data.parallel import in_threads
 
-VERSION = 1  # of what is decoded and refused; a higher number makes the memory forget what earlier versions found
+VERSION = 2  # of what is decoded and refused; a higher number makes the memory forget what earlier versions found
 SAVED = 2.0  # seconds between two additions to the memory, so that an interrupted check loses little
 # The name of each fault by its error; subclasses come before their base class.
 FAULTS: dict[type[AudioError], str] = {

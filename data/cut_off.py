@@ -7,6 +7,10 @@ from typing import BinaryIO
 STREAMED = 0x7FFF0000  # bytes; programs that write to a pipe cannot know the length, and put 0 or at least this
 WAV_SLACK = 64  # bytes; some programs count the header
 FRAME_OF_MP3 = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]")  # sync bits, then MPEG 1, 2 or 2.5, layer III
+KILOBITS = (  # per second, by the index in a frame of MPEG 2 and 2.5, and of MPEG 1
+    (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+    (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+)
 OGG_PAGE = 27 + 255 + 255 * 255  # bytes of the largest page
 END_OF_STREAM = 4  # flag of an ogg page
 
@@ -16,7 +20,7 @@ def shortfall(file: BinaryIO) -> str:
     size = file.seek(0, 2)
     file.seek(0)
     start = file.read(12)
-    if start[:4] == b"RIFF" and start[8:] == b"WAVE":
+    if start[:4] in (b"RIFF", b"RF64", b"RIFX") and start[8:] == b"WAVE":
         return _of_wav(file, size)
     if start[:4] == b"OggS":
         return _of_ogg(file, size)
@@ -24,16 +28,25 @@ def shortfall(file: BinaryIO) -> str:
 
 
 def _of_wav(file: BinaryIO, size: int) -> str:
-    place = 12
+    """A wav file tells the length of its sound, and its own, which counts where the first is a little too large."""
+    file.seek(0)
+    kind = file.read(4)
+    order = ">" if kind == b"RIFX" else "<"
+    (whole,) = struct.unpack(order + "I", file.read(4))
+    place, long = 12, 0  # long: the length of the sound where 32 bits do not hold it
     while place + 8 <= size:
         file.seek(place)
-        name, length = struct.unpack("<4sI", file.read(8))
+        name, length = struct.unpack(order + "4sI", file.read(8))
         place += 8
+        if name == b"ds64" and length >= 24:
+            whole, long = struct.unpack("<QQ", file.read(16).ljust(16, b"\0"))
         if name == b"data":
-            present = size - place
-            return _lacks(present, length) if present + WAV_SLACK < length < STREAMED else ""
+            length = long if kind == b"RF64" and length == 0xFFFFFFFF else length
+            slack = WAV_SLACK if whole + 8 <= size else 0
+            streamed = length >= STREAMED and not long
+            return "" if streamed or size - place + slack >= length else _lacks(size - place, length)
         place += length + length % 2
-    return ""
+    return "its header promises sound that is not there"
 
 
 def _of_ogg(file: BinaryIO, size: int) -> str:
@@ -59,7 +72,33 @@ def _of_mp3(file: BinaryIO, size: int) -> str:
         return ""
     promised, frames = _promise(head[frame.start() :])
     present = size - place - frame.start()
-    return _lacks(present, promised) if frames and present < promised - promised // frames else ""
+    if frames and present < promised - promised // frames:
+        return _lacks(present, promised)
+    return _last_frame(file, place + frame.start(), size)
+
+
+def _last_frame(file: BinaryIO, place: int, size: int) -> str:
+    """Follow the frames to their end: what follows may be a tag, but the last frame must be whole."""
+    file.seek(place)
+    content, place = file.read(), 0
+    while length := _frame_length(content[place : place + 4]):
+        if place + length > len(content):
+            return f"its last frame has {len(content) - place} of {length} bytes"
+        place += length
+    left = content[place : place + 4]
+    return "its last frame is cut within its header" if 0 < len(left) < 4 and left[0] == 0xFF else ""
+
+
+def _frame_length(head: bytes) -> int:
+    """The bytes of a frame of layer III by its first four; 0 if these begin none, or if its bit rate is free."""
+    if len(head) < 4 or not FRAME_OF_MP3.match(head):
+        return 0
+    version, kilobits, rate = head[1] >> 3 & 3, head[2] >> 4, head[2] >> 2 & 3
+    if kilobits in (0, 15) or rate == 3:
+        return 0
+    first = version == 3  # of MPEG 1; MPEG 2 halves the rate, MPEG 2.5 again
+    hertz = (44100, 48000, 32000)[rate] >> {3: 0, 2: 1, 0: 2}[version]
+    return (144_000 if first else 72_000) * KILOBITS[first][kilobits] // hertz + (head[2] >> 1 & 1)
 
 
 def _promise(frame: bytes) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from hark.data.json_files import as_text, read_rows
 from hark.data.tables import is_table, read_table
 
 KEYS = ("id", "audio_path", "question_text", "answer")  # that each row needs
+LATEST = 1e8  # seconds, three years; a window that begins or ends later is a mistake
 OPTIONAL = (
     "audio_paths", "start", "end", "multi_choice", "system", "messages",
     "dataset_name", "task", "category", "sub_category", "difficulty", "pass_rate", "target",
@@ -278,9 +279,13 @@ def _clip(source: object, root: Path, start: float, end: float | None, name: str
     if isinstance(source, str):
         if not source:
             raise DataError(f'"{name}" is empty; expected the path of the clip')
+        if "\0" in source:
+            raise DataError(f'"{name}" is {reprlib.repr(source)}, which holds a character of code 0; expected a path')
         source = root / source
     elif source is None or isinstance(source, (bool, int, float, list, dict, bytes)):
         raise DataError(f'"{name}" is {reprlib.repr(source)}; expected text')
+    if max(start, end or 0.0) > LATEST:
+        raise DataError(f'"start" or "end" is over {LATEST:.0e} seconds; expected a time within the clip')
     if end is not None and end <= start:
         raise DataError(f'"end" is {end:.15g} and "start" is {start:.15g}; expected an end after the start')
     place: Path | Cell = source  # type: ignore[assignment]

@@ -2,11 +2,16 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from hark.data.errors import DataError
+
+HALF_A_PAIR = re.compile("[\ud800-\udfff]")
+DEPTH = 64  # levels of lists and objects in a row
+DIGITS = 20  # of an integer of 64 bits, with its sign
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict | DataError]]:
@@ -17,12 +22,19 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict | DataError]]:
     if an array is not valid JSON.
     """
     path = Path(path)
+    check_regular(path)
     try:
         with path.open("rb") as file:
             start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     except OSError as error:
         raise DataError(f"{path}: {_problem(path, error)}; expected a file of JSON or JSON lines") from error
     yield from _array_rows(path) if start.startswith(b"[") else _line_rows(path)
+
+
+def check_regular(path: Path) -> None:
+    """DataError for a pipe, a socket or a device, which could block a reader or never end."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise DataError(f"{path}: is a pipe, a socket or a device; expected a regular file")
 
 
 def _problem(path: Path, error: OSError) -> str:
@@ -40,7 +52,7 @@ def _array_rows(path: Path) -> Iterator[tuple[str, dict | DataError]]:
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     for index, row in enumerate(rows):
-        yield f"{path.name}[{index}]", row if isinstance(row, dict) else _not_an_object(row)
+        yield f"{path.name}[{index}]", _row(row)
 
 
 def _line_rows(path: Path) -> Iterator[tuple[str, dict | DataError]]:
@@ -49,23 +61,60 @@ def _line_rows(path: Path) -> Iterator[tuple[str, dict | DataError]]:
             if not raw.strip():
                 continue
             try:
-                row = _decoded(raw)
+                row = _row(_decoded(raw))
             except DataError as error:
                 row = error
-            yield f"{path.name}:{number}", row if isinstance(row, (dict, DataError)) else _not_an_object(row)
+            yield f"{path.name}:{number}", row
 
 
 def _decoded(raw: bytes) -> Any:
     try:
-        return json.loads(raw.decode("utf-8-sig"))
-    # ValueError: no JSON, no UTF-8, or an integer of more than 4,300 digits. RecursionError: nested too deeply.
+        return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_object, parse_int=_integer)
+    # ValueError: no JSON, or no UTF-8. RecursionError: nested too deeply.
     except (ValueError, RecursionError) as error:
         expected = "expected a JSON array of objects, or one JSON object per line, in UTF-8"
         raise DataError(f"not valid JSON ({error}); {expected}") from None
 
 
-def _not_an_object(row: object) -> DataError:
-    return DataError(f"is a JSON {type(row).__name__}; expected an object")
+def _object(pairs: list[tuple[str, Any]]) -> dict | DataError:
+    """The object, or an error in its place if a key is repeated, so that only its row is bad."""
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    repeated = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
+    return DataError(f"repeats the key {repeated!r}; expected each key once; remove one of them")
+
+
+def _integer(text: str) -> int | DataError:
+    """The integer, or an error in its place if it has more than 64 bits, which neither floats nor tables can hold."""
+    if len(text) <= DIGITS and abs(value := int(text)) < 2**63:
+        return value
+    return DataError(f"holds an integer of {len(text)} digits; expected at most 64 bits")
+
+
+def _row(row: Any) -> dict | DataError:
+    """The row, or the error of a row that is no object or that holds what cannot be used."""
+    level, depth = [row], 0
+    while level:
+        for value in level:
+            if isinstance(value, DataError):
+                return value
+        if any(_is_broken(value) for value in level):
+            return DataError("holds half of a surrogate pair, which is no text; write the character in UTF-8")
+        if (depth := depth + 1) > DEPTH:
+            return DataError(f"is nested more than {DEPTH} deep; expected a flat object")
+        level = [part for value in level for part in _parts(value)]
+    return row if isinstance(row, dict) else DataError(f"is a JSON {type(row).__name__}; expected an object")
+
+
+def _parts(value: Any) -> list:
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    return value if isinstance(value, list) else []
+
+
+def _is_broken(value: Any) -> bool:
+    return isinstance(value, str) and HALF_A_PAIR.search(value) is not None
 
 
 def as_text(value: object) -> str | None:

@@ -269,8 +269,10 @@ class BadLog:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        self._seen = {(record["file"], record["id"]) for record in map(json.loads, lines)}
+        # Not splitlines, which also divides at characters that a text of JSON may hold, such as U+2028.
+        *lines, torn = self.path.read_bytes().split(b"\n") if self.path.exists() else [b""]
+        self._end = "\n" if torn else ""  # ends a line that a crash cut short, so that no other is joined to it
+        self._seen = {key for key in map(_listed, lines) if key is not None}
 
     def add(self, bad: BadExample) -> None:
         """Write one example, unless it is listed already."""
@@ -278,5 +280,16 @@ class BadLog:
             return
         self._seen.add((bad.line, bad.id))
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(bad.json_line())
+        # A half of a surrogate pair, which UTF-8 cannot hold, becomes its escape in JSON.
+        with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(self._end + bad.json_line())
+        self._end = ""
+
+
+def _listed(line: bytes) -> tuple[str, str] | None:
+    """File and id of a line of the log; None for one that a crash cut short."""
+    try:
+        record = json.loads(line)
+        return record["file"], record["id"]
+    except (ValueError, KeyError, TypeError):
+        return None

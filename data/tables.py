@@ -8,15 +8,19 @@ import functools
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from hark.data.errors import AudioError, DataError
+from hark.data.json_files import check_regular
 
 AUDIO = ("audio", "audio_path", "audio_paths")  # names of the column of clips; the first that a table has counts
 PREFIX = "hf:"
+# Of the library, beside its own errors. ValueError: a text that is no UTF-8. The last three: a damaged schema.
+DAMAGE = (OSError, ValueError, NotImplementedError, KeyError, MemoryError)
 BATCH = 256  # rows that are converted at a time
 GROUPS = 2  # row groups of parquet files that are kept in memory, since neighbours are often read together
 
@@ -40,6 +44,20 @@ def read_table(path: str, root: Path | None, audio: Sequence[str] = ()) -> Itera
         return _hub_rows(path, root, names)
     files = _parquet_files(Path(path)) or [Path(path)]
     return (row for file in files for row in _parquet_rows(file, root, names, numbered=len(files) > 1))
+
+
+@contextmanager
+def _damage_named(file: Path) -> Iterator[None]:
+    """What the library raises where the content of a parquet file is damaged becomes a DataError."""
+    import pyarrow
+
+    try:
+        yield
+    except (*DAMAGE, pyarrow.ArrowException) as error:
+        if isinstance(error, DataError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{file}: is damaged ({reason}); expected a parquet file; copy it again") from None
 
 
 def _parquet_files(directory: Path) -> list[Path]:
@@ -81,18 +99,19 @@ class ParquetCell:
 
 @functools.lru_cache(maxsize=GROUPS)
 def _row_group(file: Path, group: int, column: str) -> Any:
-    with _parquet(file) as table:
+    with _parquet(file) as table, _damage_named(file):
         return table.read_row_group(group, columns=[column]).column(0)
 
 
 def _parquet(file: Path) -> Any:
     need("pyarrow", "parquet", file)
+    check_regular(file)
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
     try:
         return ParquetFile(file)
-    except (OSError, pyarrow.ArrowException) as error:
+    except (*DAMAGE, pyarrow.ArrowException) as error:
         reason = "no such file" if not file.exists() else " ".join(str(error).split())[:200]
         raise DataError(f"{file}: cannot be read ({reason}); expected a parquet file") from None
 
@@ -101,7 +120,7 @@ def _parquet_rows(
     file: Path, root: Path | None, names: Sequence[str], *, numbered: bool
 ) -> Iterator[tuple[str, Path, dict]]:
     folder = root or file.parent
-    with _parquet(file) as table:
+    with _parquet(file) as table, _damage_named(file):
         audio = _audio_column(table.schema_arrow.names, names)
         holds_bytes = audio is not None and _is_binary(table.schema_arrow.field(audio).type)
         wanted = [leaf for leaf in map(table.schema.column, range(len(table.schema.names))) if _is_read(leaf, audio)]
