@@ -16,8 +16,9 @@ from torch import nn
 
 from hark.data.chat import Chat, messages
 from hark.data.errors import DataError
-from hark.models.directory import read_json
+from hark.models.directory import in_short, read_json
 from hark.models.policy import Audio, Policy, PolicyError, Prompt, pad_ids, text_ids
+from hark.models.probe import check_text
 
 
 class AudioPolicy(Policy):
@@ -38,8 +39,7 @@ class AudioPolicy(Policy):
         try:
             self.processor = self.load_processor(path)
         except (ImportError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise PolicyError(f"{path}: its processor cannot be loaded ({reason}); copy it again") from error
+            raise PolicyError(f"{path}: its processor cannot be loaded ({in_short(error)}); copy it again") from error
         super().__init__(model, self.processor.tokenizer)
         self.audio_id = self.find_audio_id()
         vocabulary = model.get_output_embeddings().weight.shape[0]
@@ -182,11 +182,11 @@ class AudioPolicy(Policy):
 
     def _check_template(self, path: Path) -> None:
         """Raise PolicyError if the chat template leaves a clip out."""
+        check_text(path, lambda text: self.tokenizer.decode(self.ids(messages(text, 1))))
         try:
             found = self.ids(messages("What?", 1)).count(self.audio_id)
         except Exception as error:
-            reason = " ".join(str(error).split())[:200]
-            raise PolicyError(f"{path}: its chat template cannot be used ({reason}); copy it again") from error
+            raise PolicyError(f"{path}: its chat template cannot be used ({in_short(error)}); copy it again") from error
         if found != 1:
             token = self.tokenizer.convert_ids_to_tokens(self.audio_id)
             raise PolicyError(

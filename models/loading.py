@@ -34,7 +34,8 @@ from hark.models.families.qwen3_omni_moe import Qwen3OmniMoePolicy
 from hark.models.families.voxtral import VoxtralPolicy
 from hark.models.linear import use_onednn
 from hark.models.lora import WEIGHTS_FILE, add_adapters, initial_weight, is_adapter
-from hark.models.policy import Lora, Policy, PolicyError
+from hark.models.policy import Lora, Policy, PolicyError, text_ids
+from hark.models.probe import check_text
 from hark.models.stored import INDEX, SINGLE, Part, StoredTensors
 
 # config.model_type -> policy class; text-only causal language models need no entry.
@@ -197,7 +198,11 @@ def load_tokenizer(path: str | Path) -> Any:
     try:
         if Path(path).is_dir():
             check_directory(Path(path))
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        check_text(path, lambda text: tokenizer.decode(text_ids(tokenizer, text)))
+        return tokenizer
+    except UserError:
+        raise
     except Exception as error:
         raise PolicyError(f"{path}: its tokenizer cannot be loaded ({in_short(error)}); copy it again") from error
 

@@ -12,7 +12,9 @@ from torch import nn
 
 from hark.data.chat import Chat, messages
 from hark.data.errors import DataError
-from hark.models.policy import Policy, Prompt, pad_ids, text_ids
+from hark.models.directory import in_short
+from hark.models.policy import Policy, PolicyError, Prompt, pad_ids, text_ids
+from hark.models.probe import check_text
 
 
 class CausalLMPolicy(Policy):
@@ -22,6 +24,11 @@ class CausalLMPolicy(Policy):
         from transformers import AutoTokenizer
 
         super().__init__(model, AutoTokenizer.from_pretrained(path, trust_remote_code=False))
+        check_text(path, lambda text: self.tokenizer.decode(self.prepare(text).ids))
+        try:
+            self.prepare("What?")
+        except Exception as error:
+            raise PolicyError(f"{path}: its chat template cannot be used ({in_short(error)}); copy it again") from error
 
     @staticmethod
     def build(config: Any) -> Any:
