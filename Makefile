@@ -4,7 +4,7 @@ BIN := .venv/bin
 # A SoundFont player; a package that contains TimGM6mb.sf2, a SoundFont of 128 instruments; espeak-ng.
 SOUNDS := tinysoundfont==0.3.7 pretty_midi==0.2.11.post0 espeakng-loader==0.2.4
 
-.PHONY: demo test test-browser test-gpu mutants study-algorithms study-rl-or-sft study-asr lint docs notebook clean
+.PHONY: demo test test-browser test-gpu mutants study-algorithms study-rl-or-sft study-asr lint docs notebook audit clean
 
 # `make demo POLICY=qwen2_5_omni` trains a small model of another family; docs/families.md lists them.
 demo: .venv/sounds
@@ -93,6 +93,13 @@ build/types/hark: $(wildcard hark/*.py)
 		|| { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium > /dev/null; }
 	command -v chromium > /dev/null || { echo "Chromium is missing; install it: sudo apt-get install chromium"; exit 1; }
 	touch $@
+
+# Published vulnerabilities of the installed packages; needs the network.
+audit: .venv/installed
+	$(BIN)/pip install -q pip-audit 2>/dev/null \
+		|| { echo "pip-audit cannot be installed from here: nothing was compared; run this where PyPI can be reached"; exit 1; }
+	$(BIN)/python -m pip_audit --skip-editable --progress-spinner off \
+		|| { echo "pip-audit found a vulnerability, or could not reach its service; see above"; exit 1; }
 
 clean:
 	rm -rf .venv build *.egg-info
