@@ -103,6 +103,7 @@ class DataConfig:
     silent_share: Share = 0.0  # share of training prompts whose waveform is replaced by zeros (modality dropout)
     require_audio: bool = True  # for a model that takes audio: whether a question without a clip is an error
     skip_bad: bool = False  # count and skip examples that cannot be read, instead of stopping
+    max_lost: Share = 0.1  # with skip_bad: share of the examples that may break after the check at the start of a run
     long_clips: Literal["error", "crop", "skip"] = "error"  # what to do with a clip over max_seconds
     max_seconds: Positive = 30.0  # longest clip, in seconds
     workers: Count = 1  # threads per rank that prepare prompts ahead of the step

@@ -191,6 +191,11 @@ class Policy(nn.Module):
     # Shared by all families.
 
     @property
+    def positions(self) -> int | None:
+        """The longest prompt and completion together, in tokens, that the decoder was made for; None if unknown."""
+        return getattr(self.decoder.config, "max_position_embeddings", None)
+
+    @property
     def suppressed_ids(self) -> tuple[int, ...]:
         """Tokens of probability 0 in sampling and scoring: placeholders; in a codec policy all text tokens."""
         return self._suppressed_ids

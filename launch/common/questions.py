@@ -12,10 +12,12 @@ import numpy as np
 
 from hark.data.audio import load_waveform
 from hark.data.benchmarks.report import accuracies, answer_shares, row_of
+from hark.data.chat import Chat
 from hark.data.choices import choice_of
 from hark.data.clip import Clip
 from hark.data.clips import Finding, Rules, clips_in, usable
 from hark.data.difficulty import in_band
+from hark.data.errors import DataError
 from hark.data.examples import BadExample, Example, is_right, joined, load_questions
 from hark.data.loader import BadLog, Loader, evaluation_batches
 from hark.data.order import Curriculum, hold_out, order_of
@@ -113,7 +115,7 @@ def training_loader(config: Config, world: World, policy: Policy, examples: Sequ
     """The loader, which prepares the prompts of each step."""
     return Loader(
         examples,
-        policy.prepare,
+        prepare_of(config, policy),
         seed=config.run.seed,
         prompts_per_step=config.optim.prompts_per_step,
         rank=world.rank,
@@ -122,6 +124,7 @@ def training_loader(config: Config, world: World, policy: Policy, examples: Sequ
         shuffle_choices=config.data.shuffle_choices,
         waveform=waveform_of(config, policy),
         skip_bad=config.data.skip_bad,
+        max_lost=config.data.max_lost,
         workers=config.data.workers,
         weights=weighted(config.data.train or [])[1],
         curriculum=curriculum_of(config),
@@ -197,7 +200,7 @@ def rank_batches(
     """This rank's share of the examples, in batches; on_bad gets each one that cannot be used and is left out."""
     return evaluation_batches(
         examples[world.rank :: world.size],
-        policy.prepare,
+        prepare_of(config, policy),
         template=config.data.template,
         waveform=waveform,
         batch=ROUNDS * config.evaluation.batch,
@@ -295,6 +298,23 @@ def list_bad(config: Config, world: World, path: str, bad: Sequence[BadExample],
 def bad_log(config: Config) -> BadLog:
     """The list of skipped examples."""
     return BadLog(Path(config.run.directory) / "bad.jsonl")
+
+
+def prepare_of(config: Config, policy: Policy) -> Callable[..., Prompt]:
+    """`policy.prepare`, with DataError for a prompt that leaves no positions of the model for a completion."""
+    longest, positions = config.rollout.max_new_tokens, policy.positions
+
+    def prepare(chat: Chat, *waveforms: np.ndarray) -> Prompt:
+        prompt = policy.prepare(chat, *waveforms)
+        if positions is not None and len(prompt.ids) + longest > positions:
+            raise DataError(
+                f"its prompt has {len(prompt.ids)} tokens and its answer may have {longest} "
+                f"(rollout.max_new_tokens), and the model has {positions} positions; shorten the text, the clip or "
+                "rollout.max_new_tokens"
+            )
+        return prompt
+
+    return prepare
 
 
 def waveform_of(config: Config, policy: Policy) -> Callable[[Clip], np.ndarray]:

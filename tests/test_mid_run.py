@@ -1,0 +1,115 @@
+"""Clips that break, vanish or change after the check at the start of a run, and prompts too long for the model."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import soundfile
+import torch
+
+from hark.data.audio import load_waveform
+from hark.data.clip import Clip
+from hark.data.clip_memory import ClipMemory
+from hark.data.clips import Rules, clips_in, inspect_all, usable
+from hark.data.errors import DataError
+from hark.data.examples import Example
+from hark.data.loader import Loader
+from hark.launch.common.questions import prepare_of
+from tests.clips import waveform
+
+COUNT = 10
+RULES = Rules(16_000, 2.0)
+
+
+@pytest.fixture
+def examples(tmp_path):
+    """Questions whose clips were checked."""
+    for n in range(COUNT):
+        soundfile.write(tmp_path / f"{n}.wav", waveform(0.3, n), 16_000)
+    data = [
+        Example(f"id{n}", (Clip(tmp_path / f"{n}.wav"),), "Which?", ("a", "b"), 0, line=f"train.jsonl:{n + 1}")
+        for n in range(COUNT)
+    ]
+    found = dict(inspect_all(clips_in(data), RULES, workers=2, memory=ClipMemory("rules", tmp_path / "clips.sqlite")))
+    return usable(data, found, long_clips="error", skip_bad=False)[0]
+
+
+def loader(examples, *, rank=0, world=1, skip_bad=True, max_lost=1.0):
+    return Loader(
+        examples, lambda text, sound: (text, len(sound)), seed=0, prompts_per_step=COUNT, rank=rank, world=world,
+        template="plain", shuffle_choices=False, skip_bad=skip_bad, workers=2, max_lost=max_lost,
+        waveform=lambda clip: load_waveform(clip, sample_rate=16_000, max_seconds=2.0),
+    )  # fmt: skip
+
+
+def vanish(path):
+    path.unlink()
+
+
+def break_(path):
+    path.write_bytes(b"RIFF" + bytes(500))
+
+
+def change(path):
+    soundfile.write(path, waveform(0.3, 99), 16_000)
+
+
+FAULTS = [(vanish, "no such file"), (break_, "has changed"), (change, "has changed since it was checked")]
+
+
+@pytest.mark.parametrize(("harm", "message"), FAULTS)
+def test_a_clip_that_vanishes_breaks_or_changes_during_a_run_stops_it_with_its_line(examples, harm, message):
+    with loader(examples, skip_bad=False) as one:
+        one.step(0)
+        one._cancel()
+        harm(examples[3].clips[0].source)
+        with pytest.raises(DataError, match=rf"^train.jsonl:4: .*{message}"):
+            for step in (5, 6):
+                one.step(step)
+
+
+@pytest.mark.parametrize(("harm", "message"), FAULTS)
+def test_with_skip_bad_the_next_good_one_replaces_it_on_any_number_of_ranks_and_after_a_resume(examples, harm, message):
+    def ids(step, world):
+        drawn = []
+        for rank in range(world):
+            with loader(examples, rank=rank, world=world) as one:
+                drawn += [(example.id, key) for example, _, key in one.step(step)]
+        return sorted(drawn)
+
+    harm(examples[3].clips[0].source)
+    with loader(examples) as whole:
+        in_turn = [sorted((example.id, key) for example, _, key in whole.step(step)) for step in range(4)]
+        assert [bad.line for bad in whole.bad] == ["train.jsonl:4"] and message in whole.bad[0].reason
+    assert ids(3, 1) == ids(3, 2) == in_turn[3]
+    assert [name for name, _ in in_turn[3]].count("id4") == 2 and "id3" not in dict(in_turn[3])
+
+
+def test_more_lost_examples_than_the_limit_stop_the_run(examples):
+    for n in (1, 4, 7):
+        vanish(examples[n].clips[0].source)
+    with loader(examples, max_lost=0.3) as one:
+        one.step(0)
+        assert len(one.bad) == 3
+    with loader(examples, max_lost=0.2) as one, pytest.raises(DataError, match="3 of 10 examples .* data.max_lost"):
+        one.step(0)
+
+
+def test_one_lost_example_is_always_allowed(examples):
+    vanish(examples[1].clips[0].source)
+    with loader(examples, max_lost=0.0) as one:
+        one.step(0)
+        assert len(one.bad) == 1
+
+
+def test_a_prompt_that_leaves_no_positions_for_the_answer_is_an_error_and_one_that_fits_is_not():
+    config = SimpleNamespace(rollout=SimpleNamespace(max_new_tokens=20))
+
+    def prepare(length, positions):
+        policy = SimpleNamespace(positions=positions, prepare=lambda chat: SimpleNamespace(ids=torch.zeros(length)))
+        return prepare_of(config, policy)("text")
+
+    assert len(prepare(80, 100).ids) == 80 and len(prepare(81, None).ids) == 81
+    with pytest.raises(DataError, match="its prompt has 81 tokens .* the model has 100 positions"):
+        prepare(81, 100)
