@@ -21,11 +21,18 @@ from safetensors.torch import load_file, save_file
 from hark import UserError
 from hark.grpo.instruments.metrics import finite
 from hark.grpo.types import stacked
+from hark.shown import shown
 
 FORMAT = 2  # of the files; a reader refuses others
 SUMS = (  # of an update: each rank has its term
     "loss", "kl", "clip_share", "entropy", "sampler_gap", "importance", "importance_capped_share", "sft_loss", "scored",
 )  # fmt: skip
+# What reading needs of step.json; ITEMS are lists of objects.
+KINDS = {
+    "step": int, "ranks": int, "parts": list, "prompts": list, "completions": list, "updates": list, "tokens": dict
+}  # fmt: skip
+ITEMS = ("prompts", "completions", "updates")
+LONGEST_REASON = 200  # characters of what is wrong, in a message
 
 
 class RecordError(UserError, RuntimeError):
@@ -57,7 +64,8 @@ def place_of(run: Path, step: int) -> Path:
 
 def recorded_steps(run: Path) -> list[int]:
     """The steps of which a run has at least one part, in order."""
-    return sorted({int(part.parent.name.removeprefix("step-")) for part in (run / "record").glob("step-*/rank-*")})
+    numbers = {part.parent.name.removeprefix("step-") for part in (run / "record").glob("step-*/rank-*")}
+    return sorted(int(number) for number in numbers if number.isdecimal())
 
 
 def write_part(run: Path, record: StepRecord) -> int:
@@ -83,7 +91,8 @@ def write_part(run: Path, record: StepRecord) -> int:
 
 def read_step(run: Path, step: int) -> StepRecord:
     """A step of a run, its parts joined in rank order. Raises RecordError if there is none or a file is broken."""
-    parts = sorted(place_of(run, step).glob("rank-*"), key=lambda part: int(part.name.removeprefix("rank-")))
+    found = [part for part in place_of(run, step).glob("rank-*") if part.name.removeprefix("rank-").isdecimal()]
+    parts = sorted(found, key=lambda part: int(part.name.removeprefix("rank-")))
     if not parts:
         steps = recorded_steps(run)
         known = f"it has {_listed(steps)}" if steps else "it has none; train with record.every above 0"
@@ -116,11 +125,31 @@ def _read_part(part: Path) -> StepRecord:
         values = json.loads((part / "step.json").read_text(encoding="utf-8"))
         tensors = load_file(part / "tensors.safetensors")
         written = values["format"]
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise RecordError(f"{part} cannot be read ({error}); expected step.json and tensors.safetensors") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        reason = shown(error, LONGEST_REASON)
+        raise RecordError(f"{part} cannot be read ({reason}); expected step.json and tensors.safetensors") from error
     if written != FORMAT:
-        raise RecordError(f"{part} has format {written!r}; expected {FORMAT}; read it with the Hark that wrote it")
+        found = shown(repr(written), LONGEST_REASON)
+        raise RecordError(f"{part} has format {found}; expected {FORMAT}; read it with the Hark that wrote it")
+    _check_values(part / "step.json", values)
     return StepRecord(values, tensors)
+
+
+def _check_values(path: Path, values: dict[str, Any]) -> None:
+    """Raise RecordError for values of other kinds than a recorder writes."""
+    wrong = [name for name, kind in KINDS.items() if type(values.get(name)) is not kind]
+    wrong += [f"an item of {name}" for name in ITEMS if name not in wrong and not _are(values[name], dict)]
+    if not wrong and not _are(values["parts"], int):
+        wrong = ["an item of parts"]
+    if not wrong:
+        terms = [update.get(name) for update in values["updates"] for name in SUMS]
+        wrong = ["a figure of updates"] * (not all(term is None or isinstance(term, (int, float)) for term in terms))
+    if wrong:
+        raise RecordError(f"{path}: {wrong[0]} is not what a recorder writes; see docs/replay.md; copy the file again")
+
+
+def _are(items: list[Any], kind: type) -> bool:
+    return all(isinstance(item, kind) for item in items)
 
 
 def _joined_update(terms: Sequence[dict[str, Any]]) -> dict[str, Any]:
