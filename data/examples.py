@@ -4,6 +4,7 @@ import difflib
 import itertools
 import json
 import math
+import os
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -101,6 +102,7 @@ def load_examples(
     require_audio: bool = True,
     skip_bad: bool = False,
     benchmark: bool = False,
+    allow_outside: bool = True,
 ) -> tuple[list[Example], list[BadExample]]:
     """The good questions of a file, and the bad ones; see `load_questions`."""
     questions = load_questions(
@@ -110,6 +112,7 @@ def load_examples(
         require_audio=require_audio,
         skip_bad=skip_bad,
         benchmark=benchmark,
+        allow_outside=allow_outside,
     )
     good = [question for question in questions if isinstance(question, Example)]
     return good, [question for question in questions if isinstance(question, BadExample)]
@@ -123,6 +126,7 @@ def load_questions(
     require_audio: bool = True,
     skip_bad: bool = False,
     benchmark: bool = False,
+    allow_outside: bool = True,
 ) -> list[Example | BadExample]:
     """Read a file of questions, in its order: JSON, JSON lines, parquet, or a data set `hf:NAME:SPLIT`.
 
@@ -132,7 +136,7 @@ def load_questions(
 
     columns: the names of the keys that have another name in the file. benchmark: accept what is an error in training
     data: two choices that are equal when normalised, and an `answer` to a question with choices that is null, absent,
-    or a text.
+    or a text. allow_outside: accept clips that lie outside of `audio_root`, or of the directory of the file.
     """
     _check_columns(columns)
     root = None if audio_root is None else Path(audio_root)
@@ -147,6 +151,8 @@ def load_questions(
             if isinstance(row, DataError):
                 raise row
             example = parse_example(record, root=folder, line=line, require_audio=require_audio, benchmark=benchmark)
+            if not allow_outside:
+                _check_inside(example, folder)
             if example.id in seen:
                 raise DataError(f'"id" {example.id!r} was used at {seen[example.id]}; each example needs its own id')
         except DataError as error:
@@ -161,6 +167,17 @@ def load_questions(
         reason = f"all {len(questions)} are bad, first {first.line}: {first.reason}" if first else "the file is empty"
         raise DataError(f"{path}: no examples: {reason}; expected JSON objects with {', '.join(KEYS)}")
     return questions
+
+
+def _check_inside(example: Example, folder: Path) -> None:
+    """DataError for a clip whose path leaves the folder, by "..", as an absolute path, or by a link."""
+    root = os.path.realpath(folder)
+    for source in (clip.source for clip in example.clips if isinstance(clip.source, Path)):
+        if os.path.commonpath([root, os.path.realpath(source)]) != root:
+            raise DataError(
+                f"the clip {source} is outside of {folder}; expected it inside; set data.audio_root to a directory "
+                "that holds all clips, or data.allow_outside=true"
+            )
 
 
 def _file_rows(path: Path, root: Path | None) -> Iterator[tuple[str, Path, dict | DataError]]:

@@ -98,6 +98,7 @@ class DataConfig:
     band: list[float] | None = None  # train only on examples whose difficulty or pass rate is in [LOW, HIGH]
     columns: dict[str, str] = field(default_factory=dict)  # keys that have another name in the files: {KEY: NAME, ...}
     audio_root: str | None = None  # directory that relative audio paths start from; null is the file's own
+    allow_outside: bool = False  # whether clips may lie outside of that directory, by "..", absolute paths or links
     template: str = "answer"  # name of the prompt template
     shuffle_choices: bool = True  # a new order of the choices for each (seed, step, example)
     silent_share: Share = 0.0  # share of training prompts whose waveform is replaced by zeros (modality dropout)

@@ -226,3 +226,30 @@ def test_a_pipe_in_place_of_a_clip_is_an_error_and_no_wait(tmp_path):
     os.mkfifo(tmp_path / "a.wav")
     with pytest.raises(AudioError, match="no regular file"):
         load(tmp_path / "a.wav")
+
+
+# Places --------------------------------------------------------------------------------------------------------------
+
+
+def load_inside(tmp_path, audio_path, **options):
+    (tmp_path / "data").mkdir(exist_ok=True)
+    path = write(tmp_path / "data", {"id": 2, "audio_path": str(audio_path)})
+    return load_examples(path, allow_outside=False, **options)
+
+
+def test_a_path_that_leaves_the_directory_of_the_clips_is_an_error_of_its_row(tmp_path):
+    wav(tmp_path / "secret.wav")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "link.wav").symlink_to(tmp_path / "secret.wav")
+    (tmp_path / "data" / "folder").symlink_to(tmp_path)
+    for place in ("../secret.wav", tmp_path / "secret.wav", "link.wav", "folder/secret.wav", "/dev/zero", "a/../../b"):
+        with pytest.raises(DataError, match=r"train.jsonl:2: the clip .* is outside of .*data.allow_outside=true"):
+            load_inside(tmp_path, place)
+        assert len(load_inside(tmp_path, place, skip_bad=True)[1]) == 1
+        path = write(tmp_path / "data", {"id": 2, "audio_path": str(place)})
+        assert len(load_examples(path, allow_outside=True)[0]) == 2
+
+
+def test_absolute_paths_and_dots_within_the_directory_are_kept(tmp_path):
+    for place in (tmp_path / "data" / "a.wav", "b/../a.wav"):
+        assert len(load_inside(tmp_path, place)[0]) == 2

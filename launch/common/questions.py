@@ -253,6 +253,7 @@ def read_questions(
         require_audio=policy.sample_rate is not None and config.data.require_audio,
         skip_bad=config.data.skip_bad,
         benchmark=benchmark,
+        allow_outside=config.data.allow_outside,
     )
     examples = [question for question in questions if isinstance(question, Example)]
     with_clip = next((example for example in examples if example.clips), None)

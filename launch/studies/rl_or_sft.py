@@ -42,7 +42,7 @@ PROMPTS, SEEN = 8, 320  # questions per step, and in all
 QUESTIONS = 50  # of each part of the test
 # The projector learns the answers without their choices, so that they have to come from the clips (docs/compose.md).
 PROJECTOR = ("model.train=projector", "data.template=open", "optim.steps=80", "optim.lr=1e-3")
-TEXT = ("data.template=answer", "rollout.max_new_tokens=24")
+TEXT = ("data.template=answer", "rollout.max_new_tokens=24", "data.allow_outside=true")  # clips stay with the demo's
 NEVER = ("vowel", "loudness", "highest note", "word order", "addition")  # kinds that are never trained on
 WORDS = {  # for each kind that is trained on, the question in words that training has not
     "instrument": "Name the instrument in this recording.",
