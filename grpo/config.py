@@ -47,8 +47,11 @@ Files = str | list[str]  # one name or several; of JSON lines, JSON or parquet f
 class RunConfig:
     directory: str  # where metrics, checkpoints and the trained model are written
     seed: Seed = 0  # with (step, example) it determines data order, order of choices and completions
-    resume: bool = False  # continue from the newest checkpoint in `directory`
+    resume: bool = False  # continue from the newest intact checkpoint in `directory`; without one, begin
+    allow_changed: list[str] = field(default_factory=list)  # what may differ on resume: optim.lr, data, ranks, ...
     threads: CountOrZero = 0  # torch's intra-op threads per rank; 0 leaves torch's own choice
+    grace: Positive = 25.0  # seconds in which a run saves and leaves after SIGTERM or SIGINT; torchrun waits 30
+    patience: PositiveOrZero = 600.0  # seconds without progress after which a rank counts as hung; 0 waits forever
 
 
 @dataclass(frozen=True)
@@ -190,6 +193,7 @@ class OptimConfig:
     beta1: Share = 0.9  # AdamW's decay of the first moment
     beta2: Share = 0.999  # AdamW's decay of the second moment
     clip_norm: Positive = 1.0  # largest global L2 norm of the gradient
+    skip_nonfinite: CountOrZero = 0  # updates of a run that may be left out because loss or gradient is not finite
 
 
 @dataclass(frozen=True)
@@ -205,9 +209,11 @@ class EvaluationConfig:
 @dataclass(frozen=True)
 class CheckpointConfig:
     every: CountOrZero = 100  # steps between checkpoints, the last step included; 0 is never
-    keep: Count = 2  # how many of the newest checkpoints to keep for resuming
+    keep: Count = 2  # how many of the newest checkpoints to keep for resuming, beside the best by validation accuracy
     weights: bool = False  # keep the weights of older checkpoints too, for launch/choose.py
     export: bool = True  # write a Hugging Face directory at the end
+    background: bool = True  # train on while a copy in host memory is written
+    required: bool = True  # whether a checkpoint that cannot be written, as on a full disk, ends the run
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from hark.grpo.runtime.collectives import World, gather_rows
+from hark.grpo.runtime.collectives import World, check_interrupted, gather_rows
 from hark.grpo.runtime.sharding import gathered
 from hark.grpo.sampler import sample
 from hark.models.policy import Policy, Prompt
@@ -28,16 +28,21 @@ def evaluate(
 
     batches: this rank's (example, prompt) pairs; ranks may have different numbers of them. batch: how many prompts are
     decoded at a time. In a batch with more pairs than that, the next prompt starts when an answer is finished.
-    graphs: record the decode step as CUDA graphs, on a GPU.
+    graphs: record the decode step as CUDA graphs, on a GPU. Raises Interrupted on all ranks after a signal.
     """
     rows: list = []
     with gathered(policy):
         for pairs in batches:
             examples, prompts = zip(*pairs, strict=True)
             rollout = sample(
-                policy, prompts, group_size=1, max_new_tokens=max_new_tokens, temperature=0, batch=batch, graphs=graphs
-            )
+                policy, prompts, group_size=1, max_new_tokens=max_new_tokens, temperature=0, batch=batch, graphs=graphs,
+                interrupted=lambda: world.interruption.signal > 0,
+            )  # fmt: skip
+            world.progress.mark()
             completions = policy.completion_texts(rollout.tokens, rollout.mask)
             confidence = rollout.logprobs.sum(dim=1).exp()  # at temperature 1; padding adds 0
             rows += map(to_row, examples, completions, rollout.stopped.tolist(), confidence.tolist())
+            if world.interruption.signal:
+                break
+        check_interrupted(world)
     return gather_rows(rows, world)

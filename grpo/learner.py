@@ -7,6 +7,7 @@ in the loss.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -19,13 +20,14 @@ from hark.grpo.instruments.console import Completion
 from hark.grpo.instruments.draft import Describe
 from hark.grpo.instruments.flops import Macs, cost_of, macs
 from hark.grpo.instruments.metrics import Clock
-from hark.grpo.instruments.nonfinite import check_finite
+from hark.grpo.instruments.nonfinite import NonFiniteError, check_finite
 from hark.grpo.instruments.recorder import Recorder
 from hark.grpo.instruments.trackers import Audio
 from hark.grpo.loss import TokenTerms
 from hark.grpo.objective import Objective
 from hark.grpo.optimizer import build_optimizer, clip_gradients, learning_rate
-from hark.grpo.runtime.collectives import World, reduce_max, reduce_sums
+from hark.grpo.runtime.collectives import World, check_interrupted, reduce_max, reduce_sums
+from hark.grpo.runtime.out_of_memory import is_out_of_memory, reason
 from hark.grpo.scorer import score
 from hark.grpo.types import Batch
 from hark.models.experts import RouterLoad
@@ -34,6 +36,7 @@ from hark.models.policy import Policy, Prompt
 Kind = TypeVar("Kind", bound=Batch)
 AnyBatch = TypeVar("AnyBatch", bound=Batch)
 Key = tuple[int, ...]  # the integers that seed the random numbers of a prompt
+NOTE = re.compile(r"(\d{1,9}) instead of (\d{1,9})\n")  # in the file of a MicroBatch
 MEANS = {  # the terms of tokens whose weighted means are metrics, and the names of these
     "clipped": "clip_share",
     "kl": "kl",
@@ -65,6 +68,25 @@ class TrainingData(Protocol):
     examples: Sequence[Any]  # all of them
 
 
+class MicroBatch:
+    """Prompts per forward and backward on one rank: `configured`, or fewer after memory ran out, which a file keeps."""
+
+    def __init__(self, path: Path, configured: int):
+        self._path, self._configured, self.size = path, configured, configured
+        if path.is_file() and (kept := NOTE.fullmatch(path.read_text(encoding="utf-8"))):
+            size, of = map(int, kept.groups())
+            self.size = size if of == configured and 1 <= size <= configured else configured
+
+    def halve(self) -> bool:
+        """Take half as many from now on; whether that is possible."""
+        if self.size == 1:
+            return False
+        self.size //= 2
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text(f"{self.size} instead of {self._configured}\n", encoding="utf-8")
+        return True
+
+
 class Learner(Generic[Kind]):
     """A policy and its optimizer; `update` does one optimizer step on a batch.
 
@@ -90,7 +112,10 @@ class Learner(Generic[Kind]):
         self.directory = Path(config.run.directory)
         optim = config.optim
         self.optimizer = build_optimizer(policy, weight_decay=optim.weight_decay, betas=(optim.beta1, optim.beta2))
-        self.clock = Clock(world.device)
+        self.clock = Clock(world.device, world.progress)
+        self.micro_batch = MicroBatch(self.directory / "micro_batch.txt", optim.micro_batch)
+        self.updates = 0  # of the step that is being done
+        self.skipped = 0  # updates of the run whose loss or gradient was not finite
         self.recorder = Recorder(
             self.directory, world, policy, every=config.record.every, total=optim.steps, keep=config.record.keep,
             last=config.record.last, about={"config": dataclasses.asdict(config)}, describe=describe,
@@ -127,20 +152,64 @@ class Learner(Generic[Kind]):
         norms = gradient_norms(self.policy, self.world) if self.recorder.is_due else {}
         norm = clip_gradients(self.policy, self.config.optim.clip_norm)
         self.recorder.note_update(sums | {"grad_norm": norm, "grad_norms": norms})
-        check_finite(
-            {"the loss": sums["loss"], "the gradient": norm},
-            batch, step=step, rank=self.world.rank, examples=examples, place=self.recorder.place,
-        )  # fmt: skip
+        finite = self.is_finite({"the loss": sums["loss"], "the gradient": norm}, batch, step, examples)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
-        self.optimizer.step()
+        if finite:
+            self.optimizer.step()
+            self.updates += 1
         self.optimizer.zero_grad()
         self.clock.lap("optimizer")
         load = {name: value / self.world.size for name, value in self._router_load.take().items()}
+        if self.config.optim.skip_nonfinite:
+            load["skipped_updates"] = self.skipped / self.world.size
         return sums | load | {"grad_norm": norm / self.world.size}  # the sum over ranks is the norm
 
+    def is_finite(self, values: dict[str, float], batch: Kind, step: int, examples: Sequence[Any]) -> bool:
+        """Whether loss and gradient of an update are finite on all ranks.
+
+        Raises NonFiniteError if they are not, unless optim.skip_nonfinite allows to leave out one more.
+        """
+        try:
+            error = None
+            check_finite(values, batch, step=step, rank=self.world.rank, examples=examples, place=self.recorder.place)
+        except NonFiniteError as found:
+            error = found
+        if self.config.optim.skip_nonfinite and reduce_max(error is not None, self.world):
+            self.skipped += 1
+            if self.skipped <= self.config.optim.skip_nonfinite:
+                if error is not None:
+                    print(f"warning: {error}; it is left out (optim.skip_nonfinite)", flush=True)
+                return False
+        if error is not None:
+            raise error
+        return True
+
     def accumulate(self, batch: Kind) -> dict[str, float]:
-        """Sum the gradients of a batch's micro-batches; returns this rank's term of each metric."""
+        """Sum the gradients of a batch's micro-batches; returns this rank's term of each metric.
+
+        Out of memory, the micro-batches are halved and the gradients summed anew: the update is the same. Several ranks
+        cannot do that in the middle of a step, because the others wait in a collective; they do it at their next start.
+        """
+        while True:
+            try:
+                return self.accumulated(batch)
+            except Exception as error:
+                if not is_out_of_memory(error) or not self.micro_batch.halve():
+                    raise
+                rest = "" if self.world.size == 1 else "; the same command with run.resume=true goes on with them"
+                print(
+                    f"warning: out of memory on rank {self.world.rank} ({reason(error)}); from now on micro-batches "
+                    f"have {self.micro_batch.size} prompts instead of {self.config.optim.micro_batch}, and the updates "
+                    f"are the same{rest}", flush=True,
+                )  # fmt: skip
+                if self.world.size > 1:
+                    raise
+            self.optimizer.zero_grad()
+            self._router_load.take()
+
+    def accumulated(self, batch: Kind) -> dict[str, float]:
+        """The same with micro-batches of the present size."""
         sums: dict[str, Any] = {}
         likeliest = self.config.record.likeliest if self.recorder.is_due else 0
         for groups, micro in self.micro_batches(batch):
@@ -155,6 +224,9 @@ class Learner(Generic[Kind]):
             self.recorder.note_terms(batch.rows(groups), terms)
             for name, value in _metrics(micro, terms).items():
                 sums[name] = sums.get(name, 0.0) + value
+            self.world.progress.mark()
+            if not self.updates:  # between two updates of a step the weights are those of no step
+                check_interrupted(self.world)
         return {name: float(value) for name, value in sums.items()}  # only at the end, because float() waits for a GPU
 
     def learning_rate(self, step: int) -> float:
@@ -173,10 +245,11 @@ class Learner(Generic[Kind]):
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs besides weights and moments, for JSON."""
-        return {}
+        return {"skipped": self.skipped}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over the state of a checkpoint."""
+        self.skipped = state.get("skipped", 0)
 
     def prepare(self, step: int) -> None:
         """Start to prepare the prompts of the first step of a run or of a resumed run."""
@@ -200,7 +273,7 @@ class Learner(Generic[Kind]):
         rank with fewer repeats its shortest group with weight 0. At least one is done even if no group of any rank has
         a gradient: AdamW decays its moments if a gradient is 0, but skips the parameter if it is None.
         """
-        parts = batch.split_by_length(self.config.optim.micro_batch, batch.groups_with_gradient())
+        parts = batch.split_by_length(self.micro_batch.size, batch.groups_with_gradient())
         count = max(1, reduce_max(len(parts), self.world)) if batch.skips_groups else len(parts)
         yield from ((groups, batch.select(groups)) for groups in parts)
         for _ in range(count - len(parts)):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from functools import partial
+from signal import Signals
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -13,23 +16,18 @@ from hark import UserError
 from hark.from_file import save_own_files
 from hark.grpo.config import to_yaml
 from hark.grpo.instruments.flops import best_matmul_rate
-from hark.grpo.instruments.metrics import Metrics, peak_gib, restart_peak, speed
+from hark.grpo.instruments.metrics import Metrics, finite, peak_gib, restart_peak, speed
 from hark.grpo.instruments.record import RecordError
 from hark.grpo.instruments.trackers import open_trackers
 from hark.grpo.learner import Learner
-from hark.grpo.optimizer import allocate_moments
-from hark.grpo.runtime.checkpoint import (
-    checkpoints,
-    export,
-    export_adapters,
-    load_checkpoint,
-    save_checkpoint,
-    step_of,
-)
-from hark.grpo.runtime.collectives import reduce_sums
-from hark.grpo.runtime.interrupt import interruptible
+from hark.grpo.runtime.checkpoint import Saver, checkpoints, load_checkpoint, step_of
+from hark.grpo.runtime.collectives import TIMEOUT, check_interrupted, reduce_max, reduce_sums
+from hark.grpo.runtime.export import export, export_adapters
+from hark.grpo.runtime.interrupt import Interrupted
 from hark.grpo.runtime.out_of_memory import is_out_of_memory, reason
 from hark.grpo.runtime.sharding import gathered
+from hark.grpo.runtime.shards import allocate_moments
+from hark.grpo.runtime.watchdog import watched
 from hark.grpo.sampler import sample
 from hark.models.policy import Prompt
 
@@ -38,71 +36,132 @@ class MemoryProbeError(UserError, RuntimeError):
     """The longest step does not fit in memory."""
 
 
-def train(learner: Learner) -> None:
-    """Do all steps, from the first one or from the newest checkpoint.
+def train(learner: Learner, *, about: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Do all steps, from the first one or from the newest intact checkpoint.
 
     It overwrites earlier results; the caller checks the directory first (`hark.launch.common.run_directory`).
+    about: what checkpoints say about the run.
     """
-    probe(learner)
-    config, world, optimizer = learner.config, learner.world, learner.optimizer
-    rate = best_matmul_rate(world.device, getattr(torch, config.model.dtype))
-    rate = reduce_sums({"rate": rate}, world)["rate"]  # the sum over ranks, measured at the same time on all
-    metrics = Metrics(
-        learner.directory, rank=world.rank, total_steps=config.optim.steps, show=learner.shown,
-        dtype=config.model.dtype,
-        trackers=partial(open_trackers, config.log.trackers, learner.directory, dataclasses.asdict(config)),
-    )  # fmt: skip
-    start = 0
-    if config.run.resume:
-        start, state = load_checkpoint(
-            learner.directory / "checkpoints", learner.policy, optimizer, further=learner.further_policies()
-        )
-        learner.restore(state)
-    if world.is_main:
-        (learner.directory / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        save_own_files(learner.directory / "own_files")
-        print(f"all settings are in {learner.directory / 'config.yaml'}", flush=True)
-    metrics.truncate(start + 1 if start else 0)
-    learner.recorder.truncate(start)
-    learner.prepare(start)
-    with interruptible(lambda: how_to_resume(learner, done=metrics.step)):
-        with closing(metrics), recorded(learner):
-            do_steps(learner, metrics, start=start, rate=rate)
+    config, world = learner.config, learner.world
+    with world.interruption.noted(grace=config.run.grace), watched(world, patience=config.run.patience):
+        with world.progress.during("memory probe"):
+            probe(learner)
+        rate = best_matmul_rate(world.device, getattr(torch, config.model.dtype))
+        rate = reduce_sums({"rate": rate}, world)["rate"]  # the sum over ranks, measured at the same time on all
+        metrics = Metrics(
+            learner.directory, rank=world.rank, total_steps=config.optim.steps, show=learner.shown,
+            dtype=config.model.dtype,
+            trackers=partial(open_trackers, config.log.trackers, learner.directory, dataclasses.asdict(config)),
+        )  # fmt: skip
+        start = resumed(learner) if config.run.resume else 0
+        if world.is_main:
+            (learner.directory / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+            save_own_files(learner.directory / "own_files")
+            print(f"all settings are in {learner.directory / 'config.yaml'}", flush=True)
+        metrics.truncate(start + 1 if start else 0)
+        learner.recorder.truncate(start)
+        learner.prepare(start)
+        saver = Saver(
+            learner.directory / "checkpoints", world, keep=config.checkpoint.keep,
+            keep_weights=config.checkpoint.weights, background=config.checkpoint.background,
+            required=config.checkpoint.required, about=about,
+        )  # fmt: skip
+        try:
+            with closing(metrics), recorded(learner):
+                do_steps(learner, metrics, saver, start=start, rate=rate)
+        except Interrupted as interruption:
+            save_interrupted(learner, saver, done=metrics.step)
+            raise Interrupted(how_to_resume(learner, metrics.step, interruption.signal), interruption.signal) from None
+        except Exception:
+            if number := world.interruption.signal:  # a collective fails where torchrun has ended another rank
+                raise Interrupted(how_to_resume(learner, metrics.step, number), number) from None
+            raise
         if config.checkpoint.export:
-            export(learner.policy, learner.directory / "model", world)
-            if learner.policy.lora is not None:
-                export_adapters(learner.policy, learner.directory / "adapters", world)
+            with world.progress.during("export", patience=TIMEOUT.total_seconds()):
+                export(learner.policy, learner.directory / "model", world)
+                if learner.policy.lora is not None:
+                    export_adapters(learner.policy, learner.directory / "adapters", world)
 
 
-def do_steps(learner: Learner, metrics: Metrics, *, start: int, rate: float) -> None:
+def resumed(learner: Learner) -> int:
+    """Load the newest intact checkpoint; returns its finished steps, 0 if there is none yet."""
+    place = learner.directory / "checkpoints"
+    with learner.world.progress.during("reading a checkpoint", patience=TIMEOUT.total_seconds()):
+        manifest = load_checkpoint(
+            place, learner.policy, learner.optimizer, learner.world, further=learner.further_policies()
+        )
+    if manifest is not None:
+        learner.restore(manifest.state)
+    if learner.world.is_main:
+        found = f"step {manifest.step}" if manifest else "the beginning: there is no checkpoint yet"
+        print(f"continuing from {found}", flush=True)
+    return manifest.step if manifest else 0
+
+
+def do_steps(learner: Learner, metrics: Metrics, saver: Saver, *, start: int, rate: float) -> None:
     """The steps from `start` on, each with what is due after it; `rate` is multiply-adds per second of all ranks."""
     config, world, optimizer = learner.config, learner.world, learner.optimizer
-    if start == 0 and config.evaluation.before:
-        _evaluate(learner, metrics, done=0)
+    due = _is_due(start, config.evaluation.every, config.optim.steps) if start else config.evaluation.before
+    if due and not reduce_max(metrics.has_event("evaluation", start), world):
+        evaluated(learner, metrics, done=start)
     for step in range(start, config.optim.steps):
-        learner.clock.start()
+        learner.clock.start(step + 1)
         world.meter.start()
         restart_peak(world.device)
         learner.recorder.begin(step + 1)
         learner.clock.lap("record")
+        learner.updates = 0
         values = learner.step(step)
         learner.clock.lap("report")
         values |= learner.recorder.end()
         learner.clock.lap("record")
         values |= {"lr": optimizer.param_groups[0]["lr"], "memory/peak_gib": peak_gib(world.device)}
-        values |= learner.clock.seconds() | world.meter.measured()
+        values |= learner.clock.seconds() | world.meter.measured() | saver.take_figures()
         done = step + 1
         metrics.log(done, values | speed(values, rate=rate))
         if _is_due(done, config.log.completions, config.optim.steps):
             metrics.show_completions(done, learner.completions(), learner.clips)
-        if _is_due(done, config.checkpoint.every, config.optim.steps):
-            save_checkpoint(
-                learner.directory / "checkpoints", done, learner.policy, optimizer, world,
-                keep=config.checkpoint.keep, keep_weights=config.checkpoint.weights, state=learner.state(),
-                further=learner.further_policies(),
-            )  # fmt: skip
+        # Before the checkpoint, so that a run which is killed here evaluates again.
+        validation = {}
         if _is_due(done, config.evaluation.every, config.optim.steps):
-            _evaluate(learner, metrics, done)
+            validation = evaluated(learner, metrics, done=done)
+        saver.finish(wait=False)
+        if _is_due(done, config.checkpoint.every, config.optim.steps):
+            save(learner, saver, done, validation=validation)
+    saver.finish()
+
+
+def evaluated(learner: Learner, metrics: Metrics, *, done: int) -> dict[str, float]:
+    """Evaluate the validation questions and log the figures; returns them on rank 0."""
+    if learner.validate is None:
+        return {}
+    with learner.world.progress.during(f"evaluation after step {done}"):
+        figures = learner.validate()
+        check_interrupted(learner.world)
+    metrics.log_event("evaluation", {"step": done} | figures)
+    return figures
+
+
+def save(learner: Learner, saver: Saver, done: int, *, validation: Mapping[str, float], at_once: bool = False) -> None:
+    with learner.world.progress.during(f"checkpoint of step {done}", patience=TIMEOUT.total_seconds()):
+        saver.save(
+            done, learner.policy, learner.optimizer, state=learner.state(), further=learner.further_policies(),
+            validation=finite(dict(validation)), at_once=at_once,
+        )  # fmt: skip
+
+
+def save_interrupted(learner: Learner, saver: Saver, *, done: int) -> None:
+    """Save an interrupted run, unless no step is finished, its checkpoint is there, or it saves none."""
+    saver.finish()
+    if done and saver.saved != done and learner.config.checkpoint.every:
+        save(learner, saver, done, validation={}, at_once=True)
+
+
+def how_to_resume(learner: Learner, done: int, signal: int) -> str:
+    """What an interrupted run says at its end."""
+    saved = checkpoints(learner.directory / "checkpoints", resumable=True)
+    how = f"continues from the checkpoint of step {step_of(saved[-1])}" if saved else "begins again: nothing was saved"
+    return f"{Signals(signal).name} after step {done}: the same command with run.resume=true {how}"
 
 
 @contextmanager
@@ -119,16 +178,6 @@ def recorded(learner: Learner) -> Iterator[None]:
             if steps and learner.world.is_main:
                 print(f"steps {steps[0]} to {steps[-1]} are in {learner.recorder.place.parent}", flush=True)
         raise
-
-
-def how_to_resume(learner: Learner, *, done: int) -> str:
-    """What an interrupted run says at its end."""
-    saved = checkpoints(learner.directory / "checkpoints", resumable=True)
-    if saved:
-        how = f"run.resume=true continues from the checkpoint of step {step_of(saved[-1])}"
-    else:
-        how = f"there is no checkpoint yet (checkpoint.every); to start again, delete {learner.directory}"
-    return f"interrupted after step {done}; {how}"
 
 
 def probe(learner: Learner) -> None:
@@ -170,11 +219,6 @@ def _longest_evaluation(learner: Learner, prompt: Prompt) -> None:
             learner.policy, prompts, group_size=1, max_new_tokens=rollout.max_new_tokens, temperature=0,
             graphs=rollout.cuda_graphs, stop=False,
         )  # fmt: skip
-
-
-def _evaluate(learner: Learner, metrics: Metrics, done: int) -> None:
-    if learner.validate is not None:
-        metrics.log_event("evaluation", {"step": done} | learner.validate())
 
 
 def _is_due(done: int, every: int, last: int) -> bool:

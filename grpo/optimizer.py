@@ -21,19 +21,6 @@ def build_optimizer(policy: Policy, *, weight_decay: float, betas: tuple[float, 
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=betas, fused=True)
 
 
-def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Make the optimizer allocate its moments, by a step with gradients of 0 at a learning rate of 0.
-
-    The weights do not change. `optimizer.state.clear()` frees the moments.
-    """
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
 def learning_rate(step: int, *, peak: float, schedule: str, warmup: int, total: int, floor: float = 0.0) -> float:
     """Learning rate of step 0 .. total - 1: a linear rise over `warmup` steps, then the schedule.
 

@@ -8,7 +8,6 @@ last of them. So neither the sizes of the draws nor the number of ranks nor a re
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -85,13 +84,14 @@ def draw_with_spread(
     further: int,
     world: World,
     pad_id: int,
-    draw: Callable[[Sequence[tuple[Any, Prompt, Key]]], tuple[Rollout, torch.Tensor]],
+    draw: Callable[[Sequence[tuple[Any, Prompt, Key]]], tuple[Rollout, torch.Tensor, float]],
     spread: Callable[[torch.Tensor], Sequence[bool]],
 ) -> Drawn:
     """Draw candidates from `cursor` on until `prompts` groups have spread, at most (1 + `further`) * `prompts`.
 
-    draw: returns the completions of this rank's candidates and their reward columns (B, K). spread: says for each group
-    whether its rewards differ. pad_id: fills up the tokens of shorter completions.
+    draw: returns the completions of this rank's candidates, their reward columns (B, K), and the seconds for which it
+    waited for other ranks. spread: says for each group whether its rewards differ. pad_id: fills up the tokens of
+    shorter completions.
     """
     flags: list[bool] = []
     known: dict[int, tuple[Any, Prompt, Key]] = {}
@@ -101,10 +101,9 @@ def draw_with_spread(
         first = cursor + len(flags)
         positions = share(range(first, first + size), world)
         candidates = data.at(step, positions, since=cursor)
-        rollout, columns = draw(candidates)
-        own, began = list(spread(columns)), time.perf_counter()
-        flags += exchange_rows(own, world)  # the ranks have consecutive shares
-        waited += time.perf_counter() - began
+        rollout, columns, seconds = draw(candidates)
+        waited += seconds
+        flags += exchange_rows(list(spread(columns)), world)  # the ranks have consecutive shares
         known |= zip(positions, candidates, strict=True)
         groups |= {
             position: _Group(rollout.select([n]), columns[rollout.rows([n])]) for n, position in enumerate(positions)

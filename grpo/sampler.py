@@ -7,7 +7,7 @@ so that a long completion does not delay other prompts.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ def sample(
     batch: int | None = None,
     graphs: bool = False,
     stop: bool = True,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> Rollout:
     """Draw `group_size` completions of each prompt from the policy at `temperature`; 0 takes the most likely token.
 
@@ -38,6 +39,7 @@ def sample(
     batch: how many prompts are decoded at a time, which bounds the memory; None is all.
     graphs: record the decode step as CUDA graphs, on a GPU.
     stop: False decodes every completion to the limit, to test whether that fits in memory.
+    interrupted: where it becomes true, completions end as they are, those of prompts that wait without a token.
     A sharded policy must be `gathered`, because ranks may do different numbers of steps. Raises PolicyError if `graphs`
     is set and the policy does not support it.
     """
@@ -54,7 +56,7 @@ def sample(
     )  # fmt: skip
     # The longest first, so that prompts decoded together have similar lengths and the memory peak comes early.
     waiting = deque(sorted(range(len(prompts)), key=lambda n: -len(prompts[n].ids)))
-    while waiting or branches.alive:
+    while (waiting or branches.alive) and not interrupted():
         if waiting and branches.free:
             branches.prefill([waiting.popleft() for _ in range(min(len(waiting), branches.free))])
         else:

@@ -22,7 +22,7 @@ from hark.grpo.loss import TokenTerms
 from hark.grpo.reference import Reference, rollout_logprobs
 from hark.grpo.refill import Drawn, draw_with_spread, share
 from hark.grpo.rewards import Rewards, StepRewards
-from hark.grpo.runtime.collectives import World, exchange_rows, reduce_sums
+from hark.grpo.runtime.collectives import World, check_interrupted, exchange_rows, reduce_sums
 from hark.grpo.runtime.sharding import gathered
 from hark.grpo.sampler import sample
 from hark.grpo.sft import add_supervised, longest_given
@@ -75,9 +75,7 @@ class Trainer(Learner[PolicyBatch]):
         drawn = self.refilled(step) if self.config.rollout.refill else self.drawn(self.data.step(step))
         examples, prompts, rollout = drawn.examples, drawn.prompts, drawn.rollout
         counted = self.objective.counted(rollout.mask, rollout.stopped)
-        own, began = {"tokens": float(rollout.mask.sum()), "counted": float(counted.sum())}, time.perf_counter()
-        totals = reduce_sums(own, self.world)  # waits for the slowest rank
-        waited = time.perf_counter() - began + drawn.waited
+        totals = reduce_sums({"tokens": rollout.mask.sum(), "counted": counted.sum()}, self.world)
         self.recorder.note(rollout=rollout, positions=drawn.positions, since=drawn.since)
         self.clock.lap("rollout")
         if self.recorder.is_due:
@@ -111,7 +109,7 @@ class Trainer(Learner[PolicyBatch]):
         updates = [self.update(batch, step, examples) for _ in range(self.config.loss.inner_epochs)]
         # The gap is that of the first update, which scores with the weights that sampled; later ones do not.
         sums = updates[-1] | {"sampler_gap": updates[0]["sampler_gap"]}
-        sums |= {"seconds/waiting": waited / max(self.world.size - 1, 1)}  # the slowest rank has not waited
+        sums |= {"seconds/waiting": drawn.waited / max(self.world.size - 1, 1)}  # the slowest rank has not waited
         metrics = self.report(sums, columns, weights, rewards, rollout, batch, completions)
         metrics |= {"tokens": totals["tokens"]} | drawn.figures | self.reference.figures()
         self.reference.move(self.policy, step)
@@ -125,8 +123,11 @@ class Trainer(Learner[PolicyBatch]):
         self.recorder.note(examples=examples, prompts=prompts, keys=keys)
         self.clock.lap("load")
         rollout = self.draw(prompts, keys)
+        began = time.perf_counter()
+        check_interrupted(self.world)  # waits for the slowest rank
+        waited = time.perf_counter() - began
         self.clock.lap("rollout")
-        return Drawn(examples, prompts, keys, rollout)
+        return Drawn(examples, prompts, keys, rollout, waited=waited)
 
     def repeated(self, examples: Sequence[Any]) -> list[Any]:
         """The example of each completion (B) of N examples."""
@@ -135,12 +136,12 @@ class Trainer(Learner[PolicyBatch]):
     def refilled(self, step: int) -> Drawn:
         """Completions and rewards of a step, in which groups of equal rewards are replaced (rollout.refill)."""
 
-        def draw(candidates: Sequence[tuple[Any, Prompt, Key]]) -> tuple[Rollout, torch.Tensor]:
+        def draw(candidates: Sequence[tuple[Any, Prompt, Key]]) -> tuple[Rollout, torch.Tensor, float]:
             one = self.drawn(candidates)
             texts = self.policy.completion_texts(one.rollout.tokens, one.rollout.mask)
             columns = self.rewards.columns(self.rewards.start(one.examples, one.rollout, texts, step))
             self.clock.lap("reward")
-            return one.rollout, columns
+            return one.rollout, columns, one.waited
 
         def spread(columns: torch.Tensor) -> list[bool]:
             rewards = weighted_rewards(columns, self.rewards.weights(step))
@@ -155,12 +156,16 @@ class Trainer(Learner[PolicyBatch]):
         return drawn
 
     def draw(self, prompts: tuple[Prompt, ...], keys: Sequence[Key], *, stop: bool = True) -> Rollout:
-        """Sample completions of prompts with the settings of the configuration; without `stop`, to the token limit."""
+        """Sample completions of prompts with the settings of the configuration; without `stop`, to the token limit.
+
+        After a signal they end at once, and must not be used.
+        """
         rollout = self.config.rollout
         with gathered(self.policy):
             return sample(
                 self.policy, prompts, keys=keys, group_size=rollout.group_size, max_new_tokens=rollout.max_new_tokens,
                 temperature=rollout.temperature, batch=rollout.batch, graphs=rollout.cuda_graphs, stop=stop,
+                interrupted=lambda: self.world.interruption.signal > 0,
             )  # fmt: skip
 
     def answers(self, examples: Sequence[Any], prompts: Sequence[Prompt], step: int) -> list[dict[str, Any]]:
@@ -191,7 +196,7 @@ class Trainer(Learner[PolicyBatch]):
         return self._logprobs(self.policy, rollout) if self.config.loss.importance_cap else rollout.logprobs
 
     def _logprobs(self, policy: Policy | WithoutAdapters, rollout: Rollout) -> torch.Tensor:
-        size, temperature = self.config.optim.micro_batch, self.config.rollout.temperature
+        size, temperature = self.micro_batch.size, self.config.rollout.temperature
         return rollout_logprobs(policy, rollout, micro_batch=size, temperature=temperature)
 
     def advantages(
@@ -241,8 +246,8 @@ class Trainer(Learner[PolicyBatch]):
         given, _ = self.given_batch([self.target(example) for example in examples], batch.prompts)
         return dataclasses.replace(batch, given=given)
 
-    def accumulate(self, batch: PolicyBatch) -> dict[str, float]:
-        sums = super().accumulate(batch)
+    def accumulated(self, batch: PolicyBatch) -> dict[str, float]:
+        sums = super().accumulated(batch)
         if batch.given is None:
             return sums
         likelihood = add_supervised(self, batch.given, weight=self.config.loss.sft)
@@ -259,9 +264,10 @@ class Trainer(Learner[PolicyBatch]):
         return loss, terms | {"sampler_gap": (logprobs.detach() - sampled).abs()}
 
     def state(self) -> dict[str, Any]:
-        return {"beta": self.reference.beta, "cursor": self.cursor}
+        return super().state() | {"beta": self.reference.beta, "cursor": self.cursor}
 
     def restore(self, state: dict[str, Any]) -> None:
+        super().restore(state)
         self.cursor = state.get("cursor")
         self.reference.restore(state)
 

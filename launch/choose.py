@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
         policy = make_policy(config, world)
         shares = {}
         for step, checkpoint in found.items():
-            load_weights(checkpoint, policy)
+            load_weights(checkpoint, policy, world)
             rows = validation_rows(config, world, policy, questions)
             if rows is not None:
                 shares[step] = share(rows)
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
             print(table(shares, chosen))
             print(f"to export it: hark export {directory} --step {chosen}", flush=True)
         if asked is not None:
-            load_weights(found[chosen], policy)
+            load_weights(found[chosen], policy, world)
             answer_test(of_run(directory, final, chosen, found[chosen]), world, policy, *asked)
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from hark.grpo.config import ConfigError
-from hark.grpo.runtime.checkpoint import export, export_adapters
 from hark.grpo.runtime.collectives import joined_world
+from hark.grpo.runtime.export import export, export_adapters
 from hark.launch.common.entry import run
 from hark.launch.common.exports import announce_export
 from hark.launch.common.trained import find_trained

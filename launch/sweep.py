@@ -28,7 +28,6 @@ from typing import Any
 from hark.data.json_files import write_json
 from hark.grpo.config import Config, ConfigError
 from hark.grpo.instruments.metrics import read_metrics
-from hark.grpo.runtime.checkpoint import checkpoints
 from hark.launch.common.config_file import load_config
 from hark.launch.common.entry import run
 from hark.launch.common.intervals import mean_interval
@@ -219,11 +218,7 @@ def next_command(one: Run, *, sft: bool) -> list[str] | None:
     """The words of the program of a run that has to run next."""
     directory = one.directory
     if not one.is_trained:
-        resume = bool(checkpoints(directory / "checkpoints", resumable=True))
-        if not resume:  # nothing to continue from: training starts again
-            (directory / "metrics.jsonl").unlink(missing_ok=True)
-        verb = "sft" if sft else "train"
-        return [verb, *one.words, f"run.directory={directory}", f"run.resume={str(resume).lower()}"]
+        return ["sft" if sft else "train", *one.words, f"run.directory={directory}", "run.resume=true"]
     if one.evaluation and not one.evaluation.exists():
         return ["evaluate", str(directory)]
     return None

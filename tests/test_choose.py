@@ -144,7 +144,8 @@ def test_a_finished_run_needs_nothing_but_its_export_and_a_continued_one_its_new
     finished = find_trained(directory, [])
     assert finished.checkpoint is None and finished.config.model.path == str(directory / "model")
     assert find_trained(directory, [], step=24).checkpoint == directory / "checkpoints" / "step-000024"
-    sft.main([*run, *more, "optim.steps=36", "checkpoint.export=false", "run.resume=true"])
+    longer = ["optim.steps=36", "run.resume=true", "run.allow_changed=[optim.steps]"]
+    sft.main([*run, *more, *longer, "checkpoint.export=false"])
     assert find_trained(directory, []).checkpoint == directory / "checkpoints" / "step-000036", "the export is older"
 
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from hark.grpo.runtime.checkpoint import export
 from hark.grpo.runtime.collectives import World
+from hark.grpo.runtime.export import export
 from hark.grpo.runtime.sharding import device_mesh, shard
 from hark.models.experts import RouterLoad
 from hark.models.loading import load_policy

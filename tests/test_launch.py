@@ -93,7 +93,9 @@ def test_control_c_in_a_run_of_two_processes_is_one_sentence_that_says_how_to_re
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    sentence = r"interrupted after step \d+; run\.resume=true continues from the checkpoint of step \d+\n"
+    sentence = (
+        r"SIGINT after step (\d+): the same command with run\.resume=true continues from the checkpoint of step \1\n"
+    )
     assert re.fullmatch(sentence, errors), errors
 
 

@@ -140,7 +140,7 @@ def test_the_supervised_term_adds_the_gradient_of_the_right_answers(settings, tm
         for batch in (alone, both, both.given):
             trainer.policy.zero_grad()
             if batch is both.given:
-                super(type(trainer), trainer).accumulate(both)  # the policy loss again, without the term
+                super(type(trainer), trainer).accumulated(both)  # the policy loss again, without the term
                 policy = gradient_of(trainer.policy)
                 trainer.policy.zero_grad()
                 trainer.accumulate(both)

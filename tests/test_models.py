@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hark.data.errors import DataError
-from hark.grpo.runtime.checkpoint import export
 from hark.grpo.runtime.collectives import World
+from hark.grpo.runtime.export import export
 from hark.grpo.runtime.sharding import device_mesh, shard
 from hark.grpo.sampler import sample
 from hark.grpo.scorer import score

@@ -87,7 +87,7 @@ def draw(candidates):
     rollout = Rollout(
         prompts, 2, torch.where(mask, 100 + rows, 7), mask, logprobs=mask * -rows.float(), stopped=lengths < 3
     )
-    return rollout, torch.tensor([[r] for place in places for r in (0.0, float(SPREAD[place]))])
+    return rollout, torch.tensor([[r] for place in places for r in (0.0, float(SPREAD[place]))]), 0.5
 
 
 def spread(columns):
@@ -112,6 +112,7 @@ def four_steps(world: World, directory: Path) -> None:
         parts = [part.tolist() if torch.is_tensor(part) else list(part) for part in parts]
         places = [prompt.place for prompt in drawn.prompts]
         found.append((parts, places, drawn.rollout.mask.sum(1).tolist(), drawn.figures, drawn.cursor, data.next))
+        assert drawn.waited > 0 and drawn.waited % 0.5 == 0, "half a second of each draw"
         cursor = drawn.cursor
     (directory / f"{world.size}-{world.rank}.json").write_text(json.dumps(found))
 

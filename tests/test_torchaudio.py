@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hark.data import torchaudio_compat
-from hark.grpo.runtime.checkpoint import export
+from hark.grpo.runtime.export import export
 from hark.launch.common import exports
 from hark.launch.common.exports import announce_export
 from hark.models.loading import load_policy

@@ -15,9 +15,15 @@ from typing import Any
 
 import torch
 
+from hark import UserError
 from hark.grpo.instruments.console import Completion, Console
 from hark.grpo.instruments.diagnosis import Diagnosis
 from hark.grpo.instruments.trackers import Audio, Tracker
+from hark.grpo.runtime.collectives import Progress
+
+
+class LogError(UserError, RuntimeError):
+    """The log of a run cannot be written."""
 
 
 class Metrics:
@@ -87,6 +93,11 @@ class Metrics:
         self._console.event(name, values["step"], shown)
         self._warn(line)
 
+    def has_event(self, name: str, step: int) -> bool:
+        """Whether an event of a step is logged; on other ranks than 0, False."""
+        lines = read_metrics(self._path.parent) if self._writes else []
+        return any(line.get("event") == name and line["step"] == step for line in lines)
+
     def show_completions(
         self, step: int, completions: Sequence[Completion], clips: Callable[[], dict[str, Audio]] = dict
     ) -> None:
@@ -116,9 +127,16 @@ class Metrics:
     def _append(self, record: dict[str, Any], path: Path | None = None) -> dict[str, Any]:
         """Add a line to a file, metrics.jsonl by default; returns what the file holds."""
         record = finite(record)
-        # Opened and closed for each line, so that a later crash does not lose it.
-        with (path or self._path).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+        path = path or self._path
+        try:
+            # Opened and closed for each line, so that a later crash does not lose it.
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record, allow_nan=False) + "\n")
+        except OSError as error:
+            raise LogError(
+                f"{path} cannot be written ({error.strerror}); make room, or the directory again; the same command "
+                "with run.resume=true goes on from the last checkpoint"
+            ) from error
         return record
 
     def _track(self, step: int, values: dict[str, float]) -> None:
@@ -133,16 +151,23 @@ class Metrics:
 
 
 class Clock:
-    """The seconds of each phase of a step on this rank: `lap("rollout")` ends the phase that began at the last lap."""
+    """The seconds of each phase of a step on this rank: `lap("rollout")` ends the phase that began at the last lap.
 
-    def __init__(self, device: torch.device):
-        self._device = device
+    progress: is told which phase begins: the one that followed the same two phases in an earlier step.
+    """
+
+    def __init__(self, device: torch.device, progress: Progress | None = None):
+        self._device, self._progress = device, progress
+        self._next: dict[tuple[str, ...], str] = {}
         self.start()
 
-    def start(self) -> None:
-        """Start a step."""
+    def start(self, step: int = 0) -> None:
+        """Start a step, counted from 1."""
+        self._step = step
+        self._laps: tuple[str, ...] = ("",)
         self._seconds: dict[str, float] = {}
         self._started = self._lapped = time.perf_counter()
+        self._mark()
 
     def lap(self, name: str) -> None:
         """Add the time since the last lap to a phase, after the device has finished its work."""
@@ -151,6 +176,14 @@ class Clock:
         now = time.perf_counter()
         self._seconds[name] = self._seconds.get(name, 0.0) + now - self._lapped
         self._lapped = now
+        self._next[self._laps[-2:]] = name
+        self._laps += (name,)
+        self._mark()
+
+    def _mark(self) -> None:
+        if self._progress is not None:
+            phase = self._next.get(self._laps[-2:], f"after {self._laps[-1]}" if self._laps[-1] else "beginning")
+            self._progress.mark(f"{phase} of step {self._step}")
 
     def seconds(self) -> dict[str, float]:
         """Seconds of each phase, and of the step until now."""

@@ -1,129 +1,406 @@
-"""Sharded checkpoints for exact resume, and export to an ordinary Hugging Face directory."""
+"""Sharded checkpoints for exact resume: written beside the training, every byte covered by a digest.
+
+A checkpoint is a directory `step-NNNNNN` with safetensors files of each rank and a manifest (`manifest.py`), which is
+written last. Until then the directory is named `step-NNNNNN.partial`.
+"""
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
 
 from hark import UserError
-from hark.grpo.runtime.collectives import World
-from hark.models.loading import tied_names
-from hark.models.lora import adapter_delta, adapter_tensors, is_adapter, whole, write_adapters
+from hark.grpo.runtime import manifest as manifests
+from hark.grpo.runtime.collectives import GIB, World, exchange_rows, reduce_max, reduce_sums
+from hark.grpo.runtime.manifest import DamageError, File, Manifest, Piece, Tensor, check_digest, check_size, name_of
+from hark.grpo.runtime.sharding import release
+from hark.grpo.runtime.shards import (
+    MOMENTS,
+    WEIGHTS,
+    Parts,
+    Shard,
+    allocate_moments,
+    held,
+    parts_of,
+    piece_of,
+    read_parts,
+    write_shards,
+)
 from hark.models.policy import Policy
-from hark.models.stored import StoredTensors
 
-WEIGHTS, OPTIMIZER, FURTHER = "weights", "optimizer", "further"
-TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # frozen weights are read from model.path
-SHARD_BYTES = "5GB"  # of one safetensors file of an export
-# Files of a checkpoint directory that an export does not copy: the weights, which it writes anew.
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+MARGIN = 2**26  # bytes that must remain free on the disk after a checkpoint is written
+SCORE = "accuracy"  # of a validation, by which the best checkpoint is kept
 
 
 class CheckpointError(UserError, RuntimeError):
-    """A checkpoint that is missing, broken, or of another model."""
+    """A checkpoint that is missing, damaged, of another model, or cannot be written."""
 
 
-def save_checkpoint(
-    directory: Path,
-    step: int,
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    world: World,
-    *,
-    keep: int,
-    keep_weights: bool = False,
-    state: dict[str, Any] | None = None,
-    further: Mapping[str, Policy] = MappingProxyType({}),
-) -> None:
-    """Write `directory/step-NNNNNN` after `step` finished steps: trained weights and the optimizer's state.
+class Written(NamedTuple):
+    """What one rank has written of a checkpoint: its files, and the pieces of tensors in them."""
 
-    state: further values, for JSON. further: other policies whose trained weights are saved, by name.
+    files: dict[str, File]
+    tensors: dict[str, dict[str, tuple[tuple[int, ...], Piece]]]
 
-    Every rank writes its shards. The directory is renamed to its final name when all files are written, so a crash
-    leaves no partial checkpoint of that name. The newest `keep` checkpoints are kept; older ones are deleted, or, with
-    `keep_weights`, only their optimizer's state is.
+
+class Saver:
+    """Writes the checkpoints of a run. Every method is called on all ranks.
+
+    keep: how many of the newest checkpoints are kept for resuming, besides that of the best validation accuracy.
+    keep_weights: older ones lose the optimizer's state only. background: training goes on while a thread writes what
+    was copied to host memory. required: a checkpoint that cannot be written raises CheckpointError; else it is said.
+    about: the run, for the manifest.
     """
-    final = directory / f"step-{step:06d}"
-    partial = directory / f"{final.name}.partial"
-    if world.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    weights, moments = get_state_dict(policy, optimizer, options=TRAINED)
-    with _writable(partial):
-        dcp.save(weights, checkpoint_id=partial / WEIGHTS)
-        dcp.save(moments, checkpoint_id=partial / OPTIMIZER)
-        for name, other in further.items():
-            dcp.save(get_model_state_dict(other, options=TRAINED), checkpoint_id=partial / FURTHER / name)
-    if world.is_main:
-        manifest = {"step": step, "tensors": _signature(policy), "state": state or {}}
-        (partial / "hark.json").write_text(json.dumps(manifest))
+
+    def __init__(
+        self,
+        directory: Path,
+        world: World,
+        *,
+        keep: int,
+        keep_weights: bool = False,
+        background: bool = True,
+        required: bool = True,
+        about: Mapping[str, Any] = MappingProxyType({}),
+    ):
+        self._directory, self._world, self._keep, self._keep_weights = directory, world, keep, keep_weights
+        self._background, self._required, self._about = background, required, dict(about)
+        self._writing: _Writing | None = None
+        self._figures: dict[str, float] = {}
+        self.saved: int | None = None  # steps of the newest checkpoint that is finished
+
+    def save(
+        self,
+        step: int,
+        policy: Policy,
+        optimizer: torch.optim.Optimizer,
+        *,
+        state: Mapping[str, Any] = MappingProxyType({}),
+        further: Mapping[str, Policy] = MappingProxyType({}),
+        validation: Mapping[str, float] = MappingProxyType({}),
+        at_once: bool = False,
+    ) -> None:
+        """Save trained weights and the optimizer's state after `step` finished steps.
+
+        state: further values, for JSON. further: other policies whose trained weights are saved, by name. validation:
+        the figures of the validation after this step, of rank 0. at_once: return when the checkpoint is finished.
+        """
+        self.finish()
+        began = time.perf_counter()
+        shards = held(parts_of(policy, optimizer, further), is_main=self._world.is_main)
+        partial = self._directory / f"{name_of(step)}.partial"
+        if not self._begin(partial, shards):
+            return
+        model = {name: list(tensor.shape) for name, tensor in policy.model.state_dict().items()}
+        about = self._about | ({"validation": dict(validation)} if validation else {})
+        manifest = Manifest(step, model, files={}, tensors={}, state=dict(state), about=about)
+        self._writing = _Writing(partial, manifest, shards, self._world)
+        self._count("seconds/checkpoint", time.perf_counter() - began)
+        if at_once or not self._background:
+            self.finish()
+
+    def finish(self, *, wait: bool = True) -> None:
+        """Give a checkpoint its name if all ranks have written their files; `wait` until they have."""
+        writing = self._writing
+        if writing is None:
+            return
+        began = time.perf_counter()
+        if wait:
+            writing.thread.join()
+        if not reduce_max(writing.thread.is_alive(), self._world):
+            self._finished(writing)
+        self._count("seconds/checkpoint", time.perf_counter() - began)
+
+    def take_figures(self) -> dict[str, float]:
+        """Seconds for which training waited for checkpoints, and for which a thread wrote them, since the last call."""
+        taken, self._figures = self._figures, {}
+        return taken
+
+    def _count(self, name: str, seconds: float) -> None:
+        self._figures[name] = self._figures.get(name, 0.0) + seconds
+
+    def _finished(self, writing: _Writing) -> None:
+        """Give a checkpoint its name, which all ranks have written."""
+        self._writing = None
+        written, errors = self._gathered(writing)
+        if not errors and self._world.is_main:
+            errors = _error_of(lambda: self._name(writing, written))
+        errors = exchange_rows(errors if self._world.is_main else [], self._world)
+        if errors:
+            self._failed(writing.partial, errors[0])
+            return
+        self.saved = writing.manifest.step
+        self._count("seconds/checkpoint_written", writing.seconds)
+
+    def _begin(self, partial: Path, shards: dict[str, dict[str, Shard]]) -> bool:
+        """Make the directory if there is room; whether there is."""
+        own = sum(shard.data.nbytes for part in shards.values() for shard in part.values())
+        needed = reduce_sums({"bytes": own}, self._world)["bytes"] + MARGIN
+        errors = _error_of(lambda: self._make(partial, needed)) if self._world.is_main else []
+        errors = exchange_rows(errors, self._world)
+        if errors:
+            self._failed(partial, errors[0])
+        return not errors
+
+    def _make(self, partial: Path, needed: float) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        for left in self._directory.glob("step-*.partial"):  # by a run that was killed
+            shutil.rmtree(left)
+        free = shutil.disk_usage(self._directory).free
+        if free < needed:
+            raise OSError(None, f"it takes {needed / GIB:.2f} GiB, and {free / GIB:.2f} GiB are free")
+        partial.mkdir()
+
+    def _gathered(self, writing: _Writing) -> tuple[list[Written], list[str]]:
+        """What all ranks have written, and their errors."""
+        rows = exchange_rows([(writing.written, writing.error)], self._world)
+        return [written for written, _ in rows if written], [error for _, error in rows if error]
+
+    def _name(self, writing: _Writing, written: Sequence[Written]) -> None:
+        """Write the manifest and rename the directory; then delete checkpoints that are no longer kept."""
+        partial, final = writing.partial, writing.partial.with_suffix("")
+        joined(writing.manifest, written).write(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        for old in checkpoints(directory, resumable=True)[:-keep]:
-            for part in (OPTIMIZER, FURTHER) if keep_weights else (".",):
-                shutil.rmtree(old / part, ignore_errors=part == FURTHER)
-    dist.barrier()
+        manifests.sync_directory(self._directory)
+        prune(self._directory, keep=self._keep, keep_weights=self._keep_weights)
+
+    def _failed(self, partial: Path, error: str) -> None:
+        if self._world.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        found = checkpoints(self._directory, resumable=True)
+        usable = f"the checkpoint of step {step_of(found[-1])} is intact" if found else "there is none before it"
+        text = f"{partial.with_suffix('')} cannot be written ({error}); make room there; {usable}"
+        if self._required:
+            raise CheckpointError(f"{text}; the same command with run.resume=true goes on")
+        if self._world.is_main:
+            print(f"warning: {text}; training goes on without it (checkpoint.required=false)", flush=True)
+
+
+class _Writing:
+    """A checkpoint that a thread writes."""
+
+    def __init__(self, partial: Path, manifest: Manifest, shards: dict[str, dict[str, Shard]], world: World):
+        self.partial, self.manifest = partial, manifest
+        self.written: Written | None = None
+        self.error: str | None = None
+        self.seconds = 0.0  # which the thread took
+        self._shards, self._suffix = shards, f"{world.rank:05d}-of-{world.size:05d}.safetensors"
+        self.thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        began = time.perf_counter()
+        try:
+            self.written = self._write()
+        except Exception as error:
+            self.error = _words(error)
+        self._shards = {}
+        self.seconds = time.perf_counter() - began
+
+    def _write(self) -> Written:
+        written = Written({}, {})
+        for part, shards in self._shards.items():
+            if shards:
+                name = f"{part}-{self._suffix}"
+                written.files[name] = write_shards(shards, self.partial / name)
+                written.tensors[part] = {key: (shard.whole, piece_of(shard, name)) for key, shard in shards.items()}
+        return written
+
+
+def joined(manifest: Manifest, written: Sequence[Written]) -> Manifest:
+    """The manifest with the files and the pieces of all ranks."""
+    files = {name: file for one in written for name, file in one.files.items()}
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for one in written:
+        for part, pieces in one.tensors.items():
+            for name, (shape, piece) in pieces.items():
+                before = tensors.setdefault(part, {}).get(name, Tensor(shape, ()))
+                tensors[part][name] = Tensor(shape, (*before.pieces, piece))
+    return Manifest(manifest.step, manifest.model, files, tensors, manifest.state, manifest.about)
+
+
+def prune(directory: Path, *, keep: int, keep_weights: bool) -> None:
+    """Delete checkpoints that are neither among the newest `keep` nor that of the best validation accuracy.
+
+    With `keep_weights` only their optimizer's state and further policies are deleted.
+    """
+    found = checkpoints(directory, resumable=True)
+    best = best_of(found)
+    for old in found[:-keep]:
+        if old == best:
+            continue
+        if keep_weights:
+            _strip(old)
+        else:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def best_of(found: Sequence[Path]) -> Path | None:
+    """Of checkpoints, that with the best validation accuracy, the earliest of equals; None if none was validated."""
+    scores = {}
+    for checkpoint in found:
+        try:
+            score = Manifest.read(checkpoint).about.get("validation", {}).get(SCORE)
+        except DamageError:
+            continue
+        if score is not None:
+            scores[checkpoint] = score
+    return max(scores, key=lambda path: (scores[path], -step_of(path))) if scores else None
+
+
+def _strip(checkpoint: Path) -> None:
+    """Leave only the weights of a checkpoint."""
+    try:
+        manifest = Manifest.read(checkpoint)
+    except DamageError:
+        return
+    weights = manifest.tensors[WEIGHTS]
+    files = {piece.file for tensor in weights.values() for piece in tensor.pieces}
+    kept = {name: file for name, file in manifest.files.items() if name in files}
+    Manifest(manifest.step, manifest.model, kept, {WEIGHTS: weights}, manifest.state, manifest.about).write(checkpoint)
+    for name in manifest.files.keys() - kept.keys():
+        (checkpoint / name).unlink(missing_ok=True)
 
 
 def load_checkpoint(
     directory: Path,
     policy: Policy,
     optimizer: torch.optim.Optimizer,
+    world: World,
     *,
     at_most: float = math.inf,
     further: Mapping[str, Policy] = MappingProxyType({}),
-) -> tuple[int, dict[str, Any]]:
-    """Load the newest complete checkpoint in `directory`, saved by any number of ranks: its finished steps, its state.
+) -> Manifest | None:
+    """Load the newest intact checkpoint in `directory`, saved by any number of ranks; returns its manifest.
 
+    A damaged one is named, and the one before it is loaded. Returns None if there is no checkpoint.
     at_most: the largest number of finished steps that is wanted. further: as it was saved.
 
-    Raises CheckpointError if there is none, or if it is of a model with other tensors.
+    Raises CheckpointError if all are damaged, or if one is of a model with other tensors.
     """
-    usable = [path for path in checkpoints(directory, resumable=True) if step_of(path) <= at_most]
-    if not usable:
-        raise CheckpointError(f"{directory}: no checkpoint to resume from; run without run.resume=true to start afresh")
-    settings = [{key: group[key] for key in ("betas", "weight_decay")} for group in optimizer.param_groups]
-    with _readable(usable[-1], policy) as saved:
-        weights, moments = get_state_dict(policy, optimizer, options=TRAINED)
-        dcp.load(weights, checkpoint_id=usable[-1] / WEIGHTS)
-        dcp.load(moments, checkpoint_id=usable[-1] / OPTIMIZER)
-        for name, other in further.items():  # in place, as in `load_weights`
-            dcp.load(get_model_state_dict(other, options=TRAINED), checkpoint_id=usable[-1] / FURTHER / name)
-    set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments, options=TRAINED)
-    for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update(own)  # keep those of the configuration
-    return saved["step"], saved.get("state", {})
+    damaged = []
+    found = _agreed(candidates(directory, at_most), world)
+    if found and not optimizer.state:
+        allocate_moments(optimizer)
+    parts = parts_of(policy, optimizer, further)
+    for checkpoint in reversed(found):
+        manifest, damage = _read(checkpoint, policy, parts, world)
+        if manifest is not None:
+            return manifest
+        damaged.append(f"{checkpoint} is damaged: {damage}")
+        if world.is_main:
+            print(f"warning: {damaged[-1]}; the checkpoint before it is tried", flush=True)
+    if damaged:
+        raise CheckpointError(
+            f"{directory}: no checkpoint is intact; {'; '.join(damaged[:3])}; to start again from the model, choose "
+            "another run.directory, or delete this one"
+        )
+    return None
 
 
-def load_weights(checkpoint: Path, policy: Policy) -> None:
-    """Load the trained weights of a checkpoint into the policy, whose frozen weights stay as they are."""
-    with _readable(checkpoint, policy):
-        # The state dict holds the policy's own tensors, and they are loaded in place.
-        dcp.load(get_model_state_dict(policy, options=TRAINED), checkpoint_id=checkpoint / WEIGHTS)
+def load_weights(checkpoint: Path, policy: Policy, world: World) -> None:
+    """Load the trained weights of a checkpoint into the policy, whose frozen weights stay as they are.
+
+    Raises CheckpointError if it is damaged, or of another model.
+    """
+    manifest, damage = _read(checkpoint, policy, parts_of(policy, None), world)
+    if manifest is None:
+        raise CheckpointError(f"{checkpoint} is damaged: {damage}; choose another checkpoint of the run")
+
+
+def _read(checkpoint: Path, policy: Policy, parts: Parts, world: World) -> tuple[Manifest | None, str]:
+    """Read the parts of a checkpoint; its manifest, or None and the damage that a rank found.
+
+    While tensors are read, a thread computes the digests of this rank's share of the files.
+    """
+    manifest, damages = None, []
+    try:
+        manifest = Manifest.read(checkpoint)
+        _compare(checkpoint, manifest.model, policy)
+        files = sorted(_files_of(manifest, parts))
+        for name in files:
+            check_size(checkpoint / name, manifest.files[name])
+        with ThreadPoolExecutor(1) as pool:
+            own = files[world.rank :: world.size]
+            checks = [pool.submit(check_digest, checkpoint / name, manifest.files[name]) for name in own]
+            damages += _error_of(lambda: read_parts(checkpoint, manifest, parts))
+            damages += [problem for check in checks for problem in _error_of(check.result)]
+    except DamageError as error:
+        damages.append(str(error))
+    release(policy)  # weights gathered before are the old ones
+    # A digest names the file that was changed; what else went wrong is a consequence.
+    found = exchange_rows(damages[::-1], world)
+    return (None, found[0]) if found else (manifest, "")
+
+
+def _files_of(manifest: Manifest, parts: Parts) -> set[str]:
+    """The files that hold the parts; also those of tensors that are not wanted, because their bytes are there too."""
+    return {
+        piece.file
+        for part in parts for tensor in manifest.tensors.get(part, {}).values() for piece in tensor.pieces
+    }  # fmt: skip
+
+
+def _error_of(call: Callable[[], Any]) -> list[str]:
+    """Call a function; the words of its error, if it fails because of a file."""
+    try:
+        call()
+    except (DamageError, OSError) as error:
+        return [_words(error)]
+    return []
+
+
+def _words(error: Exception) -> str:
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return text.partition("\n")[0][:300] or type(error).__name__
+
+
+def _agreed(paths: Sequence[Path], world: World) -> list[Path]:
+    """What rank 0 has found, on all ranks: directories on a shared disk may differ for a moment."""
+    return exchange_rows(list(paths) if world.is_main else [], world)
+
+
+def candidates(directory: Path, at_most: float = math.inf) -> list[Path]:
+    """Directories that have the name of a checkpoint that can be resumed, oldest first; they may be damaged."""
+    found = [path for path in directory.glob("step-*") if path.name[5:].isdecimal() and path.is_dir()]
+    usable = [path for path in found if step_of(path) <= at_most and not _has_weights_only(path)]
+    return sorted(usable, key=step_of)
 
 
 def checkpoints(directory: Path, *, resumable: bool = False) -> list[Path]:
     """Finished checkpoints, oldest first; `resumable`: only those that still have the optimizer's state."""
-    finished = (path for path in directory.glob("step-*") if (path / "hark.json").exists() and not path.suffix)
-    return sorted(path for path in finished if (path / OPTIMIZER).exists() or not resumable)
+    found = [
+        path for path in directory.glob("step-*") if path.name[5:].isdecimal() and (path / manifests.NAME).exists()
+    ]
+    return sorted((path for path in found if not (resumable and _has_weights_only(path))), key=step_of)
+
+
+def newest_intact(directory: Path) -> Manifest | None:
+    """The manifest of the newest checkpoint to resume from; only manifests are read."""
+    for checkpoint in reversed(candidates(directory)):
+        try:
+            return Manifest.read(checkpoint)
+        except DamageError:
+            continue
+    return None
+
+
+def _has_weights_only(checkpoint: Path) -> bool:
+    """Whether the optimizer's state was deleted, by the manifest: a file that is lost does not count."""
+    try:
+        return MOMENTS not in Manifest.read(checkpoint).tensors
+    except DamageError:
+        return False
 
 
 def step_of(checkpoint: Path) -> int:
@@ -131,103 +408,8 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def export(policy: Policy, target: Path, world: World, *, dtype: torch.dtype = torch.float32) -> None:
-    """Write a directory that transformers' `from_pretrained` loads, with the hub's tensor names, adapters merged.
-
-    Frozen weights, tokenizer and processor are copied from the checkpoint that the policy was loaded from.
-    """
-    from huggingface_hub import save_torch_state_dict
-
-    stored = StoredTensors(policy.directory, policy)
-    state: dict[str, torch.Tensor] = {}
-    tied = {name for name, first in tied_names(policy.model).items() if name != first}
-    for name, tensor in policy.model.state_dict(keep_vars=True).items():
-        if name in tied or is_adapter(name):
-            continue
-        delta = adapter_delta(policy, name)  # a collective, like `whole` in the next line
-        trained = whole(tensor) if tensor.requires_grad else None
-        if world.is_main:
-            value = stored.read(name) if trained is None else trained
-            value = value if delta is None else value.to(delta) + delta
-            is_buffer = not isinstance(tensor, torch.nn.Parameter)  # a buffer keeps its dtype, which may be integer
-            state[name] = value.cpu() if is_buffer else value.to("cpu", dtype)
-    if world.is_main:
-        with _replaced(target) as partial:
-            for file in policy.directory.iterdir():
-                if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):
-                    shutil.copy2(file, partial / file.name)
-            _set_dtype(partial / "config.json", dtype)
-            state = stored.as_stored(state) | {name: stored.read_stored(name) for name in stored.untouched}
-            state = {name: _own_memory(tensor) for name, tensor in state.items()}
-            save_torch_state_dict(state, partial, max_shard_size=SHARD_BYTES, metadata={"format": "pt"})
-    dist.barrier()
-
-
-def export_adapters(policy: Policy, target: Path, world: World) -> None:
-    """Write the policy's adapters in PEFT's format."""
-    state = adapter_tensors(policy)
-    if world.is_main:
-        with _replaced(target) as partial:
-            write_adapters(policy, state, partial)
-    dist.barrier()
-
-
-def _own_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that shares its memory with no other: pieces of one would be taken for tied weights."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-
-
-@contextmanager
-def _replaced(target: Path) -> Iterator[Path]:
-    """An empty directory to write to; at the end of the block it replaces `target`."""
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
-
-
-def _set_dtype(path: Path, dtype: torch.dtype) -> None:
-    """Write the dtype of the stored weights into their config.json."""
-    config = json.loads(path.read_text())
-    config.pop("torch_dtype", None)  # its name in older files
-    path.write_text(json.dumps(config | {"dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n")
-
-
-@contextmanager
-def _readable(checkpoint: Path, policy: Policy) -> Iterator[dict[str, Any]]:
-    """Check a checkpoint and yield its manifest; reading errors, inside the block too, become CheckpointErrors."""
-    try:
-        saved = json.loads((checkpoint / "hark.json").read_text())
-        _compare(checkpoint, saved["tensors"], _signature(policy))
-        yield saved
-    except (OSError, ValueError, KeyError, CheckpointException) as error:
-        raise CheckpointError(
-            f"{checkpoint} cannot be read ({error}); expected a complete checkpoint; delete it to use the one before, "
-            "if there is one"
-        ) from error
-
-
-@contextmanager
-def _writable(partial: Path) -> Iterator[None]:
-    """Turn torch's errors of writing, which are no Exceptions, into CheckpointErrors."""
-    try:
-        yield
-    except CheckpointException as error:
-        cause, _ = next(iter(error.failures.values()))
-        raise CheckpointError(
-            f"{partial} cannot be written ({cause}); make room there, then continue from the checkpoint before, if "
-            "there is one, with run.resume=true"
-        ) from error
-
-
-def _signature(policy: Policy) -> dict[str, list[int]]:
-    return {name: list(tensor.shape) for name, tensor in policy.model.state_dict().items()}
-
-
-def _compare(path: Path, saved: dict[str, list[int]], own: dict[str, list[int]]) -> None:
+def _compare(path: Path, saved: Mapping[str, Sequence[int]], policy: Policy) -> None:
+    own = {name: list(tensor.shape) for name, tensor in policy.model.state_dict().items()}
     differing = sorted(name for name in saved.keys() | own.keys() if saved.get(name) != own.get(name))
     if differing:
         name = differing[0]

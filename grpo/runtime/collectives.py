@@ -16,8 +16,10 @@ import torch
 import torch.distributed as dist
 
 from hark.grpo.config import ConfigError
+from hark.grpo.runtime.interrupt import Interrupted, Interruption
 
-TIMEOUT = timedelta(hours=1)  # of one collective; ranks wait while rank 0 writes an export of many gigabytes
+# Of one collective. The watchdog ends a run long before; ranks wait while rank 0 writes an export of many gigabytes.
+TIMEOUT = timedelta(hours=1)
 GIB = 2**30
 
 Timestamp: TypeAlias = "float | torch.cuda.Event"  # the host's clock, or an event in a stream of the GPU
@@ -32,6 +34,7 @@ class CollectiveMeter:
 
     def __init__(self, device: torch.device):
         self._device = device
+        self.waits = False  # whether a collective is running
         self.start()
 
     def start(self) -> None:
@@ -44,7 +47,9 @@ class CollectiveMeter:
     def measure(self, received: float = 0.0) -> Iterator[None]:
         """Add the time of the block and the bytes that it received."""
         began = self.now()
+        self.waits = True
         yield
+        self.waits = False  # not after an error: then this rank is not the cause
         self.add(began, received)
 
     def add(self, began: Timestamp, received: float) -> None:
@@ -79,17 +84,54 @@ class CollectiveMeter:
         return self._started.elapsed_time(moment) / 1000
 
 
+class Progress:
+    """Where the main thread of this rank is; the watchdog of another rank reads it.
+
+    doing: the phase, in words. patience: seconds that it may take, if that is longer than run.patience.
+    """
+
+    def __init__(self, meter: CollectiveMeter):
+        self._meter = meter
+        self._count, self._patience = 0, 0.0
+        self.doing = "start"
+
+    def mark(self, doing: str | None = None) -> None:
+        """Note that there is progress, and what begins, if that is something else."""
+        self._count += 1
+        self.doing = doing or self.doing
+
+    @contextmanager
+    def during(self, doing: str, *, patience: float = 0.0) -> Iterator[None]:
+        """Note what the block does."""
+        before = self.doing, self._patience
+        self._patience = patience
+        self.mark(doing)
+        yield
+        self.doing, self._patience = before
+        self.mark()
+
+    def now(self) -> tuple[int, bool, str, float]:
+        """A count that grows with progress, whether a collective waits for other ranks, the phase, and its patience."""
+        return self._count, self._meter.waits, self.doing, self._patience
+
+
 @dataclass(frozen=True)
 class World:
-    """The rank of this process, the number of processes, and the device and the meter of this one."""
+    """The rank of this process, the number of processes, and of this one the device, the meter, where it is, and the
+    signal that it has received.
+    """
 
     rank: int
     size: int
     device: torch.device
     meter: CollectiveMeter = field(init=False, repr=False, compare=False)
+    progress: Progress = field(init=False, repr=False, compare=False)
+    interruption: Interruption = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "meter", CollectiveMeter(self.device))
+        object.__setattr__(self, "progress", Progress(self.meter))
+        object.__setattr__(self, "interruption", Interruption())
 
     @property
     def is_main(self) -> bool:
@@ -159,11 +201,17 @@ def reduce_tensor(tensor: torch.Tensor, world: World) -> torch.Tensor:
     return tensor
 
 
+def check_interrupted(world: World) -> None:
+    """Raise Interrupted on all ranks if one of them has received a signal."""
+    if number := reduce_max(world.interruption.signal, world):
+        raise Interrupted("interrupted", number)
+
+
 def reduce_max(value: int, world: World) -> int:
-    """The largest of the ranks' values."""
+    """The largest of the ranks' values. It is exchanged by the hosts, so that none waits for its GPU."""
     if world.size == 1:
         return value
-    largest = torch.tensor(value, device=world.device)
+    largest = torch.tensor(value)
     with world.meter.measure():
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return int(largest)

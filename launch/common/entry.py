@@ -2,37 +2,41 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 from hark import UserError
+from hark.grpo.runtime.leaving import claim_report, report
 from hark.grpo.runtime.out_of_memory import is_out_of_memory, reason
+from hark.shown import shown
 
 # Seconds until one of several processes reports an unexpected error. If the cause is that another process has ended,
 # the launcher ends this one before that.
 PATIENCE = 3.0
-INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended: 128 + SIGINT
+LINES, LONGEST = 20, 1000  # of an error's message: lines, and characters of each
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # errors of a disk that takes nothing more
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Call `main` with the command line, then end the process: status 0, 1 after an error, 130 after Ctrl-C.
+    """Call `main` with the command line, then end the process: status 0, 1 after an error, 128 + a signal's number.
 
     A UserError is printed as one line, another error with its traceback. Of several processes one prints.
     """
     try:
         status = _status(main)
     except KeyboardInterrupt as interrupt:  # also one that came while `_status` handled an error
-        status = INTERRUPTED
+        status = 128 + getattr(interrupt, "signal", signal.SIGINT)
         if os.environ.get("RANK", "0") == "0":
-            _claim_report()
+            claim_report()
             print(str(interrupt) or "interrupted", file=sys.stderr)
     except BrokenPipeError:  # the reader of the output has ended, as `head` does
         status = 1
-        _claim_report()
+        claim_report()
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     # Not by sys.exit: FSDP holds references to the process group until the interpreter is finalised. A gloo thread may
     # then abort the process (observed in 3 of 25 runs), and NCCL may wait for ranks that have failed.
@@ -47,13 +51,16 @@ def _status(main: Callable[[list[str]], None]) -> int:
     try:
         main(sys.argv[1:])
     except UserError as error:
-        status = _report(f"error: {error}")
+        status = _report(f"error: {in_lines(error)}")
     except SystemExit as end:  # argparse has printed its message
         status = end.code if isinstance(end.code, int) else _report(end.code) if end.code else 0
     except (BrokenPipeError, KeyboardInterrupt):
         raise
     except BaseException as error:  # some of torch's errors are no Exception
-        if is_out_of_memory(error):
+        if isinstance(error, OSError) and error.errno in DISK:
+            where = f"{error.filename}: " if error.filename else ""
+            status = _report(f"error: {where}{error.strerror}; make room there, or choose another directory")
+        elif is_out_of_memory(error):
             status = _report(f"error: out of memory ({reason(error)}); `hark plan` says what to change")
         else:
             text = traceback.format_exc().rstrip()
@@ -64,25 +71,12 @@ def _status(main: Callable[[list[str]], None]) -> int:
     return status
 
 
+def in_lines(error: UserError) -> str:
+    """The message of an error as a terminal may show it: it may quote what came from a data set or a model."""
+    first = str(error).split("\n")[:LINES]
+    return "\n".join(shown(line, LONGEST) for line in first)
+
+
 def _report(text: str) -> int:
-    """Print an error unless another process of this run has printed one: the first error causes the others."""
-    if _claim_report():
-        print(text, file=sys.stderr)
+    report(text)
     return 1
-
-
-def _claim_report() -> bool:
-    """Whether this process is the first of its run on this machine to ask; later ones must not report their errors.
-
-    torchrun gives each run a directory, in which the first one leaves a file.
-    """
-    own = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not own:
-        return True
-    try:
-        (Path(own).parents[1] / "reported").touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    except OSError:  # two reports are better than none
-        return True
-    return True

@@ -21,7 +21,7 @@ from hark.grpo.config import Config, ConfigError
 from hark.grpo.instruments.draft import recorded_advantages
 from hark.grpo.instruments.record import RecordError, StepRecord, joined
 from hark.grpo.learner import Key
-from hark.grpo.runtime.checkpoint import checkpoints, load_checkpoint, step_of
+from hark.grpo.runtime.checkpoint import load_checkpoint
 from hark.grpo.runtime.collectives import World, gather_rows
 from hark.grpo.trainer import Trainer
 from hark.grpo.types import Rollout
@@ -51,14 +51,14 @@ def prepared_trainer(config: Config, world: World) -> Iterator[Trainer]:
 
 def restore(trainer: Trainer, run: Path, step: int) -> int:
     """Load the newest checkpoint of a run before `step`; returns its finished steps, 0 for the model it began with."""
-    saved = [path for path in checkpoints(run / "checkpoints", resumable=True) if step_of(path) < step]
-    if not saved:
+    manifest = load_checkpoint(
+        run / "checkpoints", trainer.policy, trainer.optimizer, trainer.world, at_most=step - 1,
+        further=trainer.further_policies(),
+    )  # fmt: skip
+    if manifest is None:
         return 0
-    finished, state = load_checkpoint(
-        run / "checkpoints", trainer.policy, trainer.optimizer, at_most=step - 1, further=trainer.further_policies()
-    )
-    trainer.restore(state)
-    return finished
+    trainer.restore(manifest.state)
+    return manifest.step
 
 
 def rerun(trainer: Trainer, record: StepRecord) -> StepRecord | None:

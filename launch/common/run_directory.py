@@ -1,17 +1,27 @@
-"""Checks that a run directory holds no other run."""
+"""Checks that a run directory holds no other run, and says what has changed when a run is resumed."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import yaml
-
+import hark.data
+import hark.grpo
+import hark.launch
+import hark.models
 from hark.grpo.config import Config, ConfigError
+from hark.grpo.runtime.checkpoint import newest_intact
+from hark.grpo.runtime.collectives import World
+from hark.grpo.runtime.manifest import sha256_of
+from hark.launch.common.plain_yaml import read_options
+from hark.launch.common.questions import weighted
 
 # Options that must not change when a run is resumed: those of the model, of what is trained, and of the order of the
-# data. All others, such as the learning rate and the reward weights, may change.
+# data. With others the run would be another one.
 FIXED = (
     ("run", "seed"),
     ("model", "path"),
@@ -33,6 +43,23 @@ FIXED = (
     ("optim", "prompts_per_step"),
 )
 OF_STAGES = ("optim", "steps")  # the stages of a curriculum divide the whole run
+# Options that change neither the updates nor what is measured; they may always change.
+FREE_SECTIONS = ("run", "sharding", "evaluation", "checkpoint", "log", "record")
+FREE = (
+    ("model", "tower_cache"),
+    ("model", "recompute"),
+    ("model", "attention"),
+    ("data", "workers"),
+    ("data", "audio_root"),
+    ("rollout", "batch"),
+    ("rollout", "cuda_graphs"),
+    ("reward", "timeout"),
+    ("reward", "workers"),
+    ("reward", "on_error"),
+    ("optim", "micro_batch"),
+    ("optim", "skip_nonfinite"),
+)
+RANKS, DATA = "ranks", "data"  # names in run.allow_changed that are no options
 
 
 def check_run_directory(config: Config) -> None:
@@ -48,7 +75,7 @@ def check_run_directory(config: Config) -> None:
 
 def _refuse_another_run(config: Config, directory: Path) -> None:
     path = directory / "config.yaml"
-    before = yaml.safe_load(path.read_text()) if path.exists() else {}
+    before = read_options(path)
     keys = (*FIXED, OF_STAGES) if config.data.order == "staged" else FIXED
     for name, old, new in changed(before, config, keys):
         raise ConfigError(
@@ -65,5 +92,65 @@ def changed(before: dict, config: Config, keys: Sequence[tuple[str, str]]) -> It
     now = dataclasses.asdict(config)
     for section, key in keys:
         old, new = before.get(section, {}).get(key, now[section][key]), now[section][key]
-        if old != new:
+        if old != new and old != json.loads(json.dumps(new)):  # a checkpoint has the configuration as JSON
             yield f"{section}.{key}", old, new
+
+
+def facts(config: Config, world: World) -> dict[str, Any]:
+    """What a checkpoint says about its run: the configuration, the digests of the data files, the code, the ranks."""
+    files = data_files(config) if world.is_main else []
+    return {
+        "config": dataclasses.asdict(config),
+        "data": {name: sha256_of(Path(name)) for name in files if Path(name).is_file()},  # the others are on a hub
+        "code": source_digest(),
+        "ranks": world.size,
+    }
+
+
+def check_changes(config: Config, about: Mapping[str, Any]) -> None:
+    """Say what differs from the checkpoint from which a run is resumed. Raises ConfigError for what is not allowed.
+
+    about: the facts of the resumed run.
+    """
+    manifest = newest_intact(Path(config.run.directory) / "checkpoints")
+    if manifest is None:
+        return
+    changes = dict(_changes(config, manifest.about, about))
+    refused = [name for name in changes if name not in config.run.allow_changed]
+    if refused:
+        raise ConfigError(
+            f"{config.run.directory}: since its checkpoint of step {manifest.step} "
+            f"{'; '.join(changes[name] for name in refused)}; to go on all the same: "
+            f"run.allow_changed=[{','.join([*config.run.allow_changed, *refused])}]"
+        )
+    code = ["the code of hark has changed"] if manifest.about.get("code", about["code"]) != about["code"] else []
+    for text in (*changes.values(), *code):
+        print(f"since the checkpoint of step {manifest.step} {text}", flush=True)
+
+
+def _changes(config: Config, before: Mapping[str, Any], about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What run.allow_changed must name, each with a sentence."""
+    options = [(section, key) for section, values in about["config"].items() for key in values]
+    asked = [pair for pair in options if pair[0] not in FREE_SECTIONS and pair not in FREE]
+    for name, old, new in changed(before.get("config", {}), config, asked):
+        yield name, f"{name} has changed from {old!r} to {new!r}"
+    for name, digest in about["data"].items():
+        if before.get("data", {}).get(name, digest) != digest:
+            yield DATA, f"the contents of {name} have changed"
+    if before.get("ranks", about["ranks"]) != about["ranks"]:
+        yield RANKS, f"the number of ranks has changed from {before['ranks']} to {about['ranks']}"
+
+
+def data_files(config: Config) -> list[str]:
+    """The files of the questions of training and validation."""
+    named = [files for files in (config.data.train, config.data.validation) if files is not None]
+    return [name for files in named for name in weighted(files)[0]]
+
+
+def source_digest() -> str:
+    """The SHA-256 of the sources of hark."""
+    digest = hashlib.sha256()
+    for package in (hark.grpo, hark.models, hark.data, hark.launch):
+        for path in sorted(Path(package.__path__[0]).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()

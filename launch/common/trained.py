@@ -34,7 +34,7 @@ class Subject:
         """The policy, sharded over the world."""
         policy = make_policy(self.config, world, train=self.checkpoint is not None)  # only trained weights are loaded
         if self.checkpoint is not None:
-            load_weights(self.checkpoint, policy)
+            load_weights(self.checkpoint, policy, world)
             if world.is_main:
                 print(f"now with the weights of {self.name}", flush=True)
         return policy

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from hark.grpo.config import Config, ConfigError, differences
 from hark.grpo.instruments.trackers import check_trackers
 from hark.grpo.learner import Learner
 from hark.grpo.runtime.collectives import World, joined_world
+from hark.grpo.runtime.lock import locked
 from hark.launch.common.exports import announce_export
 from hark.launch.common.policies import make_policy
 from hark.launch.common.questions import (
@@ -28,7 +31,7 @@ from hark.launch.common.questions import (
     training_loader,
     validation_figures,
 )
-from hark.launch.common.run_directory import check_run_directory
+from hark.launch.common.run_directory import check_changes, check_run_directory, facts
 from hark.models.loading import read_family
 
 
@@ -38,9 +41,13 @@ def train(config: Config, make_trainer: Callable[..., Learner], *, judged: bool,
     judged: whether rewards judge completions to the training examples, whose right answers must then be possible.
     answered: what needs the right answers of all training examples; "" where nothing does.
     """
-    with joined_world(threads=config.run.threads) as world:
+    config = restarted(config)
+    with joined_world(threads=config.run.threads) as world, locked(Path(config.run.directory), world):
         announce(config, world)
         check_training(config, world)
+        about = facts(config, world)
+        if config.run.resume and world.is_main:
+            check_changes(config, about)
         # The data is checked before the weights are read, which takes minutes for a large model.
         curriculum_of(config)  # raises if the data have no such order
         family = read_family(config.model.path, config.model.policy)
@@ -57,11 +64,18 @@ def train(config: Config, make_trainer: Callable[..., Learner], *, judged: bool,
         validate = partial(validation_figures, config, world, policy, held_out) if held_out else None
         with training_loader(config, world, policy, examples) as loader:
             parts = dict(data=loader, validate=validate, describe=described, listen=listening(config, policy))
-            loop.train(make_trainer(config, world, policy, **parts))
+            loop.train(make_trainer(config, world, policy, **parts), about=about)
             if config.checkpoint.export and world.is_main:
                 announce_export(Path(config.run.directory) / "model")
             if loader.bad:
                 print(f"{len(loader.bad)} more bad examples skipped, listed in {bad_log(config).path}", flush=True)
+
+
+def restarted(config: Config) -> Config:
+    """The configuration of a run that torchrun has started again (--max-restarts): it resumes."""
+    if not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        return config
+    return replace(config, run=replace(config.run, resume=True))
 
 
 def announce(config: Config, world: World) -> None:

@@ -37,7 +37,8 @@ import torch
 from hark.grpo.config import ConfigError
 from hark.grpo.instruments.flops import Cost, best_matmul_rate, cost_of, macs
 from hark.grpo.instruments.memory_tracker import MemoryTracker
-from hark.grpo.optimizer import allocate_moments, build_optimizer, clip_gradients
+from hark.grpo.optimizer import build_optimizer, clip_gradients
+from hark.grpo.runtime.shards import allocate_moments
 from hark.grpo.types import Rollout
 from hark.launch.common.entry import run
 from hark.launch.studies.baseline import Baseline

@@ -1,0 +1,85 @@
+"""Export of a policy to an ordinary Hugging Face directory, and of its adapters in PEFT's format."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from hark.grpo.runtime.collectives import World
+from hark.models.directory import files_to_copy
+from hark.models.loading import tied_names
+from hark.models.lora import adapter_delta, adapter_tensors, is_adapter, whole, write_adapters
+from hark.models.policy import Policy
+from hark.models.stored import StoredTensors
+
+SHARD_BYTES = "5GB"  # of one safetensors file of an export
+
+
+def export(policy: Policy, target: Path, world: World, *, dtype: torch.dtype = torch.float32) -> None:
+    """Write a directory that transformers' `from_pretrained` loads, with the hub's tensor names, adapters merged.
+
+    Frozen weights, tokenizer and processor are copied from the checkpoint that the policy was loaded from.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    stored = StoredTensors(policy.directory, policy)
+    state: dict[str, torch.Tensor] = {}
+    tied = {name for name, first in tied_names(policy.model).items() if name != first}
+    for name, tensor in policy.model.state_dict(keep_vars=True).items():
+        if name in tied or is_adapter(name):
+            continue
+        delta = adapter_delta(policy, name)  # a collective, like `whole` in the next line
+        trained = whole(tensor) if tensor.requires_grad else None
+        if world.is_main:
+            value = stored.read(name) if trained is None else trained
+            value = value if delta is None else value.to(delta) + delta
+            is_buffer = not isinstance(tensor, torch.nn.Parameter)  # a buffer keeps its dtype, which may be integer
+            state[name] = value.cpu() if is_buffer else value.to("cpu", dtype)
+    if world.is_main:
+        with _replaced(target) as partial:
+            for file in files_to_copy(policy.directory):
+                shutil.copy2(file, partial / file.name)
+            _set_dtype(partial / "config.json", dtype)
+            state = stored.as_stored(state) | {name: stored.read_stored(name) for name in stored.untouched}
+            state = {name: _own_memory(tensor) for name, tensor in state.items()}
+            save_torch_state_dict(state, partial, max_shard_size=SHARD_BYTES, metadata={"format": "pt"})
+    dist.barrier()
+
+
+def export_adapters(policy: Policy, target: Path, world: World) -> None:
+    """Write the policy's adapters in PEFT's format."""
+    state = adapter_tensors(policy)
+    if world.is_main:
+        with _replaced(target) as partial:
+            write_adapters(policy, state, partial)
+    dist.barrier()
+
+
+def _own_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that shares its memory with no other: pieces of one would be taken for tied weights."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+@contextmanager
+def _replaced(target: Path) -> Iterator[Path]:
+    """An empty directory to write to; at the end of the block it replaces `target`."""
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+
+
+def _set_dtype(path: Path, dtype: torch.dtype) -> None:
+    """Write the dtype of the stored weights into their config.json."""
+    config = json.loads(path.read_text())
+    config.pop("torch_dtype", None)  # its name in older files
+    path.write_text(json.dumps(config | {"dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n")

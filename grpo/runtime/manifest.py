@@ -1,0 +1,202 @@
+"""The manifest of a checkpoint: its files with size and digest, and where in them each tensor is.
+
+It is a JSON file with a digest of itself, written after all other files. Nothing in it is executed, and what it says is
+checked before it is used, because a checkpoint may come from anywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+NAME = "hark.json"
+LARGEST = 2**30  # bytes of a manifest that are read
+FILE_NAME = re.compile(r"[A-Za-z0-9_.]+-[0-9]{5}-of-[0-9]{5}\.safetensors")  # in the checkpoint's own directory
+BLOCK = 2**22  # bytes hashed at a time
+
+Shape = tuple[int, ...]
+
+
+class DamageError(Exception):
+    """A checkpoint whose files are not those that were written. The message names the file."""
+
+
+@dataclass(frozen=True)
+class File:
+    """The size in bytes and the SHA-256 of a file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of a tensor: the file that holds it under the tensor's name, its first index, and its shape."""
+
+    file: str
+    offset: Shape
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """The shape of a whole tensor, and the pieces of which it consists."""
+
+    shape: Shape
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint holds.
+
+    model: the shape of every tensor of the policy's model, by which another model is recognised. tensors: what is
+    saved, by part and name. state: values that the learner needs to go on. about: the run that wrote it.
+    """
+
+    step: int
+    model: dict[str, list[int]]
+    files: dict[str, File]
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, directory: Path) -> None:
+        """Write the manifest of a checkpoint; the old one is there until the new one is on the disk."""
+        body = dataclasses.asdict(self)
+        temporary = directory / f"{NAME}.new"
+        with temporary.open("wb") as out:
+            out.write(_encoded(body | {"sha256": hashlib.sha256(_encoded(body)).hexdigest()}))
+            synced(out.fileno())
+        os.replace(temporary, directory / NAME)
+        sync_directory(directory)
+
+    @staticmethod
+    def read(checkpoint: Path) -> Manifest:
+        """The manifest of a checkpoint. Raises DamageError if it is not as it was written, or is not that of its name.
+
+        Only the manifest is read; see `File` for the other files.
+        """
+        path = checkpoint / NAME
+        try:
+            if path.stat().st_size > LARGEST:
+                raise DamageError(f"{NAME} has more than {LARGEST} bytes")
+            raw = path.read_bytes()
+            values = json.loads(raw)
+            body = {key: value for key, value in values.items() if key != "sha256"}
+            # The bytes are compared, not only the values: so each byte is covered.
+            if raw != _encoded(body | {"sha256": hashlib.sha256(_encoded(body)).hexdigest()}):
+                raise DamageError(f"{NAME} does not agree with its own digest")
+            manifest = _manifest(**body)
+        except OSError as error:
+            raise DamageError(f"{NAME} cannot be read ({error.strerror})") from error
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+            raise DamageError(f"{NAME} is no manifest ({type(error).__name__})") from error
+        if checkpoint.name != name_of(manifest.step):
+            raise DamageError(f"{NAME} is that of step {manifest.step}")
+        return manifest
+
+
+def name_of(step: int) -> str:
+    """The name of the directory of a checkpoint after `step` finished steps."""
+    return f"step-{step:06d}"
+
+
+def check_size(path: Path, file: File) -> None:
+    """Raise DamageError if a file is missing, is no plain file, or has another size."""
+    if not path.is_file() or path.is_symlink():
+        raise DamageError(f"{path.name} is missing")
+    if path.stat().st_size != file.size:
+        raise DamageError(f"{path.name} has {path.stat().st_size} bytes instead of {file.size}")
+
+
+def check_digest(path: Path, file: File) -> None:
+    """Raise DamageError if a file has other contents than those that were written."""
+    if sha256_of(path) != file.sha256:
+        raise DamageError(f"{path.name} does not agree with its digest")
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file. The interpreter's lock is free meanwhile."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        block = memoryview(bytearray(BLOCK))
+        while size := file.readinto(block):
+            digest.update(block[:size])
+    return digest.hexdigest()
+
+
+def synced(descriptor: int) -> None:
+    """Write what the system still holds of a file to the disk."""
+    os.fsync(descriptor)
+
+
+def sync_directory(directory: Path) -> None:
+    """Write the names in a directory to the disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _encoded(values: dict[str, Any]) -> bytes:
+    return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _manifest(*, step: Any, model: Any, files: Any, tensors: Any, state: Any, about: Any) -> Manifest:
+    """The manifest of decoded JSON. Raises ValueError, TypeError, KeyError or AttributeError if it is not one."""
+    if not all(isinstance(part, dict) for part in (model, files, tensors, state, about)):
+        raise TypeError("an object was expected")
+    known = {_file_name(name): File(_count(file["size"]), str(file["sha256"])) for name, file in files.items()}
+    return Manifest(
+        step=_count(step),
+        model={str(name): list(_shape(shape)) for name, shape in model.items()},
+        files=known,
+        tensors={
+            str(part): {str(name): _tensor(values, known) for name, values in group.items()}
+            for part, group in tensors.items()
+        },
+        state=state,
+        about=about,
+    )
+
+
+def _tensor(values: Any, files: dict[str, File]) -> Tensor:
+    shape = _shape(values["shape"])
+    pieces = tuple(_piece(piece, shape, files) for piece in values["pieces"])
+    if sum(math.prod(piece.shape) for piece in pieces) != math.prod(shape):
+        raise ValueError("the pieces of a tensor do not make the whole")
+    return Tensor(shape, pieces)
+
+
+def _piece(values: Any, whole: Shape, files: dict[str, File]) -> Piece:
+    offset, shape = _shape(values["offset"]), _shape(values["shape"])
+    if values["file"] not in files or len(offset) != len(whole) or len(shape) != len(whole):
+        raise ValueError("a piece of a tensor is in no file, or has another number of dimensions")
+    if any(first + size > limit for first, size, limit in zip(offset, shape, whole, strict=True)):
+        raise ValueError("a piece of a tensor ends outside it")
+    return Piece(values["file"], offset, shape)
+
+
+def _shape(values: Any) -> Shape:
+    return tuple(_count(value) for value in values)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise TypeError("a count was expected")
+    return value
+
+
+def _file_name(name: str) -> str:
+    if not FILE_NAME.fullmatch(name):
+        raise ValueError("a file with such a name is not part of a checkpoint")
+    return name

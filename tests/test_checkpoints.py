@@ -1,0 +1,387 @@
+"""Checkpoints: every byte counts, a damaged one is named and the one before it is used, nothing in them is executed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from hark.grpo import loop
+from hark.grpo.config import ConfigError
+from hark.grpo.runtime import checkpoint as module
+from hark.grpo.runtime.checkpoint import CheckpointError, Saver, best_of, checkpoints, load_checkpoint
+from hark.grpo.runtime.collectives import World
+from hark.grpo.runtime.manifest import DamageError, Manifest
+from hark.launch.common.config_file import load_config
+from hark.launch.common.policies import make_policy
+from hark.launch.common.run_directory import check_changes, facts
+from tests.clips import write_questions
+from tests.ranks import on_ranks
+from tests.runs import ROUNDING, build, computed, largest_difference, read_metrics, train
+
+TRIALS = 60  # damaged bytes, beside cuts and deletions
+
+
+@pytest.fixture
+def settings(qwen2_audio_dir, tmp_path) -> list[str]:
+    questions = write_questions(tmp_path, 8)
+    path = tmp_path / "small.yaml"
+    path.write_text(
+        f"run: {{directory: {tmp_path}/run, threads: 1}}\n"
+        f"model: {{path: {qwen2_audio_dir}}}\n"
+        f"data: {{train: {questions}}}\n"
+        "rollout: {group_size: 4, max_new_tokens: 6}\n"
+        "optim: {prompts_per_step: 4, micro_batch: 2, lr: 1e-3, steps: 2}\n"
+        "checkpoint: {every: 1, export: false}\n"
+        "evaluation: {every: 0}\n"
+        "log: {completions: 0}\n"
+    )
+    return [str(path)]
+
+
+@pytest.fixture
+def run(settings, tmp_path) -> Path:
+    on_ranks(1, train, settings)
+    return tmp_path / "run" / "checkpoints"
+
+
+def loaded(settings: list[str], directory: Path, ranks: int = 1) -> int:
+    """The steps of the checkpoint that is loaded."""
+    steps = []
+
+    def load(world: World) -> None:
+        policy = make_policy(load_config(settings), world)
+        manifest = load_checkpoint(directory, policy, torch.optim.AdamW(policy.parameters()), world)
+        steps.append(manifest.step if manifest else None)
+
+    on_ranks(ranks, load)
+    return steps[0]
+
+
+CUTS = ("cut", "longer", "lost", "empty")
+
+
+def test_any_changed_cut_or_lost_byte_is_noticed_and_the_checkpoint_before_is_used(settings, run, capsys):
+    """A flipped bit anywhere in any file, a cut anywhere, a byte more, a lost file: none goes unnoticed."""
+    whole, chance = run / "step-000002", random.Random(0)
+    files = sorted(whole.iterdir())
+    assert [path.name for path in files] == [
+        "hark.json", "optimizer-00000-of-00001.safetensors", "weights-00000-of-00001.safetensors",
+    ]  # fmt: skip
+    faults = [(chance.choice(files), "bit") for _ in range(TRIALS)] + [(path, cut) for path in files for cut in CUTS]
+
+    def check(world: World) -> None:
+        policy = make_policy(load_config(settings), world)
+        optimizer = torch.optim.AdamW(policy.parameters())
+        assert load_checkpoint(run, policy, optimizer, world).step == 2
+        for path, kind in faults:
+            kept = path.read_bytes()
+            _damage(path, kind, chance)
+            capsys.readouterr()
+            assert load_checkpoint(run, policy, optimizer, world).step == 1, (path.name, kind)
+            said = capsys.readouterr().out
+            assert "step-000002 is damaged" in said and path.name in said, (path.name, kind, said)
+            path.write_bytes(kept)
+        assert load_checkpoint(run, policy, optimizer, world).step == 2
+
+    on_ranks(1, check)
+
+
+def _damage(path: Path, kind: str, chance: random.Random) -> None:
+    content = bytearray(path.read_bytes())
+    if kind == "bit":
+        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+    elif kind == "cut":
+        content = content[: chance.randrange(1, len(content))]
+    elif kind == "longer":
+        content += b"\0"
+    path.write_bytes(b"" if kind == "empty" else content)
+    if kind == "lost":
+        path.unlink()
+
+
+def test_with_no_intact_checkpoint_the_run_stops_and_names_the_files(settings, run):
+    for step in (1, 2):
+        next(run.glob(f"step-{step:06d}/weights-*")).write_bytes(b"")
+    with pytest.raises(CheckpointError, match="no checkpoint is intact.*step-000002 is damaged: weights-.*step-000001"):
+        on_ranks(1, train, [*settings, "run.resume=true"])
+
+
+def test_a_manifest_of_another_step_is_damaged(settings, run):
+    shutil.rmtree(run / "step-000002")
+    (run / "step-000001").rename(run / "step-000007")
+    with pytest.raises(CheckpointError, match="step-000007 is damaged: hark.json is that of step 1"):
+        on_ranks(1, train, [*settings, "run.resume=true"])
+
+
+def test_steps_are_compared_as_numbers(settings, run):
+    for old, new in ((1, 999999), (2, 1000000)):
+        path = (run / f"step-{old:06d}").rename(run / f"step-{new:06d}")
+        dataclasses.replace(_read(path, old), step=new).write(path)
+    assert [path.name for path in checkpoints(run)] == ["step-999999", "step-1000000"]
+    assert loaded(settings, run) == 1000000
+
+
+def _read(path: Path, step: int) -> Manifest:
+    """The manifest of a checkpoint whose directory was renamed."""
+    place = path.with_name(f"step-{step:06d}")
+    place.mkdir()
+    shutil.copy(path / "hark.json", place)
+    try:
+        return Manifest.read(place)
+    finally:
+        shutil.rmtree(place)
+
+
+class Evil:
+    """Its pickle writes a file when it is read."""
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def __reduce__(self):
+        return open, (str(self._path), "w")
+
+
+@pytest.mark.parametrize("name", ["hark.json", "weights-00000-of-00001.safetensors"])
+def test_a_pickle_in_a_checkpoint_is_not_run(name, settings, run, tmp_path):
+    written = tmp_path / "written-by-the-pickle"
+    (run / "step-000002" / name).write_bytes(pickle.dumps(Evil(written)))
+    assert loaded(settings, run) == 1
+    assert not written.exists()
+    pickle.loads((run / "step-000002" / name).read_bytes())
+    assert written.exists(), "a loader of pickles would have run it"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda body: body["files"].update({"../../outside.safetensors": {"size": 1, "sha256": ""}}), "no manifest"),
+        (lambda body: body["tensors"]["weights"].popitem(), "has other tensors"),
+        (lambda body: body["model"].popitem(), None),
+        (lambda body: body["files"].clear(), "no manifest"),
+        (lambda body: body.update(step=-1), "no manifest"),
+        (lambda body: next(iter(body["tensors"]["weights"].values()))["pieces"][0]["offset"].append(0), "no manifest"),
+        (lambda body: next(iter(body["tensors"]["weights"].values()))["pieces"].clear(), "no manifest"),
+    ],
+)
+def test_a_manifest_with_a_right_digest_is_checked_all_the_same(change, said, settings, run):
+    """As one that somebody has made: its own digest is right, and what it says is not."""
+    path = run / "step-000002"
+    body = dataclasses.asdict(Manifest.read(path))
+    body = json.loads(json.dumps(body))
+    change(body)
+    (path / "hark.json").write_bytes(_signed(body))
+    shutil.rmtree(run / "step-000001")
+    with pytest.raises(CheckpointError, match=said or "checkpoint of another model"):
+        loaded(settings, run)
+
+
+def _signed(body: dict) -> bytes:
+    from hashlib import sha256
+
+    from hark.grpo.runtime.manifest import _encoded
+
+    return _encoded(body | {"sha256": sha256(_encoded(body)).hexdigest()})
+
+
+def test_one_rank_resumes_what_two_saved_and_the_other_way_round(settings, tmp_path):
+    """The weights are those of an uninterrupted run, to the rounding of sums in another order."""
+    longer = ["optim.steps=4", "checkpoint.export=true", "optim.schedule=constant"]
+    on_ranks(1, train, [*settings, *longer, f"run.directory={tmp_path}/whole"])
+    for first, second in ((1, 2), (2, 1)):
+        place = f"run.directory={tmp_path}/{first}"
+        on_ranks(first, train, [*settings, place, "optim.schedule=constant"])
+        on_ranks(second, train, [*settings, *longer, place, "run.resume=true"])
+        assert [line["step"] for line in read_metrics(tmp_path / str(first))] == [1, 2, 3, 4]
+        assert largest_difference(tmp_path / "whole", tmp_path / str(first)) < ROUNDING
+
+
+def test_the_best_by_validation_is_kept_beside_the_newest(settings, tmp_path):
+    accuracies = iter([0.2, 0.7, 0.7, 0.1, 0.3])
+    config = load_config([*settings, "optim.steps=5", "checkpoint.keep=1", "evaluation.every=1"])
+
+    def run(world: World) -> None:
+        loop.train(build(world, config, validate=lambda: {"accuracy": next(accuracies)}))
+
+    on_ranks(1, run)
+    kept = checkpoints(tmp_path / "run" / "checkpoints")
+    assert [path.name for path in kept] == ["step-000002", "step-000005"], "the earliest of equals, and the newest"
+    assert best_of(kept) == kept[0]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(settings, tmp_path, monkeypatch):
+    """Writing waits until the next step has begun; what is written is nevertheless what was there when it was saved."""
+    import threading
+
+    begun, write = threading.Event(), module.write_shards
+    monkeypatch.setattr(module, "write_shards", lambda *words: begun.wait(60) and write(*words))
+    config = load_config([*settings, "optim.steps=2", "checkpoint.every=1", "checkpoint.keep=2"])
+
+    def run(world: World) -> None:
+        trainer = build(world, config)
+        step = trainer.step
+
+        def watched(number: int) -> dict[str, float]:
+            values = step(number)
+            if number == 1:
+                assert not checkpoints(tmp_path / "run" / "checkpoints"), "the first is not written yet"
+                begun.set()
+            return values
+
+        trainer.step = watched
+        loop.train(trainer)
+
+    on_ranks(1, run)
+    monkeypatch.undo()
+    one = checkpoints(tmp_path / "run" / "checkpoints")[0]
+    at_once = [*settings, "checkpoint.background=false", f"run.directory={tmp_path}/once", "optim.steps=2"]
+    on_ranks(1, train, at_once)
+    other = tmp_path / "once" / "checkpoints" / one.name
+    for path in one.glob("*.safetensors"):
+        assert path.read_bytes() == (other / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("required", [True, False])
+def test_a_full_disk_leaves_the_checkpoint_before_and_training_goes_on_if_that_is_wanted(
+    required, settings, tmp_path, monkeypatch, capsys
+):
+    write, calls = module.write_shards, []
+
+    def full(shards, path):
+        calls.append(path)
+        if "step-000002" in str(path):
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        return write(shards, path)
+
+    monkeypatch.setattr(module, "write_shards", full)
+    words = [*settings, "optim.steps=3", f"checkpoint.required={str(required).lower()}", "checkpoint.keep=3"]
+    said = r"step-000002 cannot be written \(No space left on device\); make room there; the checkpoint of step 1 is"
+    if required:
+        with pytest.raises(CheckpointError, match=said):
+            on_ranks(1, train, words)
+        assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000001"]
+    else:
+        on_ranks(1, train, words)
+        assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-000001", "step-000003"]
+        assert "training goes on without it" in capsys.readouterr().out
+
+
+def test_free_space_is_looked_at_before_anything_is_written(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(CheckpointError, match=r"it takes 0\.\d\d GiB, and 0\.00 GiB are free"):
+        on_ranks(1, train, settings)
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_a_run_without_a_checkpoint_resumes_from_the_beginning(settings, tmp_path, capsys):
+    resume = [*settings, "run.resume=true"]
+    on_ranks(1, train, [*settings, f"run.directory={tmp_path}/plain"])
+    before = read_metrics(tmp_path / "plain")
+    on_ranks(1, train, resume)  # nothing at all is there
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    on_ranks(1, train, resume)  # steps were done, none was saved
+    after = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in after] == [1, 2]
+    assert all(one[name] == two[name] for one, two in zip(before, after, strict=True) for name in computed(one))
+    assert "continuing from the beginning: there is no checkpoint yet" in capsys.readouterr().out
+
+
+def test_an_evaluation_that_a_crash_has_lost_is_done_at_the_resume(settings, tmp_path):
+    asked = []
+
+    def run(world: World, words: list[str]) -> None:
+        config = load_config([*settings, "evaluation.every=2", *words])
+        loop.train(build(world, config, validate=lambda: asked.append(1) or {"accuracy": 0.5}))
+
+    on_ranks(1, run, [])
+    path = tmp_path / "run" / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    assert ["event" in json.loads(line) for line in lines] == [False, False, True]
+    path.write_text("".join(lines[:2]))
+    on_ranks(1, run, ["run.resume=true"])
+    on_ranks(1, run, ["run.resume=true"])
+    assert [line["step"] for line in read_metrics(tmp_path / "run") if "event" in line] == [2]
+    assert len(asked) == 2, "once in the run, once for the lost line"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["optim.lr=1e-4"], r"optim.lr has changed from 0.001 to 0.0001.*run.allow_changed=\[optim.lr\]"),
+        (["rollout.group_size=2"], r"rollout.group_size has changed from 4 to 2.*allow_changed=\[rollout.group_size\]"),
+        (["optim.lr=1e-4", "run.allow_changed=[optim.lr]"], None),
+        (["optim.lr=1e-4", "loss.beta=0", "run.allow_changed=[optim.lr]"], r"allow_changed=\[optim.lr,loss.beta\]"),
+        (["checkpoint.every=7", "optim.micro_batch=1", "log.completions=3", "run.threads=2"], None),
+    ],
+)
+def test_a_resume_says_what_has_changed_and_takes_it_on_request(words, said, settings, run, tmp_path, capsys):
+    """The checkpoint is of tests/runs.py, which says nothing of the run: its facts are added."""
+    _add_facts(settings, run)
+    config = load_config([*settings, *words, "run.resume=true"])
+    world = World(0, 1, torch.device("cpu"))
+    if said is None:
+        check_changes(config, facts(config, world))
+        assert ("optim.lr has changed" in capsys.readouterr().out) == ("optim.lr=1e-4" in words)
+    else:
+        with pytest.raises(ConfigError, match=said):
+            check_changes(config, facts(config, world))
+
+
+def test_changed_questions_and_another_number_of_ranks_are_noticed(settings, run, tmp_path):
+    _add_facts(settings, run)
+    config = load_config([*settings, "run.resume=true"])
+    two = World(0, 2, torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"number of ranks has changed from 1 to 2.*allow_changed=\[ranks\]"):
+        check_changes(config, facts(config, two))
+    with open(config.data.train, "a") as file:
+        file.write("\n")
+    with pytest.raises(ConfigError, match=r"the contents of .*train.jsonl have changed.*allow_changed=\[data\]"):
+        check_changes(config, facts(config, World(0, 1, torch.device("cpu"))))
+
+
+def _add_facts(settings: list[str], run: Path) -> None:
+    path = run / "step-000002"
+    about = facts(load_config(settings), World(0, 1, torch.device("cpu")))
+    dataclasses.replace(Manifest.read(path), about=about).write(path)
+
+
+def test_what_remains_of_an_older_checkpoint_are_its_weights_and_they_are_checked_too(settings, tmp_path):
+    on_ranks(1, train, [*settings, "checkpoint.weights=true", "checkpoint.keep=1"])
+    first, second = checkpoints(tmp_path / "run" / "checkpoints")
+    assert sorted(path.name for path in first.iterdir()) == ["hark.json", "weights-00000-of-00001.safetensors"]
+    assert checkpoints(tmp_path / "run" / "checkpoints", resumable=True) == [second]
+    Manifest.read(first)
+    file = first / "weights-00000-of-00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\1")
+
+    def load(world: World) -> None:
+        module.load_weights(first, make_policy(load_config(settings), world), world)
+
+    with pytest.raises(CheckpointError, match="step-000001 is damaged: weights-00000.*does not agree with its digest"):
+        on_ranks(1, load)
+
+
+def test_a_manifest_that_cannot_be_read_is_damage(tmp_path):
+    with pytest.raises(DamageError, match="hark.json cannot be read"):
+        Manifest.read(tmp_path / "step-000001")
+
+
+def test_a_saver_that_is_asked_twice_finishes_the_first(settings, tmp_path):
+    def run(world: World) -> None:
+        policy = make_policy(load_config(settings), world)
+        optimizer = torch.optim.AdamW(policy.parameters())
+        saver = Saver(tmp_path / "saved", world, keep=5)
+        for step in (1, 2):
+            saver.save(step, policy, optimizer)
+        saver.finish()
+
+    on_ranks(1, run)
+    assert [path.name for path in checkpoints(tmp_path / "saved")] == ["step-000001", "step-000002"]

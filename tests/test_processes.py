@@ -1,0 +1,310 @@
+"""The processes of a run: killed, interrupted, hanging, twice in one directory; and updates that cannot be done."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from hark.grpo import learner as learner_module
+from hark.grpo import loop
+from hark.grpo.config import ConfigError
+from hark.grpo.instruments.metrics import LogError, Metrics
+from hark.grpo.instruments.nonfinite import NonFiniteError
+from hark.grpo.runtime.checkpoint import checkpoints
+from hark.grpo.runtime.collectives import World
+from hark.grpo.runtime.interrupt import Interrupted, interruptible
+from hark.grpo.runtime.lock import locked
+from hark.grpo.runtime.watchdog import Watchdog
+from hark.launch.common.config_file import load_config
+from hark.launch.studies import chaos
+from tests.ranks import on_ranks
+from tests.runs import ROUNDING, build, computed, largest_difference, length_reward, read_metrics, train
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks at processes in /proc")
+def test_a_run_comes_back_bit_for_bit_from_kills_and_signals(tmp_path):
+    """The short form of launch/studies/chaos.py: four things that are done to a run on two ranks."""
+    kinds = ["kill -9 of one rank", "kill -9 of the launcher", "SIGTERM"]
+    chaos.main([
+        "--trials", "3", "--root", str(tmp_path), "--setups", "2 ranks", "--only", *kinds, "--page", os.devnull,
+    ])  # fmt: skip
+    trials = json.loads((tmp_path / "trials.json").read_text())["trials"]
+    assert len(trials) == 3 and all(trial["came_back"] and trial["same"] for trial in trials), trials
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_after_its_micro_batch_with_a_checkpoint_of_the_latest_step(number, settings, tmp_path):
+    """It arrives in the third step, whose second micro-batch is not begun; the resumed run is that without it."""
+    words = [
+        *settings,
+        "optim.steps=4",
+        "checkpoint.every=3",
+        f"run.directory={tmp_path}/run",
+        "optim.schedule=constant",
+    ]
+    micro_batches = []
+
+    def run(world: World) -> None:
+        trainer = build(world, load_config(words))
+        loss = trainer.loss
+
+        def interrupted(micro, logprobs, entropy):
+            micro_batches.append(micro)
+            if len(micro_batches) == 7:  # two in the memory probe, two in each step
+                os.kill(os.getpid(), number)
+                deadline = time.monotonic() + 10
+                while not world.interruption.signal and time.monotonic() < deadline:
+                    time.sleep(0.01)
+            return loss(micro, logprobs, entropy)
+
+        trainer.loss = interrupted
+        loop.train(trainer)
+
+    said = f"{number.name} after step 2: the same command with run.resume=true continues from the checkpoint of step 2"
+    with pytest.raises(Interrupted, match=said) as caught:
+        on_ranks(1, run)
+    assert caught.value.signal == number and len(micro_batches) == 7
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler), "handled as before"
+    on_ranks(1, train, [*words, "run.resume=true"])
+    on_ranks(1, train, [*words, f"run.directory={tmp_path}/plain"])
+    assert largest_difference(tmp_path / "run", tmp_path / "plain") == 0.0
+    lines, plain = read_metrics(tmp_path / "run"), read_metrics(tmp_path / "plain")
+    assert [{key: line[key] for key in computed(line)} for line in lines] == [
+        {key: line[key] for key in computed(line)} for line in plain
+    ]
+
+
+def test_a_signal_in_sampling_cuts_it_short(settings, tmp_path):
+    words = [*settings, f"run.directory={tmp_path}/run", "rollout.max_new_tokens=200"]
+
+    def run(world: World) -> None:
+        trainer = build(world, load_config(words))
+        prepared = [prompt for _, prompt, _ in trainer.data.step(0)]
+        world.interruption.signal = signal.SIGTERM
+        rollout = trainer.draw(tuple(prepared), [(n,) for n in range(len(prepared))])
+        assert rollout.mask.sum() == 0
+        with pytest.raises(Interrupted):
+            trainer.step(0)
+
+    on_ranks(1, run)
+
+
+STUBBORN = """
+import signal, sys, time
+from hark.grpo.runtime.interrupt import Interruption
+
+with Interruption().noted(grace=float(sys.argv[1])):
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("grace", "signals", "said"), [(1, 1, "not left within run.grace, 1 s"), (60, 2, "at once")])
+def test_a_run_that_does_not_leave_is_ended_after_the_grace_or_by_a_second_signal(grace, signals, said):
+    """Even while its main thread is in a call of the system that no handler of Python interrupts."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUBBORN, str(grace)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout and process.stdout.readline() == "ready\n"
+    began = time.monotonic()
+    for _ in range(signals):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(1.2)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 143 and "SIGTERM" in errors and said in errors and errors.count("\n") == 1
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a collective failed")])
+def test_ctrl_c_in_a_command_says_how_to_go_on_whatever_error_comes_of_it(error):
+    with pytest.raises(Interrupted, match="the same command goes on"):
+        with interruptible(lambda: "the same command goes on"):
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(10)
+            except KeyboardInterrupt:
+                raise error from None
+    with pytest.raises(RuntimeError, match="another error"):
+        with interruptible(lambda: "not said"):
+            raise RuntimeError("another error")
+
+
+# Watchdog -------------------------------------------------------------------------------------------------------------
+
+
+def judged(published: list[list | None], patience: float = 10.0, step: float = 4.0, monkeypatch=None) -> list[str]:
+    """What the watchdog of rank 0 finds in what rank 1 publishes, every `step` seconds."""
+    now = [1000.0]
+    monkeypatch.setattr("hark.grpo.runtime.watchdog.time.monotonic", lambda: now[0])
+    watchdog = Watchdog(World(0, 2, CPU), patience=patience, store=None)
+    found = []
+    for one in published:
+        now[0] += step
+        found.append(watchdog._judge(one))
+    return found
+
+
+def test_a_rank_that_answers_no_more_is_named_with_its_phase(monkeypatch):
+    found = judged([[1, 5, False, "rollout of step 3", 0.0]] * 5, monkeypatch=monkeypatch)
+    assert found[:3] == ["", "", ""]
+    assert found[3].startswith("rank 1 has not answered for 12 s") and "rollout of step 3" in found[3]
+
+
+def test_a_rank_without_progress_is_named_unless_it_waits_for_others_or_may_take_longer(monkeypatch):
+    stuck = [[n, 5, False, "load of step 3", 0.0] for n in range(5)]
+    assert "rank 1 has made no progress for 12 s" in judged(stuck, monkeypatch=monkeypatch)[3]
+    waits = [[n, 5, True, "load of step 3", 0.0] for n in range(5)]
+    export = [[n, 5, False, "export", 3600.0] for n in range(5)]
+    moving = [[n, n, False, "load of step 3", 0.0] for n in range(5)]
+    for fine in (waits, export, moving, [None] * 5):
+        assert judged(fine, monkeypatch=monkeypatch) == [""] * 5
+
+
+def test_the_phase_in_progress_is_named_as_it_was_in_the_step_before(settings, tmp_path):
+    seen = []
+
+    def run(world: World) -> None:
+        trainer = build(world, load_config([*settings, f"run.directory={tmp_path}/run"]))
+        draw = trainer.draw
+        trainer.draw = lambda *words, **more: seen.append(world.progress.doing) or draw(*words, **more)
+        loop.train(trainer)
+
+    on_ranks(1, run)
+    assert seen[0] == "memory probe" and seen[-1] == "rollout of step 3"
+
+
+# Lock -----------------------------------------------------------------------------------------------------------------
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from hark.grpo.runtime.collectives import joined_world
+from hark.grpo.runtime.lock import locked
+
+with joined_world() as world, locked(Path(sys.argv[1]), world):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_run_in_a_directory_is_refused_until_the_first_is_dead(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout and holder.stdout.readline() == "held\n"
+
+    def second(world: World) -> None:
+        with locked(tmp_path, world, patience=0.5):
+            pass
+
+    with pytest.raises(ConfigError, match=rf"in use by another run \(process {holder.pid} on"):
+        on_ranks(1, second)
+    holder.kill()
+    holder.wait()
+    on_ranks(1, second)
+
+
+# Updates --------------------------------------------------------------------------------------------------------------
+
+
+def test_out_of_memory_halves_the_micro_batches_and_the_updates_are_the_same(settings, tmp_path, monkeypatch, capsys):
+    words = [*settings, "optim.micro_batch=4", "optim.steps=2"]
+    on_ranks(1, train, [*words, f"run.directory={tmp_path}/plain"])
+    score, calls = learner_module.score, []
+
+    def scarce(policy, prompts, *rest, **more):
+        calls.append(len(prompts))
+        if len(prompts) > 1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 7 bytes.")
+        return score(policy, prompts, *rest, **more)
+
+    monkeypatch.setattr(learner_module, "score", scarce)
+    on_ranks(1, train, [*words, f"run.directory={tmp_path}/scarce"])
+    assert calls[:3] == [4, 2, 1] and set(calls[3:]) == {1}
+    assert capsys.readouterr().out.count("out of memory on rank 0") == 2, "once for each size"
+    assert largest_difference(tmp_path / "plain", tmp_path / "scarce") < ROUNDING
+    calls.clear()
+    on_ranks(1, train, [*words, f"run.directory={tmp_path}/scarce", "run.resume=true", "optim.steps=3"])
+    assert set(calls) == {1}, "a resumed run remembers"
+
+
+@pytest.mark.parametrize("allowed", [0, 1, 2])
+def test_updates_that_are_not_finite_are_left_out_as_often_as_is_allowed(allowed, settings, tmp_path):
+    words = [*settings, f"run.directory={tmp_path}/run", f"optim.skip_nonfinite={allowed}", "optim.steps=3"]
+    calls, before_and_after = [], []
+
+    def rewards(examples, completions):
+        calls.append(1)
+        broken = torch.tensor(torch.inf if len(calls) in (2, 3) else 1.0)
+        return length_reward(examples, completions) * torch.stack([broken, torch.tensor(1.0)])
+
+    def run(world: World) -> None:
+        trainer = build(world, load_config(words), rewards=rewards)
+        step = trainer.step
+
+        def compared(number: int) -> dict[str, float]:
+            before = [p.detach().clone() for p in trainer.policy.parameters()]
+            values = step(number)
+            same = all(torch.equal(a, b) for a, b in zip(before, trainer.policy.parameters(), strict=True))
+            before_and_after.append(same)
+            return values
+
+        trainer.step = compared
+        loop.train(trainer)
+
+    if allowed < 2:
+        with pytest.raises(NonFiniteError, match=f"step {allowed + 2}, rank 0"):
+            on_ranks(1, run)
+    else:
+        on_ranks(1, run)
+        assert before_and_after == [False, True, True]
+        assert [line["skipped_updates"] for line in read_metrics(tmp_path / "run")] == [0, 1, 2]
+
+
+def test_a_directory_that_vanishes_is_one_sentence(tmp_path):
+    metrics = Metrics(tmp_path / "run", rank=0, total_steps=1)
+    metrics.truncate(0)
+    (tmp_path / "run").rmdir()
+    with pytest.raises(LogError, match=r"metrics.jsonl cannot be written \(No such file or directory\)"):
+        metrics.log(1, {"loss": 0.0})
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from hark.launch.common.entry import run\n"
+        "def main(argv):\n"
+        f"    raise OSError({errno.ENOSPC}, 'No space left on device', 'some/file')\n"
+        "run(main)\n"
+    )
+    ended = subprocess.run([sys.executable, program], capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr == "error: some/file: No space left on device; make room there, or choose another directory\n"
+
+
+def test_an_interrupted_run_that_saves_none_says_that_it_begins_again(settings, tmp_path):
+    words = [*settings, f"run.directory={tmp_path}/run", "checkpoint.every=0"]
+
+    def run(world: World) -> None:
+        trainer = build(world, load_config(words))
+        step = trainer.step
+
+        def signalled(number: int) -> dict[str, float]:
+            world.interruption.signal = signal.SIGTERM if number == 1 else 0
+            return step(number)
+
+        trainer.step = signalled
+        loop.train(trainer)
+
+    with pytest.raises(Interrupted, match="SIGTERM after step 1: .* begins again: nothing was saved"):
+        on_ranks(1, run)
+    assert not checkpoints(tmp_path / "run" / "checkpoints")
