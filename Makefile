@@ -4,7 +4,7 @@ BIN := .venv/bin
 # A SoundFont player; a package that contains TimGM6mb.sf2, a SoundFont of 128 instruments; espeak-ng.
 SOUNDS := tinysoundfont==0.3.7 pretty_midi==0.2.11.post0 espeakng-loader==0.2.4
 
-.PHONY: demo test test-browser test-gpu mutants study-algorithms study-rl-or-sft study-asr lint docs notebook audit clean
+.PHONY: demo test test-browser test-gpu mutants study-algorithms study-rl-or-sft study-asr chaos lint docs notebook audit clean
 
 # `make demo POLICY=qwen2_5_omni` trains a small model of another family; docs/families.md lists them.
 demo: .venv/sounds
@@ -36,6 +36,11 @@ study-rl-or-sft: .venv/sounds
 study-asr: .venv/sounds
 	$(BIN)/pip install -q -e ".[gguf]"
 	$(BIN)/python launch/studies/asr.py
+
+# Two hundred kills, signals and full disks in running trainings, and whether each comes back bit for bit: about an hour on
+# two cores. Writes docs/robustness.md.
+chaos: .venv/sounds
+	$(BIN)/python launch/studies/chaos.py
 
 # Checks that need a GPU; without one it fails with a message.
 test-gpu: .venv/test

@@ -1,0 +1,441 @@
+"""Faults in running trainings: does the same command bring each run back, bit for bit? docs/robustness.md shows it.
+
+    python launch/studies/chaos.py [--trials 200] [--seed 0] [--only KIND ...] [--setups NAME ...]
+
+A trial starts a run with run.resume=true, waits for a moment, and does something to its processes: kill -9 of one, of
+all, or of the launcher; SIGTERM, SIGINT, SIGSTOP; a disk that is full. Then the same command is given again, which is
+the next trial, until the run is finished. A run came back if it got as far again. It is the same bit for bit if all its
+checkpoints, its exported model and its metrics are those of a run that nothing was done to. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import resource
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hark import UserError
+from hark.data.json_files import write_json
+from hark.grpo.instruments.metrics import read_metrics
+from hark.grpo.runtime.checkpoint import checkpoints
+from hark.grpo.runtime.manifest import Manifest, sha256_of
+from hark.launch.common.entry import run
+from hark.launch.common.pages import Markers, table
+from hark.launch.common.torchrun import environment
+from hark.launch.studies.kept import DOCS
+
+MARKERS = Markers.of("launch/studies/chaos.py")
+STEPS, LIMIT, PATIENCE = 24, 120.0, 15.0  # of a run; seconds until a trial must have ended; of run.patience
+SETUPS: dict[str, tuple[int, tuple[str, ...]]] = {  # processes, settings
+    "1 rank": (1, ()),
+    "2 ranks": (2, ()),
+    "3 ranks": (3, ()),
+    "adapters": (2, ("lora.rank=4",)),
+    "replicas": (2, ("sharding.replicas=2",)),
+}
+MEASURED = ("seconds/", "speed/", "memory/", "communication/")  # figures of the machine
+FULL = 100_000  # bytes of the largest file that a process may write on a "full disk"
+
+
+@dataclass
+class Trial:
+    """A started run, its processes, and what became of it."""
+
+    setup: str
+    kind: str
+    moment: str
+    directory: Path
+    launcher: subprocess.Popen
+    started: float
+    step: int = 0  # the latest that was logged when it happened
+    came_back: bool | None = None
+    seconds: float | None = None  # from what was done until the run was as far again
+    same: bool = True
+    notes: list[str] = field(default_factory=list)
+
+    def ranks(self) -> list[int]:
+        """The processes of the ranks, in order."""
+        own = [self.launcher.pid] if SETUPS[self.setup][0] == 1 else children(self.launcher.pid)
+        return sorted(own)
+
+
+def main(argv: list[str]) -> None:
+    arguments = parse(argv)
+    chance = random.Random(arguments.seed)
+    project(arguments.root)
+    done: list[Trial] = []
+    while len(done) < arguments.trials:
+        for setup in arguments.setups:
+            kinds = [name for name in KINDS if name in arguments.only]
+            done += chain(arguments.root, setup, kinds, chance, limit=arguments.trials - len(done))
+            print(report(done), flush=True)
+            write_json(arguments.root / "trials.json", {"trials": [row(trial) for trial in done]})
+            if len(done) >= arguments.trials:
+                break
+    if arguments.page is not None:
+        arguments.page.write_text(MARKERS.filled(arguments.page.read_text(), report(done)))
+    bad = [trial for trial in done if not trial.came_back or not trial.same]
+    if bad:
+        first = [row(trial) for trial in bad[:3]]
+        raise UserError(f"{len(bad)} of {len(done)} runs did not come back as they were: {first}")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=200, help="how often something is done to a run (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of what is done when (%(default)s)")
+    parser.add_argument("--root", type=Path, default=Path("runs/studies/chaos"), help="of the runs (%(default)s)")
+    parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help="these alone")
+    parser.add_argument("--setups", nargs="+", choices=SETUPS, default=list(SETUPS), metavar="NAME", help="these alone")
+    parser.add_argument("--page", type=Path, default=DOCS / "robustness.md", help="the page with the table")
+    return parser.parse_args(argv)
+
+
+# Runs -----------------------------------------------------------------------------------------------------------------
+
+
+def project(root: Path) -> None:
+    """A data set and a small model."""
+    if (root / "project" / "model" / "config.json").exists():
+        return
+    shutil.rmtree(root, ignore_errors=True)
+    place = root / "project"
+    for words in (
+        ("init", place),
+        ("new-model", "--data", place / "train.jsonl", "--size", "tiny", "--out", place / "model"),
+    ):
+        subprocess.run([sys.executable, "-m", "hark.launch", *map(str, words)], check=True, stdout=subprocess.DEVNULL)
+
+
+def command(root: Path, directory: Path, setup: str) -> list[str]:
+    """The command of a run, which starts it and goes on with it."""
+    processes, settings = SETUPS[setup]
+    words = [
+        str(root / "project" / "train.yaml"), f"model.path={root}/project/model", f"run.directory={directory}",
+        "run.resume=true", f"run.patience={PATIENCE}", "run.grace=20", f"optim.steps={STEPS}",
+        "optim.prompts_per_step=6", "optim.micro_batch=2", "optim.lr=1e-3", "reward.weights={diversity: 1.0}",
+        "rollout.group_size=4", "rollout.max_new_tokens=8", "evaluation.every=5", "checkpoint.every=2",
+        "checkpoint.keep=1000", "log.completions=0", *settings,
+    ]  # fmt: skip
+    several = ["--processes", str(processes)] if processes > 1 else []
+    return [sys.executable, "-m", "hark.launch", "train", *several, *words]
+
+
+def start(words: Sequence[str], directory: Path, *, full: bool = False) -> subprocess.Popen:
+    """Start a run, in a process group of its own as a terminal does; its output is kept beside its directory."""
+    logs = len(list(directory.parent.glob(f"{directory.name}-*.log")))
+
+    def limits() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (FULL, FULL))
+
+    with directory.with_name(f"{directory.name}-{logs:03}.log").open("wb") as log:
+        return subprocess.Popen(
+            words, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+            env=environment() | {"CUDA_VISIBLE_DEVICES": ""}, preexec_fn=limits if full else None,
+        )  # fmt: skip
+
+
+def undisturbed(root: Path, setup: str) -> Path:
+    """The run that nothing is done to."""
+    directory = root / setup.replace(" ", "-") / "undisturbed"
+    if not (directory / "model" / "config.json").exists():
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        if status := start(command(root, directory, setup), directory).wait():
+            raise UserError(f"the undisturbed run ended with status {status}; see {directory}-000.log")
+    return directory
+
+
+def chain(root: Path, setup: str, kinds: Sequence[str], chance: random.Random, *, limit: int) -> list[Trial]:
+    """Trials on one run until it is finished, or until there are `limit` of them."""
+    expected = undisturbed(root, setup)
+    directory = expected.with_name(f"disturbed-{chance.randrange(10**6):06}")
+    trials: list[Trial] = []
+    for _ in range(limit + 100):
+        kind = chance.choice(kinds) if len(trials) < limit else None
+        words = command(root, directory, setup)
+        launcher = start(words, directory, full=kind == "disk full")
+        began = time.monotonic()
+        before = trials[-1] if trials else None
+        if kind is None:
+            follow(before, directory, launcher, until=lambda: False)
+        else:
+            trial = Trial(setup, kind, "", directory, launcher, began)
+            trial.moment = moment = moment_for(kind, last_step(directory), chance)
+            follow(before, directory, launcher, until=MOMENTS[moment](trial, chance))
+            if launcher.poll() is None:
+                trial.step = last_step(directory)
+                trial.started = time.monotonic()
+                trial.notes.append(KINDS[kind](trial, chance) or "")
+                trials.append(trial)
+        if not wait_for_end(directory, launcher):
+            (trials or [trial])[-1].notes.append(f"not ended after {LIMIT:g} s")
+            (trials or [trial])[-1].came_back = False
+        same(directory, expected, trials)
+        if (directory / "model" / "config.json").exists() and launcher.returncode == 0:
+            break
+    if trials and not finished_equal(directory, expected):
+        trials[-1].same = False
+        trials[-1].notes.append("the finished run differs")
+    for trial in trials:
+        trial.came_back = trial.came_back is not False and trial.seconds is not None
+    if all(trial.came_back and trial.same for trial in trials):
+        shutil.rmtree(directory)
+    return trials
+
+
+def moment_for(kind: str, step: int, chance: random.Random) -> str:
+    """When something is done to a run that goes on from about this step: an export comes at the end only."""
+    late = step >= STEPS - 4
+    return "a save" if kind == "disk full" else chance.choice([one for one in MOMENTS if (one == "an export") == late])
+
+
+def follow(before: Trial | None, directory: Path, launcher: subprocess.Popen, *, until: Callable[[], bool]) -> None:
+    """Wait until something is true or the run has ended; note when it is as far as it was before."""
+    deadline = time.monotonic() + LIMIT
+    while launcher.poll() is None and time.monotonic() < deadline and not until():
+        note_return(before, directory)
+        time.sleep(0.0005)
+    note_return(before, directory)
+
+
+def note_return(before: Trial | None, directory: Path) -> None:
+    if before is None or before.seconds is not None:
+        return
+    now = time.monotonic()
+    if int(now * 10) % 2 and last_step(directory) >= min(before.step + 1, STEPS):
+        before.seconds = now - before.started
+
+
+def wait_for_end(directory: Path, launcher: subprocess.Popen) -> bool:
+    """Wait until no process of a run is left; whether that was so in time. Those that are left are killed."""
+    deadline = time.monotonic() + LIMIT
+    while time.monotonic() < deadline:
+        if launcher.poll() is not None and not of_run(directory):
+            return True
+        time.sleep(0.05)
+    for process in of_run(directory):
+        os.kill(process, signal.SIGKILL)
+    launcher.wait()
+    return False
+
+
+def last_step(directory: Path) -> int:
+    try:
+        return max((line["step"] for line in read_metrics(directory) if "event" not in line), default=0)
+    except (OSError, ValueError):  # while it is replaced
+        return 0
+
+
+def same(directory: Path, expected: Path, trials: Sequence[Trial]) -> None:
+    """Compare each checkpoint with that of the undisturbed run; the latest trial answers for a difference."""
+    right = {path.name: path for path in checkpoints(expected / "checkpoints")}
+    for checkpoint in checkpoints(directory / "checkpoints"):
+        other = right.get(checkpoint.name)
+        if other and Manifest.read(checkpoint).files != Manifest.read(other).files and trials:
+            trials[-1].same = False
+            trials[-1].notes.append(f"{checkpoint.name} differs")
+
+
+def finished_equal(directory: Path, expected: Path) -> bool:
+    """Whether the exported models have the same bytes and the metrics the same lines."""
+    models = [
+        sorted((path.name, sha256_of(path)) for path in (one / "model").iterdir()) for one in (directory, expected)
+    ]
+    return models[0] == models[1] and figures(directory) == figures(expected)
+
+
+def figures(directory: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without the figures of the machine, and without warnings, which depend on these."""
+    lines = [line for line in read_metrics(directory) if line.get("event") != "warning"]
+    return [{name: value for name, value in line.items() if not name.startswith(MEASURED)} for line in lines]
+
+
+# Processes ------------------------------------------------------------------------------------------------------------
+
+
+def children(parent: int) -> list[int]:
+    """The ranks that a launcher has started."""
+    return [int(word) for word in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+
+
+def of_run(directory: Path) -> list[int]:
+    """The processes that name a run in their command line."""
+    word = f"run.directory={directory}".encode()
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if (
+                word in path.read_bytes().split(b"\0")
+                and "Z" not in path.with_name("stat").read_text().split(")")[-1][:3]
+            ):
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+# Moments --------------------------------------------------------------------------------------------------------------
+
+
+def a_step(trial: Trial, chance: random.Random) -> Callable[[], bool]:
+    """Some time after some steps."""
+    wanted, after, since = chance.randrange(1, 5), chance.uniform(0.0, 0.6), []
+
+    def passed() -> bool:
+        if not since and int(time.monotonic() * 50) % 2:
+            if last_step(trial.directory) >= first + wanted:
+                since.append(time.monotonic())
+        return bool(since) and time.monotonic() > since[0] + after
+
+    first = last_step(trial.directory)
+    return passed
+
+
+def a_save(trial: Trial, chance: random.Random) -> Callable[[], bool]:
+    """While a checkpoint is written."""
+    skipped, seen = chance.randrange(0, 3), set()
+
+    def passed() -> bool:
+        seen.update(path.name for path in (trial.directory / "checkpoints").glob("*.partial"))
+        return len(seen) > skipped
+
+    return passed
+
+
+def an_export(trial: Trial, chance: random.Random) -> Callable[[], bool]:
+    """While the model is exported."""
+    return lambda: (trial.directory / "model.partial").exists()
+
+
+def an_evaluation(trial: Trial, chance: random.Random) -> Callable[[], bool]:
+    """While the validation questions are asked."""
+
+    def passed() -> bool:
+        if int(time.monotonic() * 100) % 2:
+            return False
+        try:
+            lines = read_metrics(trial.directory)
+        except (OSError, ValueError):
+            return False
+        return bool(lines) and "event" not in lines[-1] and lines[-1]["step"] % 5 == 0
+
+    return passed
+
+
+def a_start(trial: Trial, chance: random.Random) -> Callable[[], bool]:
+    """While it starts."""
+    after = time.monotonic() + chance.uniform(1.0, 9.0)
+    return lambda: time.monotonic() > after
+
+
+MOMENTS: dict[str, Callable[[Trial, random.Random], Callable[[], bool]]] = {
+    "a step": a_step, "a save": a_save, "an evaluation": an_evaluation, "an export": an_export, "the start": a_start,
+}  # fmt: skip
+
+
+# What is done ---------------------------------------------------------------------------------------------------------
+
+
+def kill_one(trial: Trial, chance: random.Random) -> None:
+    sent(chance.choice(trial.ranks() or [trial.launcher.pid]), signal.SIGKILL)
+
+
+def kill_all(trial: Trial, chance: random.Random) -> None:
+    for process in [trial.launcher.pid, *of_run(trial.directory)]:
+        sent(process, signal.SIGKILL)
+
+
+def kill_launcher(trial: Trial, chance: random.Random) -> None:
+    sent(trial.launcher.pid, signal.SIGKILL)
+
+
+def terminate(trial: Trial, chance: random.Random) -> None:
+    sent(trial.launcher.pid, signal.SIGTERM)
+
+
+def terminate_one(trial: Trial, chance: random.Random) -> None:
+    sent(chance.choice(trial.ranks() or [trial.launcher.pid]), signal.SIGTERM)
+
+
+def interrupt(trial: Trial, chance: random.Random) -> None:
+    """Ctrl-C: the terminal sends it to every process."""
+    os.killpg(trial.launcher.pid, signal.SIGINT)
+
+
+def stop_one(trial: Trial, chance: random.Random) -> None:
+    """A rank that hangs. A run of one process has nobody to notice it: it goes on when it is told to."""
+    ranks = trial.ranks() or [trial.launcher.pid]
+    process = chance.choice(ranks)
+    sent(process, signal.SIGSTOP)
+    if len(ranks) == 1:
+        time.sleep(1)
+        sent(process, signal.SIGCONT)
+        kill_all(trial, chance)
+
+
+def disk_full(trial: Trial, chance: random.Random) -> None:
+    """Nothing to do: no file of the run may become larger than FULL, which a checkpoint is."""
+
+
+def sent(process: int, number: int) -> None:
+    try:
+        os.kill(process, number)
+    except ProcessLookupError:
+        pass
+
+
+KINDS: dict[str, Callable[[Trial, random.Random], None]] = {
+    "kill -9 of one rank": kill_one,
+    "kill -9 of all": kill_all,
+    "kill -9 of the launcher": kill_launcher,
+    "SIGTERM": terminate,
+    "SIGTERM of one rank": terminate_one,
+    "SIGINT": interrupt,
+    "SIGSTOP of one rank": stop_one,
+    "disk full": disk_full,
+}
+
+
+# Results --------------------------------------------------------------------------------------------------------------
+
+
+def report(trials: Sequence[Trial]) -> str:
+    """A table by what was done."""
+    heading = ("", "trials", "came back", "bit for bit", "seconds lost, median", "most", "moments")
+    lines = [cells(kind, [trial for trial in trials if trial.kind == kind]) for kind in KINDS]
+    total = cells("all", trials)
+    setups = ", ".join(f"{name} {sum(trial.setup == name for trial in trials)}" for name in SETUPS)
+    return f"{table(heading, [line for line in (*lines, total) if line[1] != '0'])}\n\nTrials by setup: {setups}."
+
+
+def cells(name: str, trials: Sequence[Trial]) -> tuple[str, ...]:
+    seconds = [trial.seconds for trial in trials if trial.seconds is not None]
+    moments = {trial.moment: sum(one.moment == trial.moment for one in trials) for trial in trials}
+    return (
+        name, str(len(trials)), str(sum(bool(trial.came_back) for trial in trials)),
+        str(sum(trial.same for trial in trials)), f"{statistics.median(seconds):.0f}" if seconds else "",
+        f"{max(seconds):.0f}" if seconds else "", ", ".join(f"{name} {n}" for name, n in sorted(moments.items())),
+    )  # fmt: skip
+
+
+def row(trial: Trial) -> dict[str, Any]:
+    return {
+        "setup": trial.setup, "kind": trial.kind, "moment": trial.moment, "step": trial.step,
+        "came_back": trial.came_back, "same": trial.same, "seconds": trial.seconds,
+        "notes": [note for note in trial.notes if note],
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    run(main)
