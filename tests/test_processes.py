@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks at processes in /proc")
 def test_a_run_comes_back_bit_for_bit_from_kills_and_signals(tmp_path):
-    """The short form of launch/studies/chaos.py: four things that are done to a run on two ranks."""
+    """The short form of launch/studies/chaos.py: three things that are done to a run on two ranks."""
     kinds = ["kill -9 of one rank", "kill -9 of the launcher", "SIGTERM"]
     chaos.main([
         "--trials", "3", "--root", str(tmp_path), "--setups", "2 ranks", "--only", *kinds, "--page", os.devnull,

@@ -21,7 +21,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,15 +74,20 @@ class Trial:
 
 def main(argv: list[str]) -> None:
     arguments = parse(argv)
-    chance = random.Random(arguments.seed)
     project(arguments.root)
+    for setup in arguments.setups:
+        undisturbed(arguments.root, setup)
+    kinds = [name for name in KINDS if name in arguments.only]
     done: list[Trial] = []
-    while len(done) < arguments.trials:
-        for setup in arguments.setups:
-            kinds = [name for name in KINDS if name in arguments.only]
-            done += chain(arguments.root, setup, kinds, chance, limit=arguments.trials - len(done))
-            print(report(done), flush=True)
-            write_json(arguments.root / "trials.json", {"trials": [row(trial) for trial in done]})
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for number in itertools.count():
+            share = -(-(arguments.trials - len(done)) // len(arguments.setups))
+            chances = [random.Random(f"{arguments.seed} {setup} {number}") for setup in arguments.setups]
+            roots = [arguments.root] * len(chances)
+            for trials in pool.map(partial(chain, kinds=kinds, limit=share), roots, arguments.setups, chances):
+                done += trials[: arguments.trials - len(done)]
+                print(f"{report(done)}\n", flush=True)
+                write_json(arguments.root / "trials.json", {"trials": [row(trial) for trial in done]})
             if len(done) >= arguments.trials:
                 break
     if arguments.page is not None:
@@ -96,6 +103,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--trials", type=int, default=200, help="how often something is done to a run (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of what is done when (%(default)s)")
     parser.add_argument("--root", type=Path, default=Path("runs/studies/chaos"), help="of the runs (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (%(default)s)")
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help="these alone")
     parser.add_argument("--setups", nargs="+", choices=SETUPS, default=list(SETUPS), metavar="NAME", help="these alone")
     parser.add_argument("--page", type=Path, default=DOCS / "robustness.md", help="the page with the table")
@@ -156,7 +164,7 @@ def undisturbed(root: Path, setup: str) -> Path:
     return directory
 
 
-def chain(root: Path, setup: str, kinds: Sequence[str], chance: random.Random, *, limit: int) -> list[Trial]:
+def chain(root: Path, setup: str, chance: random.Random, *, kinds: Sequence[str], limit: int) -> list[Trial]:
     """Trials on one run until it is finished, or until there are `limit` of them."""
     expected = undisturbed(root, setup)
     directory = expected.with_name(f"disturbed-{chance.randrange(10**6):06}")
