@@ -11,6 +11,7 @@ checkpoints, its exported model and its metrics are those of a run that nothing 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import random
 import resource
