@@ -1,43 +1,19 @@
 """Decodes audio files to mono waveforms at the model's sample rate. A clip that cannot be used is an error."""
 
 import functools
-import io
 import math
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 
-from hark.data.clip import Cell, Clip
-from hark.data.cut_off import shortfall
-from hark.data.errors import AudioError, CutClipError, MissingClipError, SilentClipError, SkippedClipError
+from hark.data.clip import Clip
+from hark.data.decoding import Samples, decode, rounded
+from hark.data.errors import AudioError, SilentClipError
 from hark.data.torchaudio_compat import torchaudio
 
 SILENCE_PEAK = 1e-4  # of full scale: -80 dB, three steps of 16-bit audio
-CROP_MARGIN = 0.05  # seconds decoded beyond a crop, since the resampling filter also reads samples after the cut
 MAX_KERNEL = 2**24  # values of a resampling filter (64 MiB); rates without a small ratio would need gigabytes
-UNKNOWN_FRAMES = 2**62  # libsndfile reports this many frames or more where it does not know the length
-WINDOW_SLACK = 0.05  # seconds by which a window may end after its clip, since ends are often rounded up
-BLOCK = 2**20  # values decoded at a time, of all channels
-FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3", "MPEG")  # as libsndfile names them
-MAX_CHANNELS = 64
-RATES = (1_000, 768_000)  # Hz; outside of it, a header is wrong
-MAX_PEAK = 16.0  # of full scale, +24 dB: float files may exceed full scale, and integers kept as floats exceed this
-LONG_CLIPS = ("error", "crop", "skip")
-
-
-@dataclass(frozen=True)
-class Header:
-    """The header of a file; its values may be wrong."""
-
-    sample_rate: int
-    channels: int
-    seconds: float | None  # None where the header has no length
 
 
 def load_waveform(
@@ -50,196 +26,22 @@ def load_waveform(
     raise SkippedClipError ("skip"). Missing, unreadable, empty, silent, cut off and non-finite audio, and a window that
     is not within its file, raise AudioError. Nothing before or after the needed part is decoded.
     """
-    _check_long_clips(long_clips)
     clip = clip if isinstance(clip, Clip) else Clip(Path(clip))
-    with _opened(clip.source) as file:
-        rate = file.samplerate
-        begin = _seek(clip, file, sample_rate)
-        lead = _frames(clip.start, rate) - begin  # frames that are decoded before the window
-        seconds = max_seconds if clip.seconds is None else min(clip.seconds, max_seconds)
-        waveform = _decode(clip, file, lead + _frames(seconds + CROP_MARGIN, rate))
-        too_long = clip.seconds > max_seconds if clip.seconds else len(waveform) - lead > _frames(max_seconds, rate)
-        if too_long and long_clips != "crop":
-            raise _too_long(clip, file, max_seconds, long_clips)
-        _check_window(clip, file, found=begin + len(waveform), expected=seconds)
-        channels = file.channels
-    if len(waveform) == 0:
-        raise _no_samples(clip)
-    first = _frames(clip.start, sample_rate) - begin * sample_rate // rate
-    waveform = _resample(clip, waveform, rate, sample_rate)[first : first + _frames(seconds, sample_rate)]
+    samples = decode(clip, sample_rate, max_seconds, long_clips)
+    return waveform_of(clip, samples, sample_rate)
+
+
+def waveform_of(clip: Clip, samples: Samples, sample_rate: int) -> np.ndarray:
+    """The waveform of a clip from its samples; AudioError if it is silent or cannot be resampled."""
+    resampled = _resample(clip, samples.values, samples.rate, sample_rate)
+    waveform = resampled[samples.first : samples.first + samples.count]
     peak = float(np.abs(waveform).max(initial=0.0))
     if peak < SILENCE_PEAK:
         raise SilentClipError(
-            f"{clip}: is silent (peak {_rounded(peak, SILENCE_PEAK, '.1e')}, mean of {channels} channels); "
+            f"{clip}: is silent (peak {rounded(peak, SILENCE_PEAK, '.1e')}, mean of {samples.channels} channels); "
             f"expected a peak of at least {SILENCE_PEAK:.0e}; remove the example or replace the file"
         )
     return waveform
-
-
-def read_header(clip: str | Path | Clip) -> Header:
-    """The header of a file; AudioError if it cannot be opened."""
-    with _opened(clip.source if isinstance(clip, Clip) else Path(clip)) as file:
-        seconds = file.frames / file.samplerate if file.frames < UNKNOWN_FRAMES else None
-        return Header(file.samplerate, file.channels, seconds)
-
-
-def seconds_of(clip: Clip, header: Header) -> float | None:
-    """The length of a clip or of its window by a header, which may be wrong; None where the header has no length."""
-    ends = [end for end in (clip.end, header.seconds) if end is not None]
-    return max(min(ends) - clip.start, 0.0) if ends else None
-
-
-def _seek(clip: Clip, file: soundfile.SoundFile, sample_rate: int) -> int:
-    """Go to the frame at which decoding begins, a little before the window, and return it.
-
-    At this frame the resampled waveform has a sample, so that the window has the samples of the whole file's.
-    """
-    step = file.samplerate // math.gcd(file.samplerate, sample_rate)
-    begin = max(_frames(clip.start, file.samplerate) - _frames(CROP_MARGIN, file.samplerate), 0) // step * step
-    if begin:
-        _check_window(clip, file, found=file.frames)
-        _skip(file, begin)
-    return begin
-
-
-def _skip(file: soundfile.SoundFile, frames: int) -> None:
-    """Go to a frame. In ogg files, libsndfile's seek is wrong near the end, so these are decoded up to the frame."""
-    if file.format != "OGG":
-        file.seek(frames)
-        return
-    block = _block(file)
-    while frames > 0:
-        file.read(out=block[:frames])
-        frames -= len(block)
-
-
-def _block(file: soundfile.SoundFile) -> np.ndarray:
-    return np.empty((BLOCK // file.channels, file.channels), dtype=np.float32)
-
-
-def _check_window(clip: Clip, file: soundfile.SoundFile, *, found: int, expected: float = 0.0) -> None:
-    """AudioError if the file, of which `found` frames are there, ends before `expected` seconds of a window."""
-    seconds = found / file.samplerate
-    outside = seconds <= clip.start or clip.end is not None and seconds < clip.start + expected - WINDOW_SLACK
-    if outside and clip.is_window:
-        raise AudioError(f"{clip}: is not within the clip, which is {seconds:.2f} s long; correct start and end")
-
-
-@contextmanager
-def _opened(source: Path | Cell) -> Iterator[soundfile.SoundFile]:
-    """The opened file. Every error of the decoder, also in later reads of the file, is raised as an AudioError."""
-    if isinstance(source, Path):
-        _check_file(source)
-    with source.open("rb") if isinstance(source, Path) else io.BytesIO(source.read()) as content:
-        if missing := shortfall(content):
-            raise _cut_off(source, missing)
-        content.seek(0)
-        try:
-            # From its path, since libsndfile recognises some formats by the suffix alone.
-            with soundfile.SoundFile(source if isinstance(source, Path) else content) as file:
-                _check_header(source, file)
-                yield file
-        # soundfile raises TypeError for headerless formats, which it recognises by the suffix.
-        except (soundfile.SoundFileError, TypeError) as error:
-            raise AudioError(
-                f"{source}: cannot be decoded{_detail(error)}; expected wav, flac, ogg or mp3; "
-                "copy it again if it is cut off, else convert it, e.g. with ffmpeg"
-            ) from error
-
-
-def _check_header(source: Path | Cell, file: soundfile.SoundFile) -> None:
-    """AudioError for what no clip has, before anything is decoded: it would cost memory and time without a bound."""
-    if file.format not in FORMATS:
-        raise AudioError(f"{source}: is in the format {file.format}; expected wav, flac, ogg or mp3; convert it")
-    if not 1 <= file.channels <= MAX_CHANNELS:
-        raise AudioError(f"{source}: has {file.channels} channels; expected at most {MAX_CHANNELS}; encode it again")
-    if not RATES[0] <= file.samplerate <= RATES[1]:
-        expected = f"expected {RATES[0]} to {RATES[1]} Hz; encode it again"
-        raise AudioError(f"{source}: has a sample rate of {file.samplerate} Hz; {expected}")
-
-
-def _check_file(path: Path) -> None:
-    """AudioError if a path names nothing that can be read."""
-    if not os.path.exists(path):
-        raise MissingClipError(f"{path}: no such file; expected a clip there; check audio_path and audio_root")
-    if not os.path.isfile(path):
-        raise AudioError(f"{path}: is a directory or no regular file; expected a clip; check audio_path and audio_root")
-    if not os.access(path, os.R_OK):
-        raise AudioError(f"{path}: may not be read by this user; expected a clip; change its permissions")
-    if os.path.getsize(path) == 0:
-        raise AudioError(f"{path}: is empty (0 bytes); expected a clip; copy it again")
-
-
-def _decode(clip: Clip, file: soundfile.SoundFile, frames: int) -> np.ndarray:
-    """The mean of the channels of at most the next `frames` of the file: float32 (samples,).
-
-    Reads into a block: memory grows with what is there, not with the header's length, which may be wrong.
-    """
-    block, means, left = _block(file), [np.empty(0, dtype=np.float32)], frames
-    try:
-        while left > 0 and len(samples := file.read(out=block[:left])):
-            _check_samples(clip, samples)
-            means.append(samples.mean(axis=1))
-            left -= len(samples)
-        return np.concatenate(means)
-    except soundfile.SoundFileError as error:
-        if file.format != "FLAC":
-            raise
-        # The decoder fails in the same way where the file ends and where it is damaged.
-        raise _cut_off(clip.source, "decoding fails before the end that its header promises") from error
-
-
-def _check_samples(clip: Clip, samples: np.ndarray) -> None:
-    peak = float(np.abs(samples).max())
-    if not math.isfinite(peak):
-        raise AudioError(f"{clip}: holds values that are not finite; expected samples in -1 to 1; encode it again")
-    if peak > MAX_PEAK:
-        raise AudioError(
-            f"{clip}: has a peak of {peak:.3g}; expected samples in -1 to 1, and {MAX_PEAK:.0f} at most; "
-            "divide integers by their full scale, and encode it again"
-        )
-
-
-def _cut_off(source: Path | Cell, missing: str) -> CutClipError:
-    return CutClipError(f"{source}: is cut off ({missing}); expected the whole clip; copy or encode it again")
-
-
-def _detail(error: Exception) -> str:
-    """The decoder's words in parentheses, if it has any."""
-    words = str(error).strip()
-    return f" ({words})" if words else ""
-
-
-def _frames(seconds: float, rate: int) -> int:
-    return round(seconds * rate)
-
-
-def _no_samples(clip: Clip) -> AudioError:
-    return AudioError(f"{clip}: holds no samples; expected sound; remove the example or replace the file")
-
-
-def _too_long(clip: Clip, file: soundfile.SoundFile, max_seconds: float, long_clips: str) -> AudioError:
-    seconds = clip.seconds or file.frames / file.samplerate - clip.start
-    # The header may be wrong: less than was decoded, or libsndfile's largest integer for a length it does not know.
-    known = max_seconds < seconds and (clip.seconds is not None or file.frames < UNKNOWN_FRAMES)
-    length = f"{_rounded(seconds, max_seconds, '.2f')} s long" if known else "too long"
-    kind = SkippedClipError if long_clips == "skip" else AudioError
-    return kind(
-        f"{clip}: is {length}; expected at most {max_seconds:.15g} s; "
-        "raise max_seconds if the model can take it, or set long_clips to crop or skip"
-    )
-
-
-def _rounded(value: float, limit: float, style: str) -> str:
-    """A value in a format such as ".2f", with more digits if it would otherwise be rounded to the limit or past it."""
-    texts = (f"{value:.{digits}{style[-1]}}" for digits in range(int(style[1:-1]), 18))
-    same_side = (text for text in texts if float(text) != limit and (float(text) > limit) == (value > limit))
-    return next(same_side, repr(value))
-
-
-def _check_long_clips(long_clips: str) -> None:
-    if long_clips not in LONG_CLIPS:
-        raise ValueError(f"long_clips is {long_clips!r}; expected one of {', '.join(LONG_CLIPS)}")
 
 
 def _resample(clip: Clip, waveform: np.ndarray, rate: int, sample_rate: int) -> np.ndarray:

@@ -52,3 +52,22 @@ class Clip:
         if not self.is_window:
             return ""
         return f" ({self.start:.15g} s to {'the end' if self.end is None else f'{self.end:.15g} s'})"
+
+
+@dataclass(frozen=True)
+class Held:
+    """A cell whose encoded clip was read, for a process that has no table."""
+
+    name: str
+    content: bytes
+    file: Path | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def key(self) -> str:
+        return self.name
+
+    def read(self) -> bytes:
+        return self.content

@@ -2,21 +2,38 @@
 
 import dataclasses
 import json
+import math
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from queue import LifoQueue
 from threading import Lock
+from typing import Any
 
-from hark.data.audio import Header, load_waveform, read_header, seconds_of
-from hark.data.clip import Cell, Clip
+from hark.data.audio import waveform_of
+from hark.data.clip import Cell, Clip, Held
 from hark.data.clip_memory import ClipMemory, State, state_of
-from hark.data.errors import AudioError, CutClipError, DataError, MissingClipError, SilentClipError, SkippedClipError
+from hark.data.decoding import RATES, Attempt, Header, attempt, seconds_of
+from hark.data.errors import (
+    AudioError,
+    CutClipError,
+    DataError,
+    DecoderError,
+    MissingClipError,
+    SilentClipError,
+    SkippedClipError,
+)
 from hark.data.examples import BadExample, Example
 from hark.data.parallel import in_threads
+from hark.data.worker import Worker, WorkerError
 
 VERSION = 2  # of what is decoded and refused; a higher number makes the memory forget what earlier versions found
+MOST_SECONDS = 120.0  # to decode one clip, also from within an ogg file of hours, on a busy machine
+MEMORY = 1 << 30  # bytes to decode one clip, beyond those of its samples
+COPIES = 4  # of the samples, of 4 bytes each, while they are decoded and sent
 SAVED = 2.0  # seconds between two additions to the memory, so that an interrupted check loses little
 # The name of each fault by its error; subclasses come before their base class.
 FAULTS: dict[type[AudioError], str] = {
@@ -24,6 +41,7 @@ FAULTS: dict[type[AudioError], str] = {
     SilentClipError: "silent",
     SkippedClipError: "over-long",
     CutClipError: "cut off",
+    DecoderError: "not decodable",
     AudioError: "broken",
 }
 
@@ -56,17 +74,15 @@ class Finding:
         return Finding(**fields | {"header": fields["header"] and Header(**fields["header"])})
 
 
-def inspect(clip: Clip, rules: Rules) -> Finding:
-    """Decode a clip, as training would."""
+def inspect(clip: Clip, rules: Rules, attempt: Callable[..., Attempt] = attempt) -> Finding:
+    """Decode a clip, as training would. attempt: reads its file, here or in another process."""
     header = None
     try:
-        header = read_header(clip)
-        waveform = load_waveform(
-            clip,
-            sample_rate=rules.sample_rate,
-            max_seconds=rules.max_seconds,
-            long_clips="crop" if rules.crop else "skip",
-        )
+        long_clips = "crop" if rules.crop else "skip"
+        header, samples = attempt(held(clip), rules.sample_rate, rules.max_seconds, long_clips)
+        if isinstance(samples, AudioError):
+            raise samples
+        waveform = waveform_of(clip, samples, rules.sample_rate)
     except AudioError as error:
         fault = next(name for kind, name in FAULTS.items() if isinstance(error, kind))
         seconds = seconds_of(clip, header) if header and fault in ("silent", "over-long") else None
@@ -74,32 +90,74 @@ def inspect(clip: Clip, rules: Rules) -> Finding:
     return Finding(header, len(waveform) / rules.sample_rate)
 
 
+def held(clip: Clip) -> Clip:
+    """The clip, with the content of its cell if it is in a table."""
+    source = clip.source
+    return clip if isinstance(source, Path) else dataclasses.replace(clip, source=Held(str(source), source.read()))
+
+
+class Decoders:
+    """Processes that read the files of clips: what a damaged file does to its decoder ends only such a process."""
+
+    def __init__(self, count: int, rules: Rules):
+        size = MEMORY + 4 * COPIES * math.ceil(rules.max_seconds * RATES[1])
+        self._gigabytes = size / 2**30
+        self._workers: LifoQueue[Worker] = LifoQueue()  # so that few clips start few processes
+        for _ in range(count):
+            self._workers.put(Worker(attempt.__module__, memory=size))
+
+    def attempt(self, clip: Clip, *rest: Any) -> Attempt:
+        """The same in a process; DecoderError if that ends, or takes too much time or memory."""
+        worker = self._workers.get()
+        try:
+            return worker.call(attempt, clip, *rest, timeout=MOST_SECONDS)
+        except WorkerError as error:
+            failure = str(error)
+        except MemoryError:
+            failure = f"needed more than {self._gigabytes:.1f} GiB"
+        finally:
+            self._workers.put(worker)
+        raise DecoderError(
+            f"{clip}: cannot be decoded: its process {failure}; remove the example or encode the clip again"
+        )
+
+    def close(self) -> None:
+        """End the processes."""
+        while not self._workers.empty():
+            self._workers.get().close()
+
+
 def inspect_all(
     clips: Iterable[Clip], rules: Rules, *, workers: int, memory: ClipMemory
 ) -> Iterator[tuple[Clip, Finding]]:
-    """Each clip with what was found, in order; only clips that the memory does not know as they are now are decoded."""
+    """Each clip with what was found, in order; only clips that the memory does not know as they are now are decoded.
+
+    They are decoded by `workers` processes.
+    """
     clips = list(clips)
     known = memory.recall(clip.key for clip in clips)
-    states = _States()
+    states, decoders = _States(), Decoders(workers, rules)
 
     def look(clip: Clip) -> tuple[State | None, Finding]:
         before, text = known.get(clip.key, (None, ""))
         try:
             state = states.of(clip.source, before)
         except (OSError, DataError):  # decoding says what is wrong with it
-            return None, inspect(clip, rules)
+            return None, inspect(clip, rules, decoders.attempt)
         same = before and before.digest == state.digest
-        finding = Finding.from_json(text) if same else inspect(clip, rules)
+        finding = Finding.from_json(text) if same else inspect(clip, rules, decoders.attempt)
         return state, dataclasses.replace(finding, digest=state.digest)
 
     new, saved = {}, time.monotonic()
-    for clip, (state, finding) in zip(clips, in_threads(look, clips, workers=workers), strict=True):
-        if state and known.get(clip.key, (None, ""))[0] != state:
-            new[clip.key] = state, finding.to_json()
-        if new and time.monotonic() - saved > SAVED:
-            memory.remember(new)
-            new, saved = {}, time.monotonic()
-        yield clip, finding
+    with closing(decoders):
+        for clip, (state, finding) in zip(clips, in_threads(look, clips, workers=workers), strict=True):
+            # A process may also have failed for want of time or memory on a busy machine: that is tried again.
+            if state and finding.fault != FAULTS[DecoderError] and known.get(clip.key, (None, ""))[0] != state:
+                new[clip.key] = state, finding.to_json()
+            if new and time.monotonic() - saved > SAVED:
+                memory.remember(new)
+                new, saved = {}, time.monotonic()
+            yield clip, finding
     memory.remember(new)
 
 

@@ -29,6 +29,10 @@ class CutClipError(AudioError):
     """A file ends before the sound that its header promises."""
 
 
+class DecoderError(AudioError):
+    """The process that decoded a clip crashed, did not end, or needed too much memory."""
+
+
 class SkippedClipError(AudioError):
     """A clip is too long and the settings skip such clips: callers count it and go on."""
 

@@ -17,9 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hark.data.audio import read_header, seconds_of
 from hark.data.clip import Clip
 from hark.data.clips import clips_in
+from hark.data.decoding import read_header, seconds_of
 from hark.data.errors import AudioError
 from hark.data.examples import Example, joined, load_examples
 from hark.data.json_files import write_json

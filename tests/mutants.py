@@ -338,11 +338,11 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("a warning where it should stop", 'self._on_error == "stop"', "False", "test_rewards"),
         ("groups of one", "slice(n * size, (n + 1) * size)", "slice(n * size, n * size + 1)", "test_rewards"),
     ),
-    "data/rewards/worker.py": (
+    "data/worker.py": (
         (
             "a dead process is kept",
-            "        self.close()\n        return Reply(reason=reason)",
-            "        return Reply(reason=reason)",
+            "            self.close()\n            raise failure",
+            "            raise failure",
             "test_rewards_table",
         ),
         (
@@ -352,6 +352,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
             "test_rewards_table",
         ),
         ("what a process started lives on", "os.killpg(process.pid, 9)", "process.kill()", "test_rewards_failing"),
+        ("memory without a bound", "resource.setrlimit(resource.RLIMIT_AS, (most, most))", "pass", "test_worker"),
     ),
     "data/rewards/table.py": (
         (
@@ -457,7 +458,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "data/choices.py": (
         ("one of two equal choices", "matches[0] if len(matches) == 1", "matches[0] if matches", "test_choices"),
     ),
-    "data/audio.py": (
+    "data/decoding.py": (
         ("windows begin between samples", "0) // step * step", "0)", "test_windows"),
         ("windows are the beginning", "        file.seek(frames)\n", "        pass\n", "test_windows"),
         ("seeking in ogg files", 'if file.format != "OGG":', "if file:", "test_windows"),
@@ -510,6 +511,12 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
             "Finding.from_json(text) if same else",
             "Finding.from_json(text) if before else",
             "test_clips",
+        ),
+        (
+            "a process that failed is remembered",
+            "finding.fault != FAULTS[DecoderError]",
+            "True",
+            "test_worker",
         ),
     ),
     "launch/ask.py": (

@@ -1,12 +1,14 @@
-"""data/audio.py: the waveform is the clip, and anything else is an error that says so."""
+"""data/audio.py and data/decoding.py: the waveform is the clip, and anything else is an error that says so."""
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 
-from hark.data.audio import load_waveform, read_header
+from hark.data.audio import load_waveform
+from hark.data.clip import Clip
 from hark.data.cut_off import shortfall
+from hark.data.decoding import read_header
 from hark.data.errors import AudioError, CutClipError, SilentClipError, SkippedClipError
 from hark.data.torchaudio_compat import torchaudio
 
@@ -227,5 +229,5 @@ def test_the_header_of_a_compressed_file_is_not_believed_against_its_content(tmp
 
 def test_the_header_says_what_the_file_is(tmp_path):
     stereo = np.stack([tone(2.5, 22_050)] * 2, axis=1)
-    header = read_header(save(tmp_path / "a.wav", stereo, 22_050))
+    header = read_header(Clip(save(tmp_path / "a.wav", stereo, 22_050)))
     assert (header.sample_rate, header.channels, round(header.seconds, 3)) == (22_050, 2, 2.5)

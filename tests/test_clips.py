@@ -81,7 +81,7 @@ def test_the_check_tells_the_length_of_each_clip_that_is_used(tmp_path):
 def decoded(monkeypatch) -> list[str]:
     """The names of the files that are decoded."""
     names: list[str] = []
-    monkeypatch.setattr(clips, "inspect", lambda clip, rules: names.append(clip.source.name) or inspect(clip, rules))
+    monkeypatch.setattr(clips, "inspect", lambda clip, *rest: names.append(clip.source.name) or inspect(clip, *rest))
     return names
 
 

@@ -312,7 +312,7 @@ def test_rows_with_the_same_sound_are_held_out_together(tmp_path, jsonl):
 @pytest.mark.parametrize("kind", ["bytes", "hf"])
 def test_clips_in_a_table_are_decoded_once_until_they_change(tmp_path, jsonl, kind, monkeypatch):
     memory, decoded = ClipMemory("r", tmp_path / "memory"), []
-    monkeypatch.setattr("hark.data.clips.inspect", lambda clip, rules: decoded.append(clip) or inspect(clip, rules))
+    monkeypatch.setattr("hark.data.clips.inspect", lambda clip, *rest: decoded.append(clip) or inspect(clip, *rest))
     path = table(kind, jsonl, tmp_path)
     for expected in (COUNT, 0):
         decoded.clear()

@@ -104,7 +104,7 @@ def test_a_bad_window_is_named_with_its_row_before_a_run(tmp_path):
 
 def test_each_window_is_decoded_once_and_a_file_is_read_once_for_all_of_its_windows(tmp_path, monkeypatch):
     path, decoded, read = save(tmp_path / "a.wav"), [], []
-    monkeypatch.setattr(clips, "inspect", lambda clip, rules: decoded.append(str(clip)) or inspect(clip, rules))
+    monkeypatch.setattr(clips, "inspect", lambda clip, *rest: decoded.append(str(clip)) or inspect(clip, *rest))
     digest = clip_memory._digest
     monkeypatch.setattr(clip_memory, "_digest", lambda path: read.append(path) or digest(path))
     rules = Rules(RATE, 30.0)

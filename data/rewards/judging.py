@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import queue
 import sys
@@ -17,7 +18,7 @@ from hark.data.prompts import Template, find_template
 from hark.data.rewards.group import Failure, Group, Judged, RewardError
 from hark.data.rewards.serving import Reply, run_reward
 from hark.data.rewards.table import check_rewards, is_foreign
-from hark.data.rewards.worker import Worker
+from hark.data.worker import LateError, Worker, WorkerError
 
 FIGURES = ("judge/prompt_tokens", "judge/completion_tokens")  # the same on every rank, also where calls fail
 SHOWN = 3  # failures that a step prints
@@ -52,7 +53,7 @@ class Judge:
         self._workers: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         self._threads = ThreadPoolExecutor(max(workers, 1), "rewards")
         for _ in range(max(workers, 1)):
-            self._workers.put(Worker(self._options))
+            self._workers.put(Worker(run_reward.__module__))
 
     def __call__(
         self,
@@ -104,7 +105,10 @@ class Judge:
     def _isolated_call(self, name: str, group: Group) -> Reply:
         worker = self._workers.get()
         try:
-            return worker.call(name, group, self._timeout)
+            return worker.call(run_reward, name, self._options.get(name), sendable(group), timeout=self._timeout)
+        except WorkerError as error:
+            setting = " (reward.timeout)" if isinstance(error, LateError) else ""
+            return Reply(reason=f"its process {error}{setting}")
         finally:
             self._workers.put(worker)
 
@@ -178,6 +182,11 @@ def grouped(
         )
         for example, part in zip(examples, parts, strict=True)
     ]  # fmt: skip
+
+
+def sendable(group: Group) -> Group:
+    """The group with a dict as its example's other keys: their read-only view cannot be sent to a process."""
+    return dataclasses.replace(group, example=dataclasses.replace(group.example, extra=dict(group.example.extra)))
 
 
 def columns(rows: Sequence[Sequence[Sequence[float | None]]], count: int) -> torch.Tensor:

@@ -1,17 +1,8 @@
-"""Runs rewards, in this process, or as `python -m hark.data.rewards.serving FD` for the process that started it.
-
-It imports no torch by itself.
-"""
+"""Calls a reward, here or in a process that runs rewards. It imports no torch by itself."""
 
 from __future__ import annotations
 
-import os
-import pickle
-import sys
-import threading
-import time
 from collections.abc import Mapping, Sequence
-from multiprocessing.connection import Connection
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -37,37 +28,9 @@ def run_reward(name: str, options: Mapping[str, Any] | None, group: Group) -> Re
         return Reply(None, f"{type(error).__name__}: {error}", taken())
 
 
-def main(descriptor: int) -> None:
-    pipe, parent = Connection(descriptor), os.getppid()
-    threading.Thread(target=_watch, args=[parent], daemon=True).start()
-    options = pipe.recv()
-    pipe.send("ready")
-    while True:
-        try:
-            name, group = pickle.loads(pipe.recv_bytes())
-        except EOFError:
-            return
-        reply = run_reward(name, options.get(name), group)
-        try:
-            pipe.send((reply.values, reply.reason, dict(reply.figures)))
-        except OSError:
-            return
-
-
 def plain(values: Any) -> Any:
     """Values as a list of floats and None, if they are; else what they are, as text."""
     try:
         return [None if value is None else float(value) for value in values]
     except (TypeError, ValueError):
         return repr(values)[:200]
-
-
-def _watch(parent: int) -> None:
-    """End this process when the one that started it has ended."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))

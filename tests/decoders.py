@@ -1,0 +1,34 @@
+"""A decoder that fails on clips of certain names as damaged files have made decoders fail. It imports no torch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+from hark.data import decoding
+from hark.data.clip import Clip
+
+
+class OddError(Exception):
+    """An exception that cannot be made from its message alone."""
+
+    def __init__(self, first: str, second: str):
+        super().__init__(f"{first} and {second}")
+
+
+def raises_odd() -> None:
+    raise OddError("one", "two")
+
+
+def attempt(clip: Clip, *rest: object) -> decoding.Attempt:
+    assert "torch" not in sys.modules, "a process that decodes would take seconds to start"
+    name = str(clip.source)
+    if "hangs" in name:
+        time.sleep(1000)
+    if "crashes" in name:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if "swells" in name:
+        bytearray(8 << 30)
+    return decoding.attempt(clip, *rest)
