@@ -102,7 +102,7 @@ def load_examples(
     require_audio: bool = True,
     skip_bad: bool = False,
     benchmark: bool = False,
-    allow_outside: bool = True,
+    allow_outside: bool = False,
 ) -> tuple[list[Example], list[BadExample]]:
     """The good questions of a file, and the bad ones; see `load_questions`."""
     questions = load_questions(
@@ -126,7 +126,7 @@ def load_questions(
     require_audio: bool = True,
     skip_bad: bool = False,
     benchmark: bool = False,
-    allow_outside: bool = True,
+    allow_outside: bool = False,
 ) -> list[Example | BadExample]:
     """Read a file of questions, in its order: JSON, JSON lines, parquet, or a data set `hf:NAME:SPLIT`.
 
@@ -176,7 +176,7 @@ def _check_inside(example: Example, folder: Path) -> None:
         if os.path.commonpath([root, os.path.realpath(source)]) != root:
             raise DataError(
                 f"the clip {source} is outside of {folder}; expected it inside; set data.audio_root to a directory "
-                "that holds all clips, or data.allow_outside=true"
+                "that holds all clips, or data.allow_outside=true (a command: --allow-outside)"
             )
 
 

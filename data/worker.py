@@ -89,7 +89,7 @@ class Worker:
         try:
             self._pipe.send_bytes(sent)
             reply = self._pipe.recv_bytes() if self._pipe.poll(timeout) else b""
-            failure = LateError(f"was not finished after {timeout:g} s and was ended")
+            failure: WorkerError = LateError(f"was not finished after {timeout:g} s and was ended")
         except (EOFError, OSError):
             reply, failure = b"", WorkerError(f"died{self._status()}")
         if not reply:

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     if arguments.data is None:
         build_sentences(out / "speech")
         files = {split: out / "speech" / f"{split}.jsonl" for split in ("train", "test")}
-    parts = {split: load_examples(file)[0] for split, file in files.items()}
+    parts = {split: load_examples(file, allow_outside=arguments.allow_outside)[0] for split, file in files.items()}
     codec = train_codec([_waveform(example) for example in parts["train"]], Settings(codes=arguments.codes))
     codec.save(out / "codec")
     for split, examples in parts.items():
@@ -51,6 +51,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--data", type=Path, metavar="FILE", help="JSONL file of clips and what is said in them")
     add("--text", type=Path, metavar="MODEL", help="a language model to add the codec tokens to")
     add("--codes", type=int, default=Settings.codes, help="of the codec (%(default)s)")
+    add("--allow-outside", action="store_true", help="accept clips outside of the directory of FILE")
     return parser.parse_args(argv)
 
 

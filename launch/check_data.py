@@ -4,7 +4,7 @@ What was found in a clip is remembered: until its file changes, neither this pro
 check it.
 
     python launch/check_data.py FILE [--audio-root DIRECTORY] [--max-seconds 30] [--benchmark] [--json OUT]
-                                [--columns question_text=question ...]
+                                [--columns question_text=question ...] [--allow-outside]
 
 FILE has JSON lines, JSON or parquet, or is a directory of parquet files, or a data set hf:OWNER/NAME:SPLIT.
 --benchmark accepts what is an error in training data: choices that are equal when normalised, and unknown answers.
@@ -40,6 +40,7 @@ def main(argv: list[str]) -> None:
         columns=columns_of(arguments.columns),
         skip_bad=True,
         benchmark=arguments.benchmark,
+        allow_outside=arguments.allow_outside,
     )
     found = decoded(clips_in(examples), Rules(SAMPLE_RATE, arguments.max_seconds), workers=arguments.workers)
     figures = survey(examples, bad, found)
@@ -66,6 +67,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--max-seconds", type=float, default=30.0, help="longest clip that can be used (30)")
     parser.add_argument("--benchmark", action="store_true", help="accept equal choices and unknown answers")
+    parser.add_argument("--allow-outside", action="store_true", help="accept clips outside of that directory")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures and all faults to this file")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that decode (all cores)")
     arguments = parser.parse_args(argv)

@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     find_template(template)
     if arguments.tower_from is not None:
         check_whisper(arguments.tower_from)
-    examples, _ = load_examples(arguments.data)
+    examples, _ = load_examples(arguments.data, allow_outside=arguments.allow_outside)
     examples_with_clips = measured(examples)
     family, tower = arguments.family, arguments.tower_from
     build_mini(out, texts_of(examples, template), family=family, tower_from=tower, **SIZES[arguments.size])
@@ -68,6 +68,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--family", choices=FAMILIES, default="qwen2_audio", help="of docs/families.md (%(default)s)")
     add("--tower-from", type=Path, metavar="WHISPER", help="take the audio tower of this Whisper checkpoint")
     add("--template", default=DataConfig.template, metavar="NAME", help="as data.template (%(default)s)")
+    add("--allow-outside", action="store_true", help="accept clips outside of the directory of FILE")
     return parser.parse_args(argv)
 
 

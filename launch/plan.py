@@ -122,7 +122,8 @@ def planned_examples(config: Config) -> tuple[str | None, list[Example]]:
     files = next((files for files in named if all(Path(file).exists() for file in files)), None)
     if files is None:
         return None, []
-    read = partial(load_examples, audio_root=config.data.audio_root, columns=config.data.columns)
+    data = config.data
+    read = partial(load_examples, audio_root=data.audio_root, columns=data.columns, allow_outside=data.allow_outside)
     found = [read(file, require_audio=False, skip_bad=True, benchmark=True)[0] for file in files]
     return ", ".join(files), joined(found)
 

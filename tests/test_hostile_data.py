@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import struct
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,6 +17,10 @@ from hark.data.audio import load_waveform
 from hark.data.errors import AudioError, CutClipError, DataError
 from hark.data.examples import BadExample, load_examples
 from hark.data.loader import BadLog
+from hark.launch import check_data, new_model
+from hark.launch.common.config_file import config_of
+from hark.launch.page.evaluated import _questions
+from hark.launch.plan import planned_examples
 from tests.clips import waveform
 
 GOOD = {"id": "good", "audio_path": "a.wav", "question_text": "Which?", "multi_choice": ["a", "b"], "answer": 0}
@@ -253,3 +258,25 @@ def test_a_path_that_leaves_the_directory_of_the_clips_is_an_error_of_its_row(tm
 def test_absolute_paths_and_dots_within_the_directory_are_kept(tmp_path):
     for place in (tmp_path / "data" / "a.wav", "b/../a.wav"):
         assert len(load_inside(tmp_path, place)[0]) == 2
+
+
+def test_every_command_that_reads_questions_refuses_clips_outside_of_their_directory(tmp_path, capsys):
+    wav(tmp_path / "secret.wav")
+    (tmp_path / "data").mkdir()
+    path = tmp_path / "data" / "train.jsonl"
+    path.write_text(json.dumps(GOOD | {"audio_path": "../secret.wav"}) + "\n")
+    model = ["--data", str(path), "--size", "tiny", "--out"]
+    for command in (partial(check_data.main, [str(path)]), partial(new_model.main, [*model, str(tmp_path / "m")])):
+        with pytest.raises(DataError, match="is outside of .*--allow-outside"):
+            command()
+    check_data.main([str(path), "--allow-outside"])
+    new_model.main([*model, str(tmp_path / "m"), "--allow-outside"])
+    for allowed in (False, True):
+        config = config_of([f"data.train={path}", f"data.allow_outside={allowed}", "model.path=m", "run.directory=r"])
+        _, problem = _questions({"test": str(path), "allow_outside": allowed}, tmp_path)
+        if allowed:
+            assert len(planned_examples(config)[1]) == 1 and not problem
+        else:
+            with pytest.raises(DataError, match="is outside of"):
+                planned_examples(config)
+            assert "is outside of" in problem

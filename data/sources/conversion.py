@@ -131,7 +131,8 @@ def write(result: Conversion, output: Path, *, benchmark: bool) -> None:
     try:
         with partial.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in result.records)
-        load_examples(partial, audio_root=output.parent, benchmark=benchmark)
+        # Clips may lie in another directory than the output; training asks whether they may.
+        load_examples(partial, audio_root=output.parent, benchmark=benchmark, allow_outside=True)
         partial.replace(output)
     finally:
         partial.unlink(missing_ok=True)

@@ -41,6 +41,7 @@ def _questions(data: dict[str, Any], base: Path) -> tuple[dict[str, Example], st
             require_audio=False,
             skip_bad=True,
             benchmark=True,
+            allow_outside=data.get("allow_outside") is True,
         )
     except (UserError, OSError) as error:
         return {}, str(error)
