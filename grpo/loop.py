@@ -27,7 +27,6 @@ from hark.grpo.runtime.interrupt import Interrupted
 from hark.grpo.runtime.out_of_memory import is_out_of_memory, reason
 from hark.grpo.runtime.sharding import gathered
 from hark.grpo.runtime.shards import allocate_moments
-from hark.grpo.runtime.watchdog import watched
 from hark.grpo.sampler import sample
 from hark.models.policy import Prompt
 
@@ -43,7 +42,7 @@ def train(learner: Learner, *, about: Mapping[str, Any] = MappingProxyType({})) 
     about: what checkpoints say about the run.
     """
     config, world = learner.config, learner.world
-    with world.interruption.noted(grace=config.run.grace), watched(world, patience=config.run.patience):
+    with world.interruption.noted(grace=config.run.grace):
         with world.progress.during("memory probe"):
             probe(learner)
         rate = best_matmul_rate(world.device, getattr(torch, config.model.dtype))

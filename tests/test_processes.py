@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,17 +25,20 @@ from hark.grpo.runtime.collectives import World
 from hark.grpo.runtime.interrupt import Interrupted, interruptible
 from hark.grpo.runtime.lock import locked
 from hark.grpo.runtime.watchdog import Watchdog
+from hark.launch import train as train_program
 from hark.launch.common.config_file import load_config
 from hark.launch.studies import chaos
-from tests.ranks import on_ranks
+from tests.clips import write_questions
+from tests.ranks import as_torchrun, on_ranks
 from tests.runs import ROUNDING, build, computed, largest_difference, length_reward, read_metrics, train
 
 CPU = torch.device("cpu")
 
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks at processes in /proc")
-def test_a_run_comes_back_bit_for_bit_from_kills_and_signals(tmp_path):
+def test_a_run_comes_back_bit_for_bit_from_kills_and_signals(tmp_path, monkeypatch):
     """The short form of launch/studies/chaos.py: three things that are done to a run on two ranks."""
+    monkeypatch.setattr(chaos, "STEPS", 8)
     kinds = ["kill -9 of one rank", "kill -9 of the launcher", "SIGTERM"]
     chaos.main([
         "--trials", "3", "--root", str(tmp_path), "--setups", "2 ranks", "--only", *kinds, "--page", os.devnull,
@@ -308,3 +312,105 @@ def test_an_interrupted_run_that_saves_none_says_that_it_begins_again(settings, 
     with pytest.raises(Interrupted, match="SIGTERM after step 1: .* begins again: nothing was saved"):
         on_ranks(1, run)
     assert not checkpoints(tmp_path / "run" / "checkpoints")
+
+
+def fails_on_rank_1(world: World, words: list[str]) -> None:
+    """Memory runs out on one rank while a micro-batch has more than one prompt."""
+    score = learner_module.score
+
+    def scarce(policy, prompts, *rest, **more):
+        if len(prompts) > 1 and world.rank == 1 and world.progress.doing != "memory probe":
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 7 bytes.")
+        return score(policy, prompts, *rest, **more)
+
+    learner_module.score = scarce
+    train(world, words)
+
+
+def test_out_of_memory_on_one_of_two_ranks_ends_the_run_which_goes_on_with_smaller_micro_batches(settings, tmp_path):
+    words = [*settings, "optim.micro_batch=2", "optim.steps=2", "run.resume=true"]
+    with pytest.raises(Exception, match="can't allocate memory"):
+        on_ranks(2, fails_on_rank_1, [*words, f"run.directory={tmp_path}/scarce"])
+    on_ranks(2, fails_on_rank_1, [*words, f"run.directory={tmp_path}/scarce"])
+    on_ranks(2, train, [*words, f"run.directory={tmp_path}/plain"])
+    assert largest_difference(tmp_path / "plain", tmp_path / "scarce") < ROUNDING
+
+
+# Whole runs under torchrun --------------------------------------------------------------------------------------------
+
+TEMPLATE = """
+import time
+from pathlib import Path
+from hark.data.prompts import ASK, Template
+
+class Slow(Template):
+    def ask(self, example):
+        if Path({flag!r}).exists():
+            time.sleep(600)
+        return super().ask(example)
+
+slow = Slow(ASK)
+"""
+
+
+@pytest.fixture
+def configuration(tmp_path, qwen2_audio_dir) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(
+        f"run: {{directory: {tmp_path}/run, threads: 1}}\n"
+        f"model: {{path: {qwen2_audio_dir}}}\n"
+        f"data: {{train: {write_questions(tmp_path, 8)}}}\n"
+        "rollout: {group_size: 4, max_new_tokens: 8}\n"
+        "optim: {steps: 6, prompts_per_step: 4, micro_batch: 2, lr: 1e-3}\n"
+        "reward: {weights: {diversity: 1.0}}\n"
+        "evaluation: {every: 0}\n"
+        "checkpoint: {every: 1}\n"
+        "log: {completions: 0}\n"
+    )
+    return path
+
+
+def torchrun(*words: str | Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, words)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def until_step(directory: Path, step: int, process: subprocess.Popen) -> None:
+    while chaos.last_step(directory) < step:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks at processes in /proc")
+def test_torchrun_starts_a_run_again_whose_rank_was_killed_and_it_ends_as_if_nothing_was(configuration, tmp_path):
+    """With --max-restarts alone: the restarted processes resume by themselves."""
+    script = Path(chaos.__file__).parents[1] / "train.py"
+    process = torchrun("--max-restarts", "1", script, configuration)
+    until_step(tmp_path / "run", 3, process)
+    os.kill(chaos.children(process.pid)[1], signal.SIGKILL)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "continuing from step" in said, said
+    as_torchrun(2, train_program.main, [str(configuration), f"run.directory={tmp_path}/plain"])
+    assert largest_difference(tmp_path / "run", tmp_path / "plain") == 0.0
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks at processes in /proc")
+def test_a_rank_that_gets_no_data_is_named_with_its_phase(configuration, tmp_path):
+    flag = tmp_path / "hang"
+    own = tmp_path / "own.py"
+    own.write_text(TEMPLATE.format(flag=str(flag)))
+    words = [f"data.template={own}:slow", "run.patience=4", "run.grace=1", "optim.steps=1000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hark.launch", "train", "--processes", "2", configuration, *words],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    until_step(tmp_path / "run", 3, process)
+    flag.touch()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    found = r"error: rank [01] has made no progress for \d+ s \(run.patience\), in this phase: load of step \d+;"
+    assert re.match(found, errors), errors
+    assert checkpoints(tmp_path / "run" / "checkpoints")

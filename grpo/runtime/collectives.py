@@ -92,23 +92,22 @@ class Progress:
 
     def __init__(self, meter: CollectiveMeter):
         self._meter = meter
-        self._count, self._patience = 0, 0.0
-        self.doing = "start"
+        self._count = 0
+        self.doing, self._patience = "start", TIMEOUT.total_seconds()  # data are checked and weights read
 
-    def mark(self, doing: str | None = None) -> None:
+    def mark(self, doing: str | None = None, *, patience: float = 0.0) -> None:
         """Note that there is progress, and what begins, if that is something else."""
         self._count += 1
-        self.doing = doing or self.doing
+        if doing is not None:
+            self.doing, self._patience = doing, patience
 
     @contextmanager
     def during(self, doing: str, *, patience: float = 0.0) -> Iterator[None]:
         """Note what the block does."""
-        before = self.doing, self._patience
-        self._patience = patience
-        self.mark(doing)
+        doing_before, patience_before = self.doing, self._patience
+        self.mark(doing, patience=patience)
         yield
-        self.doing, self._patience = before
-        self.mark()
+        self.mark(doing_before, patience=patience_before)
 
     def now(self) -> tuple[int, bool, str, float]:
         """A count that grows with progress, whether a collective waits for other ranks, the phase, and its patience."""
@@ -139,14 +138,17 @@ class World:
 
 
 @contextmanager
-def joined_world(*, threads: int = 0) -> Iterator[World]:
-    """Join the processes that torchrun started; without torchrun, form a world of one process."""
+def joined_world(*, threads: int = 0, patience: float = 600.0) -> Iterator[World]:
+    """Join the processes that torchrun started; without torchrun, form a world of one process.
+
+    patience: seconds to wait for the others; 0 is long. Raises ConfigError if they have not come.
+    """
     if threads:
         torch.set_num_threads(threads)
     device = _device()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        _join(backend, timedelta(seconds=patience) if patience else TIMEOUT)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     size = dist.get_world_size()
@@ -158,6 +160,20 @@ def joined_world(*, threads: int = 0) -> Iterator[World]:
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def _join(backend: str, patience: timedelta) -> None:
+    store, rank, size = next(dist.rendezvous("env://", timeout=patience))
+    store.set_timeout(patience)
+    # torchrun's store outlives processes that it starts again, which would find the addresses of the dead ones in it.
+    own = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    try:
+        dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=TIMEOUT)
+    except dist.DistStoreError as error:
+        raise ConfigError(
+            f"rank {rank}: another of the {size} ranks has not joined within {patience.total_seconds():g} s "
+            "(run.patience); its process hangs, or its machine cannot be reached"
+        ) from error
 
 
 def _device() -> torch.device:

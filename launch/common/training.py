@@ -18,6 +18,7 @@ from hark.grpo.instruments.trackers import check_trackers
 from hark.grpo.learner import Learner
 from hark.grpo.runtime.collectives import World, joined_world
 from hark.grpo.runtime.lock import locked
+from hark.grpo.runtime.watchdog import watched
 from hark.launch.common.exports import announce_export
 from hark.launch.common.policies import make_policy
 from hark.launch.common.questions import (
@@ -42,7 +43,12 @@ def train(config: Config, make_trainer: Callable[..., Learner], *, judged: bool,
     answered: what needs the right answers of all training examples; "" where nothing does.
     """
     config = restarted(config)
-    with joined_world(threads=config.run.threads) as world, locked(Path(config.run.directory), world):
+    directory, patience = Path(config.run.directory), config.run.patience
+    with (
+        joined_world(threads=config.run.threads, patience=patience) as world,
+        watched(world, patience=patience),
+        locked(directory, world),
+    ):
         announce(config, world)
         check_training(config, world)
         about = facts(config, world)
@@ -66,7 +72,7 @@ def train(config: Config, make_trainer: Callable[..., Learner], *, judged: bool,
             parts = dict(data=loader, validate=validate, describe=described, listen=listening(config, policy))
             loop.train(make_trainer(config, world, policy, **parts), about=about)
             if config.checkpoint.export and world.is_main:
-                announce_export(Path(config.run.directory) / "model")
+                announce_export(directory / "model")
             if loader.bad:
                 print(f"{len(loader.bad)} more bad examples skipped, listed in {bad_log(config).path}", flush=True)
 

@@ -175,13 +175,12 @@ def chain(root: Path, setup: str, chance: random.Random, *, kinds: Sequence[str]
         words = command(root, directory, setup)
         launcher = start(words, directory, full=kind == "disk full")
         began = time.monotonic()
-        before = trials[-1] if trials else None
         if kind is None:
-            follow(before, directory, launcher, until=lambda: False)
+            follow(trials, directory, launcher, until=lambda: False)
         else:
             trial = Trial(setup, kind, "", directory, launcher, began)
             trial.moment = moment = moment_for(kind, last_step(directory), chance)
-            follow(before, directory, launcher, until=MOMENTS[moment](trial, chance))
+            follow(trials, directory, launcher, until=MOMENTS[moment](trial, chance))
             if launcher.poll() is None:
                 trial.step = last_step(directory)
                 trial.started = time.monotonic()
@@ -191,7 +190,8 @@ def chain(root: Path, setup: str, chance: random.Random, *, kinds: Sequence[str]
             (trials or [trial])[-1].notes.append(f"not ended after {LIMIT:g} s")
             (trials or [trial])[-1].came_back = False
         same(directory, expected, trials)
-        if (directory / "model" / "config.json").exists() and launcher.returncode == 0:
+        if launcher.returncode == 0:  # finished, whatever was done to it
+            note_return(trials, STEPS + 1)
             break
     if trials and not finished_equal(directory, expected):
         trials[-1].same = False
@@ -209,21 +209,21 @@ def moment_for(kind: str, step: int, chance: random.Random) -> str:
     return "a save" if kind == "disk full" else chance.choice([one for one in MOMENTS if (one == "an export") == late])
 
 
-def follow(before: Trial | None, directory: Path, launcher: subprocess.Popen, *, until: Callable[[], bool]) -> None:
-    """Wait until something is true or the run has ended; note when it is as far as it was before."""
-    deadline = time.monotonic() + LIMIT
+def follow(before: Sequence[Trial], directory: Path, launcher: subprocess.Popen, *, until: Callable[[], bool]) -> None:
+    """Wait until something is true or the run has ended; note when it is farther than it was at earlier trials."""
+    deadline, due = time.monotonic() + LIMIT, 0.0
     while launcher.poll() is None and time.monotonic() < deadline and not until():
-        note_return(before, directory)
+        if time.monotonic() > due:
+            note_return(before, last_step(directory))
+            due = time.monotonic() + 0.1
         time.sleep(0.0005)
-    note_return(before, directory)
+    note_return(before, last_step(directory))
 
 
-def note_return(before: Trial | None, directory: Path) -> None:
-    if before is None or before.seconds is not None:
-        return
-    now = time.monotonic()
-    if int(now * 10) % 2 and last_step(directory) >= min(before.step + 1, STEPS):
-        before.seconds = now - before.started
+def note_return(before: Sequence[Trial], step: int) -> None:
+    for trial in before:
+        if trial.seconds is None and step > trial.step:
+            trial.seconds = time.monotonic() - trial.started
 
 
 def wait_for_end(directory: Path, launcher: subprocess.Popen) -> bool:
@@ -299,7 +299,7 @@ def of_run(directory: Path) -> list[int]:
 
 def a_step(trial: Trial, chance: random.Random) -> Callable[[], bool]:
     """Some time after some steps."""
-    wanted, after, since = chance.randrange(1, 5), chance.uniform(0.0, 0.6), []
+    wanted, after, since = chance.randrange(1, 5), chance.uniform(0.0, 0.6), list[float]()
 
     def passed() -> bool:
         if not since and int(time.monotonic() * 50) % 2:
@@ -313,7 +313,7 @@ def a_step(trial: Trial, chance: random.Random) -> Callable[[], bool]:
 
 def a_save(trial: Trial, chance: random.Random) -> Callable[[], bool]:
     """While a checkpoint is written."""
-    skipped, seen = chance.randrange(0, 3), set()
+    skipped, seen = chance.randrange(0, 3), set[str]()
 
     def passed() -> bool:
         seen.update(path.name for path in (trial.directory / "checkpoints").glob("*.partial"))
