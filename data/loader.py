@@ -6,7 +6,6 @@ lock. Nothing is pickled, and an exception arrives as it was raised.
 
 import dataclasses
 import json
-import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -83,16 +82,14 @@ class Loader(Generic[Prompt]):
         weights: Sequence[float] = (),
         curriculum: Curriculum = SHUFFLED,
         silent_share: float = 0.0,
-        max_lost: float = 1.0,
         on_bad: Callable[[BadExample], None] = lambda bad: None,
     ) -> None:
         """`prepare(chat, *waveforms)` makes a prompt and may raise DataError; there is no waveform without audio.
 
         weights: the share of the prompts from each `part` of the examples; without it, every example is drawn equally
         often. curriculum: the order of the examples. silent_share: share of the prompts, 0 to 1, whose waveforms are
-        set to zero; which ones is a pure function of (seed, step, example). max_lost: share of the examples, 0 to 1,
-        that may be skipped before it is an error; one always may. on_bad: called once with each example that is
-        skipped.
+        set to zero; which ones is a pure function of (seed, step, example). on_bad: called once with each example that
+        is skipped.
         """
         if not examples:
             raise DataError("no examples; expected at least one")
@@ -103,7 +100,6 @@ class Loader(Generic[Prompt]):
         self._seed, self._prompts_per_step, self._rank, self._world = seed, prompts_per_step, rank, world
         self._template, self._shuffle_choices, self._skip_bad = template, shuffle_choices, skip_bad
         self._silent_share, self._on_bad = silent_share, on_bad
-        self._most_bad = max(1, math.floor(max_lost * len(examples)))
         self._unchanged = Unchanged()
         self._weights = weights
         self._parts = parts_of(examples, len(weights)) if weights else [range(len(examples))]
@@ -198,12 +194,6 @@ class Loader(Generic[Prompt]):
                 self._bad_indices.add(index)
                 self.bad.append(bad)
                 self._on_bad(bad)
-        if len(self.bad) > self._most_bad:
-            last = self.bad[-1]
-            raise DataError(
-                f"{len(self.bad)} of {len(self.examples)} examples became bad during the run, more than data.max_lost "
-                f"allows, the last {last.line}: {last.reason}"
-            )
 
     def _slot(self, drawn: int, occurrence: int, *, step: int) -> _Slot[Prompt]:
         """The prompt of the first good example of the part at or after the index `drawn`; the search wraps round."""

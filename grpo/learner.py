@@ -10,7 +10,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -29,13 +29,13 @@ from hark.grpo.optimizer import build_optimizer, clip_gradients, learning_rate
 from hark.grpo.runtime.collectives import World, check_interrupted, reduce_max, reduce_sums
 from hark.grpo.runtime.out_of_memory import is_out_of_memory, reason
 from hark.grpo.scorer import score
+from hark.grpo.shared_data import SharedData, TrainingData
 from hark.grpo.types import Batch
 from hark.models.experts import RouterLoad
 from hark.models.policy import Policy, Prompt
 
 Kind = TypeVar("Kind", bound=Batch)
 AnyBatch = TypeVar("AnyBatch", bound=Batch)
-Key = tuple[int, ...]  # the integers that seed the random numbers of a prompt
 NOTE = re.compile(r"(\d{1,9}) instead of (\d{1,9})\n")  # in the file of a MicroBatch
 MEANS = {  # the terms of tokens whose weighted means are metrics, and the names of these
     "clipped": "clip_share",
@@ -45,27 +45,6 @@ MEANS = {  # the terms of tokens whose weighted means are metrics, and the names
     "entropy": "entropy",
     "sampler_gap": "sampler_gap",
 }
-
-
-class TrainingData(Protocol):
-    """The source of prompts: pure functions of the step and of positions; it has no state to save."""
-
-    def step(self, step: int) -> Sequence[tuple[Any, Prompt, Key]]:
-        """This rank's examples of a step with their prompts and keys; starts to prepare the next step."""
-
-    def prepare(self, step: int) -> None:
-        """Start to prepare a step."""
-
-    def at(self, step: int, positions: Sequence[int], *, since: int) -> Sequence[tuple[Any, Prompt, Key]]:
-        """Examples at any positions of the run's order, for a step that begins at position `since`."""
-
-    def prepare_at(self, step: int, positions: Sequence[int], *, since: int) -> None:
-        """Start to prepare what `at` is asked for next."""
-
-    def longest(self) -> tuple[Any, Prompt]:
-        """The example with the longest prompt."""
-
-    examples: Sequence[Any]  # all of them
 
 
 class MicroBatch:
@@ -108,7 +87,8 @@ class Learner(Generic[Kind]):
         listen: Callable[[Any], Sequence[Audio]] = lambda example: (),
     ):
         self.config, self.world, self.policy = config, world, policy
-        self.data, self.validate, self.listen = data, validate, listen
+        self.data = SharedData(data, world, max_lost=config.data.max_lost)
+        self.validate, self.listen = validate, listen
         self.directory = Path(config.run.directory)
         optim = config.optim
         self.optimizer = build_optimizer(policy, weight_decay=optim.weight_decay, betas=(optim.beta1, optim.beta2))
@@ -245,11 +225,12 @@ class Learner(Generic[Kind]):
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs besides weights and moments, for JSON."""
-        return {"skipped": self.skipped}
+        return {"skipped": self.skipped, "lost": self.data.lost}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over the state of a checkpoint."""
         self.skipped = state.get("skipped", 0)
+        self.data.lost = list(state.get("lost", []))
 
     def prepare(self, step: int) -> None:
         """Start to prepare the prompts of the first step of a run or of a resumed run."""

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hark.grpo.learner import Key, TrainingData
 from hark.grpo.runtime.collectives import World, exchange_rows
+from hark.grpo.shared_data import Key, TrainingData
 from hark.grpo.types import Rollout, stacked
 from hark.models.policy import Prompt
 

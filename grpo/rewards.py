@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 import torch
 
-from hark import UserError
 from hark.grpo.config import RewardConfig
-from hark.grpo.runtime.collectives import World, exchange_rows, reduce_max
+from hark.grpo.runtime.collectives import World
+from hark.grpo.shared_data import on_all
 from hark.grpo.types import Rollout
 from hark.models.policy import completion_ids
 
@@ -48,17 +48,8 @@ class StepRewards:
         return self._thread.submit(self._rewards, examples, texts, ids, rollout.stopped.tolist(), step)
 
     def columns(self, pending: Future[Judged]) -> torch.Tensor:
-        """The columns (B, K), waited for. What is raised on one rank is raised on all: none waits for another.
-
-        Raises the exception itself where it occurred, and a UserError with its message on the other ranks.
-        """
-        failure = pending.exception()
-        if failure is not None and not isinstance(failure, Exception):
-            raise failure
-        if reduce_max(failure is not None, self._world):
-            found = exchange_rows([] if failure is None else [f"rank {self._world.rank}: {failure}"], self._world)
-            raise failure or UserError("; ".join(found))
-        judged = pending.result()
+        """The columns (B, K), waited for. What is raised on one rank is raised on all (`on_all`)."""
+        judged = on_all(pending.result, self._world)
         self._figures.update({"reward_failures": len(judged.failures)} | dict(judged.figures))
         return judged.columns.to(self._world.device)
 

@@ -9,10 +9,11 @@ import torch
 
 from hark.grpo.config import Config
 from hark.grpo.instruments.console import PACE
-from hark.grpo.learner import Learner, TrainingData
+from hark.grpo.learner import Learner
 from hark.grpo.loss import TokenTerms, supervised_loss
 from hark.grpo.runtime.collectives import World, reduce_sums
 from hark.grpo.scorer import score
+from hark.grpo.shared_data import TrainingData
 from hark.grpo.types import Batch
 from hark.models.policy import Policy, Prompt, completion_lengths
 

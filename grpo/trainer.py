@@ -17,7 +17,7 @@ from hark.grpo.instruments.console import PACE, Completion
 from hark.grpo.instruments.draft import recorded_advantages
 from hark.grpo.instruments.groups import best_and_worst, group_sums, reward_means, shares_of_variance
 from hark.grpo.instruments.trackers import Audio
-from hark.grpo.learner import MEANS, Key, Learner, TrainingData
+from hark.grpo.learner import MEANS, Learner
 from hark.grpo.loss import TokenTerms
 from hark.grpo.reference import Reference, rollout_logprobs
 from hark.grpo.refill import Drawn, draw_with_spread, share
@@ -26,6 +26,7 @@ from hark.grpo.runtime.collectives import World, check_interrupted, exchange_row
 from hark.grpo.runtime.sharding import gathered
 from hark.grpo.sampler import sample
 from hark.grpo.sft import add_supervised, longest_given
+from hark.grpo.shared_data import Key, TrainingData
 from hark.grpo.types import PolicyBatch, Rollout, stacked
 from hark.models.lora import WithoutAdapters
 from hark.models.policy import Policy, Prompt

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import soundfile
 import torch
 
+from hark import UserError
 from hark.data.audio import load_waveform
 from hark.data.clip import Clip
 from hark.data.clip_memory import ClipMemory
 from hark.data.clips import Rules, clips_in, inspect_all, usable
 from hark.data.errors import DataError
-from hark.data.examples import Example
+from hark.data.examples import BadExample, Example
 from hark.data.loader import Loader
+from hark.grpo.runtime.collectives import World
+from hark.grpo.shared_data import SharedData
+from hark.launch.common.config_file import load_config
 from hark.launch.common.questions import prepare_of
 from tests.clips import waveform
+from tests.ranks import on_ranks
+from tests.runs import build
 
 COUNT = 10
 RULES = Rules(16_000, 2.0)
@@ -35,10 +43,10 @@ def examples(tmp_path):
     return usable(data, found, long_clips="error", skip_bad=False)[0]
 
 
-def loader(examples, *, rank=0, world=1, skip_bad=True, max_lost=1.0):
+def loader(examples, *, rank=0, world=1, skip_bad=True):
     return Loader(
         examples, lambda text, sound: (text, len(sound)), seed=0, prompts_per_step=COUNT, rank=rank, world=world,
-        template="plain", shuffle_choices=False, skip_bad=skip_bad, workers=2, max_lost=max_lost,
+        template="plain", shuffle_choices=False, skip_bad=skip_bad, workers=2,
         waveform=lambda clip: load_waveform(clip, sample_rate=16_000, max_seconds=2.0),
     )  # fmt: skip
 
@@ -86,21 +94,64 @@ def test_with_skip_bad_the_next_good_one_replaces_it_on_any_number_of_ranks_and_
     assert [name for name, _ in in_turn[3]].count("id4") == 2 and "id3" not in dict(in_turn[3])
 
 
+ALONE = World(0, 1, torch.device("cpu"))
+
+
 def test_more_lost_examples_than_the_limit_stop_the_run(examples):
     for n in (1, 4, 7):
         vanish(examples[n].clips[0].source)
-    with loader(examples, max_lost=0.3) as one:
-        one.step(0)
-        assert len(one.bad) == 3
-    with loader(examples, max_lost=0.2) as one, pytest.raises(DataError, match="3 of 10 examples .* data.max_lost"):
-        one.step(0)
+    with loader(examples) as one:
+        data = SharedData(one, ALONE, max_lost=0.3)
+        data.step(0)
+        assert sorted(data.lost) == ["id1", "id4", "id7"]
+    with loader(examples) as one, pytest.raises(UserError, match="3 of 10 examples .* data.max_lost"):
+        SharedData(one, ALONE, max_lost=0.2).step(0)
 
 
 def test_one_lost_example_is_always_allowed(examples):
     vanish(examples[1].clips[0].source)
-    with loader(examples, max_lost=0.0) as one:
-        one.step(0)
-        assert len(one.bad) == 1
+    with loader(examples) as one:
+        data = SharedData(one, ALONE, max_lost=0.0)
+        data.step(0)
+        assert data.lost == ["id1"]
+
+
+def lose_on_two_ranks(world: World, examples, skip_bad: bool, message: str) -> None:
+    """One example vanishes that only rank 0 draws, and one that only rank 1 draws."""
+    with loader(examples, rank=world.rank, world=world.size, skip_bad=skip_bad) as one:
+        with pytest.raises(UserError, match=message):
+            SharedData(one, world, max_lost=0.1).step(0)
+
+
+def drawn_by(examples, rank):
+    with loader(examples, rank=rank, world=2) as one:
+        return [example for example, _, _ in one.step(0)]
+
+
+def test_ranks_count_lost_examples_together_and_stop_together(examples):
+    for rank in (0, 1):
+        vanish(drawn_by(examples, rank)[0].clips[0].source)
+    on_ranks(2, lose_on_two_ranks, [replace(one, extra={}) for one in examples], True, "^2 of 10 examples became bad")
+
+
+def test_an_error_of_the_data_on_one_rank_is_that_of_all(examples):
+    lost = drawn_by(examples, 1)[0]
+    vanish(lost.clips[0].source)
+    on_ranks(2, lose_on_two_ranks, [replace(one, extra={}) for one in examples], False, f"{lost.line}: .*no such file")
+
+
+def count_after_a_resume(world: World, settings) -> None:
+    config = load_config(settings)
+    learner, again = build(world, config), build(world, config)
+    learner.data.lost = ["train-3"]
+    again.restore(json.loads(json.dumps(learner.state())))
+    again.data._data.bad.append(BadExample("train.jsonl:5", "train-4", "gone"))
+    with pytest.raises(UserError, match="2 of 12 examples became bad"):
+        again.data.step(0)
+
+
+def test_a_resumed_run_goes_on_counting(settings, tmp_path):
+    on_ranks(1, count_after_a_resume, [*settings, f"run.directory={tmp_path}/run", "loss.beta=0"])
 
 
 def test_a_prompt_that_leaves_no_positions_for_the_answer_is_an_error_and_one_that_fits_is_not():

@@ -153,7 +153,7 @@ def wrong_reference(trainer: Trainer) -> None:
 def silent(trainer: Trainer) -> None:
     """Drop the sound before the features are computed."""
     prepare = trainer.policy.prepare
-    trainer.data._prepare = lambda chat, *waveforms: prepare(chat, *(0 * waveform for waveform in waveforms))
+    trainer.data._data._prepare = lambda chat, *waveforms: prepare(chat, *(0 * waveform for waveform in waveforms))
 
 
 def deaf(trainer: Trainer) -> None:

@@ -124,7 +124,6 @@ def training_loader(config: Config, world: World, policy: Policy, examples: Sequ
         shuffle_choices=config.data.shuffle_choices,
         waveform=waveform_of(config, policy),
         skip_bad=config.data.skip_bad,
-        max_lost=config.data.max_lost,
         workers=config.data.workers,
         weights=weighted(config.data.train or [])[1],
         curriculum=curriculum_of(config),

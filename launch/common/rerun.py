@@ -20,9 +20,9 @@ from hark.grpo.advantage import weighted_rewards
 from hark.grpo.config import Config, ConfigError
 from hark.grpo.instruments.draft import recorded_advantages
 from hark.grpo.instruments.record import RecordError, StepRecord, joined
-from hark.grpo.learner import Key
 from hark.grpo.runtime.checkpoint import load_checkpoint
 from hark.grpo.runtime.collectives import World, gather_rows
+from hark.grpo.shared_data import Key
 from hark.grpo.trainer import Trainer
 from hark.grpo.types import Rollout
 from hark.launch.common.policies import make_policy, make_reference

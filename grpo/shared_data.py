@@ -1,0 +1,95 @@
+"""The prompts of a step on all ranks or on none: what fails on one rank ends the step on all, and none waits for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+from hark import UserError
+from hark.grpo.runtime.collectives import World, exchange_rows, reduce_max
+from hark.models.policy import Prompt
+
+Result = TypeVar("Result")
+Key = tuple[int, ...]  # the integers that seed the random numbers of a prompt
+
+
+class TrainingData(Protocol):
+    """The source of prompts: pure functions of the step and of positions; it has no state to save."""
+
+    def step(self, step: int) -> Sequence[tuple[Any, Prompt, Key]]:
+        """This rank's examples of a step with their prompts and keys; starts to prepare the next step."""
+
+    def prepare(self, step: int) -> None:
+        """Start to prepare a step."""
+
+    def at(self, step: int, positions: Sequence[int], *, since: int) -> Sequence[tuple[Any, Prompt, Key]]:
+        """Examples at any positions of the run's order, for a step that begins at position `since`."""
+
+    def prepare_at(self, step: int, positions: Sequence[int], *, since: int) -> None:
+        """Start to prepare what `at` is asked for next."""
+
+    def longest(self) -> tuple[Any, Prompt]:
+        """The example with the longest prompt."""
+
+    examples: Sequence[Any]  # all of them
+    bad: Sequence[Any]  # those that this rank has skipped
+
+
+class SharedData:
+    """TrainingData whose errors are those of all ranks.
+
+    lost: the ids of the examples that any rank has skipped since the beginning of the run. More of them than the share
+    `max_lost` of all examples, and than one, are an error.
+    """
+
+    def __init__(self, data: TrainingData, world: World, *, max_lost: float):
+        self._data, self._world = data, world
+        self._counted = 0  # of the examples that this rank has skipped
+        self._most = max(1, math.floor(max_lost * len(data.examples)))
+        self.examples, self.prepare, self.prepare_at = data.examples, data.prepare, data.prepare_at
+        self.lost: list[str] = []
+
+    @property
+    def bad(self) -> Sequence[Any]:
+        return self._data.bad
+
+    def step(self, step: int) -> Sequence[tuple[Any, Prompt, Key]]:
+        return self._counting(lambda: self._data.step(step))
+
+    def at(self, step: int, positions: Sequence[int], *, since: int) -> Sequence[tuple[Any, Prompt, Key]]:
+        return self._counting(lambda: self._data.at(step, positions, since=since))
+
+    def longest(self) -> tuple[Any, Prompt]:
+        return on_all(self._data.longest, self._world)
+
+    def _counting(self, call: Callable[[], Result]) -> Result:
+        """The result of a call, after the examples that it skipped were counted on all ranks."""
+        result = on_all(call, self._world)
+        new, self._counted = self._data.bad[self._counted :], len(self._data.bad)
+        if not reduce_max(len(new), self._world):
+            return result
+        found = exchange_rows(list(new), self._world)
+        self.lost = list(dict.fromkeys([*self.lost, *(one.id for one in found)]))
+        if len(self.lost) > self._most:
+            raise UserError(
+                f"{len(self.lost)} of {len(self.examples)} examples became bad during the run, more than data.max_lost "
+                f"allows, the last {found[-1].line}: {found[-1].reason}"
+            )
+        return result
+
+
+def on_all(call: Callable[[], Result], world: World) -> Result:
+    """What a call returns. What it raises on one rank is raised on all: none waits for another.
+
+    Raises the exception itself where it occurred, and a UserError with its message on the other ranks.
+    """
+    failure, returned = None, []
+    try:
+        returned.append(call())
+    except Exception as error:
+        failure = error
+    if reduce_max(failure is not None, world):
+        found = exchange_rows([] if failure is None else [f"rank {world.rank}: {failure}"], world)
+        raise failure or UserError("; ".join(found))
+    return returned[0]
