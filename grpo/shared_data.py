@@ -33,7 +33,10 @@ class TrainingData(Protocol):
         """The example with the longest prompt."""
 
     examples: Sequence[Any]  # all of them
-    bad: Sequence[Any]  # those that this rank has skipped
+
+    @property
+    def bad(self) -> Sequence[Any]:
+        """The examples that this rank has skipped; none is ever removed."""
 
 
 class SharedData:
@@ -84,7 +87,8 @@ def on_all(call: Callable[[], Result], world: World) -> Result:
 
     Raises the exception itself where it occurred, and a UserError with its message on the other ranks.
     """
-    failure, returned = None, []
+    failure: Exception | None = None
+    returned: list[Result] = []
     try:
         returned.append(call())
     except Exception as error:

@@ -17,7 +17,7 @@ from hark.grpo.rewards import weights_at
 from hark.grpo.runtime.collectives import World, gather_rows
 from hark.grpo.runtime.sharding import gathered
 from hark.grpo.sampler import sample
-from hark.launch.common.questions import bad_log, rewards_of, waveform_of
+from hark.launch.common.questions import bad_log, prepare_of, rewards_of, waveform_of
 from hark.models.policy import Policy, Prompt, completion_ids
 
 RIGHT = 0.5  # the least reward of a right answer
@@ -51,7 +51,7 @@ def answers(
     ]
     batches = evaluation_batches(
         asked[world.rank :: world.size],
-        policy.prepare,
+        prepare_of(config, policy),
         template=config.data.template,
         waveform=waveform_of(config, policy),
         batch=size,
