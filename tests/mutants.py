@@ -315,12 +315,6 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ),
     ),
     "grpo/rewards.py": (
-        (
-            "a failure stays on its rank",
-            "if reduce_max(failure is not None, self._world):",
-            "if failure is not None:",
-            "test_rewards_failing",
-        ),
         ("failed calls uncounted", '{"reward_failures": len(judged.failures)} |', "", "test_rewards_failing"),
         ("failed calls counted again", "self._figures.clear()", "pass", "test_rewards_table"),
         (
@@ -486,6 +480,14 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("clips in common are not followed", "return [find(own[0])", "return [own[0]", "test_open_questions"),
     ),
     "data/difficulty.py": (("a high pass rate is hard", "sign = -1 if", "sign = 1 if", "test_curriculum"),),
+    "grpo/shared_data.py": (
+        (
+            "a failure stays on its rank",
+            "if reduce_max(failure is not None, self._world):",
+            "if failure is not None:",
+            "test_rewards_failing",
+        ),
+    ),
     "grpo/refill.py": (
         (
             "candidates that are not needed are lost",
