@@ -64,6 +64,7 @@ def train(learner: Learner, *, about: Mapping[str, Any] = MappingProxyType({})) 
             learner.directory / "checkpoints", world, keep=config.checkpoint.keep,
             keep_weights=config.checkpoint.weights, background=config.checkpoint.background,
             required=config.checkpoint.required, about=about,
+            saved=start,
         )  # fmt: skip
         try:
             with closing(metrics), recorded(learner):

@@ -58,7 +58,7 @@ class Saver:
     keep: how many of the newest checkpoints are kept for resuming, besides that of the best validation accuracy.
     keep_weights: older ones lose the optimizer's state only. background: training goes on while a thread writes what
     was copied to host memory. required: a checkpoint that cannot be written raises CheckpointError; else it is said.
-    about: the run, for the manifest.
+    about: the run, for the manifest. saved: the steps of the newest checkpoint that is there, 0 for none.
     """
 
     def __init__(
@@ -71,12 +71,13 @@ class Saver:
         background: bool = True,
         required: bool = True,
         about: Mapping[str, Any] = MappingProxyType({}),
+        saved: int = 0,
     ):
         self._directory, self._world, self._keep, self._keep_weights = directory, world, keep, keep_weights
         self._background, self._required, self._about = background, required, dict(about)
         self._writing: _Writing | None = None
         self._figures: dict[str, float] = {}
-        self.saved: int | None = None  # steps of the newest checkpoint that is finished
+        self.saved = saved
 
     def save(
         self,

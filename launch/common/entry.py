@@ -19,7 +19,8 @@ from hark.shown import shown
 # the launcher ends this one before that.
 PATIENCE = 3.0
 LINES, LONGEST = 20, 1000  # of an error's message: lines, and characters of each
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # errors of a disk that takes nothing more
+# Errors of a disk that takes nothing more, or not from this user.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 
 def run(main: Callable[[list[str]], None]) -> None:
