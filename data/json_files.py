@@ -12,6 +12,7 @@ from hark.data.errors import DataError
 HALF_A_PAIR = re.compile("[\ud800-\udfff]")
 DEPTH = 64  # levels of lists and objects in a row
 DIGITS = 20  # of an integer of 64 bits, with its sign
+LARGEST_OBJECT = 256 << 20  # bytes of a file that holds one object
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict | DataError]]:
@@ -115,6 +116,25 @@ def _parts(value: Any) -> list:
 
 def _is_broken(value: Any) -> bool:
     return isinstance(value, str) and HALF_A_PAIR.search(value) is not None
+
+
+def read_object(path: str | Path) -> dict:
+    """The one object in a JSON file of a bounded size, such as an evaluation. Raises DataError for anything else."""
+    path = Path(path)
+    check_regular(path)
+    try:
+        if path.stat().st_size > LARGEST_OBJECT:
+            raise DataError(f"{path}: has more than {LARGEST_OBJECT >> 20} MB; expected one JSON object")
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: {_problem(path, error)}; expected a file with one JSON object") from None
+    try:
+        row = _row(_decoded(raw))
+    except DataError as error:
+        row = error
+    if isinstance(row, DataError):
+        raise DataError(f"{path}: {row}; write the file again")
+    return row
 
 
 def as_text(value: object) -> str | None:

@@ -9,7 +9,6 @@ difference is that of paired answers, by Newcombe's method 10; p is that of McNe
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,9 +17,12 @@ from hark.data.errors import DataError
 from hark.data.json_files import write_json
 from hark.grpo.runtime.checkpoint import checkpoints, step_of
 from hark.launch.common.entry import run
+from hark.launch.common.evaluation_file import NAME, read_evaluation
+from hark.shown import shown
 
 SETTINGS = ("rollout.max_new_tokens", "data.template", "data.max_seconds")  # that change answers
 WIDTH = 22  # of the column of names
+LONGEST = 60  # characters of a task's or a model's name
 
 
 def main(argv: list[str]) -> None:
@@ -43,15 +45,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def read(path: Path) -> dict:
     """The evaluation of a directory or file, with its own path as "path"."""
-    file = path / "evaluation.json" if path.is_dir() else path
-    try:
-        evaluation = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror}); `hark evaluate RUN` writes it") from None
-    except ValueError as error:
-        raise DataError(f"{file}: not JSON ({error}); `hark evaluate RUN` writes it anew") from None
-    if not isinstance(evaluation, dict) or not {"rows", "benchmark"} <= evaluation.keys():
-        raise DataError(f"{file}: not an evaluation; expected the evaluation.json of `hark evaluate`")
+    file = path / NAME if path.is_dir() else path
+    evaluation = read_evaluation(file)
     newest = max(map(step_of, checkpoints(file.parent / "checkpoints")), default=None)
     if newest is not None and newest != evaluation.get("step"):
         print(f"note: {file} is that of step {evaluation.get('step')}, and the run has step {newest} by now")
@@ -62,16 +57,20 @@ def compared(first: dict, second: dict) -> dict:
     """Print the comparison of two evaluations; returns its figures."""
     names = f"{first['path']} and {second['path']}"
     if first["benchmark"] != second["benchmark"]:
-        raise DataError(f"{names} are graded by the rules of {first['benchmark']} and {second['benchmark']}")
+        raise DataError(
+            f"{names} are graded by the rules of {shown(first['benchmark'], LONGEST)} and "
+            f"{shown(second['benchmark'], LONGEST)}"
+        )
     pairs = pairs_of(first["rows"], second["rows"])
     if not pairs:
         raise DataError(f"{names} have no graded question in common; compare evaluations of one data.test")
     print(f"A: {title(first)}\nB: {title(second)}")
     for name in SETTINGS:
         section, _, key = name.partition(".")
-        values = [evaluation.get("config", {}).get(section, {}).get(key) for evaluation in (first, second)]
+        values = [(evaluation.get("config") or {}).get(section, {}).get(key) for evaluation in (first, second)]
         if values[0] != values[1]:
-            print(f"note: they were asked with another {name}: {values[0]} and {values[1]}")
+            one, other = (shown(value, LONGEST) for value in values)
+            print(f"note: they were asked with another {name}: {one} and {other}")
     alone = max(len(first["rows"]), len(second["rows"])) - len(pairs)
     if alone:
         print(f"{alone} questions are not graded in both and are left out")
@@ -85,7 +84,7 @@ def compared(first: dict, second: dict) -> dict:
 
 
 def title(evaluation: dict) -> str:
-    return f"{evaluation.get('model', '')}, in {evaluation['path']}".removeprefix(", in ")
+    return f"{shown(evaluation.get('model') or '', 2 * LONGEST)}, in {evaluation['path']}".removeprefix(", in ")
 
 
 def heading() -> str:
@@ -96,7 +95,7 @@ def line(name: str, part: Paired) -> str:
     low, high = part.interval
     figures = f"{sum(part):9}{100 * (part.first.accuracy or 0):8.1f}{100 * (part.second.accuracy or 0):8.1f}"
     limits = f"{100 * low:+.1f} to {100 * high:+.1f}"
-    return f"{name:{WIDTH}}{figures}{100 * part.difference:+8.1f}{limits:>17}{part.p_value:8.2g}"
+    return f"{shown(name, LONGEST):{WIDTH}}{figures}{100 * part.difference:+8.1f}{limits:>17}{part.p_value:8.2g}"
 
 
 def figures(part: Paired) -> dict[str, float | Sequence[float] | None]:

@@ -93,7 +93,7 @@ def measure(subject: Subject, options: argparse.Namespace) -> None:
                     if world.is_main:
                         write(config, options, by_id, drawn)
         if world.is_main:
-            rates = [row["pass_rate"] for row in row_file.begin(options.out, settings_of(subject, options))]
+            rates = [row["pass_rate"] for row in rows_of(subject, options)]
             print(report(rates, config), flush=True)
             print(f"written to {options.out}" + (f" and {options.keep}" if options.keep else ""), flush=True)
 
@@ -117,10 +117,21 @@ def begun(subject: Subject, options: argparse.Namespace, world: World) -> set[st
     if world.is_main:
         if options.keep and options.keep.exists() and not options.out.exists():
             raise ConfigError(f"{options.keep} is there already, and {options.out} is not; choose another file to keep")
-        done = [row["id"] for row in row_file.begin(options.out, settings_of(subject, options))]
+        done = [row["id"] for row in rows_of(subject, options)]
         if options.keep:
             row_file.drop(options.keep, key="answer_to", known=set(done))
     return set(exchange_rows(done, world))
+
+
+def rows_of(subject: Subject, options: argparse.Namespace) -> list[dict]:
+    """The rows that are measured already."""
+    return row_file.begin(options.out, settings_of(subject, options), is_measured)
+
+
+def is_measured(row: dict[str, Any]) -> bool:
+    """Whether a row has an id and a pass rate."""
+    rate = row.get("pass_rate")
+    return isinstance(row.get("id"), str) and type(rate) in (int, float) and 0 <= rate <= 1
 
 
 def settings_of(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
-import json
 import re
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from hark.grpo.config import Config, ConfigError
 from hark.grpo.instruments.metrics import read_metrics
 from hark.launch.common.config_file import load_config
 from hark.launch.common.entry import run
+from hark.launch.common.evaluation_file import read_evaluation
 from hark.launch.common.intervals import mean_interval
 from hark.launch.common.plain_yaml import read_options
 from hark.launch.common.run_directory import changed
@@ -244,7 +244,8 @@ def figures(one: Run) -> dict[str, float]:
     if one.evaluation:
         if not one.evaluation.exists():
             return {}
-        return {"test": json.loads(one.evaluation.read_text(encoding="utf-8"))["accuracy"]}
+        accuracy = read_evaluation(one.evaluation).get("accuracy")
+        return {} if accuracy is None else {"test": accuracy}
     measured = [
         line["accuracy"]
         for line in read_metrics(one.directory)

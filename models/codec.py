@@ -11,17 +11,24 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from hark.data.errors import DataError
 from hark.data.features import mel_filters
 from hark.data.torchaudio_compat import torchaudio
+from hark.models.directory import check_directory, in_short, read_json
+from hark.models.policy import PolicyError
 
 FLOOR = 1e-5  # smaller magnitudes of the mel spectrogram are set to this value
+LARGEST = 40.0  # of a log magnitude: float32 holds its exponential squared
 SETTINGS, WEIGHTS = "codec.json", "codec.safetensors"
+MOST = {  # of the settings of a saved codec
+    "sample_rate": 384_000, "n_fft": 1 << 16, "hop": 1 << 16, "frames": 1024, "mels": 1024, "codes": 1 << 20,
+    "iterations": 1024,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,10 +77,31 @@ def load_codec(directory: str | Path) -> Codec:
     """The codec that `Codec.save` wrote. DataError if there is none."""
     path = Path(directory)
     try:
-        settings: dict[str, Any] = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
-        return Codec(Settings(**settings), load_file(path / WEIGHTS)["centres"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{path}: no codec ({error}); expected {SETTINGS} and {WEIGHTS} of `train_codec`") from error
+        check_directory(path)
+        settings = Settings(**read_json(path / SETTINGS))
+        _check(settings)
+        return Codec(settings, _centres(load_file(path / WEIGHTS)["centres"], settings))
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError, PolicyError) as error:
+        reason = f"no codec ({in_short(error)})"
+        raise DataError(f"{path}: {reason}; expected {SETTINGS} and {WEIGHTS} of `train_codec`") from error
+
+
+def _check(settings: Settings) -> None:
+    """ValueError for settings that make no sense; a codec may come from anywhere."""
+    for name, value in asdict(settings).items():
+        if type(value) is not int or not 0 < value <= MOST[name]:
+            raise ValueError(f"{name} is {in_short(value)}; expected an integer from 1 to {MOST[name]}")
+    if settings.hop > settings.n_fft or settings.mels > settings.n_fft // 2 + 1:
+        raise ValueError("n_fft is smaller than hop, or than two samples for each of the mels")
+
+
+def _centres(stored: torch.Tensor, settings: Settings) -> torch.Tensor:
+    """The centres; ValueError for a tensor that holds no centres of these settings."""
+    shape = (settings.codes, settings.frames * settings.mels)
+    if stored.dtype != torch.float32 or tuple(stored.shape) != shape or not stored.isfinite().all():
+        found = f"{stored.dtype} of the shape {tuple(stored.shape)}"
+        raise ValueError(f"the centres are {found}; expected finite torch.float32 of the shape {shape}")
+    return stored.clamp(max=LARGEST)
 
 
 def train_codec(

@@ -80,7 +80,7 @@ def test_each_run_is_compared_with_the_first_over_all_and_by_task(tmp_path, caps
 def test_what_cannot_be_compared_is_one_sentence(tmp_path):
     runs = [write(tmp_path / "a", [row("a", True)]), write(tmp_path / "b", [row("b", True)])]
     runs.append(write(tmp_path / "c", [row("a", True)], benchmark="mmau"))
-    unread = "cannot be read .*`hark evaluate RUN` writes it"
+    unread = "no such file .*`hark evaluate RUN` writes it"
     rules = "graded by the rules of strict and mmau"
     for other, message in [(runs[1], "no graded question in common"), (runs[2], rules), (tmp_path, unread)]:
         with pytest.raises(DataError, match=message):

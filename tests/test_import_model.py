@@ -204,13 +204,13 @@ def test_a_gguf_file_gives_the_language_model_its_tokenizer_and_its_chat_templat
 
 def test_without_the_packages_for_gguf_the_error_says_which(tmp_path, monkeypatch):
     path = tmp_path / "model.gguf"
-    path.write_bytes(b"GGUF")
+    path.write_bytes(b"GGUF" + (3).to_bytes(4, "little") + bytes(16))  # no tensors, no settings
     import transformers
 
     def fail(*_args, **_kwargs):
         raise ImportError("Please install torch and gguf>=0.10.0")
 
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", fail)
     with pytest.raises(DataError, match="pip install gguf accelerate"):
         gguf_files.import_gguf(path, tmp_path / "out")
 

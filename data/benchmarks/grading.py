@@ -16,6 +16,7 @@ from hark.data.json_files import as_text, read_rows, write_json
 
 PREDICTIONS = ("model_prediction", "model_output", "answer_prediction", "prediction", "response")  # the first counts
 SHOWN = 5  # rows that the console names; the JSON file has all
+LARGEST = 1 << 30  # bytes of an answer file; those of the benchmarks have at most 5 MB
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,8 @@ def _is_no_choice(answer: AnswerRow) -> bool:
 def read_answers(path: str | Path, benchmark: Benchmark) -> list[AnswerRow]:
     """The rows of a JSON array or of JSON lines; DataError that says where, what and how to fix it."""
     records = []
+    if Path(path).is_file() and Path(path).stat().st_size > LARGEST:
+        raise DataError(f"{path}: has more than {LARGEST >> 20} MB; expected the answers to a benchmark")
     for where, record in read_rows(path):
         if isinstance(record, DataError):
             raise DataError(f"{where}: {record}")

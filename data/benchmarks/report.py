@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 from hark.data.benchmarks.baselines import baseline_figures
 from hark.data.examples import Example
+from hark.shown import shown
 
 COLUMNS = ("task", "category", "sub_category", "difficulty")  # columns of a row that the table has a section for
+LONGEST = 60  # characters of the name of a group in the table
 Z = 1.959964  # the 97.5 % quantile of the normal distribution
 
 
@@ -151,7 +153,7 @@ def table(rows: Sequence[dict], examples: Sequence[Example], others: Mapping[str
     names = [
         "all",
         *(f"  {name}" for name in NAMES.values()),
-        *(f"  {value}" for groups in sections.values() for value in groups),
+        *(f"  {shown(value, LONGEST)}" for groups in sections.values() for value in groups),
     ]
     width = max(map(len, names)) + 2
     main = share(rows)
@@ -159,7 +161,7 @@ def table(rows: Sequence[dict], examples: Sequence[Example], others: Mapping[str
     lines += [line(NAMES[name], others[name], width) for name in RULES if name in others]
     for name, groups in sections.items():
         if groups:
-            lines += ["", name, *(line(f"  {value}", group, width) for value, group in groups.items())]
+            lines += ["", name, *(line(f"  {shown(value, LONGEST)}", group, width) for value, group in groups.items())]
     counts = {name: found for name, found in _answer_counts(rows).items() if found.total}
     if counts:
         lines += ["", "answers", *(line(f"  {NAMES[name]}", found, width) for name, found in counts.items())]

@@ -21,9 +21,13 @@ from hark.grpo.instruments.diagnosis import Diagnosis
 from hark.grpo.instruments.trackers import Audio, Tracker
 from hark.grpo.runtime.collectives import Progress
 
+LARGEST_LOG = 1 << 30  # bytes of a metrics.jsonl that is read; a step has about 2 KB
+LARGEST_VALUE = 1e100  # of a figure; the squares of larger ones would overflow
+MEASURED = ("accuracy", "silent_accuracy", "questions")  # what others read of an evaluation
+
 
 class LogError(UserError, RuntimeError):
-    """The log of a run cannot be written."""
+    """The log of a run cannot be written, or is not what was written."""
 
 
 class Metrics:
@@ -215,10 +219,39 @@ def restart_peak(device: torch.device) -> None:
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The lines of the metrics.jsonl of a run; none if there is no such file. An incomplete last line is left out."""
+    """The lines of the metrics.jsonl of a run; none if there is no such file. An incomplete last line is left out.
+
+    Raises LogError for a line that no run writes, because a run may come from anywhere.
+    """
     path = directory / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    try:
+        if not path.exists():
+            return []
+        if not path.is_file() or path.stat().st_size > LARGEST_LOG:
+            raise LogError(f"{path}: not a file of at most {LARGEST_LOG >> 20} MB; expected the log of a run")
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise LogError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+    return [_line(path, number, line) for number, line in enumerate(lines, start=1)]
+
+
+def _line(path: Path, number: int, text: bytes) -> dict[str, Any]:
+    try:
+        line = json.loads(text)
+        good = isinstance(line, dict) and "step" in line and isinstance(line.get("event", ""), str)
+        figures = {}
+        if good and line.get("event", "evaluation") == "evaluation":
+            figures = {key: value for key, value in line.items() if "event" not in line or key in MEASURED}
+        good = good and type(line["step"]) is int and all(map(_is_figure, (line["step"], *figures.values())))
+    except (ValueError, RecursionError):  # no JSON, no UTF-8, a number of too many digits
+        good = False
+    if not good:
+        raise LogError(f"{path}:{number}: is not a line that a run writes; delete it, or copy the file again")
+    return line
+
+
+def _is_figure(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and abs(value) <= LARGEST_VALUE)
 
 
 def _truncate(path: Path, step: int) -> None:
@@ -231,8 +264,9 @@ def _truncate(path: Path, step: int) -> None:
 def _step_of(line: str) -> float:
     """The step of a line; infinite for an incomplete line, so that it is dropped."""
     try:
-        return json.loads(line)["step"]
-    except ValueError:
+        step = json.loads(line)["step"]
+        return step if type(step) is int else math.inf
+    except (ValueError, TypeError, KeyError, RecursionError):
         return math.inf
 
 

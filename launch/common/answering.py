@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from hark.grpo.config import Config, ConfigError
 from hark.grpo.evaluate import evaluate
 from hark.grpo.runtime.collectives import World, exchange_rows, joined_world
 from hark.launch.common.config_file import load_config
+from hark.launch.common.evaluation_file import NAME, read_evaluation
 from hark.launch.common.progress import counted
 from hark.launch.common.questions import (
     bad_log,
@@ -76,10 +76,10 @@ def refuse_another(subject: Subject) -> None:
             f"{directory} holds a training run, and {subject.name} is not its trained model; `hark evaluate "
             f"{directory}` evaluates that; for {subject.name} choose another run.directory"
         )
-    path = directory / "evaluation.json"
+    path = directory / NAME
     if not path.exists():
         return
-    before = json.loads(path.read_text(encoding="utf-8"))["config"]
+    before = read_evaluation(path).get("config") or {}
     keys = [("data", "test")] if subject.run else [("model", "path"), ("lora", "path"), ("data", "test")]
     for name, old, new in changed(before, config, keys):
         raise ConfigError(f"{path} is the evaluation of {name}={old}, not {new}; choose another run.directory")

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hark.data.json_files import write_json
+from hark.data.errors import DataError
+from hark.data.json_files import check_regular, read_object, read_rows, write_json
 from hark.grpo.config import ConfigError
+from hark.shown import shown
+
+BLOCK = 1 << 20  # bytes in which the end of the last whole line is looked for
+LONGEST = 200  # characters of a setting, in a message
 
 
-def begin(path: Path, settings: dict[str, Any]) -> list[dict]:
+def begin(path: Path, settings: dict[str, Any], is_row: Callable[[dict], bool]) -> list[dict]:
     """The rows that an earlier call with the same settings wrote, in their order; none if there is no file.
 
     An incomplete last line, left by a crash, is removed. The settings are kept beside the file, in FILE.settings.json.
-    Raises ConfigError if the file is of other settings, or of something else.
+    is_row: whether a row is one of this file. Raises ConfigError or DataError if the file is of other settings, or of
+    something else.
     """
     beside = path.with_name(f"{path.name}.settings.json")
     if not path.exists():
@@ -24,21 +31,45 @@ def begin(path: Path, settings: dict[str, Any]) -> list[dict]:
         return []
     if not beside.exists():
         raise ConfigError(f"{path} is there already, and is not of `hark pass-rate`; choose another file")
-    before = json.loads(beside.read_text(encoding="utf-8"))
+    before = read_object(beside)
     for name, value in settings.items():
         if before.get(name) != value:
             raise ConfigError(
-                f"{path} was begun with {name}={before.get(name)}, not {value}; go on with that, or choose another file"
+                f"{path} was begun with {name}={shown(before.get(name), LONGEST)}, not {value}; go on with that, or "
+                "choose another file"
             )
-    return _whole_rows(path)
+    return _whole_rows(path, is_row)
 
 
-def _whole_rows(path: Path) -> list[dict]:
-    text = path.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if whole != text:
-        path.write_bytes(whole)
-    return [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+def _whole_rows(path: Path, is_row: Callable[[dict], bool]) -> list[dict]:
+    check_regular(path)
+    _cut(path)
+    rows = []
+    for where, row in read_rows(path):
+        if isinstance(row, DataError):
+            raise DataError(f"{where}: {row}; delete the line")
+        if not is_row(row):
+            raise DataError(f"{where}: not a row of `hark pass-rate`; delete the line, or choose another file")
+        rows.append(row)
+    return rows
+
+
+def _cut(path: Path) -> None:
+    """Remove what follows the last end of a line."""
+    try:
+        with path.open("r+b") as file:
+            end = size = file.seek(0, os.SEEK_END)
+            while end:
+                begin = max(end - BLOCK, 0)
+                file.seek(begin)
+                found = file.read(end - begin).rfind(b"\n")
+                end = begin if found < 0 else begin + found + 1
+                if found >= 0:
+                    break
+            if end != size:
+                file.truncate(end)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be used ({error.strerror}); choose another file") from None
 
 
 def append(path: Path, rows: Sequence[dict]) -> None:
@@ -49,7 +80,7 @@ def append(path: Path, rows: Sequence[dict]) -> None:
 
 def drop(path: Path, *, key: str, known: set[str]) -> None:
     """Remove the rows of a file whose `key` is not among the known ones; create the file if there is none."""
-    rows = _whole_rows(path) if path.exists() else []
+    rows = _whole_rows(path, lambda row: isinstance(row.get(key), str)) if path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("", encoding="utf-8")
     append(path, [row for row in rows if row[key] in known])

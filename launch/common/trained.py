@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hark.data.json_files import read_object
 from hark.grpo.config import Config, ConfigError
 from hark.grpo.instruments.metrics import read_metrics
 from hark.grpo.runtime.checkpoint import CheckpointError, checkpoints, load_weights, step_of
@@ -112,9 +112,12 @@ def _is_last(exported: Path, config: Config) -> bool:
 def best_step(directory: Path) -> int:
     """The step that `hark choose` selected, or else that of the best validation accuracy in the run's metrics."""
     if (directory / "choice.json").exists():
-        return json.loads((directory / "choice.json").read_text(encoding="utf-8"))["step"]
+        step = read_object(directory / "choice.json").get("step")
+        if type(step) is not int:
+            raise ConfigError(f"{directory / 'choice.json'}: names no step; `hark choose {directory}` writes it")
+        return step
     lines = [line for line in read_metrics(directory) if line.get("event") == "evaluation" and line["step"]]
-    accuracy = {line["step"]: line["accuracy"] for line in lines}
+    accuracy = {line["step"]: line["accuracy"] for line in lines if line.get("accuracy") is not None}
     if not accuracy:
         raise ConfigError(f"{directory}: the run has no validation accuracies; `hark choose {directory}` measures them")
     return highest(accuracy)

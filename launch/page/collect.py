@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,8 +9,11 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from hark.data.errors import DataError
 from hark.grpo.instruments.metrics import read_metrics
 from hark.grpo.instruments.record import RecordError, place_of, read_step, recorded_steps
+from hark.launch.common.evaluation_file import NAME as EVALUATION
+from hark.launch.common.evaluation_file import read_evaluation
 from hark.launch.common.plain_yaml import read_options
 from hark.launch.common.trained import check_run
 from hark.launch.page.curves import curves, warnings
@@ -182,12 +184,12 @@ def _recorded(run: Path, number: int, step: int) -> dict[str, Any]:
 
 
 def _evaluation(run: Path) -> dict[str, Any] | None:
-    """The evaluation of a run; None if there is none, or if it is just being written."""
+    """The evaluation of a run; None if there is none, or if it is broken or just being written."""
     try:
-        return json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_evaluation(run / EVALUATION)
+    except DataError:
         return None
 
 
 def _changed(run: Path) -> int:
-    return (run / "evaluation.json").stat().st_mtime_ns // 1_000_000
+    return (run / EVALUATION).stat().st_mtime_ns // 1_000_000

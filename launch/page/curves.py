@@ -34,8 +34,9 @@ def _evaluation(line: dict[str, Any]) -> dict[str, Any]:
     numbers = {name: value for name, value in line.items() if _is_number(value)}
     for name in ("accuracy", "silent_accuracy"):
         total = int(line.get("questions") or 0)
-        if name in numbers and total:
-            numbers[f"{name}_interval"] = Share(round(numbers[name] * total), total).interval
+        share = numbers.get(name)
+        if share is not None and 0 <= share <= 1 and total > 0:
+            numbers[f"{name}_interval"] = Share(round(share * total), total).interval
     return rounded(numbers, digits=DIGITS)
 
 

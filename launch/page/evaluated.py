@@ -9,10 +9,10 @@ from hark import UserError
 from hark.data.clip import Clip
 from hark.data.described import asked, described
 from hark.data.examples import Example, load_questions
+from hark.launch.common.evaluation_file import CONTROLS
 from hark.launch.page.numbers import rounded
 from hark.launch.page.sounds import Sounds
 
-CONTROLS = ("silent", "shuffled_audio", "shuffled_choices")
 COLUMNS = ("task", "category", "prediction", "correct", "stopped", "confidence")
 
 
@@ -23,7 +23,7 @@ def figures(evaluation: dict[str, Any]) -> dict[str, Any]:
 
 def rows_part(evaluation: dict[str, Any], sounds: Sounds, *, base: Path, limit: int) -> dict[str, Any]:
     """The first `limit` rows, each with its question; without the questions if their file cannot be read."""
-    examples, problem = _questions(evaluation.get("config", {}).get("data", {}), base)
+    examples, problem = _questions((evaluation.get("config") or {}).get("data", {}), base)
     rows = [_row(row, examples.get(row["id"]), sounds, base) for row in evaluation["rows"][:limit]]
     return {"rows": rows, "total": len(evaluation["rows"]), "problem": problem}
 
