@@ -100,6 +100,22 @@ def test_one_process_ends_in_the_same_ways(program):
     assert code == 1 and errors.startswith("error: out of memory (DefaultCPU") and "`hark plan`" in errors
 
 
+def test_a_panic_of_a_tokenizer_is_one_sentence(tmp_path):
+    path = tmp_path / "panic.py"
+    path.write_text(
+        "from tokenizers import Regex, Tokenizer, models, pre_tokenizers\n"
+        "from hark.launch.common.entry import run\n"
+        "def main(argv):\n"
+        "    tokenizer = Tokenizer(models.BPE())\n"
+        "    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex('(a|aa)+$'), 'isolated')\n"
+        "    tokenizer.encode('a' * 500 + '!')\n"
+        "run(main)\n"
+    )
+    code, errors = ended(start(path))
+    said = errors.splitlines()[-1]
+    assert code == 1 and said.startswith("error: compiled code gave up (") and "Traceback" not in errors
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [

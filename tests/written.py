@@ -126,5 +126,5 @@ def write_evaluation(directory: Path, rows: list[dict], config: dict, texts: tup
     half = {"right": 2, "total": 4, "accuracy": 0.5, "interval": [0.15, 0.85]}
     figures = {"accuracy": 0.5, "accuracy_interval": [0.15, 0.85], "chance": 0.25, "groups": {"task": {"sound": half}}}
     controls = {"silent_accuracy": 0.0, "shuffled_audio_accuracy": 0.0}
-    evaluation = figures | controls | {"step": 60, "config": config, "rows": answered}
+    evaluation = figures | controls | {"step": 60, "benchmark": "strict", "config": config, "rows": answered}
     (directory / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")

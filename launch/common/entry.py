@@ -19,6 +19,7 @@ from hark.shown import shown
 # the launcher ends this one before that.
 PATIENCE = 3.0
 LINES, LONGEST = 20, 1000  # of an error's message: lines, and characters of each
+PANIC = "PanicException"  # of code in Rust, such as the tokenizers; its class has no module to import it from
 # Errors of a disk that takes nothing more, or not from this user.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
@@ -63,6 +64,9 @@ def _status(main: Callable[[list[str]], None]) -> int:
             status = _report(f"error: {where}{error.strerror}; make room there, or choose another directory")
         elif is_out_of_memory(error):
             status = _report(f"error: out of memory ({reason(error)}); `hark plan` says what to change")
+        elif type(error).__name__ == PANIC:
+            said = shown(" ".join(str(error).split()), LONGEST)
+            status = _report(f"error: compiled code gave up ({said}); the tokenizer of the model may be damaged")
         else:
             text = traceback.format_exc().rstrip()
             if "TORCHELASTIC_ERROR_FILE" in os.environ:
