@@ -51,6 +51,8 @@ def main(argv: list[str]) -> None:
     for path, records in parts.items():
         write(replace(result, records=records), path, benchmark=source.benchmark)
         print(f"wrote {path}: {len(records)} questions")
+    if not audio.resolve().is_relative_to(output.parent.resolve()):
+        print(f"the clips are outside of {output.parent}; to read them there, set data.audio_root={audio}")
     left = output.with_name("test.jsonl")
     if left.exists() and left not in parts:
         print(f"{left} is as it was before; --test-share 0.2 would write it from a part of these questions")

@@ -58,9 +58,9 @@ The clips here are synthetic and few: they show that the commands run, and teach
 
 For your own questions, replace `train.jsonl` and `test.jsonl` and the clips in `audio/` (wav, flac, ogg or mp3), delete
 `model`, `warm` and `grpo`, and set more steps in both files: the demo uses 150 of sft and 300 of train, each of 16
-prompts. From a folder of clips and a CSV file, both are written by
+prompts. From a CSV file and its clips in {d}/clips, both are written by
 
-    hark convert csv questions.csv {d}/train.jsonl --audio CLIPS --test-share 0.2 --force
+    hark convert csv questions.csv {d}/train.jsonl --audio {d}/clips --test-share 0.2 --force
 
 `hark check-data {d}/train.jsonl` finds bad clips. A line of `train.jsonl` is
 

@@ -104,3 +104,14 @@ def test_questions_for_testing_that_stay_as_they_were_are_named(tmp_path, capsys
 def test_a_file_without_a_usable_row_names_the_first_reason(tmp_path):
     with pytest.raises(DataError, match=r"no row could be converted.*first q.csv:2: .*none.wav"):
         run(tmp_path, "audio,question,choices,answer\nnone.wav,?,a|b,a\n")
+
+
+def test_clips_outside_of_the_directory_of_the_questions_are_said(tmp_path, capsys):
+    path = tmp_path / "clips" / "a.wav"
+    path.parent.mkdir()
+    write(path, waveform(1.0), 16_000)
+    (tmp_path / "q.csv").write_text("audio,question,choices,answer\na.wav,Which?,a|b,a\n")
+    for place, said in (("here.jsonl", False), ("mine/there.jsonl", True)):
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        convert.main(["csv", str(tmp_path / "q.csv"), str(tmp_path / place), "--audio", str(path.parent)])
+        assert (f"set data.audio_root={path.parent}" in capsys.readouterr().out) == said
