@@ -109,7 +109,7 @@ def test_a_file_without_a_usable_row_names_the_first_reason(tmp_path):
 def test_clips_outside_of_the_directory_of_the_questions_are_said(tmp_path, capsys):
     path = tmp_path / "clips" / "a.wav"
     path.parent.mkdir()
-    write(path, waveform(1.0), 16_000)
+    write(path, waveform(1.0, 0), 16_000)
     (tmp_path / "q.csv").write_text("audio,question,choices,answer\na.wav,Which?,a|b,a\n")
     for place, said in (("here.jsonl", False), ("mine/there.jsonl", True)):
         (tmp_path / "mine").mkdir(exist_ok=True)
