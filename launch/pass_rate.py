@@ -131,7 +131,9 @@ def rows_of(subject: Subject, options: argparse.Namespace) -> list[dict]:
 def is_measured(row: dict[str, Any]) -> bool:
     """Whether a row has an id and a pass rate."""
     rate = row.get("pass_rate")
-    return isinstance(row.get("id"), str) and type(rate) in (int, float) and 0 <= rate <= 1
+    if not isinstance(rate, (int, float)) or isinstance(rate, bool):
+        return False
+    return isinstance(row.get("id"), str) and 0 <= rate <= 1
 
 
 def settings_of(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def _wrong(evaluation: dict[str, Any]) -> str | None:
     return None
 
 
-def _other(values: dict[str, Any], kinds: dict[str, tuple[type, ...]]) -> str | None:
+def _other(values: dict[str, Any], kinds: Mapping[str, tuple[type, ...]]) -> str | None:
     """The name of a value that has none of its kinds. A truth value is no number."""
     for name, allowed in kinds.items():
         if name in values and type(values[name]) not in allowed:
