@@ -68,7 +68,7 @@ class Trial:
     notes: list[str] = field(default_factory=list)
 
     def ranks(self) -> list[int]:
-        """The processes of the ranks, in order."""
+        """The processes of the ranks, in order; none before the launcher has started them."""
         own = [self.launcher.pid] if SETUPS[self.setup][0] == 1 else children(self.launcher.pid)
         return sorted(own)
 
@@ -343,9 +343,9 @@ def an_evaluation(trial: Trial, chance: random.Random) -> Callable[[], bool]:
 
 
 def a_start(trial: Trial, chance: random.Random) -> Callable[[], bool]:
-    """While it starts."""
+    """While its ranks start."""
     after = time.monotonic() + chance.uniform(1.0, 9.0)
-    return lambda: time.monotonic() > after
+    return lambda: time.monotonic() > after and len(trial.ranks()) == SETUPS[trial.setup][0]
 
 
 MOMENTS: dict[str, Callable[[Trial, random.Random], Callable[[], bool]]] = {
@@ -357,7 +357,7 @@ MOMENTS: dict[str, Callable[[Trial, random.Random], Callable[[], bool]]] = {
 
 
 def kill_one(trial: Trial, chance: random.Random) -> None:
-    sent(chance.choice(trial.ranks() or [trial.launcher.pid]), signal.SIGKILL)
+    sent(chance.choice(trial.ranks()), signal.SIGKILL)
 
 
 def kill_all(trial: Trial, chance: random.Random) -> None:
@@ -374,7 +374,7 @@ def terminate(trial: Trial, chance: random.Random) -> None:
 
 
 def terminate_one(trial: Trial, chance: random.Random) -> None:
-    sent(chance.choice(trial.ranks() or [trial.launcher.pid]), signal.SIGTERM)
+    sent(chance.choice(trial.ranks()), signal.SIGTERM)
 
 
 def interrupt(trial: Trial, chance: random.Random) -> None:
@@ -384,7 +384,7 @@ def interrupt(trial: Trial, chance: random.Random) -> None:
 
 def stop_one(trial: Trial, chance: random.Random) -> None:
     """A rank that hangs. A run of one process has nobody to notice it: it goes on when it is told to."""
-    ranks = trial.ranks() or [trial.launcher.pid]
+    ranks = trial.ranks()
     process = chance.choice(ranks)
     sent(process, signal.SIGSTOP)
     if len(ranks) == 1:
