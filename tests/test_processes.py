@@ -292,7 +292,10 @@ def test_a_full_disk_is_one_line(tmp_path):
     )
     ended = subprocess.run([sys.executable, program], capture_output=True, text=True)
     assert ended.returncode == 1
-    assert ended.stderr == "error: some/file: No space left on device; make room there, or choose another directory\n"
+    assert (
+        ended.stderr
+        == "error: some/file: No space left on device; make room or give access there, or choose another directory\n"
+    )
 
 
 def test_an_interrupted_run_that_saves_none_says_that_it_begins_again(settings, tmp_path):

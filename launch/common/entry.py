@@ -61,7 +61,9 @@ def _status(main: Callable[[list[str]], None]) -> int:
     except BaseException as error:  # some of torch's errors are no Exception
         if isinstance(error, OSError) and error.errno in DISK:
             where = f"{error.filename}: " if error.filename else ""
-            status = _report(f"error: {where}{error.strerror}; make room there, or choose another directory")
+            status = _report(
+                f"error: {where}{error.strerror}; make room or give access there, or choose another directory"
+            )
         elif is_out_of_memory(error):
             status = _report(f"error: out of memory ({reason(error)}); `hark plan` says what to change")
         elif type(error).__name__ == PANIC:
