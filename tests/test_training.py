@@ -341,7 +341,8 @@ def test_the_first_step_is_prepared_while_the_first_evaluation_runs(settings, tm
         evaluated = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, before=True))
         trainer = build(world, evaluated, validate=lambda: order.append("evaluation") or {})
         prepare, step = trainer.data.prepare, trainer.data.step
-        trainer.data.prepare = lambda number: order.append(f"prepare {number}") or prepare(number)
+        noted = lambda number: order.append(f"prepare {number}") or prepare(number)  # noqa: E731
+        trainer.data.prepare = trainer.data._data.prepare = noted  # of all ranks, and of the loader behind
         trainer.data.step = lambda number: order.append(f"step {number}") or step(number)
         loop.train(trainer)
 
