@@ -45,11 +45,11 @@ def import_gguf(source: Path, out: Path) -> int:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     weights_in_file = check_header(source)
-    named = {"gguf_file": source.name, "trust_remote_code": False}
     try:
-        _check_config(source, AutoConfig.from_pretrained(source.parent, **named), weights_in_file)
-        stored = AutoModelForCausalLM.from_pretrained(source.parent, **named)
-        tokenizer = AutoTokenizer.from_pretrained(source.parent, **named)
+        config = AutoConfig.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False)
+        _check_config(source, config, weights_in_file)
+        stored = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False)
     except UserError:
         raise
     except ImportError as error:

@@ -135,7 +135,7 @@ def test_a_file_of_something_else_is_not_written_to(tmp_path, words):
     with pytest.raises(ConfigError, match="kept.jsonl is there already, and .*rates.jsonl is not; choose another"):
         pass_rate.main([*words, *outputs(tmp_path)])
     assert (tmp_path / "kept.jsonl").read_text() == "mine\n"
-    pass_rate.row_file.begin(tmp_path / "rates.jsonl", {"model": "another"})
+    pass_rate.row_file.begin(tmp_path / "rates.jsonl", {"model": "another"}, pass_rate.is_measured)
     with pytest.raises(ConfigError, match="was begun with model=another, not "):
         pass_rate.main([*words, *outputs(tmp_path)])
     assert (tmp_path / "rates.jsonl").read_text() == ""
