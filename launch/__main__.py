@@ -58,6 +58,7 @@ COMMANDS = {
     "benchmark-gpu": Command("studies.benchmark_gpu", "the same on a GPU, and compare with the GPU's limits"),
     "pictures": Command("studies.pictures", "draw the pictures of the documentation"),
     "recording": Command("studies.recording", "measure what recording the steps of a run costs"),
+    "saving": Command("studies.saving", "measure what checkpoints and their digests cost"),
     "scaling": Command("studies.scaling", "measure the cost of a step for different sizes and numbers of ranks"),
 }
 
