@@ -1,6 +1,7 @@
 """Configurations that somebody made to do harm: each is an error of one short line, at once."""
 
 import ast
+import os
 import re
 import time
 from pathlib import Path
@@ -58,6 +59,13 @@ def test_the_configuration_of_a_run_is_read_back_by_the_same_rules(tmp_path, tex
     with pytest.raises(ConfigError) as error:
         read_options(tmp_path / "config.yaml")
     assert len(str(error.value)) < 800 and str(error.value).isprintable()
+
+
+def test_a_pipe_in_place_of_a_configuration_is_an_error_and_no_wait(tmp_path):
+    os.mkfifo(tmp_path / "config.yaml")
+    for read in (lambda: load_config([str(tmp_path / "config.yaml")]), lambda: read_options(tmp_path / "config.yaml")):
+        with pytest.raises(ConfigError, match="not a file of at most"):
+            read()
 
 
 def test_an_override_of_a_text_may_begin_like_an_alias_and_other_overrides_may_not():

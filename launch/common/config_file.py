@@ -22,7 +22,7 @@ from hark.grpo.advantage import ADVANTAGES
 from hark.grpo.algorithms import ALGORITHMS, AlgorithmError, named_values
 from hark.grpo.config import Bound, Config, ConfigError, Files, LossConfig, default_of, flow
 from hark.launch.common.nearest import nearest
-from hark.launch.common.plain_yaml import BROKEN, MOST_BYTES, PlainLoader, plain_loader, plain_yaml, said
+from hark.launch.common.plain_yaml import BROKEN, PlainLoader, plain_loader, plain_yaml, said, text_of
 from hark.shown import shown
 
 LONGEST = 200  # characters of a value in a message
@@ -218,17 +218,10 @@ def _check_loss(config: Config, source: str) -> None:
 # Reading ------------------------------------------------------------------------------------------------------------
 
 
-def _text(path: Path) -> str:
-    """The text of a configuration; a pipe, a device or a huge file is an error before it is read."""
-    if path.exists() and not path.is_dir() and (not path.is_file() or path.stat().st_size > MOST_BYTES):
-        raise ConfigError(f"{path}: not a file of at most {MOST_BYTES} bytes; expected a configuration")
-    return path.read_text(encoding="utf-8")
-
-
 def _read_file(path: str) -> dict[str, Entry]:
     """Every `section.key` of a YAML file with its line; unknown and repeated names are errors."""
     try:
-        loader = plain_loader(_text(Path(path)))
+        loader = plain_loader(text_of(Path(path)))
         root = loader.get_single_node()
     except IsADirectoryError:
         raise ConfigError(f"{path}: a directory; {_of_directory(Path(path))}") from None

@@ -61,6 +61,13 @@ def _error(what: str, where: Any) -> yaml.YAMLError:
     return yaml.constructor.ConstructorError(None, None, what, where.start_mark)
 
 
+def text_of(path: Path) -> str:
+    """The text of a configuration; a pipe, a device or a huge file is a ConfigError before it is read."""
+    if path.exists() and not path.is_dir() and (not path.is_file() or path.stat().st_size > MOST_BYTES):
+        raise ConfigError(f"{path}: not a file of at most {MOST_BYTES} bytes; expected a configuration")
+    return path.read_text(encoding="utf-8")
+
+
 def plain_loader(text: str) -> PlainLoader:
     """A loader of a text. Raises a YAMLError if the text is too long."""
     if len(text) > MOST_BYTES:
@@ -83,9 +90,7 @@ def read_options(path: Path) -> dict[str, dict[str, Any]]:
     try:
         if not path.exists():
             return {}
-        if path.stat().st_size > MOST_BYTES:
-            raise ConfigError(f"{path}: larger than {MOST_BYTES} bytes; expected the config.yaml of a run")
-        sections = plain_yaml(path.read_text(encoding="utf-8"))
+        sections = plain_yaml(text_of(path))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
     except ConfigError:
