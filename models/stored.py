@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +27,13 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}  # as safetensors calls them
 
 Part = tuple[slice, ...]  # of a tensor: one slice for each dimension
+
+
+class Header(NamedTuple):
+    """What a file says of a tensor before its values."""
+
+    shape: tuple[int, ...]
+    is_floating_point: bool
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,7 @@ class StoredTensors:
         self._stored: dict[str, str] = {}  # name in the model -> name in the files
         self._conversions: dict[str, Conversion] = {}  # name in the model -> how it is made
         self._shapes: dict[str, tuple[int, ...]] = {}  # of tensors that are made
+        self._headers: dict[Path, dict[str, Header]] = {}  # by file and stored name
         names = set(self._model.state_dict())
         self.untouched = sorted(name for name in self._files if re.match(policy.untouched or r"\Z.", name))
         self.surplus = self._find(names, sorted(self._files.keys() - set(self.untouched), key=_natural))
@@ -80,8 +88,7 @@ class StoredTensors:
 
     def is_floating_point(self, name: str) -> bool:
         """Whether a tensor holds floating-point numbers; only the headers of the files are read."""
-        with _opened(self.file(name)) as file:
-            return file.get_slice(self.stored_name(name)).get_dtype() in FLOATS
+        return self._header(self.stored_name(name)).is_floating_point
 
     def file(self, name: str) -> Path:
         """The file that holds a tensor, or the first of those that it is made of."""
@@ -178,8 +185,17 @@ class StoredTensors:
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
     def _stored_shape(self, stored: str) -> tuple[int, ...]:
-        with _opened(self._files[stored]) as file:
-            return tuple(file.get_slice(stored).get_shape())
+        return self._header(stored).shape
+
+    def _header(self, stored: str) -> Header:
+        """What the header of its file says of a tensor; each header is read once, for all of its tensors."""
+        known = self._headers.setdefault(self._files[stored], {})
+        if stored not in known:
+            with _opened(self._files[stored]) as file:
+                for name in {stored, *file.keys()}:  # a file that lacks the tensor is an error
+                    values = file.get_slice(name)
+                    known[name] = Header(tuple(values.get_shape()), values.get_dtype() in FLOATS)
+        return known[stored]
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:
