@@ -17,8 +17,9 @@ import weakref
 from collections.abc import Callable
 from importlib import import_module
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
+
+from hark.limits import limit_memory
 
 START = 300.0  # seconds until a new process has made its first call
 ONE_THREAD = {
@@ -113,12 +114,8 @@ class Worker:
 def prepare(module: str, memory: int | None) -> None:
     """What a new process does first."""
     import_module(module)
-    statm = Path("/proc/self/statm")
-    if memory is not None and statm.exists():
-        import resource
-
-        most = int(statm.read_text().split()[0]) * resource.getpagesize() + memory
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    if memory is not None:
+        limit_memory(memory)
 
 
 def serve(descriptor: int) -> None:
