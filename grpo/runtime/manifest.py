@@ -73,8 +73,9 @@ class Manifest:
         body = dataclasses.asdict(self)
         temporary = directory / f"{NAME}.new"
         with temporary.open("wb") as out:
-            out.write(_encoded(body | {"sha256": hashlib.sha256(_encoded(body)).hexdigest()}))
-            synced(out.fileno())
+            out.write(_signed(body))
+            out.flush()
+            os.fsync(out.fileno())
         os.replace(temporary, directory / NAME)
         sync_directory(directory)
 
@@ -92,7 +93,7 @@ class Manifest:
             values = json.loads(raw)
             body = {key: value for key, value in values.items() if key != "sha256"}
             # The bytes are compared, not only the values: so each byte is covered.
-            if raw != _encoded(body | {"sha256": hashlib.sha256(_encoded(body)).hexdigest()}):
+            if raw != _signed(body):
                 raise DamageError(f"{NAME} does not agree with its own digest")
             manifest = _manifest(**body)
         except OSError as error:
@@ -133,11 +134,6 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def synced(descriptor: int) -> None:
-    """Write what the system still holds of a file to the disk."""
-    os.fsync(descriptor)
-
-
 def sync_directory(directory: Path) -> None:
     """Write the names in a directory to the disk."""
     descriptor = os.open(directory, os.O_RDONLY)
@@ -145,6 +141,11 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _signed(body: dict[str, Any]) -> bytes:
+    """The bytes of a manifest: its values and their digest."""
+    return _encoded(body | {"sha256": hashlib.sha256(_encoded(body)).hexdigest()})
 
 
 def _encoded(values: dict[str, Any]) -> bytes:
