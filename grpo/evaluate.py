@@ -36,13 +36,13 @@ def evaluate(
             examples, prompts = zip(*pairs, strict=True)
             rollout = sample(
                 policy, prompts, group_size=1, max_new_tokens=max_new_tokens, temperature=0, batch=batch, graphs=graphs,
-                interrupted=lambda: world.interruption.signal > 0,
+                interrupted=world.interruption.received,
             )  # fmt: skip
             world.progress.mark()
             completions = policy.completion_texts(rollout.tokens, rollout.mask)
             confidence = rollout.logprobs.sum(dim=1).exp()  # at temperature 1; padding adds 0
             rows += map(to_row, examples, completions, rollout.stopped.tolist(), confidence.tolist())
-            if world.interruption.signal:
+            if world.interruption.received():
                 break
         check_interrupted(world)
     return gather_rows(rows, world)

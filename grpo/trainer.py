@@ -166,7 +166,7 @@ class Trainer(Learner[PolicyBatch]):
             return sample(
                 self.policy, prompts, keys=keys, group_size=rollout.group_size, max_new_tokens=rollout.max_new_tokens,
                 temperature=rollout.temperature, batch=rollout.batch, graphs=rollout.cuda_graphs, stop=stop,
-                interrupted=lambda: self.world.interruption.signal > 0,
+                interrupted=self.world.interruption.received,
             )  # fmt: skip
 
     def answers(self, examples: Sequence[Any], prompts: Sequence[Prompt], step: int) -> list[dict[str, Any]]:

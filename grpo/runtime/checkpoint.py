@@ -373,17 +373,19 @@ def _agreed(paths: Sequence[Path], world: World) -> list[Path]:
 
 def candidates(directory: Path, at_most: float = math.inf) -> list[Path]:
     """Directories that have the name of a checkpoint that can be resumed, oldest first; they may be damaged."""
-    found = [path for path in directory.glob("step-*") if path.name[5:].isdecimal() and path.is_dir()]
-    usable = [path for path in found if step_of(path) <= at_most and not _has_weights_only(path)]
-    return sorted(usable, key=step_of)
+    return [path for path in _named(directory) if step_of(path) <= at_most and not _has_weights_only(path)]
 
 
 def checkpoints(directory: Path, *, resumable: bool = False) -> list[Path]:
     """Finished checkpoints, oldest first; `resumable`: only those that still have the optimizer's state."""
-    found = [
-        path for path in directory.glob("step-*") if path.name[5:].isdecimal() and (path / manifests.NAME).exists()
-    ]
-    return sorted((path for path in found if not (resumable and _has_weights_only(path))), key=step_of)
+    found = [path for path in _named(directory) if (path / manifests.NAME).exists()]
+    return [path for path in found if not (resumable and _has_weights_only(path))]
+
+
+def _named(directory: Path) -> list[Path]:
+    """Directories that have the name of a checkpoint, oldest first."""
+    found = [path for path in directory.glob("step-*") if path.name[5:].isdecimal() and path.is_dir()]
+    return sorted(found, key=step_of)
 
 
 def newest_intact(directory: Path) -> Manifest | None:

@@ -30,6 +30,10 @@ class Interruption:
 
     signal = 0
 
+    def received(self) -> bool:
+        """Whether there was one."""
+        return self.signal > 0
+
     @contextmanager
     def noted(self, *, grace: float) -> Iterator[None]:
         """Note SIGTERM and SIGINT in the block, whose code must look at `signal` and leave.

@@ -7,8 +7,6 @@ import sys
 import threading
 from pathlib import Path
 
-UNWINDING = 10.0  # seconds that an error may take to leave the program: threads and trackers are closed on its way
-
 
 def claim_report() -> bool:
     """Whether this process is the first of its run on this machine to ask; later ones must not report their errors.

@@ -6,9 +6,11 @@ A rank writes the pieces that it holds. Any number of ranks reads them; each rea
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from hark.grpo.runtime.manifest import DamageError, File, Manifest, Piece, Shape, sha256_of, synced
+from hark.grpo.runtime.manifest import DamageError, File, Manifest, Piece, Shape, Tensor, sha256_of
 from hark.models.policy import Policy
 
 WEIGHTS, MOMENTS, FURTHER = "weights", "optimizer", "further"
@@ -93,7 +95,7 @@ def write_shards(shards: Mapping[str, Shard], path: Path) -> File:
     """Write shards to a safetensors file, and the file to the disk; returns its size and digest."""
     save_file({name: shard.data for name, shard in shards.items()}, path)
     with path.open("rb") as file:
-        synced(file.fileno())
+        os.fsync(file.fileno())
     return File(path.stat().st_size, sha256_of(path))
 
 
@@ -109,28 +111,35 @@ def read_parts(checkpoint: Path, manifest: Manifest, parts: Parts) -> None:
             differing = min(saved.keys() ^ tensors.keys())
             raise DamageError(f"the part {part} has other tensors than the policy; the first is {differing}")
         with ExitStack() as stack:
-            files: dict[str, Any] = {}
+            opened = cache(partial(_opened, checkpoint, stack))
             for name, tensor in tensors.items():
-                if saved[name].shape != tuple(tensor.shape):
-                    raise DamageError(f"{part}: {name} has the shape {saved[name].shape}")
-                local, offset, shape = _box(tensor)
-                count = 0
-                for piece, inside, within in _overlaps(saved[name].pieces, offset, shape):
-                    try:
-                        if piece.file not in files:
-                            opened = safe_open(checkpoint / piece.file, framework="pt")
-                            files[piece.file] = stack.enter_context(opened)
-                        read = files[piece.file].get_slice(name)
-                        if tuple(read.get_shape()) != piece.shape:
-                            raise DamageError(f"{piece.file}: {name} has another shape than the manifest says")
-                        values = read[inside] if inside else files[piece.file].get_tensor(name)
-                    except (OSError, SafetensorError) as error:
-                        raise DamageError(f"{piece.file} cannot be read ({str(error)[:200]})") from error
-                    with torch.no_grad():
-                        local[within].copy_(values)
-                    count += values.numel()
-                if count != math.prod(shape):
-                    raise DamageError(f"{part}: {name} is not whole")
+                _read_tensor(name, tensor, saved[name], opened)
+
+
+def _opened(checkpoint: Path, stack: ExitStack, name: str) -> Any:
+    """A file of a checkpoint, open until the stack is closed."""
+    return stack.enter_context(safe_open(checkpoint / name, framework="pt"))
+
+
+@torch.no_grad()
+def _read_tensor(name: str, tensor: torch.Tensor, saved: Tensor, opened: Callable[[str], Any]) -> None:
+    """Read this rank's part of a tensor into its memory."""
+    if saved.shape != tuple(tensor.shape):
+        raise DamageError(f"{name} has the shape {saved.shape}")
+    local, offset, shape = _box(tensor)
+    count = 0
+    for piece, inside, within in _overlaps(saved.pieces, offset, shape):
+        try:
+            read = opened(piece.file).get_slice(name)
+            if tuple(read.get_shape()) != piece.shape:
+                raise DamageError(f"{piece.file}: {name} has another shape than the manifest says")
+            values = read[inside or ...]
+        except (OSError, SafetensorError) as error:
+            raise DamageError(f"{piece.file} cannot be read ({str(error)[:200]})") from error
+        local[within].copy_(values)
+        count += values.numel()
+    if count != math.prod(shape):
+        raise DamageError(f"{name} is not whole")
 
 
 def _overlaps(
