@@ -93,6 +93,14 @@ def test_control_c_is_one_sentence_of_all_processes_and_status_130(program):
     assert ended(process) == (130, "interrupted after step 3\n")
 
 
+def test_control_c_in_one_process_has_status_130(program):
+    """torchrun has a status of its own for a signal; alone, the process gives it."""
+    process = start(program, "interrupt", "0")
+    assert process.stdout and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert ended(process) == (130, "interrupted after step 3\n")
+
+
 def test_one_process_ends_in_the_same_ways(program):
     assert ended(start(program, "user error", "0")) == (1, "error: a.yaml:3: no such key\n")
     assert ended(start(program, "exit", "0")) == (7, "")

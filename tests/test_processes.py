@@ -241,6 +241,24 @@ def test_out_of_memory_halves_the_micro_batches_and_the_updates_are_the_same(set
     assert set(calls) == {1}, "a resumed run remembers"
 
 
+def test_what_was_summed_before_memory_ran_out_is_not_summed_twice(settings, tmp_path, monkeypatch):
+    """Memory runs out once, in the second of two micro-batches of a step."""
+    words = [*settings, "optim.micro_batch=2", "optim.steps=2"]
+    on_ranks(1, train, [*words, f"run.directory={tmp_path}/plain"])
+    score, calls = learner_module.score, []
+
+    def scarce(policy, prompts, *rest, **more):
+        calls.append(len(prompts))
+        if len(calls) == 4:  # the memory probe has the first two
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 7 bytes.")
+        return score(policy, prompts, *rest, **more)
+
+    monkeypatch.setattr(learner_module, "score", scarce)
+    on_ranks(1, train, [*words, f"run.directory={tmp_path}/scarce"])
+    assert calls == [2, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1, 1]
+    assert largest_difference(tmp_path / "plain", tmp_path / "scarce") < ROUNDING
+
+
 @pytest.mark.parametrize("allowed", [0, 1, 2])
 def test_updates_that_are_not_finite_are_left_out_as_often_as_is_allowed(allowed, settings, tmp_path):
     words = [*settings, f"run.directory={tmp_path}/run", f"optim.skip_nonfinite={allowed}", "optim.steps=3"]
