@@ -51,7 +51,14 @@ def program(tmp_path) -> Path:
 
 
 def start(*words: str | Path) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    """A program that Ctrl-C reaches, also where these tests run in the background of a shell, which ignore it."""
+    return subprocess.Popen(
+        [sys.executable, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
 
 
 def ended(process: subprocess.Popen) -> tuple[int, str]:

@@ -99,7 +99,8 @@ def runs_of(root: Path, name: str, seed: int) -> list[Run]:
     directory, start = root / case_name(name, seed), root / "start"
     words = [
         "mini", f"run.directory={directory}", f"run.seed={seed}", f"model.path={start}/warm/model",
-        f"data.train={start}/rates/rates.jsonl", f"data.validation={start}/mini/data/test.jsonl",
+        f"data.train={start}/rates/rates.jsonl", "data.allow_outside=true",  # the clips stay with the demo's data
+        f"data.validation={start}/mini/data/test.jsonl",
         f"optim.steps={STEPS}", f"optim.prompts_per_step={PROMPTS}", f"rollout.group_size={GROUP}",
         f"loss.inner_epochs={UPDATES}",
         f"evaluation.every={EVERY}", "evaluation.silent=false", "record.every=0", "record.last=0", "checkpoint.every=0",

@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -180,7 +181,7 @@ def chain(root: Path, setup: str, chance: random.Random, *, kinds: Sequence[str]
         else:
             trial = Trial(setup, kind, "", directory, launcher, began)
             trial.moment = moment = moment_for(kind, last_step(directory), chance)
-            follow(trials, directory, launcher, until=MOMENTS[moment](trial, chance))
+            follow(trials, directory, launcher, until=partial(is_due, trial, MOMENTS[moment](trial, chance)))
             if launcher.poll() is None:
                 trial.step = last_step(directory)
                 trial.started = time.monotonic()
@@ -201,6 +202,11 @@ def chain(root: Path, setup: str, chance: random.Random, *, kinds: Sequence[str]
     if all(trial.came_back and trial.same for trial in trials):
         shutil.rmtree(directory)
     return trials
+
+
+def is_due(trial: Trial, has_come: Callable[[], bool]) -> bool:
+    """Whether the moment has come, and all ranks are there."""
+    return len(trial.ranks()) == SETUPS[trial.setup][0] and has_come()
 
 
 def moment_for(kind: str, step: int, chance: random.Random) -> str:
@@ -274,8 +280,10 @@ def figures(directory: Path) -> list[dict[str, Any]]:
 
 
 def children(parent: int) -> list[int]:
-    """The ranks that a launcher has started."""
-    return [int(word) for word in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+    """The ranks that a launcher has started; none if it has ended."""
+    with suppress(OSError):
+        return [int(word) for word in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+    return []
 
 
 def of_run(directory: Path) -> list[int]:
@@ -312,19 +320,34 @@ def a_step(trial: Trial, chance: random.Random) -> Callable[[], bool]:
 
 
 def a_save(trial: Trial, chance: random.Random) -> Callable[[], bool]:
-    """While a checkpoint is written."""
-    skipped, seen = chance.randrange(0, 3), set[str]()
+    """While a checkpoint is written. What an earlier trial left half written does not count."""
+    skipped, seen = chance.randrange(0, 3), set[int]()
+
+    def written() -> set[int]:
+        with suppress(FileNotFoundError):
+            return {path.stat().st_ino for path in (trial.directory / "checkpoints").glob("*.partial")}
+        return set()
 
     def passed() -> bool:
-        seen.update(path.name for path in (trial.directory / "checkpoints").glob("*.partial"))
+        seen.update(written() - left)
         return len(seen) > skipped
+
+    left = written()
 
     return passed
 
 
 def an_export(trial: Trial, chance: random.Random) -> Callable[[], bool]:
     """While the model is exported."""
-    return lambda: (trial.directory / "model.partial").exists()
+    written = trial.directory / "model.partial"
+    left = written.stat().st_ino if written.exists() else 0
+
+    def passed() -> bool:
+        with suppress(FileNotFoundError):
+            return written.stat().st_ino != left
+        return False
+
+    return passed
 
 
 def an_evaluation(trial: Trial, chance: random.Random) -> Callable[[], bool]:
@@ -345,7 +368,7 @@ def an_evaluation(trial: Trial, chance: random.Random) -> Callable[[], bool]:
 def a_start(trial: Trial, chance: random.Random) -> Callable[[], bool]:
     """While its ranks start."""
     after = time.monotonic() + chance.uniform(1.0, 9.0)
-    return lambda: time.monotonic() > after and len(trial.ranks()) == SETUPS[trial.setup][0]
+    return lambda: time.monotonic() > after
 
 
 MOMENTS: dict[str, Callable[[Trial, random.Random], Callable[[], bool]]] = {
