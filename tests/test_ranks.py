@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -54,3 +56,33 @@ def test_ranks_that_do_not_end_are_ended(monkeypatch):
     monkeypatch.setattr(ranks, "LIMIT", 0.5)
     with pytest.raises(TimeoutError, match="2 ranks have not ended after 0.5 s: .*wait_forever"):
         on_ranks(2, wait_forever)
+
+
+JOIN = """
+import torch.distributed as dist
+from hark import UserError
+from hark.grpo.runtime.collectives import joined_world
+try:
+    with joined_world(patience=2.0):
+        pass
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("with_launcher", [True, False])
+def test_a_rank_that_hangs_before_it_joins_is_named_within_the_patience(with_launcher):
+    """With the store in the launcher, as torchrun has it, the library itself would wait for an hour."""
+    store = dist.TCPStore("127.0.0.1", 0, None, is_master=True)
+    port = store.port
+    if not with_launcher:
+        del store
+    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment["TORCHELASTIC_USE_AGENT_STORE"] = str(with_launcher)
+    if with_launcher:
+        dist.PrefixStore("attempt-0", store).set("rank 2", "")
+    begun = time.monotonic()
+    said = subprocess.run([sys.executable, "-c", JOIN], env=environment, capture_output=True, text=True, timeout=100)
+    name = "rank 1" if with_launcher else "another rank"
+    assert said.stdout.startswith(f"rank 0: {name} of 3 has not joined within 2 s (run.patience)"), said
+    assert time.monotonic() - begun < 60

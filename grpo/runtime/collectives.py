@@ -163,15 +163,23 @@ def joined_world(*, threads: int = 0, patience: float = 600.0) -> Iterator[World
 
 
 def _join(backend: str, patience: timedelta) -> None:
-    store, rank, size = next(dist.rendezvous("env://", timeout=patience))
-    store.set_timeout(patience)
-    # torchrun's store outlives processes that it starts again, which would find the addresses of the dead ones in it.
-    own = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    """Join the other ranks once all of them are there: the library waits without this bound for one that hangs."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    here, missing = [f"rank {one}" for one in range(size)], "another rank"
     try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=patience))
+        # torchrun's store outlives processes that it starts again, which would find the addresses of the dead in it.
+        own = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        own.set(here[rank], "")
+        for name in here:
+            missing = name
+            own.wait([name], patience)
+        missing = "another rank"
+        own.set_timeout(patience)
         dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=TIMEOUT)
     except dist.DistStoreError as error:
         raise ConfigError(
-            f"rank {rank}: another of the {size} ranks has not joined within {patience.total_seconds():g} s "
+            f"rank {rank}: {missing} of {size} has not joined within {patience.total_seconds():g} s "
             "(run.patience); its process hangs, or its machine cannot be reached"
         ) from error
 
