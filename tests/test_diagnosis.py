@@ -280,6 +280,22 @@ def test_a_figure_that_is_not_finite_or_absent_finds_nothing():
     assert diagnose(lines) == []
 
 
+@pytest.mark.parametrize(
+    "name", ["reward", "kl", "entropy", "grad_norm", "equal_reward_share", "reward/format", "clip_share"]
+)
+@pytest.mark.parametrize("where", [slice(0, 120), slice(120, None)])
+def test_a_figure_that_only_some_steps_of_a_run_have_ends_no_run(name, where):
+    """Steps whose prompts are all skipped have no KL and no entropy, and may be the last ones or the first."""
+    lines = [
+        {"step": step, "reward": 0.1, "kl": step / 9, "entropy": 1 / step, "grad_norm": float(step), "clip_share": 0.1}
+        | {"equal_reward_share": 0.1, "reward/format": min(step / 50, 1), "reward/accuracy": 0.0}
+        for step in range(1, 301)
+    ]
+    for line in lines[where]:
+        del line[name]
+    diagnose(lines)
+
+
 def test_steps_without_a_figure_are_left_out_of_a_window_of_which_most_have_it():
     lines = equal((100, 1.0))
     for line in lines[::3]:

@@ -63,7 +63,7 @@ def kl_without_reward(lines: Lines) -> str:
 
 def entropy_collapse(lines: Lines) -> str:
     first, last = lines.first("entropy"), lines.last("entropy")
-    if not lines.last("reward") or not first or fmean(last) >= ENTROPY_LEFT * fmean(first):
+    if not lines.last("reward") or not first or not last or fmean(last) >= ENTROPY_LEFT * fmean(first):
         return ""
     return f"the entropy has fallen from {fmean(first):.2g} to {fmean(last):.2g} nats per token"
 
