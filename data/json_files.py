@@ -1,5 +1,6 @@
 """Reads and writes JSON and JSON-lines files; every error is a DataError of one line."""
 
+import itertools
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from hark.data.errors import DataError
 HALF_A_PAIR = re.compile("[\ud800-\udfff]")
 DEPTH = 64  # levels of lists and objects in a row
 DIGITS = 20  # of an integer of 64 bits, with its sign
-LARGEST_OBJECT = 256 << 20  # bytes of a file that holds one object
+LARGEST_VALUE = 256 << 20  # bytes of a file that holds one object or array, or of a line
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict | DataError]]:
@@ -27,8 +28,11 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict | DataError]]:
     try:
         with path.open("rb") as file:
             start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+            size = file.seek(0, os.SEEK_END)
     except OSError as error:
         raise DataError(f"{path}: {_problem(path, error)}; expected a file of JSON or JSON lines") from error
+    if start.startswith(b"[") and size > LARGEST_VALUE:
+        raise DataError(f"{path}: an array of more than {LARGEST_VALUE >> 20} MB; write it as JSON lines")
     yield from _array_rows(path) if start.startswith(b"[") else _line_rows(path)
 
 
@@ -58,7 +62,14 @@ def _array_rows(path: Path) -> Iterator[tuple[str, dict | DataError]]:
 
 def _line_rows(path: Path) -> Iterator[tuple[str, dict | DataError]]:
     with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
+        for number in itertools.count(1):
+            raw = file.readline(LARGEST_VALUE)
+            if not raw:
+                return
+            if len(raw) == LARGEST_VALUE:
+                raise DataError(
+                    f"{path}:{number}: a line of more than {LARGEST_VALUE >> 20} MB; expected a JSON object"
+                )
             if not raw.strip():
                 continue
             try:
@@ -123,8 +134,8 @@ def read_object(path: str | Path) -> dict:
     path = Path(path)
     check_regular(path)
     try:
-        if path.stat().st_size > LARGEST_OBJECT:
-            raise DataError(f"{path}: has more than {LARGEST_OBJECT >> 20} MB; expected one JSON object")
+        if path.stat().st_size > LARGEST_VALUE:
+            raise DataError(f"{path}: has more than {LARGEST_VALUE >> 20} MB; expected one JSON object")
         raw = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: {_problem(path, error)}; expected a file with one JSON object") from None

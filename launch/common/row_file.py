@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from hark.data.errors import DataError
-from hark.data.json_files import check_regular, read_object, read_rows, write_json
+from hark.data.json_files import LARGEST_VALUE, check_regular, read_object, read_rows, write_json
 from hark.grpo.config import ConfigError
 from hark.shown import shown
 
-BLOCK = 1 << 20  # bytes in which the end of the last whole line is looked for
 LONGEST = 200  # characters of a setting, in a message
 
 
@@ -58,16 +57,12 @@ def _cut(path: Path) -> None:
     """Remove what follows the last end of a line."""
     try:
         with path.open("r+b") as file:
-            end = size = file.seek(0, os.SEEK_END)
-            while end:
-                begin = max(end - BLOCK, 0)
-                file.seek(begin)
-                found = file.read(end - begin).rfind(b"\n")
-                end = begin if found < 0 else begin + found + 1
-                if found >= 0:
-                    break
-            if end != size:
-                file.truncate(end)
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - LARGEST_VALUE, 0))
+            *whole, rest = file.read().rsplit(b"\n", 1)
+            if not whole and size > LARGEST_VALUE:
+                raise DataError(f"{path}: its last line has more than {LARGEST_VALUE >> 20} MB; choose another file")
+            file.truncate(size - len(rest))
     except OSError as error:
         raise DataError(f"{path}: cannot be used ({error.strerror}); choose another file") from None
 
