@@ -52,30 +52,33 @@ def _status(main: Callable[[list[str]], None]) -> int:
     status = 0
     try:
         main(sys.argv[1:])
-    except UserError as error:
-        status = _report(f"error: {in_lines(error)}")
     except SystemExit as end:  # argparse has printed its message
         status = end.code if isinstance(end.code, int) else _report(end.code) if end.code else 0
     except (BrokenPipeError, KeyboardInterrupt):
         raise
     except BaseException as error:  # some of torch's errors are no Exception
-        if isinstance(error, OSError) and error.errno in DISK:
-            where = f"{error.filename}: " if error.filename else ""
-            status = _report(
-                f"error: {where}{error.strerror}; make room or give access there, or choose another directory"
-            )
-        elif is_out_of_memory(error):
-            status = _report(f"error: out of memory ({reason(error)}); `hark plan` says what to change")
-        elif type(error).__name__ == PANIC:
-            said = shown(" ".join(str(error).split()), LONGEST)
-            status = _report(f"error: compiled code gave up ({said}); the tokenizer of the model may be damaged")
-        else:
-            text = traceback.format_exc().rstrip()
-            if "TORCHELASTIC_ERROR_FILE" in os.environ:
-                time.sleep(PATIENCE)
-            status = _report(text)
+        said = sentence(error)
+        text = traceback.format_exc().rstrip() if said is None else f"error: {said}"
+        if said is None and "TORCHELASTIC_ERROR_FILE" in os.environ:
+            time.sleep(PATIENCE)
+        status = _report(text)
     sys.stdout.flush()
     return status
+
+
+def sentence(error: BaseException) -> str | None:
+    """What a command says of an error that its user can mend; None for any other."""
+    if isinstance(error, UserError):
+        return in_lines(error)
+    if isinstance(error, OSError) and error.errno in DISK:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}; make room or give access there, or choose another directory"
+    if is_out_of_memory(error):
+        return f"out of memory ({reason(error)}); `hark plan` says what to change"
+    if type(error).__name__ == PANIC:
+        said = shown(" ".join(str(error).split()), LONGEST)
+        return f"compiled code gave up ({said}); the tokenizer of the model may be damaged"
+    return None
 
 
 def in_lines(error: UserError) -> str:
