@@ -37,8 +37,7 @@ def main(argv: list[str]) -> None:
     started = time.monotonic()
     grpo = load_config([str(GRPO_CONFIG)])
     shutil.rmtree(ROOT, ignore_errors=True)
-    show(sys.executable, LAUNCH / "build_mini.py", ROOT, "--family", arguments.family)
-    on_two_ranks("sft.py", SFT_CONFIG)
+    start(ROOT, arguments.family)
     on_two_ranks("train.py", GRPO_CONFIG)
     on_two_ranks("sft.py", SFT_CONFIG, f"model.path={ROOT}/warm/model", f"run.directory={ROOT}/sft", *as_long_as(grpo))
     for name in STAGES:
@@ -56,6 +55,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=FAMILIES, default="qwen2_audio", help="of the small model (%(default)s)")
     return parser.parse_args(argv)
+
+
+def start(root: Path, family: str) -> None:
+    """Build data and model under a directory, and the model's warm start."""
+    show(sys.executable, LAUNCH / "build_mini.py", root, "--family", family)
+    moved = () if root == ROOT else (f"model.path={root}/model", f"run.directory={root}/warm")
+    on_two_ranks("sft.py", SFT_CONFIG, *moved, *data_under(root))
+
+
+def data_under(root: Path) -> tuple[str, ...]:
+    """Overrides that name the data under a directory, where that is not the demo's."""
+    names = ("train", "validation")
+    return () if root == ROOT else tuple(f"data.{name}={root}/data/{name}.jsonl" for name in names)
 
 
 def on_two_ranks(script: str, *words: str | Path) -> None:

@@ -27,7 +27,7 @@ from hark.grpo.runtime.lock import locked
 from hark.grpo.runtime.watchdog import Watchdog
 from hark.launch import train as train_program
 from hark.launch.common.config_file import load_config
-from hark.launch.studies import chaos
+from hark.launch.studies import chaos, faults
 from tests.clips import write_questions
 from tests.ranks import as_torchrun, on_ranks
 from tests.runs import ROUNDING, build, computed, largest_difference, length_reward, read_metrics, train
@@ -398,7 +398,7 @@ def torchrun(*words: str | Path) -> subprocess.Popen:
 
 
 def until_step(directory: Path, step: int, process: subprocess.Popen) -> None:
-    while chaos.last_step(directory) < step:
+    while faults.last_step(directory) < step:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
 
@@ -409,7 +409,7 @@ def test_torchrun_starts_a_run_again_whose_rank_was_killed_and_it_ends_as_if_not
     script = Path(chaos.__file__).parents[1] / "train.py"
     process = torchrun("--max-restarts", "1", script, configuration)
     until_step(tmp_path / "run", 3, process)
-    os.kill(chaos.children(process.pid)[1], signal.SIGKILL)
+    os.kill(faults.children(process.pid)[1], signal.SIGKILL)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and "continuing from step" in said, said
     as_torchrun(2, train_program.main, [str(configuration), f"run.directory={tmp_path}/plain"])

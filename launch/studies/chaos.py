@@ -14,7 +14,6 @@ import argparse
 import itertools
 import os
 import random
-import resource
 import shutil
 import signal
 import statistics
@@ -32,11 +31,9 @@ from typing import Any
 from hark import UserError
 from hark.data.json_files import write_json
 from hark.grpo.instruments.metrics import read_metrics
-from hark.grpo.runtime.checkpoint import checkpoints
-from hark.grpo.runtime.manifest import Manifest, sha256_of
 from hark.launch.common.entry import run
 from hark.launch.common.pages import Markers, table
-from hark.launch.common.torchrun import environment
+from hark.launch.studies.faults import KINDS, Target, differing, finished_equal, last_step, of_run, start
 from hark.launch.studies.kept import DOCS
 
 MARKERS = Markers.of("launch/studies/chaos.py")
@@ -48,30 +45,21 @@ SETUPS: dict[str, tuple[int, tuple[str, ...]]] = {  # processes, settings
     "adapters": (2, ("lora.rank=4",)),
     "replicas": (2, ("sharding.replicas=2",)),
 }
-MEASURED = ("seconds/", "speed/", "memory/", "communication/")  # figures of the machine
-FULL = 100_000  # bytes of the largest file that a process may write on a "full disk"
 
 
 @dataclass
-class Trial:
+class Trial(Target):
     """A started run, its processes, and what became of it."""
 
     setup: str
     kind: str
     moment: str
-    directory: Path
-    launcher: subprocess.Popen
     started: float
     step: int = 0  # the latest that was logged when it happened
     came_back: bool | None = None
     seconds: float | None = None  # from what was done until the run was as far again
     same: bool = True
     notes: list[str] = field(default_factory=list)
-
-    def ranks(self) -> list[int]:
-        """The processes of the ranks, in order; none before the launcher has started them."""
-        own = [self.launcher.pid] if SETUPS[self.setup][0] == 1 else children(self.launcher.pid)
-        return sorted(own)
 
 
 def main(argv: list[str]) -> None:
@@ -142,20 +130,6 @@ def command(root: Path, directory: Path, setup: str) -> list[str]:
     return [sys.executable, "-m", "hark.launch", "train", *several, *words]
 
 
-def start(words: Sequence[str], directory: Path, *, full: bool = False) -> subprocess.Popen:
-    """Start a run, in a process group of its own as a terminal does; its output is kept beside its directory."""
-    logs = len(list(directory.parent.glob(f"{directory.name}-*.log")))
-
-    def limits() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (FULL, FULL))
-
-    with directory.with_name(f"{directory.name}-{logs:03}.log").open("wb") as log:
-        return subprocess.Popen(
-            words, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
-            env=environment() | {"CUDA_VISIBLE_DEVICES": ""}, preexec_fn=limits if full else None,
-        )  # fmt: skip
-
-
 def undisturbed(root: Path, setup: str) -> Path:
     """The run that nothing is done to."""
     directory = root / setup.replace(" ", "-") / "undisturbed"
@@ -174,18 +148,18 @@ def chain(root: Path, setup: str, chance: random.Random, *, kinds: Sequence[str]
     for _ in range(limit + 100):
         kind = chance.choice(kinds) if len(trials) < limit else None
         words = command(root, directory, setup)
-        launcher = start(words, directory, full=kind == "disk full")
+        launcher = start(words, directory)
         began = time.monotonic()
         if kind is None:
             follow(trials, directory, launcher, until=lambda: False)
         else:
-            trial = Trial(setup, kind, "", directory, launcher, began)
+            trial = Trial(directory, launcher, SETUPS[setup][0], setup, kind, "", began)
             trial.moment = moment = moment_for(kind, last_step(directory), chance)
             follow(trials, directory, launcher, until=partial(is_due, trial, MOMENTS[moment](trial, chance)))
             if launcher.poll() is None:
                 trial.step = last_step(directory)
                 trial.started = time.monotonic()
-                trial.notes.append(KINDS[kind](trial, chance) or "")
+                KINDS[kind](trial, chance)
                 trials.append(trial)
         if not wait_for_end(directory, launcher):
             (trials or [trial])[-1].notes.append(f"not ended after {LIMIT:g} s")
@@ -206,7 +180,7 @@ def chain(root: Path, setup: str, chance: random.Random, *, kinds: Sequence[str]
 
 def is_due(trial: Trial, has_come: Callable[[], bool]) -> bool:
     """Whether the moment has come, and all ranks are there."""
-    return len(trial.ranks()) == SETUPS[trial.setup][0] and has_come()
+    return len(trial.ranks()) == trial.processes and has_come()
 
 
 def moment_for(kind: str, step: int, chance: random.Random) -> str:
@@ -245,61 +219,11 @@ def wait_for_end(directory: Path, launcher: subprocess.Popen) -> bool:
     return False
 
 
-def last_step(directory: Path) -> int:
-    try:
-        return max((line["step"] for line in read_metrics(directory) if "event" not in line), default=0)
-    except (OSError, ValueError):  # while it is replaced
-        return 0
-
-
 def same(directory: Path, expected: Path, trials: Sequence[Trial]) -> None:
     """Compare each checkpoint with that of the undisturbed run; the latest trial answers for a difference."""
-    right = {path.name: path for path in checkpoints(expected / "checkpoints")}
-    for checkpoint in checkpoints(directory / "checkpoints"):
-        other = right.get(checkpoint.name)
-        if other and Manifest.read(checkpoint).files != Manifest.read(other).files and trials:
-            trials[-1].same = False
-            trials[-1].notes.append(f"{checkpoint.name} differs")
-
-
-def finished_equal(directory: Path, expected: Path) -> bool:
-    """Whether the exported models have the same bytes and the metrics the same lines."""
-    models = [
-        sorted((path.name, sha256_of(path)) for path in (one / "model").iterdir()) for one in (directory, expected)
-    ]
-    return models[0] == models[1] and figures(directory) == figures(expected)
-
-
-def figures(directory: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without the figures of the machine, and without warnings, which depend on these."""
-    lines = [line for line in read_metrics(directory) if line.get("event") != "warning"]
-    return [{name: value for name, value in line.items() if not name.startswith(MEASURED)} for line in lines]
-
-
-# Processes ------------------------------------------------------------------------------------------------------------
-
-
-def children(parent: int) -> list[int]:
-    """The ranks that a launcher has started; none if it has ended."""
-    with suppress(OSError):
-        return [int(word) for word in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
-    return []
-
-
-def of_run(directory: Path) -> list[int]:
-    """The processes that name a run in their command line."""
-    word = f"run.directory={directory}".encode()
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if (
-                word in path.read_bytes().split(b"\0")
-                and "Z" not in path.with_name("stat").read_text().split(")")[-1][:3]
-            ):
-                found.append(int(path.parent.name))
-        except OSError:
-            continue
-    return found
+    if trials and (names := differing(directory, expected)):
+        trials[-1].same = False
+        trials[-1].notes += [f"{name} differs" for name in names]
 
 
 # Moments --------------------------------------------------------------------------------------------------------------
@@ -376,69 +300,6 @@ MOMENTS: dict[str, Callable[[Trial, random.Random], Callable[[], bool]]] = {
 }  # fmt: skip
 
 
-# What is done ---------------------------------------------------------------------------------------------------------
-
-
-def kill_one(trial: Trial, chance: random.Random) -> None:
-    sent(chance.choice(trial.ranks()), signal.SIGKILL)
-
-
-def kill_all(trial: Trial, chance: random.Random) -> None:
-    for process in [trial.launcher.pid, *of_run(trial.directory)]:
-        sent(process, signal.SIGKILL)
-
-
-def kill_launcher(trial: Trial, chance: random.Random) -> None:
-    sent(trial.launcher.pid, signal.SIGKILL)
-
-
-def terminate(trial: Trial, chance: random.Random) -> None:
-    sent(trial.launcher.pid, signal.SIGTERM)
-
-
-def terminate_one(trial: Trial, chance: random.Random) -> None:
-    sent(chance.choice(trial.ranks()), signal.SIGTERM)
-
-
-def interrupt(trial: Trial, chance: random.Random) -> None:
-    """Ctrl-C: the terminal sends it to every process."""
-    os.killpg(trial.launcher.pid, signal.SIGINT)
-
-
-def stop_one(trial: Trial, chance: random.Random) -> None:
-    """A rank that hangs. A run of one process has nobody to notice it: it goes on when it is told to."""
-    ranks = trial.ranks()
-    process = chance.choice(ranks)
-    sent(process, signal.SIGSTOP)
-    if len(ranks) == 1:
-        time.sleep(1)
-        sent(process, signal.SIGCONT)
-        kill_all(trial, chance)
-
-
-def disk_full(trial: Trial, chance: random.Random) -> None:
-    """Nothing to do: no file of the run may become larger than FULL, which a checkpoint is."""
-
-
-def sent(process: int, number: int) -> None:
-    try:
-        os.kill(process, number)
-    except ProcessLookupError:
-        pass
-
-
-KINDS: dict[str, Callable[[Trial, random.Random], None]] = {
-    "kill -9 of one rank": kill_one,
-    "kill -9 of all": kill_all,
-    "kill -9 of the launcher": kill_launcher,
-    "SIGTERM": terminate,
-    "SIGTERM of one rank": terminate_one,
-    "SIGINT": interrupt,
-    "SIGSTOP of one rank": stop_one,
-    "disk full": disk_full,
-}
-
-
 # Results --------------------------------------------------------------------------------------------------------------
 
 
@@ -465,7 +326,7 @@ def row(trial: Trial) -> dict[str, Any]:
     return {
         "setup": trial.setup, "kind": trial.kind, "moment": trial.moment, "step": trial.step,
         "came_back": trial.came_back, "same": trial.same, "seconds": trial.seconds,
-        "notes": [note for note in trial.notes if note],
+        "notes": trial.notes,
     }  # fmt: skip
 
 
