@@ -130,7 +130,7 @@ def figures_of(runs: Sequence[Run]) -> dict[str, Any]:
         "drawn": [sum(drawn[: line["step"]]) for line in evaluations],
         "equal_reward_share": mean_and_spread(line["equal_reward_share"] for line in steps)[0],
         "grad_norm": mean_and_spread(line["grad_norm"] for line in steps)[0],
-        "entropy": steps[-1]["entropy"],
+        "entropy": [line["entropy"] for line in steps if "entropy" in line][-1],  # a step without an update has none
     }
 
 
