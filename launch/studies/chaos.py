@@ -5,13 +5,15 @@
 A trial starts a run with run.resume=true, waits for a moment, and does something to its processes: kill -9 of one, of
 all, or of the launcher; SIGTERM, SIGINT, SIGSTOP; a disk that is full. Then the same command is given again, which is
 the next trial, until the run is finished. A run came back if it got as far again. It is the same bit for bit if all its
-checkpoints, its exported model and its metrics are those of a run that nothing was done to. Linux only.
+checkpoints, its exported model and its metrics are those of a run that nothing was done to. It can be stopped and
+started again: finished runs are kept. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import random
 import shutil
@@ -20,12 +22,14 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from hark import UserError
@@ -68,24 +72,47 @@ def main(argv: list[str]) -> None:
     for setup in arguments.setups:
         undisturbed(arguments.root, setup)
     kinds = [name for name in KINDS if name in arguments.only]
-    done: list[Trial] = []
+    kept = Kept(arguments.root / "trials.json")
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for number in itertools.count():
-            share = -(-(arguments.trials - len(done)) // len(arguments.setups))
-            chances = [random.Random(f"{arguments.seed} {setup} {number}") for setup in arguments.setups]
-            roots = [arguments.root] * len(chances)
-            for trials in pool.map(partial(chain, kinds=kinds, limit=share), roots, arguments.setups, chances):
-                done += trials[: arguments.trials - len(done)]
-                print(f"{report(done)}\n", flush=True)
-                write_json(arguments.root / "trials.json", {"trials": [row(trial) for trial in done]})
-            if len(done) >= arguments.trials:
+            left = arguments.trials - len(kept.trials(arguments.trials))
+            if left <= 0:
                 break
+            do = partial(
+                kept_chain, kept, arguments.root, arguments.seed, number, kinds, -(-left // len(arguments.setups))
+            )
+            for _ in pool.map(do, arguments.setups):
+                print(f"{report(kept.trials(arguments.trials))}\n", flush=True)
+    done = kept.trials(arguments.trials)
     if arguments.page is not None:
         arguments.page.write_text(MARKERS.filled(arguments.page.read_text(), report(done)))
-    bad = [trial for trial in done if not trial.came_back or not trial.same]
+    bad = [trial for trial in done if not trial["came_back"] or not trial["same"]]
     if bad:
-        first = [row(trial) for trial in bad[:3]]
-        raise UserError(f"{len(bad)} of {len(done)} runs did not come back as they were: {first}")
+        raise UserError(f"{len(bad)} of {len(done)} runs did not come back as they were: {bad[:3]}")
+
+
+class Kept:
+    """The trials of finished chains by the chain's name, in a JSON file, so that chains are done once."""
+
+    def __init__(self, path: Path):
+        self._path, self._lock = path, Lock()
+        self.chains: dict[str, list[dict[str, Any]]] = json.loads(path.read_text()) if path.exists() else {}
+
+    def put(self, name: str, trials: Sequence[Trial]) -> None:
+        with self._lock:
+            self.chains[name] = [row(trial) for trial in trials]
+            write_json(self._path, self.chains)
+
+    def trials(self, most: int) -> list[dict[str, Any]]:
+        with self._lock:
+            return [trial for chain in self.chains.values() for trial in chain][:most]
+
+
+def kept_chain(kept: Kept, root: Path, seed: int, number: int, kinds: Sequence[str], limit: int, setup: str) -> None:
+    """Do a chain of trials, unless it is kept."""
+    name = f"{seed} {setup} {number}"
+    if name not in kept.chains:
+        kept.put(name, chain(root, setup, random.Random(name), kinds=kinds, limit=limit))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -303,21 +330,21 @@ MOMENTS: dict[str, Callable[[Trial, random.Random], Callable[[], bool]]] = {
 # Results --------------------------------------------------------------------------------------------------------------
 
 
-def report(trials: Sequence[Trial]) -> str:
+def report(trials: Sequence[dict[str, Any]]) -> str:
     """A table by what was done."""
     heading = ("", "trials", "came back", "bit for bit", "seconds lost, median", "most", "moments")
-    lines = [cells(kind, [trial for trial in trials if trial.kind == kind]) for kind in KINDS]
+    lines = [cells(kind, [trial for trial in trials if trial["kind"] == kind]) for kind in KINDS]
     total = cells("all", trials)
-    setups = ", ".join(f"{name} {sum(trial.setup == name for trial in trials)}" for name in SETUPS)
+    setups = ", ".join(f"{name} {sum(trial['setup'] == name for trial in trials)}" for name in SETUPS)
     return f"{table(heading, [line for line in (*lines, total) if line[1] != '0'])}\n\nTrials by setup: {setups}."
 
 
-def cells(name: str, trials: Sequence[Trial]) -> tuple[str, ...]:
-    seconds = [trial.seconds for trial in trials if trial.seconds is not None]
-    moments = {trial.moment: sum(one.moment == trial.moment for one in trials) for trial in trials}
+def cells(name: str, trials: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    seconds = [trial["seconds"] for trial in trials if trial["seconds"] is not None]
+    moments = Counter(trial["moment"] for trial in trials)
     return (
-        name, str(len(trials)), str(sum(bool(trial.came_back) for trial in trials)),
-        str(sum(trial.same for trial in trials)), f"{statistics.median(seconds):.0f}" if seconds else "",
+        name, str(len(trials)), str(sum(bool(trial["came_back"]) for trial in trials)),
+        str(sum(trial["same"] for trial in trials)), f"{statistics.median(seconds):.0f}" if seconds else "",
         f"{max(seconds):.0f}" if seconds else "", ", ".join(f"{name} {n}" for name, n in sorted(moments.items())),
     )  # fmt: skip
 
