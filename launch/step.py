@@ -25,8 +25,10 @@ from hark.grpo.instruments.console import excerpt
 from hark.grpo.instruments.record import RecordError, StepRecord, read_step
 from hark.grpo.rewards import weights_at
 from hark.launch.common.entry import run
+from hark.shown import shown
 
 WIDTH = 60  # characters of a text in a table
+LONGEST = 2000  # characters of a line
 
 
 def main(argv: list[str]) -> None:
@@ -39,7 +41,7 @@ def main(argv: list[str]) -> None:
         row = prompt * record.values["group_size"] + find_completion(record, arguments.completion)
         lines = {None: group, "loss": arithmetic, "likeliest": likeliest}[arguments.show](record, row)
     for line in lines:
-        print(line)
+        print(shown(line, LONGEST))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -205,8 +207,8 @@ def likeliest(record: StepRecord, row: int) -> Iterator[str]:
         drawn = int(record.tensors["tokens"][row, t])
         ids, shares = (record.tensors[f"likeliest_{name}"][row, t].tolist() for name in ("ids", "logprobs"))
         found = [f"{'*' if i == drawn else ''}{texts[str(i)]!r}" for i in ids]
-        shown = [f"{text} {100 * math.exp(share):.1f}" for text, share in zip(found, shares, strict=True)]
-        yield f"  {t:3}  {texts[str(drawn)]!r:20}  " + "  ".join(excerpt(one, WIDTH) for one in shown)
+        listed = [f"{text} {100 * math.exp(share):.1f}" for text, share in zip(found, shares, strict=True)]
+        yield f"  {t:3}  {texts[str(drawn)]!r:20}  " + "  ".join(excerpt(one, WIDTH) for one in listed)
 
 
 def _is_judged(record: StepRecord) -> bool:

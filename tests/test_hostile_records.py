@@ -1,45 +1,118 @@
 """Recorded steps that somebody made to do harm: errors of one line."""
 
+from __future__ import annotations
+
+import contextlib
+import io
 import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from hark.grpo.instruments.record import RecordError, read_step, recorded_steps
+from hark.launch import step as step_command
+from hark.launch.page.collect import Bounds, Collection, all_parts
+from tests.written import write_run
 
-GOOD = {
-    "format": 2, "step": 1, "parts": [0], "ranks": 1, "prompts": [{}], "completions": [{}], "tokens": {},
-    "updates": [{}],
-}  # fmt: skip
-CHANGED = [
-    *(json.dumps(GOOD | {key: value}) for key in GOOD for value in (None, "x", 1.5, [None], ["x"], [[]])),
-    *(json.dumps({other: GOOD[other] for other in GOOD if other != key}) for key in GOOD),
-    json.dumps(GOOD | {"updates": [{"loss": "x"}]}),
-    json.dumps(GOOD | {"format": "x\x1b" * 9999}),
-    "[" * 100_000, "[]", "1", "", '{"a": ' + "9" * 5000 + "}",
-]  # fmt: skip
+OTHERS = (None, "x", 1.5, -1, 10**30, float("nan"), [None], ["x"], [[]], {"a": 1})
+NOT_JSON = ("[" * 100_000, "[]", "1", "", '{"a": ' + "9" * 5000 + "}")
+FREE = {"versions", "config", "row"}  # whatever they hold beside what is read of them
 
 
-def write(run, text):
-    part = run / "record" / "step-000001" / "rank-0"
-    part.mkdir(parents=True, exist_ok=True)
-    (part / "step.json").write_text(text)
-    save_file({"tokens": torch.zeros(1, 2)}, part / "tensors.safetensors")
+@pytest.fixture
+def run(tmp_path) -> Path:
+    return write_run(tmp_path / "run", recorded=(1,))
 
 
-def test_values_that_no_recorder_writes_are_errors_of_one_line(tmp_path):
-    write(tmp_path, json.dumps(GOOD))
-    assert read_step(tmp_path, 1).is_whole
-    for text in CHANGED:
-        write(tmp_path, text)
-        with pytest.raises(RecordError) as error:
-            read_step(tmp_path, 1)
-        assert str(error.value).isprintable() and len(str(error.value)) < 800
+def part(run: Path) -> Path:
+    return run / "record" / "step-000001" / "rank-0"
 
 
-def test_directories_that_are_no_steps_are_passed_over(tmp_path):
-    write(tmp_path, json.dumps(GOOD))
-    (tmp_path / "record" / "step-x" / "rank-0").mkdir(parents=True)
-    (tmp_path / "record" / "step-000001" / "rank-x").mkdir()
-    assert recorded_steps(tmp_path) == [1] and read_step(tmp_path, 1).step == 1
+def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
+    """Where the parts of a value are, the first of each list alone."""
+    keys = value if isinstance(value, dict) else range(min(len(value), 1)) if isinstance(value, list) else ()
+    for key in keys:
+        yield (*path, key)
+        if key not in FREE:
+            yield from places(value[key], (*path, key))
+
+
+def changed(text: str, path: tuple, value: Any) -> str:
+    """The same JSON with another value at a place."""
+    whole = parent = json.loads(text)
+    for key in path[:-1]:
+        parent = parent[key]
+    parent[path[-1]] = value
+    return json.dumps(whole)
+
+
+def refused(run: Path) -> bool:
+    """Whether a step is refused by one line; one that is read can be shown and drawn."""
+    try:
+        read_step(run, 1)
+    except RecordError as error:
+        assert str(error).isprintable() and len(str(error)) < 800
+        return True
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        for words in ([], ["--show", "loss"], ["--show", "likeliest"]):
+            step_command.main([str(run), "1", *words])
+    assert "\x1b" not in text.getvalue()
+    all_parts(Collection([run], Bounds()), Bounds())
+    return False
+
+
+def test_values_that_no_recorder_writes_are_errors_of_one_line(run):
+    assert not refused(run)
+    path = part(run) / "step.json"
+    good = path.read_text()
+    found = {}
+    for place in places(json.loads(good)):
+        for value in OTHERS:
+            path.write_text(changed(good, place, value))
+            found[place, repr(value)] = refused(run)
+    assert sum(found.values()) > 250 and not all(found.values())
+    for name in ("group_size", "prompts", "completions", "tokens", "config"):
+        assert all(found[(name,), repr(value)] for value in OTHERS), name
+    for text in NOT_JSON:
+        path.write_text(text)
+        assert refused(run)
+
+
+def test_tensors_of_other_sizes_and_kinds_are_errors_of_one_line(run):
+    path = part(run) / "tensors.safetensors"
+    good = load_file(path)
+    for name, tensor in good.items():
+        for other in (tensor[:-1], tensor[..., None], tensor.to(torch.int8), torch.zeros(())):
+            save_file(good | {name: other.contiguous()}, path)
+            assert refused(run), (name, other.shape, other.dtype)
+    save_file(good | {"tokens": good["tokens"] + 1000}, path)
+    assert refused(run), "tokens without a text"
+
+
+@pytest.mark.parametrize("name", ["step.json", "tensors.safetensors"])
+def test_a_pipe_and_a_hole_of_gigabytes_are_refused_at_once(run, name):
+    path = part(run) / name
+    path.unlink()
+    os.mkfifo(path)
+    assert refused(run)
+    path.unlink()
+    with path.open("wb") as file:
+        file.truncate(8 << 30)
+    assert refused(run)
+
+
+def test_a_reason_cannot_steer_the_terminal(run):
+    path = part(run) / "step.json"
+    path.write_text(changed(path.read_text(), ("reason",), "\x1b[2J"))
+    assert not refused(run)
+
+
+def test_directories_that_are_no_steps_are_passed_over(run):
+    (run / "record" / "step-x" / "rank-0").mkdir(parents=True)
+    (run / "record" / "step-000001" / "rank-x").mkdir()
+    assert recorded_steps(run) == [1] and read_step(run, 1).step == 1

@@ -20,18 +20,12 @@ from safetensors.torch import load_file, save_file
 
 from hark import UserError
 from hark.grpo.instruments.metrics import finite
+from hark.grpo.instruments.record_kinds import SUMS, wrong_part
 from hark.grpo.types import stacked
 from hark.shown import shown
 
 FORMAT = 2  # of the files; a reader refuses others
-SUMS = (  # of an update: each rank has its term
-    "loss", "kl", "clip_share", "entropy", "sampler_gap", "importance", "importance_capped_share", "sft_loss", "scored",
-)  # fmt: skip
-# What reading needs of step.json; ITEMS are lists of objects.
-KINDS = {
-    "step": int, "ranks": int, "parts": list, "prompts": list, "completions": list, "updates": list, "tokens": dict
-}  # fmt: skip
-ITEMS = ("prompts", "completions", "updates")
+LARGEST = 1 << 30  # bytes of a step.json
 LONGEST_REASON = 200  # characters of what is wrong, in a message
 
 
@@ -122,8 +116,8 @@ def delete_steps(run: Path, steps: Sequence[int]) -> None:
 
 def _read_part(part: Path) -> StepRecord:
     try:
-        values = json.loads((part / "step.json").read_text(encoding="utf-8"))
-        tensors = load_file(part / "tensors.safetensors")
+        values = json.loads(_regular(part / "step.json").read_text(encoding="utf-8"), parse_constant=_constant)
+        tensors = load_file(_regular(part / "tensors.safetensors"))
         written = values["format"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         reason = shown(error, LONGEST_REASON)
@@ -131,25 +125,21 @@ def _read_part(part: Path) -> StepRecord:
     if written != FORMAT:
         found = shown(repr(written), LONGEST_REASON)
         raise RecordError(f"{part} has format {found}; expected {FORMAT}; read it with the Hark that wrote it")
-    _check_values(part / "step.json", values)
+    if wrong := wrong_part(values, tensors):
+        wrong = shown(wrong, LONGEST_REASON)
+        raise RecordError(f"{part}: {wrong} is not what a recorder writes; see docs/replay.md; copy the record again")
     return StepRecord(values, tensors)
 
 
-def _check_values(path: Path, values: dict[str, Any]) -> None:
-    """Raise RecordError for values of other kinds than a recorder writes."""
-    wrong = [name for name, kind in KINDS.items() if type(values.get(name)) is not kind]
-    wrong += [f"an item of {name}" for name in ITEMS if name not in wrong and not _are(values[name], dict)]
-    if not wrong and not _are(values["parts"], int):
-        wrong = ["an item of parts"]
-    if not wrong:
-        terms = [update.get(name) for update in values["updates"] for name in SUMS]
-        wrong = ["a figure of updates"] * (not all(term is None or isinstance(term, (int, float)) for term in terms))
-    if wrong:
-        raise RecordError(f"{path}: {wrong[0]} is not what a recorder writes; see docs/replay.md; copy the file again")
+def _regular(path: Path) -> Path:
+    """The path of a file that can be read at once: no pipe, no device, no hole of gigabytes."""
+    if not path.is_file() or path.suffix == ".json" and path.stat().st_size > LARGEST:
+        raise ValueError(f"{path.name} is not a file of at most {LARGEST >> 20} MB")
+    return path
 
 
-def _are(items: list[Any], kind: type) -> bool:
-    return all(isinstance(item, kind) for item in items)
+def _constant(name: str) -> float:
+    raise ValueError(f"holds {name}")
 
 
 def _joined_update(terms: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def groups_equal(lines: Lines) -> str:
 
 
 def sampler_gap(lines: Lines) -> str:
-    gap, bound = lines.last("sampler_gap", 1), GAP_BOUND[lines.dtype]
+    gap, bound = lines.last("sampler_gap", 1), GAP_BOUND.get(lines.dtype, GAP_BOUND["float32"])
     if not gap or gap[0] <= bound:
         return ""
     return f"the sampler gap is {gap[0]:.2g}, and rounding explains {bound:g}"

@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hark.grpo.instruments.metrics import finite
+
 FOLDER = Path(__file__).parent
 SCRIPTS = ("dom.js", "data.js", "curves.js", "tokens.js", "steps.js", "evaluation.js", "page.js")
 # JSON may hold these characters as they are, but in a script element < may begin its end.
@@ -38,7 +40,7 @@ def element(name: str, value: dict[str, Any]) -> str:
 
 def as_json(value: Any) -> str:
     """JSON in which no character can end a script element or begin a comment or an entity."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.translate(ESCAPES)
 
 
