@@ -77,6 +77,28 @@ def test_a_process_of_a_run_is_found_although_its_parent_has_ended(tmp_path):
     assert found and not soak.processes_of(tmp_path / "other")
 
 
+SHAPES = """
+import torch
+from hark.grpo.runtime.collectives import joined_world
+from hark.launch.studies.soak import sample
+
+with joined_world(threads=1):
+    convolve = torch.nn.Conv1d(64, 64, 3)
+    for length in range(10, 310):
+        convolve(torch.ones(4, 64, length)).sum().backward()
+        if length == 110:
+            before = sample("self")["memory"]
+    print(sample("self")["memory"] - before)
+"""
+
+
+@LINUX
+def test_audio_of_ever_other_lengths_takes_no_more_memory():
+    """In a process of its own: oneDNN reads its limit once."""
+    ended = subprocess.run([sys.executable, "-c", SHAPES], capture_output=True, text=True, check=True)
+    assert float(ended.stdout) < 20  # MiB; 5 with the limit, 38 without
+
+
 def test_the_reward_hangs_dies_raises_and_has_no_number_or_too_few_and_goes_on(tmp_path):
     """A call that hangs is ended after reward.timeout; a process that died is replaced; the values are None."""
     numbers = [unreliable_reward.which(step, "a") for step in range(20000)]

@@ -18,6 +18,9 @@ import torch.distributed as dist
 from hark.grpo.config import ConfigError
 from hark.grpo.runtime.interrupt import Interrupted, Interruption
 
+# On the CPU, oneDNN keeps the code of a convolution for each shape that it meets, 1024 of them unless it is told
+# otherwise. Lengths of audio differ from step to step: a rank of the demo grew to 1.6 GiB in 160 steps, and further.
+KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 # Of one collective. The watchdog ends a run long before; ranks wait while rank 0 writes an export of many gigabytes.
 TIMEOUT = timedelta(hours=1)
 GIB = 2**30
@@ -143,6 +146,7 @@ def joined_world(*, threads: int = 0, patience: float = 600.0) -> Iterator[World
 
     patience: seconds to wait for the others; 0 is long. Raises ConfigError if they have not come.
     """
+    os.environ.setdefault(*KERNELS)
     if threads:
         torch.set_num_threads(threads)
     device = _device()

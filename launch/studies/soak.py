@@ -271,7 +271,7 @@ def seen(directory: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def sample(process: int) -> dict[str, Any]:
+def sample(process: int | str) -> dict[str, Any]:
     """Memory in MiB, open descriptors, threads and children of a process, and what it is."""
     place = Path(f"/proc/{process}")
     status = dict(line.split(":", 1) for line in (place / "status").read_text().splitlines())
@@ -283,7 +283,7 @@ def sample(process: int) -> dict[str, Any]:
         "process": process, "born": born, "age": round(up - born, 1), "role": role(place),
         "memory": round(int(status["VmRSS"].split()[0]) / 1024, 1), "pss": round(pss / 1024, 1),
         "handles": len(os.listdir(place / "fd")), "threads": int(status["Threads"]),
-        "children": len((place / "task" / str(process) / "children").read_text().split()),
+        "children": len((place / "task" / status["Pid"].strip() / "children").read_text().split()),
     }  # fmt: skip
 
 
