@@ -17,7 +17,7 @@ from torch import nn
 from hark.data.chat import Chat, messages
 from hark.data.errors import DataError
 from hark.models.directory import in_short, read_json
-from hark.models.policy import Audio, Policy, PolicyError, Prompt, pad_ids, text_ids
+from hark.models.policy import Audio, Policy, PolicyError, Prompt, text_ids
 from hark.models.probe import check_text
 
 
@@ -138,7 +138,7 @@ class AudioPolicy(Policy):
         return Prompt(torch.tensor(expanded), clips)
 
     def embed(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
-        ids, lengths = pad_ids(prompts, self.pad_id, self.device)
+        ids, lengths = self.padded(prompts)
         is_real = torch.arange(ids.shape[1], device=self.device) < lengths[:, None]
         is_audio = (ids == self.audio_id) & is_real  # a family may pad with its placeholder
         # The placeholder may have no embedding of its own.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -140,6 +141,7 @@ def build_policy(directory: Path, own: str | None = None) -> Policy:
         if (directory / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(directory)
         policy = family(model, directory)
+        _check_ids(policy, directory)
     except UserError:
         raise
     except Exception as error:  # transformers raises any kind for settings that make no sense
@@ -148,7 +150,7 @@ def build_policy(directory: Path, own: str | None = None) -> Policy:
         raise PolicyError(
             f"{directory}: its model cannot be built ({in_short(error)}); copy its files again"
         ) from error
-    policy.directory = directory
+    policy.directory, policy.name = directory, str(directory)
     return policy
 
 
@@ -158,6 +160,17 @@ def _check_layers(config: Any, directory: Path) -> None:
         if LAYERS.fullmatch(key) and isinstance(value, int) and value > MOST_LAYERS:
             raise PolicyError(
                 f"{directory / 'config.json'}: {key} is {in_short(value)}; expected at most {MOST_LAYERS}"
+            )
+
+
+def _check_ids(policy: Policy, directory: Path) -> None:
+    """Raise PolicyError for stop tokens that are none, and for a padding token that the model has not."""
+    count = policy.decoder.get_input_embeddings().weight.shape[0]
+    for name, ids, most in (("eos_token_id", policy.stop_ids, sys.maxsize), ("pad_token_id", (policy.pad_id,), count)):
+        if not all(type(one) is int and 0 <= one < most for one in ids) or not ids:
+            raise PolicyError(
+                f"{directory}: {name} is {in_short(ids)}; expected tokens of the model, which has {count}; copy "
+                "generation_config.json and the tokenizer from the checkpoint that the model was made from"
             )
 
 

@@ -363,7 +363,29 @@ class Policy(nn.Module):
         """Ids (T,) of `text` as a completion, with the stop token that the chat template puts at the end of a turn."""
         template = self.tokenizer.chat_template or ""
         ends = [stop for stop in self.stop_ids if self.tokenizer.convert_ids_to_tokens(stop) in template]
-        return torch.tensor([*text_ids(self.tokenizer, text), (ends or self.stop_ids)[0]])
+        ids = torch.tensor([*text_ids(self.tokenizer, text), (ends or self.stop_ids)[0]])
+        self.check_ids(ids)
+        return ids
+
+    def padded(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stack prompts into ids (N, P), padded on the right, and lengths (N,), on the policy's device."""
+        for prompt in prompts:
+            self.check_ids(prompt.ids)
+        lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
+        ids = nn.utils.rnn.pad_sequence([prompt.ids for prompt in prompts], batch_first=True, padding_value=self.pad_id)
+        return ids.to(self.device), lengths.to(self.device)
+
+    def check_ids(self, ids: torch.Tensor) -> None:
+        """Raise PolicyError for a token without an embedding, which would end the process on a GPU.
+
+        The placeholder of audio may have none.
+        """
+        count = self.decoder.get_input_embeddings().weight.shape[0]
+        if (outside := ids[(ids >= count) & (ids != self.audio_id)]).numel():
+            raise PolicyError(
+                f"{self.name}: its tokenizer gives the token {int(outside[0])}, and its model has {count}; copy the "
+                "tokenizer from the checkpoint that the model was made from"
+            )
 
     def completions(self, texts: Iterable[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Texts as completions on the policy's device: tokens (B, T), padded on the right, and mask (B, T)."""
@@ -430,10 +452,3 @@ def completion_lengths(tokenizer: Any, texts: Iterable[str]) -> dict[str, int]:
     """The tokens of each distinct text as a completion, with its stop token, the longest first."""
     lengths = {text: len(text_ids(tokenizer, text)) + 1 for text in dict.fromkeys(texts)}
     return dict(sorted(lengths.items(), key=lambda pair: -pair[1]))
-
-
-def pad_ids(prompts: Sequence[Prompt], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stack prompts into ids (N, P), padded on the right, and lengths (N,)."""
-    lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
-    ids = nn.utils.rnn.pad_sequence([prompt.ids for prompt in prompts], batch_first=True, padding_value=pad_id)
-    return ids.to(device), lengths.to(device)

@@ -246,3 +246,22 @@ def test_a_shown_text_is_one_short_line_without_control_characters():
     assert shown("a\x1b[2Jb\r\n\u202ec", 100) == r"a\x1b[2Jb\r\n\u202ec"
     assert shown("a" * 10**6 + "b" * 10**6, 25) == "a" * 10 + " ... " + "b" * 10
     assert len(shown("\x1b" * 10**6, 100)) <= 100
+
+
+@pytest.mark.parametrize("ids", [-1, [[2], 2], [2, "x"], [], 1.5, True])
+def test_stop_tokens_that_are_none_of_the_model_are_refused(model, ids):
+    set_keys(model / "generation_config.json", eos_token_id=ids)
+    refused(model, "eos_token_id|cannot be built")
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_one_line_when_such_a_token_is_used(model):
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    letter = next(token for token in ("W", "h", "a", "t") if token in vocabulary)
+    vocabulary[letter] = 5000
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    policy = load_policy(model)
+    with pytest.raises(PolicyError, match="its tokenizer gives the token 5000, and its model has"):
+        policy.embed([policy.prepare(" ".join("Whatzq"))])
+    with pytest.raises(PolicyError, match="its tokenizer gives the token 5000"):
+        policy.completion_ids(" ".join("Whatzq"))

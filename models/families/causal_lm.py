@@ -13,7 +13,7 @@ from torch import nn
 from hark.data.chat import Chat, messages
 from hark.data.errors import DataError
 from hark.models.directory import in_short
-from hark.models.policy import Policy, PolicyError, Prompt, pad_ids, text_ids
+from hark.models.policy import Policy, PolicyError, Prompt, text_ids
 from hark.models.probe import check_text
 
 
@@ -68,5 +68,5 @@ class CausalLMPolicy(Policy):
         return {"input_ids": self.prepare(chat).ids[None]}
 
     def embed(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
-        ids, lengths = pad_ids(prompts, self.pad_id, self.device)
+        ids, lengths = self.padded(prompts)
         return self.embed_tokens(ids), lengths
