@@ -187,7 +187,7 @@ def formula(loss: dict[str, Any], beta: float) -> str:
     }
     bonus = f" - {loss['entropy']:g} * entropy" if loss["entropy"] else ""
     importance = "importance * " if loss["importance_cap"] else ""
-    own = f"minus that of {loss['kind']}" if is_in_file(loss["kind"]) else surrogate[loss["bound"]]
+    own = f"minus that of {loss['kind']}" if is_in_file(loss["kind"]) else surrogate.get(loss["bound"], loss["bound"])
     return f"loss = weight * (-S + {beta:g} * kl{bonus}), S = {importance}{own}"
 
 

@@ -8,13 +8,9 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 
 import torch
-
-from hark.data.described import example_of
-from hark.data.errors import DataError
-from hark.grpo.config import Config
 
 SUMS = (  # of an update: each rank has its term
     "loss", "kl", "clip_share", "entropy", "sampler_gap", "importance", "importance_capped_share", "sft_loss", "scored",
@@ -31,7 +27,15 @@ MAYBE: dict[str, Any] = {  # of a prompt, a clip or an update, where it is given
     "answers": dict[str, dict], "source": str, "start": float, "end": NUMBER, "sha256": str, "features": str,
     "grad_norm": NUMBER, "grad_norms": dict[str, NUMBER], **dict.fromkeys(SUMS, NUMBER),
 }  # fmt: skip
-SECTIONS = ("loss", "reward")  # of the configuration: the arithmetic of a step needs them
+ROW: dict[str, Any] = {"id": str | int, "question_text": str, "answer": int | str | list[str] | None}
+MAYBE_OF_A_ROW: dict[str, Any] = {"multi_choice": list[str], "dataset_name": str, "task": str, "category": str}
+SECTIONS: dict[str, dict[str, Any]] = {  # of the configuration: what the arithmetic of a step needs
+    "reward": {"weights": dict[str, float], "schedule": dict[str, dict[int, float]]},
+    "loss": {
+        "kind": str, "advantage": str, "bound": str, "kl_in": str, "kl_gradient": str, "clip_low": float,
+        "clip_high": float, "ratio_cap": NUMBER, "importance_cap": float, "entropy": float,
+    },
+}  # fmt: skip
 MOST = 1 << 31  # completions of a step
 
 ROWS, TOKENS, UPDATES, LIKELIEST = "B", "BT", "BTU", "BTk"
@@ -57,7 +61,8 @@ def wrong_part(values: Any, tensors: Mapping[str, torch.Tensor]) -> str | None:
 def _wrong(values: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
     """What is wrong, so that each check may rely on those before it."""
     yield from _others(values, VALUES, "")
-    yield from (f"config.{name}" for name in SECTIONS if not _is_section(name, values["config"].get(name)))
+    for name, kinds in SECTIONS.items():
+        yield from _others(values["config"].get(name, {}), kinds, f"config.{name}.")
     for n, prompt in enumerate(values["prompts"]):
         yield from _wrong_prompt(prompt, f"prompts[{n}]")
     for n, completion in enumerate(values["completions"]):
@@ -71,10 +76,8 @@ def _wrong(values: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> Itera
 def _wrong_prompt(prompt: dict[str, Any], where: str) -> Iterator[str]:
     yield from _others(prompt, PROMPT, f"{where}.")
     yield from _given(prompt, f"{where}.")
-    try:
-        example_of(prompt)
-    except DataError:
-        yield f"{where}.row"
+    yield from _others(prompt["row"], ROW, f"{where}.row.")
+    yield from _given(prompt["row"], f"{where}.row.", MAYBE_OF_A_ROW)
     for n, clip in enumerate(prompt["clips"]):
         yield from _others(clip, CLIP, f"{where}.clips[{n}].")
         yield from _given(clip, f"{where}.clips[{n}].")
@@ -122,13 +125,8 @@ def _others(values: dict[str, Any], kinds: Mapping[str, Any], where: str) -> Ite
     yield from (f"{where}{name}" for name, kind in kinds.items() if name not in values or not _is(values[name], kind))
 
 
-def _given(values: dict[str, Any], where: str) -> Iterator[str]:
-    yield from _others(values, {name: kind for name, kind in MAYBE.items() if name in values}, where)
-
-
-def _is_section(name: str, values: Any) -> bool:
-    kinds = get_type_hints(get_type_hints(Config)[name])
-    return isinstance(values, dict) and not list(_others(values, kinds, ""))
+def _given(values: dict[str, Any], where: str, kinds: Mapping[str, Any] = MAYBE) -> Iterator[str]:
+    yield from _others(values, {name: kind for name, kind in kinds.items() if name in values}, where)
 
 
 def _is(value: Any, kind: Any) -> bool:

@@ -92,10 +92,9 @@ class Collection:
         if step not in recorded_steps(run):
             return None
         try:
-            record = read_step(run, step)
-        except RecordError as error:
+            return step_part(read_step(run, step), self._sounds, base=base_of(run), groups=self._bounds.groups)
+        except (RecordError, DataError) as error:
             return {"step": step, "problem": str(error)}
-        return step_part(record, self._sounds, base=base_of(run), groups=self._bounds.groups)
 
 
 def all_parts(collection: Collection, bounds: Bounds) -> tuple[dict[str, Any], dict[str, Any]]:
