@@ -4,7 +4,7 @@ BIN := .venv/bin
 # A SoundFont player; a package that contains TimGM6mb.sf2, a SoundFont of 128 instruments; espeak-ng.
 SOUNDS := tinysoundfont==0.3.7 pretty_midi==0.2.11.post0 espeakng-loader==0.2.4
 
-.PHONY: demo test test-browser test-gpu mutants study-algorithms study-rl-or-sft study-asr chaos soak lint docs notebook audit clean
+.PHONY: demo test test-browser test-gpu mutants study-algorithms study-rl-or-sft study-asr chaos fuzz soak lint docs notebook audit clean
 
 # `make demo POLICY=qwen2_5_omni` trains a small model of another family; docs/families.md lists them.
 demo: .venv/sounds
@@ -46,6 +46,10 @@ chaos: .venv/sounds
 # cores. Writes docs/robustness.md.
 soak: .venv/sounds
 	$(BIN)/python launch/studies/soak.py
+
+# A hundred thousand damaged and hostile files in every reader: about an hour on two cores. Writes docs/robustness.md.
+fuzz: .venv/sounds .venv/test
+	$(BIN)/python launch/studies/fuzz.py
 
 # Checks that need a GPU; without one it fails with a message.
 test-gpu: .venv/test
