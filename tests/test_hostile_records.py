@@ -19,7 +19,7 @@ from hark.launch import step as step_command
 from hark.launch.page.collect import Bounds, Collection, all_parts
 from tests.written import write_run
 
-OTHERS = (None, "x", 1.5, -1, 10**30, float("nan"), [None], ["x"], [[]], {"a": 1})
+OTHERS = (None, "x", -1.5, float("nan"), [None], {"a": 1})
 NOT_JSON = ("[" * 100_000, "[]", "1", "", '{"a": ' + "9" * 5000 + "}")
 FREE = {"versions", "config", "row"}  # whatever they hold beside what is read of them
 
@@ -75,7 +75,7 @@ def test_values_that_no_recorder_writes_are_errors_of_one_line(run):
         for value in OTHERS:
             path.write_text(changed(good, place, value))
             found[place, repr(value)] = refused(run)
-    assert sum(found.values()) > 250 and not all(found.values())
+    assert sum(found.values()) > 150 and not all(found.values())
     for name in ("group_size", "prompts", "completions", "tokens", "config"):
         assert all(found[(name,), repr(value)] for value in OTHERS), name
     for text in NOT_JSON:

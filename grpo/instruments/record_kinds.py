@@ -25,7 +25,7 @@ PROMPT: dict[str, Any] = {"row": dict, "line": str, "key": COUNTS, "text": str, 
 CLIP: dict[str, Any] = {"tokens": int}
 MAYBE: dict[str, Any] = {  # of a prompt, a clip or an update, where it is given
     "answers": dict[str, dict], "source": str, "start": float, "end": NUMBER, "sha256": str, "features": str,
-    "grad_norm": NUMBER, "grad_norms": dict[str, NUMBER], **dict.fromkeys(SUMS, NUMBER),
+    "grad_norm": NUMBER, "grad_norms": dict[str, float | None], **dict.fromkeys(SUMS, NUMBER),
 }  # fmt: skip
 ROW: dict[str, Any] = {"id": str | int, "question_text": str, "answer": int | str | list[str] | None}
 MAYBE_OF_A_ROW: dict[str, Any] = {"multi_choice": list[str], "dataset_name": str, "task": str, "category": str}
