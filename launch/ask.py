@@ -27,6 +27,7 @@ from hark.grpo.sampler import sample
 from hark.grpo.scorer import score
 from hark.launch.common.config_file import config_of
 from hark.launch.common.entry import run
+from hark.launch.common.questions import prepare_of
 from hark.launch.common.trained import Subject, find_trained, is_run
 from hark.models.loading import read_family
 from hark.models.policy import Policy, Prompt
@@ -58,8 +59,9 @@ def main(argv: list[str]) -> None:
             if not waveforms:
                 raise ConfigError("--silent needs a clip")
             sounds["without sound"] = [np.zeros_like(waveform) for waveform in waveforms]
-        prompts = {name: policy.prepare(text, *sound) for name, sound in sounds.items()}
         limit = arguments.max_new_tokens or config.rollout.max_new_tokens
+        prepare = prepare_of(policy, limit)
+        prompts = {name: prepare(text, *sound) for name, sound in sounds.items()}
         temperature = arguments.temperature or config.rollout.temperature
         for name, prompt in prompts.items():
             print(f"{'answer ' + name:{WIDTH}}{drawn(policy, prompt, limit=limit)[0]}")

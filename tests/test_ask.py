@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hark.data.examples import Example
+from hark.data.errors import DataError
 from hark.grpo.config import ConfigError
 from hark.launch import ask, sft
 from tests.clips import write_questions
@@ -92,6 +93,8 @@ def test_mistakes_are_said(qwen2_audio_dir, causal_lm_dir, clip, capsys):
         ask.main([str(causal_lm_dir), str(clip), "?"])
     with pytest.raises(ConfigError, match="takes audio, so CLIP must be a file"):
         ask.main([str(qwen2_audio_dir), "-", "?"])
+    with pytest.raises(DataError, match=r"its answer may have 100000 .* and the model has \d+ positions"):
+        ask.main([str(qwen2_audio_dir), str(clip), "?", "--max-new-tokens", "100000"])
     for words in (["--choices", "a"], ["--choices", "a", "a"], ["--samples", "-1"], ["--temperature", "0"]):
         with pytest.raises(SystemExit):
             ask.main([str(qwen2_audio_dir), str(clip), "?", *words])

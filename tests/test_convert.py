@@ -224,3 +224,14 @@ def test_a_benchmarks_question_stays_without_its_clip_so_that_it_is_counted(tmp_
     assert [record["id"] for record in records] == ["3fe64f3d", "gone"] and bad == []
     assert records[1]["audio_path"] == "clips/test-mini-audios/gone.wav"
     assert "1 clips are missing, first ./test-mini-audios/gone.wav" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["../secret.wav", "{0}/secret.wav", "audio/../../secret.wav"])
+def test_a_name_that_leads_out_of_the_directory_of_the_clips_finds_nothing_there(tmp_path, name):
+    soundfile.write(tmp_path / "secret.wav", [0.1] * 1600, 16_000)
+    clip(tmp_path, "audio/a.wav")
+    clip(tmp_path, "7.wav")
+    hostile = AUDIOMCQ | {"id": "8", "audio_path": name.format(tmp_path)}
+    records, bad = run(tmp_path, "audiomcq", AUDIOMCQ | {"audio_path": "7.wav"}, hostile)
+    assert [record["audio_path"] for record in records] == ["clips/7.wav"]
+    assert len(bad) == 1 and "no such clip" in bad[0]["reason"]

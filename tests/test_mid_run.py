@@ -159,7 +159,7 @@ def test_a_prompt_that_leaves_no_positions_for_the_answer_is_an_error_and_one_th
 
     def prepare(length, positions):
         policy = SimpleNamespace(positions=positions, prepare=lambda chat: SimpleNamespace(ids=torch.zeros(length)))
-        return prepare_of(config, policy)("text")
+        return prepare_of(policy, config.rollout.max_new_tokens)("text")
 
     assert len(prepare(80, 100).ids) == 80 and len(prepare(81, None).ids) == 81
     with pytest.raises(DataError, match="its prompt has 81 tokens .* the model has 100 positions"):

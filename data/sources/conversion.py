@@ -95,18 +95,21 @@ class _Clips:
     def find(self, names: Sequence[str], *, required: bool) -> str:
         """The path of the first of these names that exists: DIRECTORY/NAME, or DIRECTORY/the last part of NAME.
 
+        Only files inside the directory are found: a name may not lead out of it by "..", or as an absolute path.
         If none exists: SourceError if `required`, else the path of the first name. A benchmark's question is kept
         without its clip, so that it is counted as wrong.
         """
+        inside = os.path.abspath(self._directory)
         for name in names:
             for tail in dict.fromkeys((name, os.path.basename(name))):
                 for suffix in ("",) if os.path.splitext(name)[1].lower() in SUFFIXES else SUFFIXES:
                     path = os.path.abspath(self._directory / (tail + suffix))
-                    if os.path.isfile(path):
+                    if Path(path).is_relative_to(inside) and os.path.isfile(path):
                         return self._unambiguous(path, names[0])
         self.missing[names[0]] = None
         if not required:
-            return os.path.abspath(self._directory / names[0])
+            path = os.path.abspath(self._directory / names[0])
+            return path if Path(path).is_relative_to(inside) else os.path.join(inside, os.path.basename(names[0]))
         raise SourceError("missing clip", f"{' or '.join(names)}: no such clip in {self._directory}")
 
     def _unambiguous(self, path: str, name: str) -> str:

@@ -51,7 +51,7 @@ def answers(
     ]
     batches = evaluation_batches(
         asked[world.rank :: world.size],
-        prepare_of(config, policy),
+        prepare_of(policy, config.rollout.max_new_tokens),
         template=config.data.template,
         waveform=waveform_of(config, policy),
         batch=size,

@@ -115,7 +115,7 @@ def training_loader(config: Config, world: World, policy: Policy, examples: Sequ
     """The loader, which prepares the prompts of each step."""
     return Loader(
         examples,
-        prepare_of(config, policy),
+        prepare_of(policy, config.rollout.max_new_tokens),
         seed=config.run.seed,
         prompts_per_step=config.optim.prompts_per_step,
         rank=world.rank,
@@ -199,7 +199,7 @@ def rank_batches(
     """This rank's share of the examples, in batches; on_bad gets each one that cannot be used and is left out."""
     return evaluation_batches(
         examples[world.rank :: world.size],
-        prepare_of(config, policy),
+        prepare_of(policy, config.rollout.max_new_tokens),
         template=config.data.template,
         waveform=waveform,
         batch=ROUNDS * config.evaluation.batch,
@@ -300,9 +300,9 @@ def bad_log(config: Config) -> BadLog:
     return BadLog(Path(config.run.directory) / "bad.jsonl")
 
 
-def prepare_of(config: Config, policy: Policy) -> Callable[..., Prompt]:
-    """`policy.prepare`, with DataError for a prompt that leaves no positions of the model for a completion."""
-    longest, positions = config.rollout.max_new_tokens, policy.positions
+def prepare_of(policy: Policy, longest: int) -> Callable[..., Prompt]:
+    """`policy.prepare`, with DataError for a prompt that leaves no positions of the model for `longest` new tokens."""
+    positions = policy.positions
 
     def prepare(chat: Chat, *waveforms: np.ndarray) -> Prompt:
         prompt = policy.prepare(chat, *waveforms)
