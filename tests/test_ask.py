@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hark.data.examples import Example
 from hark.data.errors import DataError
+from hark.data.examples import Example
 from hark.grpo.config import ConfigError
 from hark.launch import ask, sft
 from tests.clips import write_questions
