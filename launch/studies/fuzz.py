@@ -5,13 +5,15 @@
 
 An input is a set of good files of which one is changed: bits and bytes, lengths in headers, values and keys, cut, lost
 and repeated pieces, pipes, links and holes of gigabytes in the place of files. The number of an input says which. It is
-read as a command reads it, in a process with bounds of time and memory. Linux only.
+read as a command reads it, in a process with bounds of time and memory. It can be stopped and started again: the counts
+of finished kinds are kept. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
 import re
 import shutil
 import time
@@ -22,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hark import UserError
+from hark.data.json_files import write_json
 from hark.data.worker import LateError, Worker, WorkerError
 from hark.launch.common.entry import run
 from hark.launch.common.pages import Markers, table
@@ -53,6 +56,10 @@ class Tally:
         if outcome.kind in BAD:
             self.failures[number] = outcome
 
+    def counts(self) -> dict[str, float]:
+        kinds = {kind: self.kinds[kind] for kind in (*GOOD, *BAD)}
+        return kinds | {"sentences": len(self.sentences), "slowest": self.slowest}
+
 
 def main(argv: list[str]) -> None:
     arguments = parse(argv)
@@ -63,17 +70,23 @@ def main(argv: list[str]) -> None:
         for name in arguments.only:
             print(*attempt(name, root, arguments.seed, arguments.number), sep="\n")
         return
-    tallies: dict[str, Tally] = {}
+    kept, counts = root / "counts.json", dict[str, dict[str, float]]()
+    found: dict[str, dict[str, float]] = json.loads(kept.read_text()) if kept.exists() else {}
     for name in arguments.only:
         count = -(-TARGETS[name].inputs * arguments.inputs // SHARE)
-        tallies[name] = tried(name, root, arguments.seed, count, arguments.jobs)
-        print(f"{report({name: tallies[name]})}\n", flush=True)
-        write_failures(root / "failures", name, tallies[name])
-    print(report(tallies))
+        case = f"{name}, seed {arguments.seed}, {count}"
+        if case not in found:
+            tally = tried(name, root, arguments.seed, count, arguments.jobs)
+            write_failures(root / "failures", name, tally)
+            found[case] = tally.counts()
+            write_json(kept, found)
+        counts[name] = found[case]
+        print(f"{report({name: counts[name]})}\n", flush=True)
+    print(report(counts))
     if arguments.page is not None and list(arguments.only) == list(TARGETS):
-        arguments.page.write_text(MARKERS.filled(arguments.page.read_text(), report(tallies)))
+        arguments.page.write_text(MARKERS.filled(arguments.page.read_text(), report(counts)))
     shutil.rmtree(root / "places", ignore_errors=True)
-    bad = sum(len(tally.failures) for tally in tallies.values())
+    bad = sum(int(one[kind]) for one in counts.values() for kind in BAD)
     if bad:
         raise UserError(f"{bad} inputs were neither read nor refused by a sentence; see {root / 'failures'}")
 
@@ -124,23 +137,24 @@ def outcome_in(worker: Worker, name: str, root: Path, seed: int, number: int) ->
 # Results --------------------------------------------------------------------------------------------------------------
 
 
-def report(tallies: dict[str, Tally]) -> str:
-    heading = ("", "inputs", *GOOD, "different sentences", *BAD, "slowest, s")
-    rows = [cells(name, tally) for name, tally in tallies.items()]
-    if len(tallies) > 1:
-        whole = Tally(slowest=max(tally.slowest for tally in tallies.values()))
-        for tally in tallies.values():
-            whole.kinds += tally.kinds
-            whole.sentences += tally.sentences
-        rows.append(cells("all", whole))
+def report(counts: dict[str, dict[str, float]]) -> str:
+    heading = ("", "inputs", *GOOD, *BAD, "different sentences", "slowest, s")
+    rows = [cells(name, one) for name, one in counts.items()]
+    if len(counts) > 1:
+        sums = {kind: sum(one[kind] for one in counts.values()) for kind in (*GOOD, *BAD)}
+        whole = sums | {name: max(one[name] for one in counts.values()) for name in ("sentences", "slowest")}
+        rows.append([*cells("all", whole)[:-2], "", cells("all", whole)[-1]])
     return table(heading, rows)
 
 
-def cells(name: str, tally: Tally) -> list[str]:
-    counts = [f"{tally.kinds[kind]:,}" for kind in (*GOOD, *BAD)]
+def cells(name: str, counts: dict[str, float]) -> list[str]:
+    numbers = [int(counts[kind]) for kind in (*GOOD, *BAD)]
     return [
-        name, f"{tally.kinds.total():,}", *counts[:2], str(len(tally.sentences)), *counts[2:], f"{tally.slowest:.1f}",
-    ]  # fmt: skip
+        name,
+        *(f"{number:,}" for number in (sum(numbers), *numbers)),
+        f"{counts['sentences']:.0f}",
+        f"{counts['slowest']:.1f}",
+    ]
 
 
 def write_failures(directory: Path, name: str, tally: Tally) -> None:
