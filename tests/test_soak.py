@@ -84,8 +84,8 @@ from hark.launch.studies.soak import sample
 
 with joined_world(threads=1):
     convolve = torch.nn.Conv1d(64, 64, 3)
-    for length in range(10, 310):
-        convolve(torch.ones(4, 64, length)).sum().backward()
+    for length in range(10, 610):
+        convolve(torch.ones(4, 64, length, requires_grad=True)).sum().backward()
         if length == 110:
             before = sample("self")["memory"]
     print(sample("self")["memory"] - before)
@@ -94,9 +94,9 @@ with joined_world(threads=1):
 
 @LINUX
 def test_audio_of_ever_other_lengths_takes_no_more_memory():
-    """In a process of its own: oneDNN reads its limit once."""
+    """In a process of its own, because the limits are read once."""
     ended = subprocess.run([sys.executable, "-c", SHAPES], capture_output=True, text=True, check=True)
-    assert float(ended.stdout) < 20  # MiB; 5 with the limit, 38 without
+    assert float(ended.stdout) < 25  # MiB; 7 to 12 with both limits, 38 or 80 with one of them
 
 
 def test_the_reward_hangs_dies_raises_and_has_no_number_or_too_few_and_goes_on(tmp_path):
