@@ -52,6 +52,7 @@ class AudioPolicy(Policy):
                 f"expected {self.sample_rate} Hz"
             )
         self._check_template(path)
+        self._check_extractor(path)
 
     # To be supplied by a family.
 
@@ -178,6 +179,22 @@ class AudioPolicy(Policy):
             raise DataError(
                 f"a clip of {len(waveform)} samples; this tower takes {least} to {most} samples, "
                 f"{self.shortest:.4f} s to {self.longest:g} s at {self.sample_rate} Hz"
+            )
+
+    def _check_extractor(self, path: Path) -> None:
+        """Raise PolicyError if the extractor makes no features of a sound, or not as many as the tower takes."""
+        seconds = min(max(self.shortest, 1.0), self.longest)
+        try:
+            shape = self.listen(
+                np.linspace(-0.5, 0.5, int(seconds * self.sample_rate), dtype=np.float32)
+            ).features.shape
+        except Exception as error:
+            raise PolicyError(f"{path}: its processor cannot be used ({in_short(error)}); copy it again") from error
+        bins = getattr(getattr(self.tower, "config", None), "num_mel_bins", None)
+        if bins is not None and bins not in shape:
+            raise PolicyError(
+                f"{path}: its processor makes features of shape {tuple(shape)}, and its tower takes {bins} mel bins; "
+                "copy both from the checkpoint that the model was made from"
             )
 
     def _check_template(self, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -75,6 +76,7 @@ LAYERS, MOST_LAYERS = (
     re.compile(r"\w*(layers?|depth|experts)"),
     1024,
 )  # the keys of a config, and a bound of their values
+LARGEST_WEIGHT = 1e15  # those of published models have at most some thousands
 PROCESSORS = {"preprocessor_config.json", "processor_config.json"}
 
 
@@ -389,14 +391,18 @@ def _load_weights(policy: Policy, directory: Path, dtype: torch.dtype, master_dt
 
 
 def _check_finite(tensor: torch.Tensor, name: str, file: Path) -> None:
-    """Raise PolicyError if this rank's part of a tensor, in the dtype of its use, holds a NaN or an infinite value."""
+    """Raise PolicyError if this rank's part of a tensor, in the dtype of its use, holds what no weight is.
+
+    A NaN, an infinite value, or one whose square overflows in a norm.
+    """
     local = tensor.detach()
     local = local.to_local() if isinstance(local, DTensor) else local
     # The extremes are NaN if one value is, and finding them needs no memory.
-    if local.is_floating_point() and local.numel() and not all(torch.stack(torch.aminmax(local)).isfinite()):
-        raise PolicyError(
-            f"{file}: {in_short(name)} holds a value that is not finite, as {local.dtype}; copy the file again"
-        )
+    if local.is_floating_point() and local.numel():
+        largest = float(torch.stack(torch.aminmax(local)).abs().max())
+        if not largest < LARGEST_WEIGHT:
+            what = f"the value {largest:.1e}" if math.isfinite(largest) else "a value that is not finite"
+            raise PolicyError(f"{file}: {in_short(name)} holds {what}, as {local.dtype}; copy the file again")
 
 
 def _part(tensor: torch.Tensor, part: Part | None) -> torch.Tensor:

@@ -27,6 +27,7 @@ from hark.models.policy import Lora, Policy, PolicyError
 ALL = "all-linear"  # a target: every linear layer in the decoder's layers
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
+MOST_SCALE = 1e6  # of an adapter; usual ones are at most some hundreds
 MOST_RANK = 1 << 16  # of an adapter; no layer has more columns
 
 
@@ -64,9 +65,9 @@ def _count(value: Any) -> int:
 
 
 def _number(value: Any) -> float:
-    """A scale; ValueError for what is no finite number."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError(f"lora_alpha is {in_short(value)!r}; expected a number")
+    """A scale; ValueError for what is none."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= MOST_SCALE:
+        raise ValueError(f"lora_alpha is {in_short(value)!r}; expected a number up to {MOST_SCALE:.0e}")
     return float(value)
 
 

@@ -265,3 +265,24 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_one_line_when_such_a_tok
         policy.embed([policy.prepare(" ".join("Whatzq"))])
     with pytest.raises(PolicyError, match="its tokenizer gives the token 5000"):
         policy.completion_ids(" ".join("Whatzq"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("hop_length", 0.5), ("feature_size", 40), ("n_fft", -1), ("hop_length", 0), ("n_fft", "x")]
+)
+def test_a_processor_that_does_not_fit_the_tower_is_refused_before_it_hears_a_clip(
+    qwen2_audio_dir, tmp_path, key, value
+):
+    model = Path(shutil.copytree(qwen2_audio_dir, tmp_path / "model"))
+    settings = json.loads((model / "processor_config.json").read_text())
+    settings["feature_extractor"][key] = value
+    (model / "processor_config.json").write_text(json.dumps(settings))
+    refused(model, "its processor|cannot be built")
+
+
+def test_a_weight_whose_square_overflows_is_named_with_its_file(model):
+    def enlarge(tensors):
+        next(iter(tensors.values())).view(-1)[0] = -1e38
+
+    change_weights(model / "model.safetensors", enlarge)
+    refused(model, r"model.safetensors: .* holds the value 1.0e\+38")

@@ -18,6 +18,9 @@ from typing import Any
 import yaml
 
 MOST = 1 << 20  # bytes that repetitions add to a file
+HOLE = (
+    600 << 20
+)  # bytes of a file without content: more than any file but weights may have, less than the bound of memory
 LENGTH = struct.Struct("<Q")  # of the header of a safetensors file
 # Texts that have broken readers: control characters, separators, markup, paths, numbers that are none, expansion.
 TEXTS = (
@@ -189,7 +192,7 @@ def _other_kind(path: Path, chance: random.Random) -> None:
         path.symlink_to(chance.choice(("/etc/passwd", "/dev/zero", path.name, "../none")))
     elif kind == 4:
         with path.open("wb") as file:
-            file.truncate(8 << 30)  # a hole, which takes no space
+            file.truncate(HOLE)  # which takes no space
 
 
 def restored(path: Path, content: bytes) -> None:
