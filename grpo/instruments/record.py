@@ -25,7 +25,7 @@ from hark.grpo.types import stacked
 from hark.shown import shown
 
 FORMAT = 2  # of the files; a reader refuses others
-LARGEST = 1 << 30  # bytes of a step.json
+LARGEST = 256 << 20  # bytes of a step.json
 LONGEST_REASON = 200  # characters of what is wrong, in a message
 
 
