@@ -136,7 +136,7 @@ class AudioPolicy(Policy):
             )
         pieces = iter([self.placeholders(clip) for clip in clips])
         expanded = [other for own in ids for other in (next(pieces) if own == self.audio_id else [own])]
-        return Prompt(torch.tensor(expanded), clips)
+        return Prompt(self.known_ids(expanded), clips)
 
     def embed(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
         ids, lengths = self.padded(prompts)

@@ -363,29 +363,27 @@ class Policy(nn.Module):
         """Ids (T,) of `text` as a completion, with the stop token that the chat template puts at the end of a turn."""
         template = self.tokenizer.chat_template or ""
         ends = [stop for stop in self.stop_ids if self.tokenizer.convert_ids_to_tokens(stop) in template]
-        ids = torch.tensor([*text_ids(self.tokenizer, text), (ends or self.stop_ids)[0]])
-        self.check_ids(ids)
-        return ids
+        return self.known_ids([*text_ids(self.tokenizer, text), (ends or self.stop_ids)[0]])
 
     def padded(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
         """Stack prompts into ids (N, P), padded on the right, and lengths (N,), on the policy's device."""
-        for prompt in prompts:
-            self.check_ids(prompt.ids)
         lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
         ids = nn.utils.rnn.pad_sequence([prompt.ids for prompt in prompts], batch_first=True, padding_value=self.pad_id)
         return ids.to(self.device), lengths.to(self.device)
 
-    def check_ids(self, ids: torch.Tensor) -> None:
-        """Raise PolicyError for a token without an embedding, which would end the process on a GPU.
+    def known_ids(self, ids: Sequence[int]) -> torch.Tensor:
+        """Ids (T,) as a tensor. Raises PolicyError for one without an embedding, which would end the process on a GPU.
 
         The placeholder of audio may have none.
         """
         count = self.decoder.get_input_embeddings().weight.shape[0]
-        if (outside := ids[(ids >= count) & (ids != self.audio_id)]).numel():
+        outside = [id for id in ids if id >= count and id != self.audio_id]
+        if outside:
             raise PolicyError(
-                f"{self.name}: its tokenizer gives the token {int(outside[0])}, and its model has {count}; copy the "
-                "tokenizer from the checkpoint that the model was made from"
+                f"the tokenizer gives the token {outside[0]}, and the model has {count}; copy the tokenizer from the "
+                "checkpoint that the model was made from"
             )
+        return torch.tensor(ids)
 
     def completions(self, texts: Iterable[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Texts as completions on the policy's device: tokens (B, T), padded on the right, and mask (B, T)."""

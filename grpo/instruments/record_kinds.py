@@ -21,10 +21,10 @@ VALUES: dict[str, Any] = {
     "stop_ids": COUNTS, "learning_rate": NUMBER, "beta": NUMBER, "config": dict[str, dict], "prompts": list[dict],
     "completions": list[dict], "updates": list[dict], "tokens": dict[str, str],
 }  # fmt: skip
-PROMPT: dict[str, Any] = {"row": dict, "line": str, "key": COUNTS, "text": str, "clips": list[dict]}
+PROMPT: dict[str, Any] = {"row": dict, "key": COUNTS, "text": str, "clips": list[dict]}
 CLIP: dict[str, Any] = {"tokens": int}
 MAYBE: dict[str, Any] = {  # of a prompt, a clip or an update, where it is given
-    "answers": dict[str, dict], "source": str, "start": float, "end": NUMBER, "sha256": str, "features": str,
+    "line": str, "answers": dict[str, dict], "source": str, "start": float, "end": NUMBER, "sha256": str, "features": str,
     "grad_norm": NUMBER, "grad_norms": dict[str, float | None], **dict.fromkeys(SUMS, NUMBER),
 }  # fmt: skip
 ROW: dict[str, Any] = {"id": str | int, "question_text": str, "answer": int | str | list[str] | None}
@@ -76,6 +76,8 @@ def _wrong(values: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> Itera
 def _wrong_prompt(prompt: dict[str, Any], where: str) -> Iterator[str]:
     yield from _others(prompt, PROMPT, f"{where}.")
     yield from _given(prompt, f"{where}.")
+    if "answers" in prompt and "line" not in prompt:
+        yield f"{where}.line"
     yield from _others(prompt["row"], ROW, f"{where}.row.")
     yield from _given(prompt["row"], f"{where}.row.", MAYBE_OF_A_ROW)
     for n, clip in enumerate(prompt["clips"]):

@@ -17,6 +17,8 @@ from typing import Any
 
 import yaml
 
+from hark.launch.common.plain_yaml import plain_yaml
+
 MOST = 1 << 20  # bytes that repetitions add to a file
 HOLE = (
     600 << 20
@@ -225,7 +227,7 @@ def _text(value: Any, chance: random.Random) -> bytes:
 
 
 def _yaml(content: bytes, chance: random.Random) -> bytes:
-    value = of_values(yaml.safe_load(content), chance)
+    value = of_values(plain_yaml(content.decode()), chance)
     return yaml.safe_dump(value, sort_keys=False, allow_unicode=chance.random() < 0.5).encode("utf-8", "surrogatepass")
 
 

@@ -60,9 +60,9 @@ class CausalLMPolicy(Policy):
             raise DataError("the example has audio, but this policy reads text only; choose a model that takes audio")
         turns = messages(chat, clips=0)
         if self.tokenizer.chat_template is None:
-            return Prompt(ids=torch.tensor(self.tokenizer("\n".join(turn["content"] for turn in turns))["input_ids"]))
+            return Prompt(ids=self.known_ids(self.tokenizer("\n".join(turn["content"] for turn in turns))["input_ids"]))
         text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        return Prompt(ids=torch.tensor(text_ids(self.tokenizer, text)))
+        return Prompt(ids=self.known_ids(text_ids(self.tokenizer, text)))
 
     def native_inputs(self, chat: Chat, *waveforms: np.ndarray) -> dict[str, torch.Tensor]:
         return {"input_ids": self.prepare(chat).ids[None]}
