@@ -24,11 +24,15 @@ VALUES: dict[str, Any] = {
 PROMPT: dict[str, Any] = {"row": dict, "key": COUNTS, "text": str, "clips": list[dict]}
 CLIP: dict[str, Any] = {"tokens": int}
 MAYBE: dict[str, Any] = {  # of a prompt, a clip or an update, where it is given
-    "line": str, "answers": dict[str, dict], "source": str, "start": float, "end": NUMBER, "sha256": str, "features": str,
+    "answers": dict[str, dict], "start": float, "end": NUMBER,
+    **dict.fromkeys(("line", "source", "sha256", "features"), str),
     "grad_norm": NUMBER, "grad_norms": dict[str, float | None], **dict.fromkeys(SUMS, NUMBER),
 }  # fmt: skip
-ROW: dict[str, Any] = {"id": str | int, "question_text": str, "answer": int | str | list[str] | None}
-MAYBE_OF_A_ROW: dict[str, Any] = {"multi_choice": list[str], "dataset_name": str, "task": str, "category": str}
+ROW: dict[str, Any] = {"id": str | int}
+MAYBE_OF_A_ROW: dict[str, Any] = {
+    "question_text": str, "answer": int | str | list[str] | None, "multi_choice": list[str],
+    **dict.fromkeys(("dataset_name", "task", "category"), str),
+}  # fmt: skip
 SECTIONS: dict[str, dict[str, Any]] = {  # of the configuration: what the arithmetic of a step needs
     "reward": {"weights": dict[str, float], "schedule": dict[str, dict[int, float]]},
     "loss": {
