@@ -185,16 +185,15 @@ class AudioPolicy(Policy):
         """Raise PolicyError if the extractor makes no features of a sound, or not as many as the tower takes."""
         seconds = min(max(self.shortest, 1.0), self.longest)
         try:
-            shape = self.listen(
-                np.linspace(-0.5, 0.5, int(seconds * self.sample_rate), dtype=np.float32)
-            ).features.shape
+            clip = self.listen(np.linspace(-0.5, 0.5, int(seconds * self.sample_rate), dtype=np.float32))
         except Exception as error:
             raise PolicyError(f"{path}: its processor cannot be used ({in_short(error)}); copy it again") from error
         bins = getattr(getattr(self.tower, "config", None), "num_mel_bins", None)
-        if bins is not None and bins not in shape:
+        # The automatic policy listens to all clips of a prompt together.
+        if bins is not None and clip is not None and bins not in clip.features.shape:
             raise PolicyError(
-                f"{path}: its processor makes features of shape {tuple(shape)}, and its tower takes {bins} mel bins; "
-                "copy both from the checkpoint that the model was made from"
+                f"{path}: its processor makes features of shape {tuple(clip.features.shape)}, and its tower takes "
+                f"{bins} mel bins; copy both from the checkpoint that the model was made from"
             )
 
     def _check_template(self, path: Path) -> None:
