@@ -189,8 +189,7 @@ class AudioPolicy(Policy):
         except Exception as error:
             raise PolicyError(f"{path}: its processor cannot be used ({in_short(error)}); copy it again") from error
         bins = getattr(getattr(self.tower, "config", None), "num_mel_bins", None)
-        # The automatic policy listens to all clips of a prompt together.
-        if bins is not None and clip is not None and bins not in clip.features.shape:
+        if bins is not None and bins not in clip.features.shape:
             raise PolicyError(
                 f"{path}: its processor makes features of shape {tuple(clip.features.shape)}, and its tower takes "
                 f"{bins} mel bins; copy both from the checkpoint that the model was made from"

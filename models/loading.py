@@ -152,7 +152,7 @@ def build_policy(directory: Path, own: str | None = None) -> Policy:
         raise PolicyError(
             f"{directory}: its model cannot be built ({in_short(error)}); copy its files again"
         ) from error
-    policy.directory, policy.name = directory, str(directory)
+    policy.directory = directory
     return policy
 
 
@@ -375,7 +375,7 @@ def _load_weights(policy: Policy, directory: Path, dtype: torch.dtype, master_dt
         else:
             state[name] = _placed(partial(stored.read, name), target, policy, trained_dtype)
             if isinstance(target, nn.Parameter):  # some buffers hold infinite values, such as the bounds of a clamp
-                _check_finite(state[name], stored.stored_name(name), stored.file(name))
+                _check_values(state[name], stored.stored_name(name), stored.file(name))
     state |= {name: state[first] for name, first in tied.items() if first in state}
     problems += [f"{name} is not part of the model" for name in stored.surplus]
     if problems:
@@ -390,7 +390,7 @@ def _load_weights(policy: Policy, directory: Path, dtype: torch.dtype, master_dt
                 module._buffers[name] = buffer.to(policy.device)
 
 
-def _check_finite(tensor: torch.Tensor, name: str, file: Path) -> None:
+def _check_values(tensor: torch.Tensor, name: str, file: Path) -> None:
     """Raise PolicyError if this rank's part of a tensor, in the dtype of its use, holds what no weight is.
 
     A NaN, an infinite value, or one whose square overflows in a norm.
