@@ -1,6 +1,5 @@
 """Reads and writes JSON and JSON-lines files; every error is a DataError of one line."""
 
-import itertools
 import json
 import os
 import re
@@ -62,10 +61,7 @@ def _array_rows(path: Path) -> Iterator[tuple[str, dict | DataError]]:
 
 def _line_rows(path: Path) -> Iterator[tuple[str, dict | DataError]]:
     with path.open("rb") as file:
-        for number in itertools.count(1):
-            raw = file.readline(LARGEST_VALUE)
-            if not raw:
-                return
+        for number, raw in enumerate(iter(lambda: file.readline(LARGEST_VALUE), b""), start=1):
             if len(raw) == LARGEST_VALUE:
                 raise DataError(
                     f"{path}:{number}: a line of more than {LARGEST_VALUE >> 20} MB; expected a JSON object"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Union, get_args, get_origin
 
 import torch
 
@@ -140,8 +140,6 @@ def _is(value: Any, kind: Any) -> bool:
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         return any(_is(value, one) for one in inner)
-    if origin is Literal:
-        return value in inner
     if origin is dict:
         return isinstance(value, dict) and all(
             _is_key(key, inner[0]) and _is(one, inner[1]) for key, one in value.items()
