@@ -12,7 +12,7 @@ import pytest
 
 from hark.data.examples import Example
 from hark.data.rewards.judging import Judge
-from hark.launch.studies import soak, unreliable_reward
+from hark.launch.studies import faults, soak, unreliable_reward
 from hark.launch.studies.soak import Growth
 
 LINUX = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="looks at processes in /proc")
@@ -71,10 +71,10 @@ def test_a_sample_sees_the_descriptors_threads_and_memory_of_a_process(tmp_path)
 @LINUX
 def test_a_process_of_a_run_is_found_although_its_parent_has_ended(tmp_path):
     program = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
-    subprocess.run([sys.executable, "-c", program], env=os.environ | {soak.MARK: str(tmp_path)}, check=True)
-    (found,) = soak.processes_of(tmp_path)
+    subprocess.run([sys.executable, "-c", program], env=os.environ | {faults.MARK: str(tmp_path)}, check=True)
+    (found,) = faults.of_run(tmp_path)
     soak.end(tmp_path)
-    assert found and not soak.processes_of(tmp_path / "other")
+    assert found and not faults.of_run(tmp_path / "other")
 
 
 SHAPES = """

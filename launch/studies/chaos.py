@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import random
 import shutil
@@ -29,16 +28,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 from hark import UserError
-from hark.data.json_files import write_json
 from hark.grpo.instruments.metrics import read_metrics
 from hark.launch.common.entry import run
 from hark.launch.common.pages import Markers, table
 from hark.launch.studies.faults import KINDS, Target, differing, finished_equal, last_step, of_run, start
-from hark.launch.studies.kept import DOCS
+from hark.launch.studies.kept import DOCS, Kept
 
 MARKERS = Markers.of("launch/studies/chaos.py")
 STEPS, LIMIT, PATIENCE = 24, 120.0, 15.0  # of a run; seconds until a trial must have ended; of run.patience
@@ -72,47 +69,27 @@ def main(argv: list[str]) -> None:
     for setup in arguments.setups:
         undisturbed(arguments.root, setup)
     kinds = [name for name in KINDS if name in arguments.only]
-    kept = Kept(arguments.root / "trials.json")
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        for number in itertools.count():
-            left = arguments.trials - len(kept.trials(arguments.trials))
-            if left <= 0:
-                break
-            do = partial(
-                kept_chain, kept, arguments.root, arguments.seed, number, kinds, -(-left // len(arguments.setups))
-            )
-            for _ in pool.map(do, arguments.setups):
-                print(f"{report(kept.trials(arguments.trials))}\n", flush=True)
-    done = kept.trials(arguments.trials)
+    kept, done = Kept(arguments.root / "trials.json"), list[dict[str, Any]]()
+    for number in itertools.count():
+        if len(done) >= arguments.trials:
+            break
+        share = -(-(arguments.trials - len(done)) // len(arguments.setups))
+        names = {f"{arguments.seed} {setup} {number}": setup for setup in arguments.setups}
+        settings = [kinds, STEPS]
+        waiting = [name for name in names if not kept.has(name, settings)]
+        done += [trial for name in names if name not in waiting for trial in kept.figures(name)["trials"]]
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            do = partial(chain, arguments.root, kinds=kinds, limit=share)
+            for name, trials in zip(waiting, pool.map(do, [names[name] for name in waiting], waiting), strict=True):
+                kept.put(name, settings, {"trials": [row(trial) for trial in trials]})
+                done += kept.figures(name)["trials"]
+                print(f"{report(done)}\n", flush=True)
+    done = done[: arguments.trials]
     if arguments.page is not None:
         arguments.page.write_text(MARKERS.filled(arguments.page.read_text(), report(done)))
     bad = [trial for trial in done if not trial["came_back"] or not trial["same"]]
     if bad:
         raise UserError(f"{len(bad)} of {len(done)} runs did not come back as they were: {bad[:3]}")
-
-
-class Kept:
-    """The trials of finished chains by the chain's name, in a JSON file, so that chains are done once."""
-
-    def __init__(self, path: Path):
-        self._path, self._lock = path, Lock()
-        self.chains: dict[str, list[dict[str, Any]]] = json.loads(path.read_text()) if path.exists() else {}
-
-    def put(self, name: str, trials: Sequence[Trial]) -> None:
-        with self._lock:
-            self.chains[name] = [row(trial) for trial in trials]
-            write_json(self._path, self.chains)
-
-    def trials(self, most: int) -> list[dict[str, Any]]:
-        with self._lock:
-            return [trial for chain in self.chains.values() for trial in chain][:most]
-
-
-def kept_chain(kept: Kept, root: Path, seed: int, number: int, kinds: Sequence[str], limit: int, setup: str) -> None:
-    """Do a chain of trials, unless it is kept."""
-    name = f"{seed} {setup} {number}"
-    if name not in kept.chains:
-        kept.put(name, chain(root, setup, random.Random(name), kinds=kinds, limit=limit))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -167,8 +144,9 @@ def undisturbed(root: Path, setup: str) -> Path:
     return directory
 
 
-def chain(root: Path, setup: str, chance: random.Random, *, kinds: Sequence[str], limit: int) -> list[Trial]:
+def chain(root: Path, setup: str, seed: str, *, kinds: Sequence[str], limit: int) -> list[Trial]:
     """Trials on one run until it is finished, or until there are `limit` of them."""
+    chance = random.Random(seed)
     expected = undisturbed(root, setup)
     directory = expected.with_name(f"disturbed-{chance.randrange(10**6):06}")
     trials: list[Trial] = []

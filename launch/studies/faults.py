@@ -24,6 +24,7 @@ from hark.launch.common.torchrun import environment
 
 # Figures of the machine; and the size of a recorded step, which names the directory of its run.
 MEASURED = ("seconds/", "speed/", "memory/", "communication/", "record/mib")
+MARK = "HARK_FAULTS"  # the variable by which all processes of a run are found, those too that lost their parent
 FULL = 100_000  # bytes of the largest file that a process may write on a "full disk"
 
 
@@ -50,7 +51,7 @@ def start(words: Sequence[str], directory: Path, environ: Mapping[str, str] | No
     with directory.with_name(f"{directory.name}-{logs:03}.log").open("wb") as log:
         return subprocess.Popen(
             words, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
-            env=environment() | {"CUDA_VISIBLE_DEVICES": ""} | dict(environ or {}),
+            env=environment() | {"CUDA_VISIBLE_DEVICES": "", MARK: str(directory)} | dict(environ or {}),
         )  # fmt: skip
 
 
@@ -93,18 +94,12 @@ def children(parent: int) -> list[int]:
 
 
 def of_run(directory: Path) -> list[int]:
-    """The processes that name a run in their command line."""
-    word = f"run.directory={directory}".encode()
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if (
-                word in path.read_bytes().split(b"\0")
-                and "Z" not in path.with_name("stat").read_text().split(")")[-1][:3]
-            ):
+    """The living processes that a run has started, whoever their parent is."""
+    word, found = f"{MARK}={directory}".encode(), []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if word in path.read_bytes().split(b"\0"):
                 found.append(int(path.parent.name))
-        except OSError:
-            continue
     return found
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import re
 import shutil
 import time
@@ -22,15 +21,15 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hark import UserError
-from hark.data.json_files import write_json
 from hark.data.worker import LateError, Worker, WorkerError
 from hark.launch.common.entry import run
 from hark.launch.common.pages import Markers, table
 from hark.launch.studies.fuzz_attempt import Outcome, attempt
 from hark.launch.studies.fuzz_inputs import TARGETS, make_project
-from hark.launch.studies.kept import DOCS
+from hark.launch.studies.kept import DOCS, Kept
 
 MARKERS = Markers.of("launch/studies/fuzz.py")
 LIMIT = 60.0  # seconds of one input; a model's template and tokenizer have 10 s of the processor
@@ -41,10 +40,10 @@ VARIABLE = re.compile(r"\S*[/\\]\S*|'[^']*'|\"[^\"]*\"|\d+")  # of a message: pa
 
 @dataclass
 class Tally:
-    """What became of the inputs of a target. sentences: how often each was said, without what varies in it."""
+    """What became of the inputs of a target. sentences: those that were said, without what varies in them."""
 
     kinds: Counter[str] = field(default_factory=Counter)
-    sentences: Counter[str] = field(default_factory=Counter)
+    sentences: set[str] = field(default_factory=set)
     slowest: float = 0.0
     failures: dict[int, Outcome] = field(default_factory=dict)
 
@@ -52,11 +51,11 @@ class Tally:
         self.kinds[outcome.kind] += 1
         self.slowest = max(self.slowest, outcome.seconds)
         if outcome.kind == "refused":
-            self.sentences[VARIABLE.sub("*", outcome.text)[:120]] += 1
+            self.sentences.add(VARIABLE.sub("*", outcome.text)[:120])
         if outcome.kind in BAD:
             self.failures[number] = outcome
 
-    def counts(self) -> dict[str, float]:
+    def counts(self) -> dict[str, Any]:
         kinds = {kind: self.kinds[kind] for kind in (*GOOD, *BAD)}
         return kinds | {"sentences": len(self.sentences), "slowest": self.slowest}
 
@@ -70,23 +69,21 @@ def main(argv: list[str]) -> None:
         for name in arguments.only:
             print(*attempt(name, root, arguments.seed, arguments.number), sep="\n")
         return
-    kept, counts = root / "counts.json", dict[str, dict[str, float]]()
-    found: dict[str, dict[str, float]] = json.loads(kept.read_text()) if kept.exists() else {}
+    kept, counts = Kept(root / "counts.json"), dict[str, dict[str, Any]]()
     for name in arguments.only:
         count = -(-TARGETS[name].inputs * arguments.inputs // SHARE)
-        case = f"{name}, seed {arguments.seed}, {count}"
-        if case not in found:
+        settings = [arguments.seed, count]
+        if not kept.has(name, settings):
             tally = tried(name, root, arguments.seed, count, arguments.jobs)
             write_failures(root / "failures", name, tally)
-            found[case] = tally.counts()
-            write_json(kept, found)
-        counts[name] = found[case]
+            kept.put(name, settings, tally.counts())
+        counts[name] = kept.figures(name)
         print(f"{report({name: counts[name]})}\n", flush=True)
     print(report(counts))
     if arguments.page is not None and list(arguments.only) == list(TARGETS):
         arguments.page.write_text(MARKERS.filled(arguments.page.read_text(), report(counts)))
     shutil.rmtree(root / "places", ignore_errors=True)
-    bad = sum(int(one[kind]) for one in counts.values() for kind in BAD)
+    bad = sum(one[kind] for one in counts.values() for kind in BAD)
     if bad:
         raise UserError(f"{bad} inputs were neither read nor refused by a sentence; see {root / 'failures'}")
 
@@ -137,24 +134,19 @@ def outcome_in(worker: Worker, name: str, root: Path, seed: int, number: int) ->
 # Results --------------------------------------------------------------------------------------------------------------
 
 
-def report(counts: dict[str, dict[str, float]]) -> str:
+def report(counts: dict[str, dict[str, Any]]) -> str:
     heading = ("", "inputs", *GOOD, *BAD, "different sentences", "slowest, s")
     rows = [cells(name, one) for name, one in counts.items()]
     if len(counts) > 1:
         sums = {kind: sum(one[kind] for one in counts.values()) for kind in (*GOOD, *BAD)}
-        whole = sums | {name: max(one[name] for one in counts.values()) for name in ("sentences", "slowest")}
-        rows.append([*cells("all", whole)[:-2], "", cells("all", whole)[-1]])
+        rows.append(cells("all", sums | {"sentences": "", "slowest": max(one["slowest"] for one in counts.values())}))
     return table(heading, rows)
 
 
-def cells(name: str, counts: dict[str, float]) -> list[str]:
-    numbers = [int(counts[kind]) for kind in (*GOOD, *BAD)]
-    return [
-        name,
-        *(f"{number:,}" for number in (sum(numbers), *numbers)),
-        f"{counts['sentences']:.0f}",
-        f"{counts['slowest']:.1f}",
-    ]
+def cells(name: str, counts: dict[str, Any]) -> list[str]:
+    numbers = [counts[kind] for kind in (*GOOD, *BAD)]
+    numbers = [f"{number:,}" for number in (sum(numbers), *numbers)]
+    return [name, *numbers, str(counts["sentences"]), f"{counts['slowest']:.1f}"]
 
 
 def write_failures(directory: Path, name: str, tally: Tally) -> None:

@@ -33,14 +33,13 @@ from hark.launch.common.entry import run
 from hark.launch.common.pages import Markers, table
 from hark.launch.common.torchrun import torchrun
 from hark.launch.studies import unreliable_reward
-from hark.launch.studies.faults import KINDS, Target, differing, finished_equal, last_step, sent, start
+from hark.launch.studies.faults import KINDS, Target, differing, finished_equal, last_step, of_run, sent, start
 from hark.launch.studies.kept import DOCS, LAUNCH
 
 MARKERS = Markers.of("launch/studies/soak.py")
 RANKS, INTERVAL, LIMIT = 2, 5.0, 120.0  # INTERVAL: seconds between samples; LIMIT: until an ended run has left
 PAUSE, PAUSED = "pause of one rank, 5 s", 5.0
 OF_TORCH = ("torchelastic_", "torchinductor_")
-MARK = "HARK_SOAK"  # the variable by which all processes of a run are found, those too that lost their parent
 # Most that the last quarter may have above the first. Memory of a process that leaks nothing still wavers by a few
 # percent, as the allocator keeps what it had. What is opened or started once per checkpoint, evaluation or failed
 # reward, and stays, is far above two in an hour.
@@ -123,7 +122,7 @@ def command(root: Path, directory: Path, steps: int) -> list[str]:
 def started(root: Path, directory: Path, steps: int) -> Target:
     temporary = directory.parent / "tmp"
     temporary.mkdir(parents=True, exist_ok=True)
-    environ = {MARK: str(directory), "TMPDIR": str(temporary.absolute())}
+    environ = {"TMPDIR": str(temporary.absolute())}
     return Target(directory, start(command(root, directory, steps), directory, environ=environ), RANKS)
 
 
@@ -207,7 +206,7 @@ class Soak:
         if self._failures > 3:
             raise UserError(f"the disturbed run does not come back; see {self.place}/disturbed-*.log")
         until = time.monotonic() + LIMIT
-        while (left := processes_of(self.disturbed.directory)) and time.monotonic() < until:
+        while (left := of_run(self.disturbed.directory)) and time.monotonic() < until:
             time.sleep(0.2)
         self.late += len(left)
         end(self.disturbed.directory)
@@ -247,25 +246,15 @@ def pause(target: Target, chance: random.Random) -> None:
 # Processes ------------------------------------------------------------------------------------------------------------
 
 
-def processes_of(directory: Path) -> list[int]:
-    """The living processes that a run has started, whoever their parent is."""
-    word, found = f"{MARK}={directory}".encode(), []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        with suppress(OSError):
-            if word in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
-    return found
-
-
 def end(directory: Path) -> None:
-    for process in processes_of(directory):
+    for process in of_run(directory):
         sent(process, signal.SIGKILL)
 
 
 def seen(directory: Path) -> list[dict[str, Any]]:
     """What each process of a run has now."""
     lines = []
-    for process in processes_of(directory):
+    for process in of_run(directory):
         with suppress(OSError, KeyError):  # it has ended meanwhile
             lines.append(sample(process))
     return lines
@@ -299,7 +288,7 @@ def role(place: Path) -> str:
 
 def leftovers(place: Path, shared: set[str]) -> dict[str, list[str]]:
     """What the runs have left. Each torchrun leaves a directory of its errors, and torch one for compiled code."""
-    processes = [pid for name in ("undisturbed", "disturbed") for pid in processes_of(place / name)]
+    processes = [pid for name in ("undisturbed", "disturbed") for pid in of_run(place / name)]
     temporary = sorted(os.listdir(place / "tmp"))
     return {
         "processes": list(map(str, processes)),
