@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import sys
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,7 +24,8 @@ from hark.launch.page.collect import Bounds, Collection
 from hark.launch.page.document import as_json, document, policy
 from hark.launch.report import add_bounds
 
-HOSTS = ("localhost", "127.0.0.1")  # by which a browser may ask; another name would be that of a foreign page
+# Names by which a browser may ask; another would be that of a foreign page. The port may be any: a forwarded one differs.
+HOSTS = ("localhost", "127.0.0.1")
 
 
 def main(argv: list[str]) -> None:
@@ -61,6 +63,11 @@ class Server(ThreadingHTTPServer):
             value = self._live() if path == "/main.json" else self.collection.part(name)
         return None if value is None or not path.endswith(".json") else ("application/json", as_json(value))
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that leaves before it has read its answer is no error; others are printed."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
     def _live(self) -> dict[str, Any]:
         return self.collection.main() | {"live": True}
 
@@ -70,6 +77,7 @@ class Handler(BaseHTTPRequestHandler):
 
     server: Server
     server_version, sys_version = "hark", ""
+    timeout = 10.0  # seconds without a byte from who has connected, or into what is not read
 
     def do_GET(self) -> None:
         if self.headers.get("Host", "").partition(":")[0] not in HOSTS:

@@ -7,6 +7,8 @@ import hashlib
 import http.client
 import json
 import re
+import socket
+import struct
 import threading
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from hark.launch.page.collect import Bounds, Collection, all_parts, base_of, cli
 from hark.launch.page.document import as_json, document
 from hark.launch.page.sounds import Sounds
 from hark.launch.report import main, twin_of
-from hark.launch.watch import server
+from hark.launch.watch import Handler, server
 from tests.written import GROUP, HOSTILE, write_metrics, write_run
 
 ELEMENT = re.compile(r'<script type="application/json" id="([^"]+)">(.*?)</script>', re.DOTALL)
@@ -234,22 +236,26 @@ def test_a_report_is_the_same_each_time(run):
 
 
 @pytest.fixture
-def ask(tmp_path):
-    """A function that asks a server about a run, and returns status, headers and text."""
-    run = write_run(tmp_path / "grpo")
-    serving = server(Collection([run], Bounds()), 0)
+def port(tmp_path):
+    """The port of a server about a run."""
+    serving = server(Collection([write_run(tmp_path / "grpo")], Bounds()), 0)
     threading.Thread(target=serving.serve_forever, args=(0.01,), daemon=True).start()
-    port = serving.server_address[1]
+    yield serving.server_address[1]
+    serving.shutdown()
+    serving.server_close()
 
-    def asked(path: str, **headers: str) -> tuple[int, dict, str]:
+
+@pytest.fixture
+def ask(port):
+    """A function that asks the server, and returns status, headers and text."""
+
+    def asked(path: str, method: str = "GET", **headers: str) -> tuple[int, dict, str]:
         connection = http.client.HTTPConnection("127.0.0.1", port)
-        connection.request("GET", path, headers={"Host": f"localhost:{port}"} | headers)
+        connection.request(method, path, headers={"Host": f"localhost:{port}"} | headers)
         answer = connection.getresponse()
         return answer.status, dict(answer.headers), answer.read().decode()
 
-    yield asked
-    serving.shutdown()
-    serving.server_close()
+    return asked
 
 
 def test_the_server_gives_the_page_its_data_and_parts_on_demand(ask, tmp_path):
@@ -276,6 +282,41 @@ def test_what_has_not_changed_is_not_sent_again_and_new_lines_are(ask, tmp_path)
 def test_a_foreign_host_name_is_refused(ask, host):
     status, _, text = ask("/main.json", Host=host)
     assert status == 403 and "grpo" not in text
+
+
+def test_a_forwarded_port_is_no_foreign_name(ask):
+    assert ask("/main.json", Host="localhost:9000")[0] == 200
+
+
+@pytest.mark.parametrize("method", ["HEAD", "POST", "PUT", "DELETE", "OPTIONS", "<b>"])
+def test_nothing_but_get_is_answered(ask, method):
+    status, headers, text = ask("/main.json", method)
+    assert status == 501 and "grpo" not in text and "<b>" not in text and "Content-Security-Policy" in headers
+
+
+def test_a_request_without_end_is_refused(ask):
+    assert ask("/" + "a" * 70_000)[0] == 414
+    assert ask("/main.json", Long="a" * 70_000)[0] == 431
+    assert ask("/main.json", **{f"X-{number}": "" for number in range(200)})[0] == 431
+
+
+def test_who_connects_and_says_nothing_is_left_and_keeps_nobody_waiting(port, ask, monkeypatch):
+    monkeypatch.setattr(Handler, "timeout", 0.5)
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as idle:
+        idle.sendall(b"GET /main.json HTTP/1.1\r\n")
+        assert ask("/main.json")[0] == 200
+        assert idle.recv(1) == b"", "the server has closed it"
+
+
+def test_a_browser_that_leaves_before_its_answer_prints_nothing(port, ask, capfd):
+    with socket.create_connection(("127.0.0.1", port)) as leaving:
+        leaving.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close by a reset
+        leaving.sendall(b"GET /main.json HTTP/1.1\r\nHost: localhost\r\n")
+    assert ask("/main.json")[0] == 200
+    for thread in threading.enumerate():
+        if "process_request" in thread.name:
+            thread.join(30)
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

@@ -391,11 +391,9 @@ TARGETS: dict[str, Target] = {
     "ogg": Target(6_000, ("*.ogg",), begin_audio(("a.ogg", 16_000, 2, None)), read_audio),
     "mp3": Target(6_000, ("*.mp3",), begin_audio(("a.mp3", 16_000, 1, None)), read_audio),
     "configurations": Target(12_000, ("*.yaml",), begin_configurations, read_configuration),
-    "model directories": Target(2_000, ("model/*",), copied("model"), read_model, LARGE),
-    "adapters": Target(1_500, ("adapters/*",), copied("model", "lora/adapters"), read_adapters, LARGE),
-    "checkpoints": Target(
-        2_500, ("checkpoints/*/*",), copied("model", "full/checkpoints"), read_checkpoint, LARGE
-    ),
+    "model directories": Target(1_000, ("model/*",), copied("model"), read_model, LARGE),
+    "adapters": Target(1_000, ("adapters/*",), copied("model", "lora/adapters"), read_adapters, LARGE),
+    "checkpoints": Target(1_500, ("checkpoints/*/*",), copied("model", "full/checkpoints"), read_checkpoint, LARGE),
     "records": Target(6_000, ("full/record/*/*/*",), copied("full"), read_record),
     "pages of runs": Target(2_000, OF_A_PAGE, copied("full"), read_page),
     "results of runs": Target(5_000, RESULTS, begin_results, read_results),
