@@ -301,6 +301,7 @@ def test_a_request_without_end_is_refused(ask):
 
 
 def test_who_connects_and_says_nothing_is_left_and_keeps_nobody_waiting(port, ask, monkeypatch):
+    assert 0 < Handler.timeout < 60
     monkeypatch.setattr(Handler, "timeout", 0.5)
     with socket.create_connection(("127.0.0.1", port), timeout=30) as idle:
         idle.sendall(b"GET /main.json HTTP/1.1\r\n")
