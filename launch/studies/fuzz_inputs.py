@@ -304,7 +304,7 @@ def sign_another(one: Input) -> None:
     """Put a manifest with other values in the place of the good one, with a right digest of itself."""
     body = {key: value for key, value in json.loads(one.good).items() if key != "sha256"}
     restored(one.path, one.good)
-    with contextlib.suppress(ValueError):  # values that no manifest can hold
+    with contextlib.suppress(ValueError, RecursionError):  # values that no manifest can hold
         changed = of_values(body, one.chance)
         one.path.write_bytes(signed(changed if isinstance(changed, dict) else {"body": changed}))
 
@@ -391,9 +391,9 @@ TARGETS: dict[str, Target] = {
     "ogg": Target(6_000, ("*.ogg",), begin_audio(("a.ogg", 16_000, 2, None)), read_audio),
     "mp3": Target(6_000, ("*.mp3",), begin_audio(("a.mp3", 16_000, 1, None)), read_audio),
     "configurations": Target(12_000, ("*.yaml",), begin_configurations, read_configuration),
-    "model directories": Target(1_000, ("model/*",), copied("model"), read_model, LARGE),
-    "adapters": Target(1_000, ("adapters/*",), copied("model", "lora/adapters"), read_adapters, LARGE),
-    "checkpoints": Target(1_500, ("checkpoints/*/*",), copied("model", "full/checkpoints"), read_checkpoint, LARGE),
+    "model directories": Target(2_000, ("model/*",), copied("model"), read_model, LARGE),
+    "adapters": Target(1_500, ("adapters/*",), copied("model", "lora/adapters"), read_adapters, LARGE),
+    "checkpoints": Target(2_500, ("checkpoints/*/*",), copied("model", "full/checkpoints"), read_checkpoint, LARGE),
     "records": Target(6_000, ("full/record/*/*/*",), copied("full"), read_record),
     "pages of runs": Target(2_000, OF_A_PAGE, copied("full"), read_page),
     "results of runs": Target(5_000, RESULTS, begin_results, read_results),
