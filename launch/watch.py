@@ -24,7 +24,7 @@ from hark.launch.page.collect import Bounds, Collection
 from hark.launch.page.document import as_json, document, policy
 from hark.launch.report import add_bounds
 
-# Names by which a browser may ask; another would be that of a foreign page. The port may be any: a forwarded one differs.
+# Names by which a browser may ask; another would be that of a foreign page. A forwarded port may be another.
 HOSTS = ("localhost", "127.0.0.1")
 
 
