@@ -4,7 +4,7 @@ BIN := .venv/bin
 # A SoundFont player; a package that contains TimGM6mb.sf2, a SoundFont of 128 instruments; espeak-ng.
 SOUNDS := tinysoundfont==0.3.7 pretty_midi==0.2.11.post0 espeakng-loader==0.2.4
 
-.PHONY: demo test test-browser test-gpu mutants study-algorithms study-rl-or-sft study-asr chaos fuzz soak lint docs notebook audit clean
+.PHONY: demo test test-browser test-gpu mutants study-algorithms study-rl-or-sft study-asr chaos fuzz soak lint docs notebook audit pins clean
 
 # `make demo POLICY=qwen2_5_omni` trains a small model of another family; docs/families.md lists them.
 demo: .venv/sounds
@@ -77,14 +77,21 @@ build/types/hark: $(wildcard hark/*.py)
 # of CUDA libraries, which need a GPU. pip then keeps this torch, because it satisfies setup.cfg. torchaudio has one build,
 # whose compiled extension does not load beside the CPU build of torch; then `import torchaudio` fails, and with it
 # transformers. Without the extension's files torchaudio works, as nothing here needs the extension: they are removed.
-.venv/installed: setup.cfg
+#
+# All else has the versions and the digests of tests/pins. --no-build-isolation builds with the pinned setuptools.
+.venv/installed: setup.cfg tests/pins/use.txt
 	$(PYTHON) -m venv .venv
-	if [ "$$(uname)" = Linux ] && [ ! -e /proc/driver/nvidia/version ] && [ ! -e /dev/dxg ]; then \
+	if [ "$$(uname)" != Linux ]; then \
+		$(BIN)/pip install -q --require-hashes -r tests/pins/use.txt; \
+	elif [ -e /proc/driver/nvidia/version ] || [ -e /dev/dxg ]; then \
+		$(BIN)/pip install -q --require-hashes -r tests/pins/use.txt -r tests/pins/cuda.txt; \
+	else \
 		$(BIN)/pip install -q "torch==2.13.0+cpu" 2>/dev/null \
 		|| $(BIN)/pip install -q --index-url https://download.pytorch.org/whl/cpu torch==2.13.0 2>/dev/null \
 		|| $(BIN)/pip install -q torch==2.13.0; \
+		$(BIN)/pip install -q --require-hashes -r tests/pins/use.txt; \
 	fi
-	$(BIN)/pip install -q -e ".[plot]"
+	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	$(BIN)/python -c "import torchaudio" 2>/dev/null || rm -f .venv/lib/python*/site-packages/torchaudio/lib/_torchaudio*
 	touch $@
 
@@ -96,8 +103,8 @@ build/types/hark: $(wildcard hark/*.py)
 	done
 	touch $@
 
-.venv/test: .venv/installed
-	$(BIN)/pip install -q -e ".[test]"
+.venv/test: .venv/installed tests/pins/test.txt
+	$(BIN)/pip install -q --require-hashes -r tests/pins/use.txt -r tests/pins/test.txt
 	touch $@
 
 # Chromium of the Linux distribution, and a package that drives it. As root it is installed where it is missing.
@@ -114,6 +121,11 @@ audit: .venv/installed
 		|| { echo "pip-audit cannot be installed from here: nothing was compared; run this where PyPI can be reached"; exit 1; }
 	$(BIN)/python -m pip_audit --skip-editable --progress-spinner off \
 		|| { echo "pip-audit found a vulnerability, or could not reach its service; see above"; exit 1; }
+
+# The newest versions that setup.cfg admits, with the digests of their files; needs the network.
+pins: .venv/installed
+	$(BIN)/pip install -q uv
+	$(BIN)/python -m tests.pins.write
 
 clean:
 	rm -rf .venv build *.egg-info
