@@ -1,15 +1,24 @@
-"""Bounds of this process, which the system keeps also inside of compiled code."""
+"""Bounds of what this process takes: of its memory, and of files that it reads at once."""
 
 from __future__ import annotations
 
+import math
+import stat
 from pathlib import Path
 
 
 def limit_memory(more: int) -> None:
-    """Let this process take at most `more` bytes beyond what it has; on Linux only."""
+    """Let this process take at most `more` bytes beyond what it has, in compiled code too; on Linux only."""
     statm = Path("/proc/self/statm")
     if statm.exists():
         import resource
 
         most = int(statm.read_text().split()[0]) * resource.getpagesize() + more
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
+def is_plain(path: Path, most: float = math.inf) -> bool:
+    """Whether a path leads to a file of at most `most` bytes: no pipe or device, on which a reader would wait or never
+    end. Raises OSError if there is nothing, or if it cannot be looked at."""
+    status = path.stat()
+    return stat.S_ISREG(status.st_mode) and status.st_size <= most

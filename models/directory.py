@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hark.limits import is_plain
 from hark.models.policy import PolicyError
 from hark.shown import shown
 
@@ -43,8 +44,7 @@ def check_directory(directory: Path) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of a model. Raises PolicyError for a file that is none, or too large."""
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_FILE:
+        if not is_plain(path, LARGEST_FILE):
             raise PolicyError(f"{path}: not a JSON file of at most {LARGEST_FILE >> 20} MB; copy it again")
         value = json.loads(path.read_bytes())
     except PolicyError:

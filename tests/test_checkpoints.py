@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pickle
 import random
 import shutil
@@ -372,6 +373,18 @@ def test_what_remains_of_an_older_checkpoint_are_its_weights_and_they_are_checke
 def test_a_manifest_that_cannot_be_read_is_damage(tmp_path):
     with pytest.raises(DamageError, match="hark.json cannot be read"):
         Manifest.read(tmp_path / "step-000001")
+
+
+@pytest.mark.parametrize(
+    "put",
+    [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero"), lambda path: path.open("w").truncate(2**31)],
+)
+def test_a_pipe_a_device_or_a_hole_of_gigabytes_in_place_of_a_manifest_is_damage_at_once(put, tmp_path):
+    path = tmp_path / "step-000001" / "hark.json"
+    path.parent.mkdir()
+    put(path)
+    with pytest.raises(DamageError, match="hark.json is not a file of at most 1024 MB"):
+        Manifest.read(path.parent)
 
 
 def test_a_saver_that_is_asked_twice_finishes_the_first(settings, tmp_path):

@@ -20,6 +20,7 @@ from hark.grpo.instruments.console import Completion, Console
 from hark.grpo.instruments.diagnosis import Diagnosis
 from hark.grpo.instruments.trackers import Audio, Tracker
 from hark.grpo.runtime.collectives import Progress
+from hark.limits import is_plain
 
 LARGEST_LOG = 1 << 30  # bytes of a metrics.jsonl that is read; a step has about 2 KB
 LARGEST_VALUE = 1e100  # of a figure; the squares of larger ones would overflow
@@ -227,7 +228,7 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     try:
         if not path.exists():
             return []
-        if not path.is_file() or path.stat().st_size > LARGEST_LOG:
+        if not is_plain(path, LARGEST_LOG):
             raise LogError(f"{path}: not a file of at most {LARGEST_LOG >> 20} MB; expected the log of a run")
         lines = path.read_bytes().split(b"\n")[:-1]
     except OSError as error:

@@ -7,6 +7,7 @@ lists. Each rank writes its own part and no rank waits for another. A part that 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from hark import UserError
 from hark.grpo.instruments.metrics import finite
 from hark.grpo.instruments.record_kinds import SUMS, wrong_part
 from hark.grpo.types import stacked
+from hark.limits import is_plain
 from hark.shown import shown
 
 FORMAT = 2  # of the files; a reader refuses others
@@ -133,7 +135,7 @@ def _read_part(part: Path) -> StepRecord:
 
 def _regular(path: Path) -> Path:
     """The path of a file that can be read at once: no pipe, no device, no hole of gigabytes."""
-    if not path.is_file() or path.suffix == ".json" and path.stat().st_size > LARGEST:
+    if not is_plain(path, LARGEST if path.suffix == ".json" else math.inf):
         raise ValueError(f"{path.name} is not a file of at most {LARGEST >> 20} MB")
     return path
 

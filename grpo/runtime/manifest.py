@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hark.limits import is_plain
+
 NAME = "hark.json"
 LARGEST = 2**30  # bytes of a manifest that are read
 FILE_NAME = re.compile(r"[A-Za-z0-9_.]+-[0-9]{5}-of-[0-9]{5}\.safetensors")  # in the checkpoint's own directory
@@ -87,8 +89,8 @@ class Manifest:
         """
         path = checkpoint / NAME
         try:
-            if path.stat().st_size > LARGEST:
-                raise DamageError(f"{NAME} has more than {LARGEST} bytes")
+            if not is_plain(path, LARGEST):
+                raise DamageError(f"{NAME} is not a file of at most {LARGEST >> 20} MB")
             raw = path.read_bytes()
             values = json.loads(raw)
             body = {key: value for key, value in values.items() if key != "sha256"}

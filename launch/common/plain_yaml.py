@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from hark.grpo.config import ConfigError
+from hark.limits import is_plain
 from hark.shown import shown
 
 MOST_BYTES = 1 << 18  # of a file; the longest configuration of the package has 4 KB
@@ -63,7 +64,7 @@ def _error(what: str, where: Any) -> yaml.YAMLError:
 
 def text_of(path: Path) -> str:
     """The text of a configuration; a pipe, a device or a huge file is a ConfigError before it is read."""
-    if path.exists() and not path.is_dir() and (not path.is_file() or path.stat().st_size > MOST_BYTES):
+    if path.exists() and not path.is_dir() and not is_plain(path, MOST_BYTES):
         raise ConfigError(f"{path}: not a file of at most {MOST_BYTES} bytes; expected a configuration")
     return path.read_text(encoding="utf-8")
 

@@ -287,7 +287,7 @@ def trained(directory: str) -> tuple[Any, Any]:
 
 def read_checkpoint(one: Input) -> None:
     """Resume. A changed file must be noticed; a manifest that was signed anew may be another one, but not nonsense."""
-    if one.path.name == MANIFEST and one.chance.random() < 0.6:
+    if one.path.name == MANIFEST and one.path.is_file() and one.chance.random() < 0.6:
         sign_another(one)
     policy, optimizer = trained(str(one.place / "model"))
     with joined_world() as world, contextlib.redirect_stdout(io.StringIO()):
