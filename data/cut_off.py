@@ -6,6 +6,7 @@ from typing import BinaryIO
 
 STREAMED = 0x7FFF0000  # bytes; programs that write to a pipe cannot know the length, and put 0 or at least this
 WAV_SLACK = 64  # bytes; some programs count the header
+NO_MP3 = re.compile(rb"fLaC|FORM|.{4}ftyp", re.DOTALL)  # flac, aiff and mp4, which may hold the sync bits by chance
 FRAME_OF_MP3 = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]")  # sync bits, then MPEG 1, 2 or 2.5, layer III
 KILOBITS = (  # per second, by the index in a frame of MPEG 2 and 2.5, and of MPEG 1
     (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
@@ -16,7 +17,10 @@ END_OF_STREAM = 4  # flag of an ogg page
 
 
 def shortfall(file: BinaryIO) -> str:
-    """What is missing at the end of a wav, ogg or mp3 file; "" if nothing is, or if its header does not tell."""
+    """What is missing at the end of a wav, ogg or mp3 file; "" if nothing is, or if its header does not tell.
+
+    "" for flac, whose decoder fails where the file ends.
+    """
     size = file.seek(0, 2)
     file.seek(0)
     start = file.read(12)
@@ -67,7 +71,7 @@ def _of_mp3(file: BinaryIO, size: int) -> str:
         place = 10 + sum(byte << shift for byte, shift in zip(start[6:10], (21, 14, 7, 0), strict=False))
     file.seek(place)
     head = file.read(8192)
-    frame = FRAME_OF_MP3.search(head)
+    frame = None if NO_MP3.match(head) else FRAME_OF_MP3.search(head)
     if frame is None:
         return ""
     promised, frames = _promise(head[frame.start() :])

@@ -221,6 +221,20 @@ def test_an_mp3_file_that_does_not_tell_its_length_is_cut_off_if_its_last_frame_
             load(path)
 
 
+@pytest.mark.parametrize("tag", [b"", b"ID3\x03\0\0\0\0\0\x0a" + bytes(10)], ids=["plain", "tagged"])
+def test_a_whole_flac_file_that_holds_the_sync_bits_of_mp3_by_chance_is_not_cut_off(tmp_path, tag):
+    noise = np.random.default_rng(3)
+    for _ in range(60):  # of which three hold what looks like a cut frame of mp3
+        samples = 0.1 * noise.standard_normal(int(16_000 * noise.uniform(0.05, 0.2)))
+        soundfile.write(tmp_path / "a.flac", samples, 16_000)
+        whole = tag + (tmp_path / "a.flac").read_bytes()
+        (tmp_path / "b.flac").write_bytes(whole)
+        assert len(load(tmp_path / "b.flac")) == len(samples)
+        (tmp_path / "b.flac").write_bytes(whole[:-1])
+        with pytest.raises(AudioError):
+            load(tmp_path / "b.flac")
+
+
 def test_a_format_that_is_not_documented_is_refused(tmp_path):
     soundfile.write(tmp_path / "a.aiff", waveform(1.0, 0), 16_000)
     with pytest.raises(AudioError, match="is in the format AIFF; expected wav, flac, ogg or mp3"):
