@@ -131,6 +131,26 @@ def config(tmp_path, qwen2_audio_dir, monkeypatch) -> list[str]:
     return [str(path)]
 
 
+def test_a_torchrun_that_was_refused_is_refused_again_and_one_that_was_accepted_resumes(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "facts", lambda config, _: pytest.fail(f"accepted, resume={config.run.resume}"))
+
+    def attempt(launcher: str, number: int) -> None:
+        place = tmp_path / launcher / f"attempt_{number}" / "0"
+        place.mkdir(parents=True)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(number))
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(place / "error.json"))
+        train.main(config)
+
+    with pytest.raises(pytest.fail.Exception, match="accepted, resume=False"):
+        attempt("first", 0)
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    for number in (0, 1):
+        with pytest.raises(ConfigError, match="already holds a run"):
+            attempt("second", number)
+    with pytest.raises(pytest.fail.Exception, match="accepted, resume=True"):
+        attempt("first", 1)
+
+
 def test_a_silent_clip_ends_every_verb_before_the_weights_are_loaded(config, tmp_path):
     for name in ("train", "test"):
         soundfile.write(tmp_path / f"{name}-1.wav", np.zeros(8000), 16_000)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from hark.grpo.algorithms import find_advantage, find_own_loss
 from hark.grpo.config import Config, ConfigError, differences
 from hark.grpo.instruments.trackers import check_trackers
 from hark.grpo.learner import Learner
-from hark.grpo.runtime.collectives import World, joined_world
+from hark.grpo.runtime.collectives import World, joined_world, reduce_max
 from hark.grpo.runtime.lock import locked
 from hark.grpo.runtime.watchdog import watched
 from hark.launch.common.exports import announce_export
@@ -42,15 +43,16 @@ def train(config: Config, make_trainer: Callable[..., Learner], *, judged: bool,
     judged: whether rewards judge completions to the training examples, whose right answers must then be possible.
     answered: what needs the right answers of all training examples; "" where nothing does.
     """
-    config = restarted(config)
     directory, patience = Path(config.run.directory), config.run.patience
     with (
         joined_world(threads=config.run.threads, patience=patience) as world,
         watched(world, patience=patience),
         locked(directory, world),
     ):
+        config = restarted(config, world)
         announce(config, world)
         check_training(config, world)
+        accept()
         about = facts(config, world)
         if config.run.resume and world.is_main:
             check_changes(config, about)
@@ -77,11 +79,29 @@ def train(config: Config, make_trainer: Callable[..., Learner], *, judged: bool,
                 print(f"{len(loader.bad)} more bad examples skipped, listed in {bad_log(config).path}", flush=True)
 
 
-def restarted(config: Config) -> Config:
-    """The configuration of a run that torchrun has started again (--max-restarts): it resumes."""
-    if not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+def restarted(config: Config, world: World) -> Config:
+    """The configuration of a run that torchrun has started again (--max-restarts): it resumes.
+
+    torchrun also starts processes again that were refused because the directory holds another run. So the run resumes
+    only if earlier processes of the same torchrun were accepted, on any machine.
+    """
+    again, mark = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), _mark()
+    if not reduce_max(bool(again and mark and mark.exists()), world):
         return config
     return replace(config, run=replace(config.run, resume=True))
+
+
+def accept() -> None:
+    """Note that the run directory is that of this torchrun, for the processes that it starts again."""
+    if mark := _mark():
+        with suppress(OSError):  # these are refused then, and say how to go on
+            mark.touch()
+
+
+def _mark() -> Path | None:
+    """A file in the directory that torchrun gives each run; a process's own files are in attempt_N/RANK there."""
+    own = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(own).parents[2] / "accepted" if own else None
 
 
 def announce(config: Config, world: World) -> None:
