@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from hark.grpo import loop
-from hark.grpo.config import ConfigError
+from hark.grpo.config import Config, ConfigError
 from hark.grpo.runtime import checkpoint as module
 from hark.grpo.runtime.checkpoint import CheckpointError, Saver, best_of, checkpoints, load_checkpoint
 from hark.grpo.runtime.collectives import World
@@ -346,6 +346,40 @@ def test_changed_questions_and_another_number_of_ranks_are_noticed(settings, run
         file.write("\n")
     with pytest.raises(ConfigError, match=r"the contents of .*train.jsonl have changed.*allow_changed=\[data\]"):
         check_changes(config, facts(config, World(0, 1, torch.device("cpu"))))
+
+
+def test_a_checkpoint_of_a_run_with_scheduled_rewards_is_intact_and_an_equal_schedule_is_no_change(
+    settings, tmp_path, capsys
+):
+    config, world = scheduled(settings, 0.5), World(0, 1, torch.device("cpu"))
+    path = tmp_path / "run" / "checkpoints" / "step-000002"
+    path.mkdir(parents=True)
+    Manifest(2, {}, {}, {"optimizer": {}}, about=facts(config, world)).write(path)
+    assert Manifest.read(path).about["config"]["reward"]["schedule"]["accuracy"]["50"] == 0.5
+    check_changes(config, facts(config, world))
+    assert capsys.readouterr().out == ""
+    other = scheduled(settings, 0.4)
+    with pytest.raises(ConfigError, match="since its checkpoint of step 2 reward.schedule has changed"):
+        check_changes(other, facts(other, world))
+
+
+def test_a_manifest_with_numbers_as_keys_is_read_as_it_was_written(tmp_path):
+    """Numbers sort as 0, 50, 100 and texts as "0", "100", "50": the digest must not depend on it."""
+    path = tmp_path / "step-000002"
+    path.mkdir()
+    Manifest(2, {}, {}, {}, state={"at": {0: 1, 50: 2, 100: 3}}).write(path)
+    assert Manifest.read(path).state == {"at": {"0": 1, "50": 2, "100": 3}}
+
+
+def scheduled(settings: list[str], middle: float) -> Config:
+    return load_config([*settings, f"reward.schedule={{accuracy: {{0: 1.0, 50: {middle}, 100: 0.1}}}}"])
+
+
+@pytest.mark.parametrize("value", ["2026-01-31", ".nan", "{2026-01-31: 1}", "!!binary aGFyaw=="])
+def test_an_option_that_no_checkpoint_can_hold_ends_a_run_at_its_start(value, settings):
+    config = load_config([*settings, f"reward.options={{accuracy: {{since: {value}}}}}"])
+    with pytest.raises(ConfigError, match="reward.options holds what no checkpoint can hold .*; expected texts"):
+        facts(config, World(0, 1, torch.device("cpu")))
 
 
 def _add_facts(settings: list[str], run: Path) -> None:

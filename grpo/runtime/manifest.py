@@ -72,7 +72,8 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         """Write the manifest of a checkpoint; the old one is there until the new one is on the disk."""
-        body = dataclasses.asdict(self)
+        # As it will be read: the keys of a mapping become text, and text sorts otherwise than numbers.
+        body = json.loads(json.dumps(dataclasses.asdict(self), allow_nan=False))
         temporary = directory / f"{NAME}.new"
         with temporary.open("wb") as out:
             out.write(_signed(body))

@@ -97,14 +97,32 @@ def changed(before: dict, config: Config, keys: Sequence[tuple[str, str]]) -> It
 
 
 def facts(config: Config, world: World) -> dict[str, Any]:
-    """What a checkpoint says about its run: the configuration, the digests of the data files, the code, the ranks."""
+    """What a checkpoint says about its run: the configuration, the digests of the data files, the code, the ranks.
+
+    Raises ConfigError for an option that no checkpoint can hold, so that a run ends at its start and not when it saves.
+    """
     files = data_files(config) if world.is_main else []
     return {
-        "config": dataclasses.asdict(config),
+        "config": _as_json(config),
         "data": {name: sha256_of(Path(name)) for name in files if Path(name).is_file()},  # the others are on a hub
         "code": source_digest(),
         "ranks": world.size,
     }
+
+
+def _as_json(config: Config) -> dict[str, Any]:
+    """The sections of a configuration as JSON has them: the keys of mappings are texts."""
+    sections = dataclasses.asdict(config)
+    for section, options in sections.items():
+        for key, value in options.items():
+            try:
+                options[key] = json.loads(json.dumps(value, allow_nan=False))
+            except (TypeError, ValueError) as error:
+                raise ConfigError(
+                    f"{section}.{key} holds what no checkpoint can hold ({error}); expected texts, finite numbers, "
+                    "true, false, null, lists and mappings; write a date in quotes"
+                ) from None
+    return sections
 
 
 def check_changes(config: Config, about: Mapping[str, Any]) -> None:
