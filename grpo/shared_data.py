@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -12,6 +13,10 @@ from hark.models.policy import Prompt
 
 Result = TypeVar("Result")
 Key = tuple[int, ...]  # the integers that seed the random numbers of a prompt
+
+
+class OtherRankError(Exception):
+    """An unexpected error of other ranks; its cause has their tracebacks as its text."""
 
 
 class TrainingData(Protocol):
@@ -85,7 +90,8 @@ class SharedData:
 def on_all(call: Callable[[], Result], world: World) -> Result:
     """What a call returns. What it raises on one rank is raised on all: none waits for another.
 
-    Raises the exception itself where it occurred, and a UserError with its message on the other ranks.
+    Raises the exception itself where it occurred. On the other ranks it raises a UserError with its message, or an
+    OtherRankError if one of the ranks has raised anything else.
     """
     failure: Exception | None = None
     returned: list[Result] = []
@@ -94,6 +100,23 @@ def on_all(call: Callable[[], Result], world: World) -> Result:
     except Exception as error:
         failure = error
     if reduce_max(failure is not None, world):
-        found = exchange_rows([] if failure is None else [f"rank {world.rank}: {failure}"], world)
-        raise failure or UserError("; ".join(found))
+        found = exchange_rows([] if failure is None else [_described(failure, world)], world)
+        raise failure or _of_others(found)
     return returned[0]
+
+
+def _described(failure: Exception, world: World) -> tuple[str, str]:
+    """An error in one line, and its traceback unless it is a UserError."""
+    if isinstance(failure, UserError):
+        return f"rank {world.rank}: {failure}", ""
+    last = traceback.format_exception_only(failure)[-1].strip()
+    return f"rank {world.rank}: {last}", "".join(traceback.format_exception(failure))
+
+
+def _of_others(found: Sequence[tuple[str, str]]) -> Exception:
+    text, tracebacks = "; ".join(line for line, _ in found), [trace for _, trace in found if trace]
+    if not tracebacks:
+        return UserError(text)
+    error = OtherRankError(text)
+    error.__cause__ = OtherRankError("\n" + "\n".join(tracebacks))
+    return error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import math
 import time
+import traceback
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from hark.data.rewards import REWARDS, RewardError
 from hark.data.rewards.judging import Judge
 from hark.data.rewards.table import is_foreign
 from hark.grpo.runtime.collectives import World, exchange_rows
+from hark.grpo.shared_data import OtherRankError, on_all
 from hark.launch.common.config_file import load_config
+from hark.launch.common.entry import sentence
 from hark.launch.common.questions import rewards_of
 from tests.ranks import on_ranks
 from tests.runs import build
@@ -167,3 +170,30 @@ def step_with_a_failing_reward(world: World, settings: list[str]) -> None:
 
 def test_a_reward_that_fails_on_one_rank_stops_both_or_leaves_both_training(settings, tmp_path):
     on_ranks(2, step_with_a_failing_reward, [*settings, f"run.directory={tmp_path}/run", "loss.beta=0"])
+
+
+def fails_differently(world: World) -> None:
+    """A bug on rank 1, then an error of the user on rank 0."""
+
+    def bug() -> int:
+        return {}["caption"] if world.rank else 0
+
+    with pytest.raises(KeyError if world.rank else OtherRankError) as caught:
+        on_all(bug, world)
+    shown = "".join(traceback.format_exception(caught.value))
+    assert 'return {}["caption"]' in shown and "KeyError: 'caption'" in shown
+    assert world.rank or str(caught.value) == "rank 1: KeyError: 'caption'"
+    assert sentence(caught.value) is None, "no rank reports at once: the one that failed may be the first to report"
+
+    def wrong() -> int:
+        if not world.rank:
+            raise UserError("a.jsonl:3: no such clip")
+        return 0
+
+    with pytest.raises(UserError, match=r"^(rank 0: )?a.jsonl:3: no such clip$") as caught:
+        on_all(wrong, world)
+    assert caught.value.__cause__ is None
+
+
+def test_the_traceback_of_a_bug_on_one_rank_is_that_of_all_and_a_users_error_has_none():
+    on_ranks(2, fails_differently)
