@@ -2,13 +2,15 @@
 
 import json
 import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from hark.grpo.instruments.console import Completion
-from hark.grpo.instruments.metrics import Metrics
+from hark.grpo.instruments.metrics import LogError, Metrics
 from hark.grpo.runtime.collectives import World, reduce_max, reduce_sums
 from tests.ranks import on_ranks
 
@@ -79,6 +81,24 @@ def test_a_line_torn_by_a_crash_is_dropped(tmp_path):
         file.write('{"step": 2, "rew')
     logged(tmp_path, []).truncate(3)
     assert lines(tmp_path) == [{"step": 1, "reward": 0.1}]
+
+
+def test_a_damaged_line_is_dropped_and_a_text_with_line_separators_is_kept_as_it_was(tmp_path):
+    logged(tmp_path, [1]).log_event("note", {"text": "rain\u2028snow"})
+    (tmp_path / "completions.jsonl").write_bytes(
+        '{"step": 1, "text": "a\u2028b"}\n'.encode() + b'{"step": 1, "\xff": 0}\n'
+    )
+    logged(tmp_path, []).truncate(2)
+    assert lines(tmp_path)[1]["text"] == "rain\u2028snow"
+    assert (tmp_path / "completions.jsonl").read_text() == '{"step": 1, "text": "a\u2028b"}\n'
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "completions.jsonl"])
+@pytest.mark.parametrize("put", [os.mkfifo, Path.mkdir, lambda path: path.open("w").truncate(2**31)])
+def test_a_pipe_or_a_hole_of_gigabytes_in_place_of_a_log_is_an_error_at_once(put, name, tmp_path):
+    put(tmp_path / name)
+    with pytest.raises(LogError, match=f"{name}: not a file of at most 1024 MB; expected the log of a run"):
+        Metrics(tmp_path, rank=0, total_steps=10).truncate(3)
 
 
 def test_truncate_at_0_starts_afresh_and_needs_no_file(tmp_path):

@@ -225,15 +225,22 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     Raises LogError for a line that no run writes, because a run may come from anywhere.
     """
     path = directory / "metrics.jsonl"
+    return [_line(path, number, line) for number, line in enumerate(_pieces(path)[:-1], start=1)]
+
+
+def _pieces(path: Path) -> list[bytes]:
+    """What stands between the ends of lines of a log, none if there is no file; the last is b"" or incomplete.
+
+    Raises LogError for a pipe, a device or a huge file, before it is read.
+    """
     try:
         if not path.exists():
             return []
         if not is_plain(path, LARGEST_LOG):
             raise LogError(f"{path}: not a file of at most {LARGEST_LOG >> 20} MB; expected the log of a run")
-        lines = path.read_bytes().split(b"\n")[:-1]
+        return path.read_bytes().split(b"\n")
     except OSError as error:
         raise LogError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
-    return [_line(path, number, line) for number, line in enumerate(lines, start=1)]
 
 
 def _line(path: Path, number: int, text: bytes) -> dict[str, Any]:
@@ -256,14 +263,14 @@ def _is_figure(value: Any) -> bool:
 
 
 def _truncate(path: Path, step: int) -> None:
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) < step]
+    kept = [line for line in _pieces(path) if _step_of(line) < step]
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    temporary.write_bytes(b"".join(line + b"\n" for line in kept))
     os.replace(temporary, path)  # atomic: a crash here loses no history
 
 
-def _step_of(line: str) -> float:
-    """The step of a line; infinite for an incomplete line, so that it is dropped."""
+def _step_of(line: bytes) -> float:
+    """The step of a line; infinite for an incomplete or damaged line, so that it is dropped."""
     try:
         step = json.loads(line)["step"]
         return step if type(step) is int else math.inf
