@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from hark import UserError
+from hark.files import write_whole
 from hark.from_file import save_own_files
 from hark.grpo.config import to_yaml
 from hark.grpo.instruments.flops import best_matmul_rate
@@ -54,7 +55,7 @@ def train(learner: Learner, *, about: Mapping[str, Any] = MappingProxyType({})) 
         )  # fmt: skip
         start = resumed(learner) if config.run.resume else 0
         if world.is_main:
-            (learner.directory / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+            write_whole(learner.directory / "config.yaml", to_yaml(config).encode())
             save_own_files(learner.directory / "own_files")
             print(f"all settings are in {learner.directory / 'config.yaml'}", flush=True)
         metrics.truncate(start + 1 if start else 0)

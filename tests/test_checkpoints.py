@@ -313,6 +313,22 @@ def test_an_evaluation_that_a_crash_has_lost_is_done_at_the_resume(settings, tmp
     assert len(asked) == 2, "once in the run, once for the lost line"
 
 
+def test_a_start_that_cannot_write_the_configuration_leaves_that_of_the_run(settings, tmp_path, monkeypatch):
+    """Neither its name nor a part of it: the same command goes on when there is room again."""
+    directory = tmp_path / "run"
+    directory.mkdir()
+    (directory / "config.yaml").write_text("run: {seed: 1}\n")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hark.files.os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        on_ranks(1, train, settings)
+    assert (directory / "config.yaml").read_text() == "run: {seed: 1}\n"
+    assert not list(directory.glob("config.yaml?*"))
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

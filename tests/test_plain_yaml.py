@@ -61,6 +61,11 @@ def test_the_configuration_of_a_run_is_read_back_by_the_same_rules(tmp_path, tex
     assert len(str(error.value)) < 800 and str(error.value).isprintable()
 
 
+def test_an_empty_configuration_of_a_run_which_a_full_disk_leaves_is_that_of_no_run(tmp_path):
+    (tmp_path / "config.yaml").write_text("")
+    assert read_options(tmp_path / "config.yaml") == {} == read_options(tmp_path / "missing.yaml")
+
+
 def test_a_pipe_in_place_of_a_configuration_is_an_error_and_no_wait(tmp_path):
     os.mkfifo(tmp_path / "config.yaml")
     for read in (lambda: load_config([str(tmp_path / "config.yaml")]), lambda: read_options(tmp_path / "config.yaml")):

@@ -5,7 +5,6 @@ Steps count from 1. An evaluation before the first step is logged as step 0.
 
 import json
 import math
-import os
 import resource
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from hark import UserError
+from hark.files import write_whole
 from hark.grpo.instruments.console import Completion, Console
 from hark.grpo.instruments.diagnosis import Diagnosis
 from hark.grpo.instruments.trackers import Audio, Tracker
@@ -264,9 +264,7 @@ def _is_figure(value: Any) -> bool:
 
 def _truncate(path: Path, step: int) -> None:
     kept = [line for line in _pieces(path) if _step_of(line) < step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(b"".join(line + b"\n" for line in kept))
-    os.replace(temporary, path)  # atomic: a crash here loses no history
+    write_whole(path, b"".join(line + b"\n" for line in kept))
 
 
 def _step_of(line: bytes) -> float:

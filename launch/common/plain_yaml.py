@@ -87,11 +87,15 @@ def said(error: Exception) -> str:
 
 
 def read_options(path: Path) -> dict[str, dict[str, Any]]:
-    """The sections of a run's config.yaml, none if there is no file. Raises ConfigError for a file that is none."""
+    """The sections of a run's config.yaml, none if there is no file or if a full disk left an empty one.
+
+    Raises ConfigError for a file that is none.
+    """
     try:
         if not path.exists():
             return {}
-        sections = plain_yaml(text_of(path))
+        text = text_of(path)
+        sections = plain_yaml(text) if text.strip() else {}
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
     except ConfigError:
