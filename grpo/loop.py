@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from signal import Signals
@@ -25,6 +25,7 @@ from hark.grpo.runtime.checkpoint import Saver, checkpoints, load_checkpoint, st
 from hark.grpo.runtime.collectives import TIMEOUT, check_interrupted, reduce_max, reduce_sums
 from hark.grpo.runtime.export import export, export_adapters
 from hark.grpo.runtime.interrupt import Interrupted
+from hark.grpo.runtime.manifest import Manifest
 from hark.grpo.runtime.out_of_memory import is_out_of_memory, reason
 from hark.grpo.runtime.sharding import gathered
 from hark.grpo.runtime.shards import allocate_moments
@@ -36,11 +37,17 @@ class MemoryProbeError(UserError, RuntimeError):
     """The longest step does not fit in memory."""
 
 
-def train(learner: Learner, *, about: Mapping[str, Any] = MappingProxyType({})) -> None:
+def train(
+    learner: Learner,
+    *,
+    about: Mapping[str, Any] = MappingProxyType({}),
+    changes: Callable[[Manifest], Sequence[str]] = lambda manifest: (),
+) -> None:
     """Do all steps, from the first one or from the newest intact checkpoint.
 
     It overwrites earlier results; the caller checks the directory first (`hark.launch.common.run_directory`).
-    about: what checkpoints say about the run.
+    about: what checkpoints say about the run. changes: what differs from the checkpoint that is loaded, in words, or
+    raises; which one that is is known only here, as the newest may be damaged.
     """
     config, world = learner.config, learner.world
     with world.interruption.noted(grace=config.run.grace):
@@ -53,7 +60,7 @@ def train(learner: Learner, *, about: Mapping[str, Any] = MappingProxyType({})) 
             dtype=config.model.dtype,
             trackers=partial(open_trackers, config.log.trackers, learner.directory, dataclasses.asdict(config)),
         )  # fmt: skip
-        start = resumed(learner) if config.run.resume else 0
+        start = resumed(learner, changes) if config.run.resume else 0
         if world.is_main:
             write_whole(learner.directory / "config.yaml", to_yaml(config).encode())
             save_own_files(learner.directory / "own_files")
@@ -84,8 +91,8 @@ def train(learner: Learner, *, about: Mapping[str, Any] = MappingProxyType({})) 
                     export_adapters(learner.policy, learner.directory / "adapters", world)
 
 
-def resumed(learner: Learner) -> int:
-    """Load the newest intact checkpoint; returns its finished steps, 0 if there is none yet."""
+def resumed(learner: Learner, changes: Callable[[Manifest], Sequence[str]]) -> int:
+    """Load the newest intact checkpoint, and say what has changed since; returns its steps, 0 if there is none yet."""
     place = learner.directory / "checkpoints"
     with learner.world.progress.during("reading a checkpoint", patience=TIMEOUT.total_seconds()):
         manifest = load_checkpoint(
@@ -93,6 +100,8 @@ def resumed(learner: Learner) -> int:
         )
     if manifest is not None:
         learner.restore(manifest.state)
+        for text in changes(manifest) if learner.world.is_main else ():
+            print(f"since the checkpoint of step {manifest.step} {text}", flush=True)
     if learner.world.is_main:
         found = f"step {manifest.step}" if manifest else "the beginning: there is no checkpoint yet"
         print(f"continuing from {found}", flush=True)

@@ -16,9 +16,10 @@ import torch
 from hark.grpo import loop
 from hark.grpo.config import Config, ConfigError
 from hark.grpo.runtime import checkpoint as module
-from hark.grpo.runtime.checkpoint import CheckpointError, Saver, best_of, checkpoints, load_checkpoint
+from hark.grpo.runtime.checkpoint import CheckpointError, Saver, best_of, checkpoints, load_checkpoint, newest_intact
 from hark.grpo.runtime.collectives import World
 from hark.grpo.runtime.manifest import DamageError, Manifest
+from hark.launch import train as train_program
 from hark.launch.common.config_file import load_config
 from hark.launch.common.policies import make_policy
 from hark.launch.common.run_directory import check_changes, facts
@@ -339,17 +340,17 @@ def test_a_start_that_cannot_write_the_configuration_leaves_that_of_the_run(sett
         (["checkpoint.every=7", "optim.micro_batch=1", "log.completions=3", "run.threads=2"], None),
     ],
 )
-def test_a_resume_says_what_has_changed_and_takes_it_on_request(words, said, settings, run, tmp_path, capsys):
+def test_a_resume_says_what_has_changed_and_takes_it_on_request(words, said, settings, run):
     """The checkpoint is of tests/runs.py, which says nothing of the run: its facts are added."""
     _add_facts(settings, run)
     config = load_config([*settings, *words, "run.resume=true"])
     world = World(0, 1, torch.device("cpu"))
     if said is None:
-        check_changes(config, facts(config, world))
-        assert ("optim.lr has changed" in capsys.readouterr().out) == ("optim.lr=1e-4" in words)
+        changes = check_changes(config, facts(config, world), newest_intact(run))
+        assert ["optim.lr has changed" in text for text in changes] == [True] * ("optim.lr=1e-4" in words)
     else:
         with pytest.raises(ConfigError, match=said):
-            check_changes(config, facts(config, world))
+            check_changes(config, facts(config, world), newest_intact(run))
 
 
 def test_changed_questions_and_another_number_of_ranks_are_noticed(settings, run, tmp_path):
@@ -357,11 +358,11 @@ def test_changed_questions_and_another_number_of_ranks_are_noticed(settings, run
     config = load_config([*settings, "run.resume=true"])
     two = World(0, 2, torch.device("cpu"))
     with pytest.raises(ConfigError, match=r"number of ranks has changed from 1 to 2.*allow_changed=\[ranks\]"):
-        check_changes(config, facts(config, two))
+        check_changes(config, facts(config, two), newest_intact(run))
     with open(config.data.train, "a") as file:
         file.write("\n")
     with pytest.raises(ConfigError, match=r"the contents of .*train.jsonl have changed.*allow_changed=\[data\]"):
-        check_changes(config, facts(config, World(0, 1, torch.device("cpu"))))
+        check_changes(config, facts(config, World(0, 1, torch.device("cpu"))), newest_intact(run))
 
 
 def test_a_checkpoint_of_a_run_with_scheduled_rewards_is_intact_and_an_equal_schedule_is_no_change(
@@ -398,8 +399,26 @@ def test_an_option_that_no_checkpoint_can_hold_ends_a_run_at_its_start(value, se
         facts(config, World(0, 1, torch.device("cpu")))
 
 
-def _add_facts(settings: list[str], run: Path) -> None:
-    path = run / "step-000002"
+@pytest.mark.parametrize("allowed", ["[]", "[optim.lr]"])
+def test_where_the_newest_checkpoint_is_damaged_the_run_is_compared_with_the_one_that_is_loaded(
+    allowed, settings, run, capsys
+):
+    """Only the manifests are read before the weights: that of the newest is intact, and its learning rate the same."""
+    words = [*settings, "rollout.max_new_tokens=40"]
+    _add_facts(words, run)
+    _add_facts([*words, "optim.lr=0.5"], run, step=1)
+    next(run.glob("step-000002/weights-*")).write_bytes(b"")
+    command = [*words, "run.resume=true", f"run.allow_changed={allowed}"]
+    if allowed == "[]":
+        with pytest.raises(ConfigError, match=r"since its checkpoint of step 1 optim.lr has changed from 0.5 to 0.001"):
+            train_program.main(command)
+    else:
+        train_program.main(command)
+        assert capsys.readouterr().out.count("since the checkpoint of step 1 optim.lr has changed") == 1
+
+
+def _add_facts(settings: list[str], run: Path, *, step: int = 2) -> None:
+    path = run / f"step-{step:06d}"
     about = facts(load_config(settings), World(0, 1, torch.device("cpu")))
     dataclasses.replace(Manifest.read(path), about=about).write(path)
 

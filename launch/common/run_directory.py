@@ -14,9 +14,8 @@ import hark.grpo
 import hark.launch
 import hark.models
 from hark.grpo.config import Config, ConfigError
-from hark.grpo.runtime.checkpoint import newest_intact
 from hark.grpo.runtime.collectives import World
-from hark.grpo.runtime.manifest import sha256_of
+from hark.grpo.runtime.manifest import Manifest, sha256_of
 from hark.launch.common.plain_yaml import read_options
 from hark.launch.common.questions import weighted
 
@@ -125,14 +124,11 @@ def _as_json(config: Config) -> dict[str, Any]:
     return sections
 
 
-def check_changes(config: Config, about: Mapping[str, Any]) -> None:
-    """Say what differs from the checkpoint from which a run is resumed. Raises ConfigError for what is not allowed.
+def check_changes(config: Config, about: Mapping[str, Any], manifest: Manifest) -> list[str]:
+    """What differs from a checkpoint from which a run is resumed, in words. Raises ConfigError for what is not allowed.
 
     about: the facts of the resumed run.
     """
-    manifest = newest_intact(Path(config.run.directory) / "checkpoints")
-    if manifest is None:
-        return
     changes = dict(_changes(config, manifest.about, about))
     refused = [name for name in changes if name not in config.run.allow_changed]
     if refused:
@@ -142,8 +138,7 @@ def check_changes(config: Config, about: Mapping[str, Any]) -> None:
             f"run.allow_changed=[{','.join([*config.run.allow_changed, *refused])}]"
         )
     code = ["the code of hark has changed"] if manifest.about.get("code", about["code"]) != about["code"] else []
-    for text in (*changes.values(), *code):
-        print(f"since the checkpoint of step {manifest.step} {text}", flush=True)
+    return [*changes.values(), *code]
 
 
 def _changes(config: Config, before: Mapping[str, Any], about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -17,6 +17,7 @@ from hark.grpo.algorithms import find_advantage, find_own_loss
 from hark.grpo.config import Config, ConfigError, differences
 from hark.grpo.instruments.trackers import check_trackers
 from hark.grpo.learner import Learner
+from hark.grpo.runtime.checkpoint import newest_intact
 from hark.grpo.runtime.collectives import World, joined_world, reduce_max
 from hark.grpo.runtime.lock import locked
 from hark.grpo.runtime.watchdog import watched
@@ -54,8 +55,9 @@ def train(config: Config, make_trainer: Callable[..., Learner], *, judged: bool,
         check_training(config, world)
         accept()
         about = facts(config, world)
-        if config.run.resume and world.is_main:
-            check_changes(config, about)
+        newest = newest_intact(directory / "checkpoints") if config.run.resume and world.is_main else None
+        if newest is not None:
+            check_changes(config, about, newest)  # now, as the weights may take minutes; and again with what is loaded
         # The data is checked before the weights are read, which takes minutes for a large model.
         curriculum_of(config)  # raises if the data have no such order
         family = read_family(config.model.path, config.model.policy)
@@ -72,7 +74,8 @@ def train(config: Config, make_trainer: Callable[..., Learner], *, judged: bool,
         validate = partial(validation_figures, config, world, policy, held_out) if held_out else None
         with training_loader(config, world, policy, examples) as loader:
             parts = dict(data=loader, validate=validate, describe=described, listen=listening(config, policy))
-            loop.train(make_trainer(config, world, policy, **parts), about=about)
+            trainer = make_trainer(config, world, policy, **parts)
+            loop.train(trainer, about=about, changes=partial(check_changes, config, about))
             if config.checkpoint.export and world.is_main:
                 announce_export(directory / "model")
             if loader.bad:
