@@ -276,6 +276,27 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_training_goes_on_if_that_i
         assert "training goes on without it" in capsys.readouterr().out
 
 
+class PanicError(BaseException):
+    """As a panic in Rust code, which is no Exception."""
+
+
+def test_a_writer_that_ends_by_a_panic_has_written_nothing(settings, tmp_path, monkeypatch):
+    def run(world: World) -> None:
+        policy = make_policy(load_config(settings), world)
+        saver = Saver(tmp_path / "saved", world, keep=1)
+        optimizer = torch.optim.AdamW(policy.parameters())
+        saver.save(1, policy, optimizer, at_once=True)
+        monkeypatch.setattr(module, "write_shards", panics)
+        saver.save(2, policy, optimizer, at_once=True)
+
+    def panics(*_):
+        raise PanicError("called `Option::unwrap()` on a `None` value")
+
+    with pytest.raises(CheckpointError, match=r"step-000002 cannot be written \(called "):
+        on_ranks(1, run)
+    assert [path.name for path in checkpoints(tmp_path / "saved")] == ["step-000001"]
+
+
 def test_free_space_is_looked_at_before_anything_is_written(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(CheckpointError, match=r"it takes 0\.\d\d GiB, and 0\.00 GiB are free"):

@@ -203,7 +203,7 @@ class _Writing:
         began = time.perf_counter()
         try:
             self.written = self._write()
-        except Exception as error:
+        except BaseException as error:  # whatever ends the thread, such as a panic in Rust, which is no Exception
             self.error = _words(error)
         self._shards = {}
         self.seconds = time.perf_counter() - began
@@ -361,7 +361,7 @@ def _error_of(call: Callable[[], Any]) -> list[str]:
     return []
 
 
-def _words(error: Exception) -> str:
+def _words(error: BaseException) -> str:
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return text.partition("\n")[0][:300] or type(error).__name__
 
