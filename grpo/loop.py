@@ -21,7 +21,7 @@ from hark.grpo.instruments.metrics import Metrics, finite, peak_gib, restart_pea
 from hark.grpo.instruments.record import RecordError
 from hark.grpo.instruments.trackers import open_trackers
 from hark.grpo.learner import Learner
-from hark.grpo.runtime.checkpoint import Saver, checkpoints, load_checkpoint, step_of
+from hark.grpo.runtime.checkpoint import Saver, checkpoints, load_checkpoint, set_aside, step_of
 from hark.grpo.runtime.collectives import TIMEOUT, check_interrupted, reduce_max, reduce_sums
 from hark.grpo.runtime.export import export, export_adapters
 from hark.grpo.runtime.interrupt import Interrupted
@@ -62,6 +62,7 @@ def train(
         )  # fmt: skip
         start = resumed(learner, changes) if config.run.resume else 0
         if world.is_main:
+            set_aside(learner.directory / "checkpoints", after=start)
             write_whole(learner.directory / "config.yaml", to_yaml(config).encode())
             save_own_files(learner.directory / "own_files")
             print(f"all settings are in {learner.directory / 'config.yaml'}", flush=True)

@@ -122,6 +122,14 @@ def test_a_manifest_of_another_step_is_damaged(settings, run):
         on_ranks(1, train, [*settings, "run.resume=true"])
 
 
+def test_a_damaged_later_checkpoint_does_not_displace_those_of_the_run_that_goes_on(settings, run, capsys):
+    (run / "step-000002").rename(run / "step-000005")
+    on_ranks(1, train, [*settings, "run.resume=true", "checkpoint.keep=1"])
+    assert sorted(path.name for path in run.iterdir()) == ["step-000002", "step-000005.aside"]
+    said = capsys.readouterr().out
+    assert "step-000005 is later than step 1; renamed to step-000005.aside; it can be deleted" in said
+
+
 def test_steps_are_compared_as_numbers(settings, run):
     for old, new in ((1, 999999), (2, 1000000)):
         path = (run / f"step-{old:06d}").rename(run / f"step-{new:06d}")

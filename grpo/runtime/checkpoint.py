@@ -230,6 +230,20 @@ def joined(manifest: Manifest, written: Sequence[Written]) -> Manifest:
     return Manifest(manifest.step, manifest.model, files, tensors, manifest.state, manifest.about)
 
 
+def set_aside(directory: Path, *, after: int) -> None:
+    """Rename the checkpoints of later steps than `after`, from which a run goes on, so that they no longer count.
+
+    They are damaged or of another run. A later save would take them for the newest ones and delete its own, and one
+    that became readable again would be resumed, although the log no longer has its steps.
+    """
+    for path in _named(directory):
+        if step_of(path) > after:
+            aside = path.with_name(f"{path.name}.aside")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            print(f"warning: {path} is later than step {after}; renamed to {aside.name}; it can be deleted", flush=True)
+
+
 def prune(directory: Path, *, keep: int, keep_weights: bool) -> None:
     """Delete checkpoints that are neither among the newest `keep` nor that of the best validation accuracy.
 
