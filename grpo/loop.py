@@ -114,7 +114,7 @@ def do_steps(learner: Learner, metrics: Metrics, saver: Saver, *, start: int, ra
     config, world, optimizer = learner.config, learner.world, learner.optimizer
     due = _is_due(start, config.evaluation.every, config.optim.steps) if start else config.evaluation.before
     if due and not reduce_max(metrics.has_event("evaluation", start), world):
-        evaluated(learner, metrics, done=start)
+        evaluated(learner, metrics, saver, done=start)
     for step in range(start, config.optim.steps):
         learner.clock.start(step + 1)
         world.meter.start()
@@ -135,20 +135,22 @@ def do_steps(learner: Learner, metrics: Metrics, saver: Saver, *, start: int, ra
         # Before the checkpoint, so that a run which is killed here evaluates again.
         validation = {}
         if _is_due(done, config.evaluation.every, config.optim.steps):
-            validation = evaluated(learner, metrics, done=done)
+            validation = evaluated(learner, metrics, saver, done=done)
         saver.finish(wait=False)
         if _is_due(done, config.checkpoint.every, config.optim.steps):
             save(learner, saver, done, validation=validation)
     saver.finish()
 
 
-def evaluated(learner: Learner, metrics: Metrics, *, done: int) -> dict[str, float]:
+def evaluated(learner: Learner, metrics: Metrics, saver: Saver, *, done: int) -> dict[str, float]:
     """Evaluate the validation questions and log the figures; returns them on rank 0."""
     if learner.validate is None:
         return {}
     with learner.world.progress.during(f"evaluation after step {done}"):
         figures = learner.validate()
         check_interrupted(learner.world)
+    # Before the log, so that a run which is killed between the two evaluates again.
+    saver.add_validation(done, finite(figures))
     metrics.log_event("evaluation", {"step": done} | figures)
     return figures
 

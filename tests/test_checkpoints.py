@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from hark.grpo.config import Config, ConfigError
 from hark.grpo.runtime import checkpoint as module
 from hark.grpo.runtime.checkpoint import CheckpointError, Saver, best_of, checkpoints, load_checkpoint, newest_intact
 from hark.grpo.runtime.collectives import World
+from hark.grpo.runtime.interrupt import Interrupted
 from hark.grpo.runtime.manifest import DamageError, Manifest
 from hark.launch import train as train_program
 from hark.launch.common.config_file import load_config
@@ -357,6 +359,25 @@ def test_a_start_that_cannot_write_the_configuration_leaves_that_of_the_run(sett
         on_ranks(1, train, settings)
     assert (directory / "config.yaml").read_text() == "run: {seed: 1}\n"
     assert not list(directory.glob("config.yaml?*"))
+
+
+def test_an_evaluation_that_a_signal_cut_short_is_noted_in_its_checkpoint_at_the_resume(settings, tmp_path):
+    accuracies = iter([0.9, 0.9, 0.1])
+
+    def run(world: World, words: list[str]) -> None:
+        def validate() -> dict[str, float]:
+            world.interruption.signal = 0 if words else signal.SIGTERM
+            return {"accuracy": next(accuracies)}
+
+        config = load_config([*settings, "evaluation.every=1", "checkpoint.keep=1", *words])
+        loop.train(build(world, config, validate=validate))
+
+    with pytest.raises(Interrupted, match="after step 1: .* from the checkpoint of step 1"):
+        on_ranks(1, run, [])
+    on_ranks(1, run, ["run.resume=true"])
+    kept = checkpoints(tmp_path / "run" / "checkpoints")
+    assert [path.name for path in kept] == ["step-000001", "step-000002"], "the best, and the newest"
+    assert best_of(kept) == kept[0]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ written last. Until then the directory is named `step-NNNNNN.partial`.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 import threading
@@ -120,6 +121,16 @@ class Saver:
         if not reduce_max(writing.thread.is_alive(), self._world):
             self._finished(writing)
         self._count("seconds/checkpoint", time.perf_counter() - began)
+
+    def add_validation(self, step: int, figures: Mapping[str, float]) -> None:
+        """Add figures of rank 0 to the newest checkpoint, if it is that of `step` and was saved without them.
+
+        It was if a signal has ended the run in the validation after this step.
+        """
+        checkpoint = self._directory / name_of(step)
+        if self._world.is_main and step and step == self.saved:
+            for error in _error_of(lambda: _amend(checkpoint, {"validation": dict(figures)})):
+                print(f"warning: the validation is not noted in {checkpoint / manifests.NAME}: {error}", flush=True)
 
     def take_figures(self) -> dict[str, float]:
         """Seconds for which training waited for checkpoints, and for which a thread wrote them, since the last call."""
@@ -285,6 +296,12 @@ def _strip(checkpoint: Path) -> None:
     Manifest(manifest.step, manifest.model, kept, {WEIGHTS: weights}, manifest.state, manifest.about).write(checkpoint)
     for name in manifest.files.keys() - kept.keys():
         (checkpoint / name).unlink(missing_ok=True)
+
+
+def _amend(checkpoint: Path, about: Mapping[str, Any]) -> None:
+    """Add to what a checkpoint says about its run."""
+    manifest = Manifest.read(checkpoint)
+    dataclasses.replace(manifest, about=manifest.about | dict(about)).write(checkpoint)
 
 
 def load_checkpoint(
