@@ -147,9 +147,12 @@ class Loader(Generic[Prompt]):
         return slot.example, slot.prompt
 
     def close(self) -> None:
-        """Stop the threads. Call this at the end of a run, or use the loader in a `with` block."""
+        """Let the threads end, each after what it is preparing, without waiting: a disk that hangs may hold them.
+
+        Call this at the end of a run, or use the loader in a `with` block.
+        """
         self._cancel()
-        self._threads.shutdown(cancel_futures=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def __enter__(self) -> "Loader[Prompt]":
         return self
