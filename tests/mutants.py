@@ -669,6 +669,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
             "test_processes",
         ),
         ("one that is stopped is waited for", "if silent > self._patience:", "if False:", "test_processes"),
+        ("a launcher that died is waited for", "os.getppid() != self._parent", "False", "test_processes"),
     ),
     "grpo/runtime/lock.py": (
         ("two runs in a directory", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", "test_processes"),

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from hark.grpo import loop
 from hark.grpo.config import ConfigError
 from hark.grpo.instruments.metrics import LogError, Metrics
 from hark.grpo.instruments.nonfinite import NonFiniteError
+from hark.grpo.runtime import watchdog as watchdog_module
 from hark.grpo.runtime.checkpoint import checkpoints
 from hark.grpo.runtime.collectives import World
 from hark.grpo.runtime.interrupt import Interrupted, interruptible
@@ -37,15 +39,19 @@ CPU = torch.device("cpu")
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks at processes in /proc")
 def test_a_run_comes_back_bit_for_bit_from_kills_and_signals(tmp_path, monkeypatch):
-    """The short form of launch/studies/chaos.py: three things that are done to a run on two ranks."""
+    """The short form of launch/studies/chaos.py: three things that are done to a run on two ranks, at its next save."""
     monkeypatch.setattr(chaos, "STEPS", 8)
+    monkeypatch.setattr(chaos, "moment_for", lambda *_: "a save")
+    first = SimpleNamespace(randrange=lambda *_: 0)
+    monkeypatch.setitem(chaos.MOMENTS, "a save", lambda trial, _: chaos.a_save(trial, first))
     kinds = ["kill -9 of one rank", "kill -9 of the launcher", "SIGTERM"]
     chaos.main([
         "--trials", "3", "--root", str(tmp_path), "--setups", "2 ranks", "--only", *kinds, "--page", os.devnull,
     ])  # fmt: skip
     chains = json.loads((tmp_path / "trials.json").read_text()).values()
-    trials = [trial for chain in chains for trial in chain["figures"]["trials"]][:3]
-    assert len(trials) == 3 and all(trial["came_back"] and trial["same"] for trial in trials), trials
+    trials = [trial for chain in chains for trial in chain["figures"]["trials"]]
+    assert sorted(trial["kind"] for trial in trials) == sorted(kinds)
+    assert all(trial["came_back"] and trial["same"] for trial in trials), trials
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -174,6 +180,24 @@ def test_a_rank_without_progress_is_named_unless_it_waits_for_others_or_may_take
     moving = [[n, n, False, "load of step 3", 0.0] for n in range(5)]
     for fine in (waits, export, moving, [None] * 5):
         assert judged(fine, monkeypatch=monkeypatch) == [""] * 5
+
+
+def test_a_rank_ends_itself_when_its_launcher_has_died(monkeypatch):
+    """The parent of its process is another then; nothing else says so where run.patience=0, or to a single rank."""
+    said, parents = [], [7, 7]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a run")
+    monkeypatch.setattr(watchdog_module.os, "getppid", lambda: parents.pop() if parents else 1)
+    monkeypatch.setattr(watchdog_module, "LOOK", 0.01)
+    watchdog = Watchdog(World(0, 1, CPU), patience=0.0, store=None)
+
+    def leave(text: str, status: int) -> None:
+        said.append((text, status))
+        watchdog._ended.set()
+
+    monkeypatch.setattr(watchdog_module, "leave", leave)
+    with watchdog.watching():
+        assert watchdog._ended.wait(3)
+    assert len(said) == 1 and said[0][0].startswith("error: the launcher of this process has died") and said[0][1] == 1
 
 
 def test_the_phase_in_progress_is_named_as_it_was_in_the_step_before(settings, tmp_path):

@@ -149,9 +149,10 @@ def chain(root: Path, setup: str, seed: str, *, kinds: Sequence[str], limit: int
     chance = random.Random(seed)
     expected = undisturbed(root, setup)
     directory = expected.with_name(f"disturbed-{chance.randrange(10**6):06}")
+    order = chance.sample(kinds, len(kinds))  # each of them is done before any is done again
     trials: list[Trial] = []
     for _ in range(limit + 100):
-        kind = chance.choice(kinds) if len(trials) < limit else None
+        kind = order[len(trials) % len(order)] if len(trials) < limit else None
         words = command(root, directory, setup)
         launcher = start(words, directory)
         began = time.monotonic()
