@@ -641,6 +641,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "hark/shown.py": (("control characters printed", "c if c.isprintable() else", "c if c else", "test_console"),),
     "grpo/runtime/export.py": (
         ("export of what was loaded", "whole(tensor) if tensor.requires_grad else None", "None", "test_training"),
+        ("the old export deleted first", "target.rename(old)", "shutil.rmtree(target)", "test_processes"),
     ),
     "grpo/runtime/manifest.py": (
         ("any contents", "if sha256_of(path) != file.sha256:", "if False:", "test_checkpoints"),

@@ -15,20 +15,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from hark.grpo import learner as learner_module
 from hark.grpo import loop
 from hark.grpo.config import ConfigError
 from hark.grpo.instruments.metrics import LogError, Metrics
 from hark.grpo.instruments.nonfinite import NonFiniteError
+from hark.grpo.runtime import export as export_module
 from hark.grpo.runtime import watchdog as watchdog_module
 from hark.grpo.runtime.checkpoint import checkpoints
 from hark.grpo.runtime.collectives import World
+from hark.grpo.runtime.export import ExportError
 from hark.grpo.runtime.interrupt import Interrupted, interruptible
 from hark.grpo.runtime.lock import locked
 from hark.grpo.runtime.watchdog import Watchdog
 from hark.launch import train as train_program
 from hark.launch.common.config_file import load_config
+from hark.launch.common.entry import sentence
 from hark.launch.studies import chaos, faults
 from tests.clips import write_questions
 from tests.ranks import as_torchrun, on_ranks
@@ -121,7 +125,9 @@ with Interruption().noted(grace=float(sys.argv[1])):
 """
 
 
-@pytest.mark.parametrize(("grace", "signals", "said"), [(1, 1, "not left within run.grace, 1 s"), (60, 2, "at once")])
+@pytest.mark.parametrize(
+    ("grace", "signals", "said"), [(1, 1, "not left within run.grace, 1 s"), (60, 2, "by a second")]
+)
 def test_a_run_that_does_not_leave_is_ended_after_the_grace_or_by_a_second_signal(grace, signals, said):
     """Even while its main thread is in a call of the system that no handler of Python interrupts."""
     process = subprocess.Popen(
@@ -325,6 +331,59 @@ def test_a_directory_that_vanishes_is_one_sentence(tmp_path):
         metrics.log(1, {"loss": 0.0})
 
 
+@pytest.fixture
+def exported(tmp_path, monkeypatch):
+    """Exports adapters to tmp_path/adapters by a function that writes to a directory; there is an export already."""
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "adapters" / "old").touch()
+    monkeypatch.setattr(export_module, "adapter_tensors", lambda policy: {})
+    monkeypatch.setattr(export_module.dist, "barrier", lambda: None)
+
+    def run(write) -> None:
+        monkeypatch.setattr(export_module, "write_adapters", lambda policy, tensors, directory: write(directory))
+        export_module.export_adapters(None, tmp_path / "adapters", World(0, 1, CPU))
+
+    return run
+
+
+def files(directory: Path) -> list[str]:
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(
+    "error", [SafetensorError("I/O error: No space left on device"), FileNotFoundError(errno.ENOENT, "No such file")]
+)
+def test_an_export_that_cannot_be_written_is_one_sentence_and_the_one_before_it_stays(error, exported, tmp_path):
+    def write(directory: Path) -> None:
+        (directory / "new").touch()
+        raise error
+
+    with pytest.raises(ExportError, match=r"adapters cannot be written \(.*No s.*\); make room or give access there"):
+        exported(write)
+    assert files(tmp_path) == ["adapters/old"]
+
+
+def test_an_export_is_on_the_disk_before_it_replaces_the_one_before_which_is_then_deleted(
+    exported, tmp_path, monkeypatch
+):
+    synced, rename = [], Path.rename
+    monkeypatch.setattr(export_module, "sync_directory", lambda path: synced.append(path.name))
+
+    def killed(path: Path, target: Path) -> None:
+        if path.name == "adapters.partial":
+            assert synced == ["new", "adapters.partial"] and not (tmp_path / "adapters").exists()
+            raise KeyboardInterrupt
+        rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        exported(lambda directory: (directory / "new").touch())
+    assert files(tmp_path) == ["adapters.old/old", "adapters.partial/new"]
+    monkeypatch.setattr(Path, "rename", rename)
+    exported(lambda directory: (directory / "newer").touch())
+    assert files(tmp_path) == ["adapters/newer"]
+
+
 def test_a_full_disk_is_one_line(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
@@ -339,6 +398,11 @@ def test_a_full_disk_is_one_line(tmp_path):
         ended.stderr
         == "error: some/file: No space left on device; make room or give access there, or choose another directory\n"
     )
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_disk_that_fails_is_one_line(number):
+    assert str(sentence(OSError(number, "the disk failed", "some/file"))).startswith("some/file: the disk failed; ")
 
 
 def test_an_interrupted_run_that_saves_none_says_that_it_begins_again(settings, tmp_path):

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
+from hark import UserError
 from hark.grpo.runtime.collectives import World
+from hark.grpo.runtime.manifest import sync_directory
 from hark.models.directory import files_to_copy
 from hark.models.loading import tied_names
 from hark.models.lora import adapter_delta, adapter_tensors, is_adapter, whole, write_adapters
@@ -19,6 +22,10 @@ from hark.models.policy import Policy
 from hark.models.stored import StoredTensors
 
 SHARD_BYTES = "5GB"  # of one safetensors file of an export
+
+
+class ExportError(UserError, RuntimeError):
+    """An export that cannot be written."""
 
 
 def export(policy: Policy, target: Path, world: World, *, dtype: torch.dtype = torch.float32) -> None:
@@ -69,13 +76,30 @@ def _own_memory(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _replaced(target: Path) -> Iterator[Path]:
-    """An empty directory to write to; at the end of the block it replaces `target`."""
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
+    """An empty directory to write to; at the end of the block it is on the disk and replaces `target`.
+
+    The old `target` is kept beside it, under the name `TARGET.old`, until the new one has its name. Raises ExportError
+    if something cannot be written or copied.
+    """
+    partial, old = (target.with_name(f"{target.name}.{kind}") for kind in ("partial", "old"))
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        for path in (*partial.iterdir(), partial):
+            sync_directory(path)  # it takes files too
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
+        partial.rename(target)
+        sync_directory(target.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)  # it takes room that may be what is missing
+        raise ExportError(
+            f"{target} cannot be written ({error}); make room or give access there; `python launch/export.py RUN` "
+            "writes a checkpoint of the run as a model"
+        ) from error
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _set_dtype(path: Path, dtype: torch.dtype) -> None:

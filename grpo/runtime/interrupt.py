@@ -15,6 +15,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Signals within so many seconds count as one: a terminal sends Ctrl-C to torchrun and to its processes, and torchrun
 # passes it on.
 ONE = 1.0
+GO_ON = "the same command with run.resume=true goes on from the last checkpoint"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -70,10 +71,10 @@ class Interruption:
             name = signal.Signals(number).name
             if not self.signal:
                 self.signal, since = number, time.monotonic()
-                late = f"{name}: not left within run.grace, {grace:g} s; ended without a checkpoint of the latest steps"
+                late = f"{name}: not left within run.grace, {grace:g} s; ended at once; {GO_ON}"
                 timer = leave_within(grace, late, 128 + number)
             elif time.monotonic() - since > ONE:
-                leave(f"{name}: ended at once, without a checkpoint of the latest steps", 128 + number)
+                leave(f"{name}: ended at once by a second signal; {GO_ON}", 128 + number)
         if timer is not None:
             timer.cancel()
 

@@ -20,8 +20,8 @@ from hark.shown import shown
 PATIENCE = 3.0
 LINES, LONGEST = 20, 1000  # of an error's message: lines, and characters of each
 PANIC = "PanicException"  # of code in Rust, such as the tokenizers; its class has no module to import it from
-# Errors of a disk that takes nothing more, or not from this user.
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+# Errors of a disk that takes nothing more, or not from this user, or that fails.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE)
 
 
 def run(main: Callable[[list[str]], None]) -> None:
