@@ -138,6 +138,7 @@ class RewardConfig:
     on_error: Literal["stop", "none"] = (
         "stop"  # when a reward fails: end the run, or leave out what it would have given
     )
+    max_failed: Share = 0.1  # with on_error=none: share of the questions of 100 steps of which a reward may fail
     timeout: Positive = 60.0  # seconds of one call of one reward on one group, in the processes of rewards
     workers: CountOrZero = (
         0  # processes per rank that run rewards; 0: one, for your own rewards, math, judge and artefact

@@ -96,6 +96,7 @@ class Trainer(Learner[PolicyBatch]):
 
         columns = drawn.columns if pending is None else self.rewards.columns(pending)  # (B, K)
         assert columns is not None
+        self.rewards.check_failures(step)
         weights = self.rewards.weights(step)
         rewards = weighted_rewards(columns, weights)
         penalties = self.objective.penalties(old_logprobs, ref_logprobs, rollout.mask, self.reference.beta)
@@ -265,11 +266,13 @@ class Trainer(Learner[PolicyBatch]):
         return loss, terms | {"sampler_gap": (logprobs.detach() - sampled).abs()}
 
     def state(self) -> dict[str, Any]:
-        return super().state() | {"beta": self.reference.beta, "cursor": self.cursor}
+        own = {"beta": self.reference.beta, "cursor": self.cursor, "failing": self.rewards.failing}
+        return super().state() | own
 
     def restore(self, state: dict[str, Any]) -> None:
         super().restore(state)
         self.cursor = state.get("cursor")
+        self.rewards.failing = list(state.get("failing", []))
         self.reference.restore(state)
 
     def prepare(self, step: int) -> None:

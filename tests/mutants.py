@@ -317,6 +317,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "grpo/rewards.py": (
         ("failed calls uncounted", '{"reward_failures": len(judged.failures)} |', "", "test_rewards_failing"),
         ("failed calls counted again", "self._figures.clear()", "pass", "test_rewards_table"),
+        ("failures never forgotten", "if one[0] > step - WINDOW", "if True", "test_rewards_failing"),
         (
             "schedule in steps",
             "(last - first) * (step - start) / (end - start)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import math
 import time
 import traceback
@@ -12,11 +13,14 @@ import torch
 
 from hark import UserError
 from hark.data.examples import Example
-from hark.data.rewards import REWARDS, RewardError
+from hark.data.rewards import REWARDS, Failure, Judged, RewardError
 from hark.data.rewards.judging import Judge
 from hark.data.rewards.table import is_foreign
+from hark.grpo.config import RewardConfig
+from hark.grpo.rewards import WINDOW, StepRewards
 from hark.grpo.runtime.collectives import World, exchange_rows
 from hark.grpo.shared_data import OtherRankError, on_all
+from hark.grpo.types import Rollout
 from hark.launch.common.config_file import load_config
 from hark.launch.common.entry import sentence
 from hark.launch.common.questions import rewards_of
@@ -62,7 +66,7 @@ def test_two_workers_give_the_columns_of_one_and_a_dead_one_is_replaced(own):
     assert len(before) in (1, 2) and between == set()  # as fast as calls are, one process may do all of them
     assert after and not after & before
     assert torch.equal(found[0].columns[:, 1:], expected) and torch.equal(found[2].columns[:, 1:], expected)
-    assert [len(judged.failures) for judged in found] == [0, 4, 0]
+    assert [len(judged.failures) for judged in found] == [0, 4, 0] == [judged.failed for judged in found]
     assert all("died with status 3" in failure.reason for failure in found[1].failures)
 
 
@@ -147,8 +151,9 @@ def fails_once(calls: list[str]):
 
 def step_with_a_failing_reward(world: World, settings: list[str]) -> None:
     """Rank 1's second group has no reward: the run ends on both ranks, or goes on with the same metrics on both."""
-    for on_error in ("stop", "none"):
-        config = load_config([*settings, "reward.weights={odd: 1.0, format: 0.5}", f"reward.on_error={on_error}"])
+    for on_error, limit in (("stop", 0.1), ("none", 0.1), ("none", 0.0)):
+        more = ["reward.weights={odd: 1.0, format: 0.5}", f"reward.on_error={on_error}", f"reward.max_failed={limit}"]
+        config = load_config([*settings, *more])
         calls: list[str] = []
         REWARDS["odd"] = fails_once(calls if world.rank == 1 else ["never"] * 9)
         try:
@@ -156,6 +161,10 @@ def step_with_a_failing_reward(world: World, settings: list[str]) -> None:
                 learner = build(world, config, rewards=rewards)
                 if on_error == "stop":
                     with pytest.raises(UserError, match="reward 'odd' of example .* failed: ValueError: no caption"):
+                        learner.step(0)
+                    continue
+                if not limit:
+                    with pytest.raises(UserError, match="more than reward.max_failed=0 .*ValueError: no caption"):
                         learner.step(0)
                     continue
                 metrics = learner.step(0)
@@ -166,6 +175,9 @@ def step_with_a_failing_reward(world: World, settings: list[str]) -> None:
         assert all(map(math.isfinite, seen))
         first, second = exchange_rows([seen], world)
         assert first == second
+        again = build(world, config, rewards=rewards)
+        again.restore(json.loads(json.dumps(learner.state())))
+        assert again.rewards.failing == [[0, 1 / config.optim.prompts_per_step]]
 
 
 def test_a_reward_that_fails_on_one_rank_stops_both_or_leaves_both_training(settings, tmp_path):
@@ -197,3 +209,34 @@ def fails_differently(world: World) -> None:
 
 def test_the_traceback_of_a_bug_on_one_rank_is_that_of_all_and_a_users_error_has_none():
     on_ranks(2, fails_differently)
+
+
+def fail_in_steps(world: World, fails_in: range, limit: float) -> int | None:
+    """The step that stops the run if, in some steps, rank 1 has no reward for one of its two questions."""
+
+    def judge(examples, texts, ids, stopped, step):
+        if world.rank != 1 or step not in fails_in:
+            return Judged(torch.ones(2, 1))
+        return Judged(torch.ones(2, 1), (Failure("judge", f"no reply in step {step}"),), failed=1)
+
+    ones = torch.ones(2, 1, dtype=torch.long)
+    rollout = Rollout((), 1, ones, ones, torch.zeros(2, 1), torch.ones(2))
+    rewards = StepRewards(judge, RewardConfig(on_error="none", max_failed=limit), world)
+    for step in range(2 * WINDOW):
+        rewards.columns(rewards.start(EXAMPLES[:2], rollout, ["a", "b"], step))
+        try:
+            rewards.check_failures(step)
+        except UserError as error:
+            assert str(error).endswith(f"the last: no reply in step {step}")
+            return step
+    return None
+
+
+def count_failures(world: World) -> None:
+    assert fail_in_steps(world, range(50, 150), 0.02) == 58, "the ninth quarter of a step is more than two steps"
+    assert fail_in_steps(world, range(2 * WINDOW), 0.25) is None, "a quarter of the questions is allowed"
+    assert fail_in_steps(world, range(0, 2 * WINDOW, 10), 0.025) is None, "old failures are forgotten"
+
+
+def test_rewards_that_fail_for_too_many_questions_of_late_stop_all_ranks_with_the_reason():
+    on_ranks(2, count_failures)

@@ -282,7 +282,7 @@ def test_a_reward_sees_the_tokens_of_each_completion_and_a_failed_call_is_counte
 
     def judge(examples, texts, ids, stopped, step):
         seen.append((ids, stopped, step))
-        return Judged(torch.ones(2, 1), (Failure("accuracy", "failed"),), {"judge/prompt_tokens": 3.0})
+        return Judged(torch.ones(2, 1), (Failure("accuracy", "failed"),), {"judge/prompt_tokens": 3.0}, 1)
 
     tokens, mask = torch.tensor([[5, 6, 2], [7, 2, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
     rollout = Rollout((), 2, tokens, mask, torch.zeros(2, 3), torch.tensor([False, True]))

@@ -52,12 +52,14 @@ class Failure(NamedTuple):
 class Judged(NamedTuple):
     """The rewards of a step: columns (B, K) float32, one per name, NaN where the reward is None; and what failed.
 
-    figures: sums to log, such as the tokens that a judge used.
+    figures: sums to log, such as the tokens that a judge used. failed: the number of questions of which a reward
+    failed.
     """
 
     columns: torch.Tensor
     failures: tuple[Failure, ...] = ()
     figures: dict[str, float] = {}  # noqa: RUF012
+    failed: int = 0
 
 
 def each(function: Callable[[str], float | None]) -> Reward:

@@ -74,18 +74,20 @@ class Judge:
         replies = [own[n] if future is None else future.result() for n, future in enumerate(pending)]
         failures: list[Failure] = []
         rows: list[list[list[float | None]]] = []
+        failed = 0
         figures: Counter[str] = Counter(dict.fromkeys(FIGURES, 0) if "judge" in self.names else {})
         for n, group in enumerate(groups):
-            parts = replies[n * len(self.names) :][: len(self.names)]
+            parts, before = replies[n * len(self.names) :][: len(self.names)], len(failures)
             checked = [
                 self._checked(name, group, reply, failures) for name, reply in zip(self.names, parts, strict=True)
             ]
             for reply in parts:
                 figures.update(reply.figures)
             rows.append(self._conditioned(checked))
+            failed += len(failures) > before
         if failures:
             self._report(failures)
-        return Judged(columns(rows, len(self.names)), tuple(failures), dict(figures))
+        return Judged(columns(rows, len(self.names)), tuple(failures), dict(figures), failed)
 
     def __enter__(self) -> Judge:
         return self

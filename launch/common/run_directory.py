@@ -55,6 +55,7 @@ FREE = (
     ("reward", "timeout"),
     ("reward", "workers"),
     ("reward", "on_error"),
+    ("reward", "max_failed"),
     ("optim", "micro_batch"),
     ("optim", "skip_nonfinite"),
 )
