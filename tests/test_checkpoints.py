@@ -427,6 +427,42 @@ def test_a_checkpoint_of_a_run_with_scheduled_rewards_is_intact_and_an_equal_sch
         check_changes(other, facts(other, world), Manifest.read(path))
 
 
+@pytest.mark.parametrize(
+    ("state", "about"),
+    [
+        ({"lost": 3}, {}),
+        ({"lost": [3]}, {}),
+        ({"lost": "train-3"}, {}),
+        ({"cursor": "x"}, {}),
+        ({"skipped": None}, {}),
+        ({"beta": "0.1"}, {}),
+        ({"beta": 10**400}, {}),
+        ({}, {"config": 5}),
+        ({}, {"config": {"optim": 5}}),
+        ({}, {"data": []}),
+        ({}, {"ranks": "1"}),
+        ({}, {"validation": []}),
+        ({}, {"validation": {"accuracy": "high"}}),
+    ],
+)
+def test_a_manifest_whose_values_are_of_another_kind_is_damaged(state, about, tmp_path):
+    """Its own digest is right; a resume would end in a traceback."""
+    path = tmp_path / "step-000002"
+    path.mkdir()
+    Manifest(2, {}, {}, {}, state=state, about=about).write(path)
+    with pytest.raises(DamageError, match="hark.json is no manifest"):
+        Manifest.read(path)
+
+
+def test_a_manifest_of_a_whole_state_is_read(tmp_path):
+    path = tmp_path / "step-000002"
+    path.mkdir()
+    state = {"skipped": 1, "lost": ["train-3"], "beta": 0.04, "cursor": None}
+    about = {"validation": {"accuracy": None, "questions": 3}, "ranks": 2}
+    Manifest(2, {}, {}, {}, state=state, about=about).write(path)
+    assert Manifest.read(path).state == state
+
+
 def test_a_manifest_with_numbers_as_keys_is_read_as_it_was_written(tmp_path):
     """Numbers sort as 0, 50, 100 and texts as "0", "100", "50": the digest must not depend on it."""
     path = tmp_path / "step-000002"

@@ -101,7 +101,7 @@ class Manifest:
             manifest = _manifest(**body)
         except OSError as error:
             raise DamageError(f"{NAME} cannot be read ({error.strerror})") from error
-        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError, OverflowError) as error:
             raise DamageError(f"{NAME} is no manifest ({type(error).__name__})") from error
         if checkpoint.name != name_of(manifest.step):
             raise DamageError(f"{NAME} is that of step {manifest.step}")
@@ -156,9 +156,10 @@ def _encoded(values: dict[str, Any]) -> bytes:
 
 
 def _manifest(*, step: Any, model: Any, files: Any, tensors: Any, state: Any, about: Any) -> Manifest:
-    """The manifest of decoded JSON. Raises ValueError, TypeError, KeyError or AttributeError if it is not one."""
+    """The manifest of decoded JSON. Raises what `Manifest.read` takes for damage if it is not one."""
     if not all(isinstance(part, dict) for part in (model, files, tensors, state, about)):
         raise TypeError("an object was expected")
+    _check_kinds(state, about)
     known = {_file_name(name): File(_count(file["size"]), str(file["sha256"])) for name, file in files.items()}
     return Manifest(
         step=_count(step),
@@ -171,6 +172,22 @@ def _manifest(*, step: Any, model: Any, files: Any, tensors: Any, state: Any, ab
         state=state,
         about=about,
     )
+
+
+def _check_kinds(state: dict[str, Any], about: dict[str, Any]) -> None:
+    """Raise TypeError, AttributeError or OverflowError for what a resume uses if it is of another kind than written.
+
+    Each may be missing: other learners have another state, and an older checkpoint says less.
+    """
+    sections, figures, lost = about.get("config", {}), about.get("validation", {}), state.get("lost", [])
+    objects = all(isinstance(part, dict) for part in (*sections.values(), about.get("data", {})))
+    if not objects or not isinstance(lost, list) or not all(isinstance(name, str) for name in lost):
+        raise TypeError("an object or a list of names was expected")
+    for number in (state.get("beta", 0.0), *(figure for figure in figures.values() if figure is not None)):
+        if type(number) not in (int, float) or not math.isfinite(number):
+            raise TypeError("a number was expected")
+    for count in (state.get("skipped", 0), state.get("cursor") or 0, about.get("ranks", 1)):
+        _count(count)
 
 
 def _tensor(values: Any, files: dict[str, File]) -> Tensor:
