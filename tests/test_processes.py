@@ -29,6 +29,7 @@ from hark.grpo.runtime.collectives import World
 from hark.grpo.runtime.export import ExportError
 from hark.grpo.runtime.interrupt import Interrupted, interruptible
 from hark.grpo.runtime.lock import locked
+from hark.grpo.runtime.manifest import Manifest
 from hark.grpo.runtime.watchdog import Watchdog
 from hark.launch import train as train_program
 from hark.launch.common.config_file import load_config
@@ -55,7 +56,38 @@ def test_a_run_comes_back_bit_for_bit_from_kills_and_signals(tmp_path, monkeypat
     chains = json.loads((tmp_path / "trials.json").read_text()).values()
     trials = [trial for chain in chains for trial in chain["figures"]["trials"]]
     assert sorted(trial["kind"] for trial in trials) == sorted(kinds)
-    assert all(trial["came_back"] and trial["same"] for trial in trials), trials
+    assert all(trial[what] for trial in trials for what in chaos.GOOD), trials
+
+
+@pytest.mark.parametrize(
+    ("status", "log", "among_steps", "notes"),
+    [
+        (143, "SIGTERM after step 2: ...", True, []),
+        (1, "", True, ["status 1 instead of (143,)"]),
+        (143, "Traceback (most recent call last):", True, ["a traceback"]),
+        (-15, "Traceback (most recent call last):", False, []),
+    ],
+)
+def test_a_trial_notes_a_status_that_is_not_that_of_its_kind_and_a_traceback(status, log, among_steps, notes, tmp_path):
+    trial = chaos.Trial(
+        tmp_path, SimpleNamespace(returncode=status), 1, "1 rank", "SIGTERM", "a step", 0.0, among_steps=among_steps
+    )
+    chaos.check_end(trial, log)
+    assert trial.notes == notes and trial.ended_right == (not notes)
+
+
+def test_checkpoints_differ_in_what_they_say_of_a_validation_and_may_lack_it_until_the_end(tmp_path):
+    def saved(run: str, state: dict, about: dict) -> Path:
+        place = tmp_path / run / "checkpoints" / "step-000002"
+        place.mkdir(parents=True)
+        Manifest(2, {}, {}, {}, state=state, about=about).write(place)
+        return tmp_path / run
+
+    right = saved("right", {"beta": 0.1}, {"validation": {"accuracy": 0.5}, "code": "a"})
+    assert faults.differing(saved("equal", {"beta": 0.1}, {"validation": {"accuracy": 0.5}, "code": "b"}), right) == []
+    assert faults.differing(saved("lacking", {"beta": 0.1}, {}), right) == []
+    assert faults.differing(saved("other", {"beta": 0.1}, {"validation": {"accuracy": 0.4}}), right) == ["step-000002"]
+    assert faults.differing(saved("state", {"beta": 0.2}, {}), right) == ["step-000002"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -226,6 +258,7 @@ import sys, time
 from pathlib import Path
 from hark.grpo.runtime.collectives import joined_world
 from hark.grpo.runtime.lock import locked
+from hark.grpo.runtime.manifest import Manifest
 
 with joined_world() as world, locked(Path(sys.argv[1]), world):
     print("held", flush=True)

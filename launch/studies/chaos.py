@@ -4,9 +4,10 @@
 
 A trial starts a run with run.resume=true, waits for a moment, and does something to its processes: kill -9 of one, of
 all, or of the launcher; SIGTERM, SIGINT, SIGSTOP; a disk that is full. Then the same command is given again, which is
-the next trial, until the run is finished. A run came back if it got as far again. It is the same bit for bit if all its
-checkpoints, its exported model and its metrics are those of a run that nothing was done to. It can be stopped and
-started again: finished runs are kept. Linux only.
+the next trial, until the run is finished. A run came back if it got as far again. It ended right if its exit status is
+that of docs/training.md and no traceback came of a signal; this is not looked at while it starts and exports. It is the
+same bit for bit if all its checkpoints, its exported model and its metrics are those of a run that nothing was done to.
+It can be stopped and started again: finished runs are kept. Linux only.
 """
 
 from __future__ import annotations
@@ -34,9 +35,21 @@ from hark import UserError
 from hark.grpo.instruments.metrics import read_metrics
 from hark.launch.common.entry import run
 from hark.launch.common.pages import Markers, table
-from hark.launch.studies.faults import KINDS, Target, differing, finished_equal, last_step, of_run, start
+from hark.launch.studies.faults import (
+    KINDS,
+    SIGNALS,
+    STATUSES,
+    Target,
+    differing,
+    finished_equal,
+    last_step,
+    latest_log,
+    of_run,
+    start,
+)
 from hark.launch.studies.kept import DOCS, Kept
 
+GOOD = ("came_back", "ended_right", "same")  # what a trial must be
 MARKERS = Markers.of("launch/studies/chaos.py")
 STEPS, LIMIT, PATIENCE = 24, 120.0, 15.0  # of a run; seconds until a trial must have ended; of run.patience
 SETUPS: dict[str, tuple[int, tuple[str, ...]]] = {  # processes, settings
@@ -57,6 +70,8 @@ class Trial(Target):
     moment: str
     started: float
     step: int = 0  # the latest that was logged when it happened
+    among_steps: bool = False  # whether it had begun, and had further steps to do
+    ended_right: bool = True
     came_back: bool | None = None
     seconds: float | None = None  # from what was done until the run was as far again
     same: bool = True
@@ -87,7 +102,7 @@ def main(argv: list[str]) -> None:
     done = done[: arguments.trials]
     if arguments.page is not None:
         arguments.page.write_text(MARKERS.filled(arguments.page.read_text(), report(done)))
-    bad = [trial for trial in done if not trial["came_back"] or not trial["same"]]
+    bad = [trial for trial in done if not all(trial[name] for name in GOOD)]
     if bad:
         raise UserError(f"{len(bad)} of {len(done)} runs did not come back as they were: {bad[:3]}")
 
@@ -164,12 +179,15 @@ def chain(root: Path, setup: str, seed: str, *, kinds: Sequence[str], limit: int
             follow(trials, directory, launcher, until=partial(is_due, trial, MOMENTS[moment](trial, chance)))
             if launcher.poll() is None:
                 trial.step = last_step(directory)
+                trial.among_steps = "continuing from" in latest_log(directory) and trial.step < STEPS - 1
                 trial.started = time.monotonic()
                 KINDS[kind](trial, chance)
                 trials.append(trial)
         if not wait_for_end(directory, launcher):
             (trials or [trial])[-1].notes.append(f"not ended after {LIMIT:g} s")
             (trials or [trial])[-1].came_back = False
+        elif trials and trials[-1].launcher is launcher:
+            check_end(trials[-1], latest_log(directory))
         same(directory, expected, trials)
         if launcher.returncode == 0:  # finished, whatever was done to it
             note_return(trials, STEPS + 1)
@@ -179,7 +197,7 @@ def chain(root: Path, setup: str, seed: str, *, kinds: Sequence[str], limit: int
         trials[-1].notes.append("the finished run differs")
     for trial in trials:
         trial.came_back = trial.came_back is not False and trial.seconds is not None
-    if all(trial.came_back and trial.same for trial in trials):
+    if all(getattr(trial, name) for trial in trials for name in GOOD):
         shutil.rmtree(directory)
     return trials
 
@@ -223,6 +241,17 @@ def wait_for_end(directory: Path, launcher: subprocess.Popen) -> bool:
         os.kill(process, signal.SIGKILL)
     launcher.wait()
     return False
+
+
+def check_end(trial: Trial, log: str) -> None:
+    """Note an exit status that is not one of what was done, and a traceback after a signal."""
+    if not trial.among_steps:
+        return
+    if trial.launcher.returncode not in STATUSES[trial.kind]:
+        trial.notes.append(f"status {trial.launcher.returncode} instead of {STATUSES[trial.kind]}")
+    if trial.kind in SIGNALS and "Traceback" in log:
+        trial.notes.append("a traceback")
+    trial.ended_right = not trial.notes
 
 
 def same(directory: Path, expected: Path, trials: Sequence[Trial]) -> None:
@@ -311,7 +340,7 @@ MOMENTS: dict[str, Callable[[Trial, random.Random], Callable[[], bool]]] = {
 
 def report(trials: Sequence[dict[str, Any]]) -> str:
     """A table by what was done."""
-    heading = ("", "trials", "came back", "bit for bit", "seconds lost, median", "most", "moments")
+    heading = ("", "trials", "came back", "ended right", "bit for bit", "seconds lost, median", "most", "moments")
     lines = [cells(kind, [trial for trial in trials if trial["kind"] == kind]) for kind in KINDS]
     total = cells("all", trials)
     setups = ", ".join(f"{name} {sum(trial['setup'] == name for trial in trials)}" for name in SETUPS)
@@ -322,8 +351,8 @@ def cells(name: str, trials: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     seconds = [trial["seconds"] for trial in trials if trial["seconds"] is not None]
     moments = Counter(trial["moment"] for trial in trials)
     return (
-        name, str(len(trials)), str(sum(bool(trial["came_back"]) for trial in trials)),
-        str(sum(trial["same"] for trial in trials)), f"{statistics.median(seconds):.0f}" if seconds else "",
+        name, str(len(trials)), *(str(sum(bool(trial[what]) for trial in trials)) for what in GOOD),
+        f"{statistics.median(seconds):.0f}" if seconds else "",
         f"{max(seconds):.0f}" if seconds else "", ", ".join(f"{name} {n}" for name, n in sorted(moments.items())),
     )  # fmt: skip
 
@@ -331,8 +360,7 @@ def cells(name: str, trials: Sequence[dict[str, Any]]) -> tuple[str, ...]:
 def row(trial: Trial) -> dict[str, Any]:
     return {
         "setup": trial.setup, "kind": trial.kind, "moment": trial.moment, "step": trial.step,
-        "came_back": trial.came_back, "same": trial.same, "seconds": trial.seconds,
-        "notes": trial.notes,
+        **{name: getattr(trial, name) for name in GOOD}, "seconds": trial.seconds, "notes": trial.notes,
     }  # fmt: skip
 
 

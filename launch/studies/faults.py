@@ -11,7 +11,7 @@ import resource
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 from hark.grpo.instruments.metrics import read_metrics
 from hark.grpo.runtime.checkpoint import checkpoints
-from hark.grpo.runtime.manifest import Manifest, sha256_of
+from hark.grpo.runtime.manifest import Manifest, name_of, sha256_of
 from hark.launch.common.torchrun import environment
 
 # Figures of the machine; and the size of a recorded step, which names the directory of its run.
@@ -62,19 +62,40 @@ def last_step(directory: Path) -> int:
         return 0
 
 
+def latest_log(directory: Path) -> str:
+    """The output of the latest start of a run."""
+    return max(directory.parent.glob(f"{directory.name}-*.log")).read_text(errors="replace")
+
+
 def differing(directory: Path, expected: Path) -> list[str]:
-    """The checkpoints that differ from those of the undisturbed run."""
+    """The checkpoints that differ from those of the undisturbed run.
+
+    A signal in a validation leaves its figures to the next start: one that has none of them does not differ.
+    """
+    pairs = common(directory, expected)
+    return [name_of(one.step) for one, right in pairs if held(one, held(right)[-1]) != held(right)]
+
+
+def held(manifest: Manifest, validation: Any = None) -> tuple[Any, ...]:
+    """What is compared of a checkpoint; `validation` is for one without such figures."""
+    return manifest.files, manifest.state, manifest.about.get("validation", validation)
+
+
+def common(directory: Path, expected: Path) -> Iterator[tuple[Manifest, Manifest]]:
+    """The manifests of the checkpoints that both runs have, of each."""
     right = {path.name: path for path in checkpoints(expected / "checkpoints")}
-    both = [path for path in checkpoints(directory / "checkpoints") if path.name in right]
-    return [path.name for path in both if Manifest.read(path).files != Manifest.read(right[path.name]).files]
+    for path in checkpoints(directory / "checkpoints"):
+        if path.name in right:
+            yield Manifest.read(path), Manifest.read(right[path.name])
 
 
 def finished_equal(directory: Path, expected: Path) -> bool:
-    """Whether the exported models have the same bytes and the metrics the same lines."""
+    """Whether the exported models have the same bytes, the checkpoints the same values, the metrics the same lines."""
     models = [
         sorted((path.name, sha256_of(path)) for path in (one / "model").iterdir()) for one in (directory, expected)
     ]
-    return models[0] == models[1] and figures(directory) == figures(expected)
+    saved = all(held(one) == held(right) for one, right in common(directory, expected))
+    return saved and models[0] == models[1] and figures(directory) == figures(expected)
 
 
 def figures(directory: Path) -> list[dict[str, Any]]:
@@ -166,4 +187,17 @@ KINDS: dict[str, Callable[[Target, random.Random], None]] = {
     "SIGINT": interrupt,
     "SIGSTOP of one rank": stop_one,
     "disk full": disk_full,
+}
+SIGNALS = ("SIGTERM", "SIGTERM of one rank", "SIGINT")
+# The status with which a run must end that was among its steps (docs/training.md): a negative one is that of a launcher
+# which was killed itself. Of ranks that fail together it is that of any. A small checkpoint fits on a full disk.
+STATUSES: dict[str, tuple[int, ...]] = {
+    "kill -9 of one rank": (-9, 137, 1),
+    "kill -9 of all": (-9,),
+    "kill -9 of the launcher": (-9,),
+    "SIGTERM": (143,),
+    "SIGTERM of one rank": (143,),
+    "SIGINT": (130,),
+    "SIGSTOP of one rank": (-9, 137, 1),
+    "disk full": (1, 0),
 }
