@@ -220,12 +220,17 @@ class Loader(Generic[Prompt]):
     def _make(self, example: Example, step: int) -> tuple[Example, Prompt]:
         if self._shuffle_choices:
             example = shuffle_choices(example, seed=self._seed, step=step)
-        for clip, known in zip(example.clips, example.digests, strict=False):  # no digests: they were not checked
-            self._unchanged.check(clip, known)
+        _check_unchanged(example, self._unchanged)
         waveforms = [self._waveform(clip) for clip in example.clips]
         if digest(f"{self._seed}/{step}/{example.id}") < self._silent_share * 2**64:
             waveforms = [np.zeros_like(waveform) for waveform in waveforms]
         return example, self._prepare(render(example, self._template), *waveforms)
+
+
+def _check_unchanged(example: Example, unchanged: Unchanged) -> None:
+    """AudioError if a clip has changed since it was checked."""
+    for clip, known in zip(example.clips, example.digests, strict=False):  # no digests: they were not checked
+        unchanged.check(clip, known)
 
 
 def _skipped(example: Example, error: DataError, skip_bad: bool) -> BadExample:
@@ -251,9 +256,11 @@ def evaluation_batches(
     A bad example raises DataError with its line. With `skip_bad`, or where the settings skip long clips, it is left out
     and passed to `on_bad`; its batch is smaller then.
     """
+    unchanged = Unchanged()
 
     def make(example: Example) -> tuple[Example, Prompt] | BadExample:
         try:
+            _check_unchanged(example, unchanged)
             return example, prepare(render(example, template), *map(waveform, example.clips))
         except DataError as error:
             return _skipped(example, error, skip_bad)

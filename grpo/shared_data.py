@@ -54,7 +54,7 @@ class SharedData:
     def __init__(self, data: TrainingData, world: World, *, max_lost: float):
         self._data, self._world = data, world
         self._counted = 0  # of the examples that this rank has skipped
-        self._most = max(1, math.floor(max_lost * len(data.examples)))
+        self._max_lost = max_lost
         self.examples, self.prepare, self.prepare_at = data.examples, data.prepare, data.prepare_at
         self.lost: list[str] = []
 
@@ -79,12 +79,17 @@ class SharedData:
             return result
         found = exchange_rows(list(new), self._world)
         self.lost = list(dict.fromkeys([*self.lost, *(one.id for one in found)]))
-        if len(self.lost) > self._most:
-            raise UserError(
-                f"{len(self.lost)} of {len(self.examples)} examples became bad during the run, more than data.max_lost "
-                f"allows, the last {found[-1].line}: {found[-1].reason}"
-            )
+        check_lost(len(self.lost), len(self.examples), self._max_lost, found[-1])
         return result
+
+
+def check_lost(lost: int, count: int, max_lost: float, last: Any) -> None:
+    """Raise UserError, with the last of them, if more are lost than the share `max_lost` of `count`, and than one."""
+    if lost > max(1, math.floor(max_lost * count)):
+        raise UserError(
+            f"{lost} of {count} examples became bad during the run, more than data.max_lost allows, the last "
+            f"{last.line}: {last.reason}"
+        )
 
 
 def on_all(call: Callable[[], Result], world: World) -> Result:

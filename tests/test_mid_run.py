@@ -17,11 +17,12 @@ from hark.data.clip_memory import ClipMemory
 from hark.data.clips import Rules, clips_in, inspect_all, usable
 from hark.data.errors import DataError
 from hark.data.examples import BadExample, Example
-from hark.data.loader import Loader
+from hark.data.loader import Loader, evaluation_batches
 from hark.grpo.runtime.collectives import World
 from hark.grpo.shared_data import SharedData
+from hark.launch.common.answering import with_shuffled_audio
 from hark.launch.common.config_file import load_config
-from hark.launch.common.questions import prepare_of
+from hark.launch.common.questions import prepare_of, validation_rows
 from tests.clips import waveform
 from tests.ranks import on_ranks
 from tests.runs import build
@@ -92,6 +93,53 @@ def test_with_skip_bad_the_next_good_one_replaces_it_on_any_number_of_ranks_and_
         assert [bad.line for bad in whole.bad] == ["train.jsonl:4"] and message in whole.bad[0].reason
     assert ids(3, 1) == ids(3, 2) == in_turn[3]
     assert [name for name, _ in in_turn[3]].count("id4") == 2 and "id3" not in dict(in_turn[3])
+
+
+@pytest.mark.parametrize(("harm", "message"), FAULTS)
+def test_a_question_of_an_evaluation_whose_clip_breaks_or_changes_is_an_error_or_left_out(examples, harm, message):
+    harm(examples[3].clips[0].source)
+    bad: list[BadExample] = []
+    rest = dict(
+        template="plain", batch=4, workers=2, on_bad=bad.append,
+        waveform=lambda clip: load_waveform(clip, sample_rate=16_000, max_seconds=2.0),
+    )  # fmt: skip
+    with pytest.raises(DataError, match=rf"^train.jsonl:4: .*{message}"):
+        list(evaluation_batches(examples, lambda text, sound: text, **rest))
+    asked = list(evaluation_batches(examples, lambda text, sound: text, skip_bad=True, **rest))
+    assert [len(batch) for batch in asked] == [3, 4, 2] and [one.line for one in bad] == ["train.jsonl:4"]
+
+
+def test_clips_that_other_questions_get_as_a_control_are_compared_with_what_they_were_themselves(examples):
+    other = with_shuffled_audio(examples, seed=0)
+    assert [one.clips for one in other] != [one.clips for one in examples]
+    known = {one.clips: one.digests for one in examples}
+    assert all(one.digests == known[one.clips] for one in other) and len(set(known.values())) == COUNT
+
+
+def test_lost_questions_of_a_validation_are_listed_and_said_and_too_many_stop_the_run(
+    examples, tmp_path, monkeypatch, capsys
+):
+    def evaluate(policy, batches, to_row, world, **settings):
+        return [example.id for batch in batches for example, _ in batch]
+
+    monkeypatch.setattr("hark.launch.common.questions.evaluate", evaluate)
+    policy = SimpleNamespace(
+        positions=None, sample_rate=16_000, prepare=lambda chat, sound: SimpleNamespace(ids=torch.zeros(1))
+    )
+    (tmp_path / "config.yaml").write_text("{}")
+    words = ["model.path=none", f"run.directory={tmp_path}/run", "data.skip_bad=true", "data.template=plain"]
+
+    def validated(*more):
+        return validation_rows(load_config([f"{tmp_path}/config.yaml", *words, *more]), ALONE, policy, examples)
+
+    for n in (1, 4, 7):
+        change(examples[n].clips[0].source)
+    assert validated("data.max_lost=0.3") == [f"id{n}" for n in (0, 2, 3, 5, 6, 8, 9)]
+    listed = [json.loads(line)["id"] for line in (tmp_path / "run" / "bad.jsonl").read_text().splitlines()]
+    assert listed == ["id1", "id4", "id7"]
+    assert "validation: 3 of 10 questions became bad during the run, listed in" in capsys.readouterr().out
+    with pytest.raises(UserError, match="3 of 10 examples .* data.max_lost allows, the last train.jsonl:8: .*changed"):
+        validated("data.max_lost=0.2")
 
 
 ALONE = World(0, 1, torch.device("cpu"))

@@ -169,7 +169,13 @@ def with_shuffled_audio(examples: Sequence[Example], *, seed: int) -> list[Examp
     numbers = {len(example.clips) for example in examples}
     alike = [[example for example in examples if len(example.clips) == number] for number in numbers]
     clips = {example.id: clips for part in alike for example, clips in _exchanged(part, seed)}
-    return [dataclasses.replace(example, clips=clips[example.id]) for example in examples]
+    # A clip that was checked takes its digest along.
+    digest = {clip: one for example in examples for clip, one in zip(example.clips, example.digests, strict=False)}
+    return [
+        dataclasses.replace(example, clips=given, digests=tuple(digest.get(clip, "") for clip in given))
+        for example in examples
+        for given in [clips[example.id]]
+    ]
 
 
 def _exchanged(examples: Sequence[Example], seed: int) -> Iterator[tuple[Example, tuple[Clip, ...]]]:

@@ -26,6 +26,7 @@ from hark.data.rewards.judging import Judge
 from hark.grpo.config import Config, ConfigError, Files
 from hark.grpo.evaluate import evaluate
 from hark.grpo.runtime.collectives import World, exchange_rows
+from hark.grpo.shared_data import check_lost
 from hark.launch.common.clips import decoded
 from hark.models.loading import FAMILIES, load_tokenizer
 from hark.models.policy import Policy, Prompt, completion_lengths
@@ -171,20 +172,25 @@ def validation_rows(
 ) -> list[dict] | None:
     """Greedy answers to the first evaluation.limit examples, graded: one row each on rank 0, None on the others.
 
-    sound: whether the clips have their sound, or zeros instead.
+    sound: whether the clips have their sound, or zeros instead. Those that broke since they were checked are left out;
+    of more than data.max_lost allows, all ranks raise UserError.
     """
-    load = waveform_of(config, policy)
+    load, examples = waveform_of(config, policy), examples[: config.evaluation.limit]
+    bad: list[BadExample] = []
     batches = rank_batches(
-        config, world, policy, examples[: config.evaluation.limit],
-        waveform=load if sound else silenced(load), on_bad=bad_log(config).add,
-    )  # fmt: skip
+        config, world, policy, examples, waveform=load if sound else silenced(load), on_bad=bad.append
+    )
 
     def to_row(example: Example, completion: str, stopped: bool, confidence: float) -> dict:
         choice = choice_of(completion, example.choices)
         correct = is_right(example, completion)
         return row_of(example, prediction=completion, correct=correct, stopped=stopped, choice=choice)
 
-    return evaluate(policy, batches, to_row, world, **evaluation_settings(config))
+    rows = evaluate(policy, batches, to_row, world, **evaluation_settings(config))
+    if lost := exchange_rows(bad, world):
+        list_bad(config, world, "validation", lost, f"of {len(examples)} questions became bad during the run")
+        check_lost(len(lost), len(examples), config.data.max_lost, lost[-1])
+    return rows
 
 
 def rank_batches(
