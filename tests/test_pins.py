@@ -8,7 +8,7 @@ import re
 import pytest
 from packaging.requirements import Requirement
 
-from tests.pins.write import OF_CUDA, PLACE, blocks_of
+from tests.pins.write import OF_CUDA, PLACE, SOUNDS, blocks_of, name_of
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 PLATFORMS = ("linux", "darwin", "win32")
@@ -56,3 +56,8 @@ def test_packages_of_cuda_are_in_a_file_of_their_own():
     assert all(pin.name.startswith(OF_CUDA) for pin in pins("cuda"))
     assert not any(pin.name.startswith(OF_CUDA) for pin in pins("use", "test"))
     assert not any(holds(pin, "3.11", platform) for pin in pins("cuda") for platform in ("darwin", "win32"))
+
+
+def test_each_sound_has_a_file_of_its_own_with_digests():
+    files = sorted(path.stem for path in (PLACE / "sounds").glob("*.txt"))
+    assert [pins(f"sounds/{file}")[0].name for file in files] == files == sorted(map(name_of, SOUNDS))

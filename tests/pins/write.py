@@ -3,7 +3,8 @@
     make pins
 
 They hold for Linux, macOS and Windows and for all Pythons of setup.cfg. use.txt has what the commands need and what
-draws the pictures, test.txt what the tests need beside it, and cuda.txt what torch with CUDA needs beside it on Linux.
+draws the pictures, test.txt what the tests need beside it, and cuda.txt what torch with CUDA needs beside it on Linux. Each package of sounds has a
+file of its own, because the data set can be built without it, and none of its dependencies.
 """
 
 from __future__ import annotations
@@ -16,28 +17,37 @@ from pathlib import Path
 PLACE = Path(__file__).parent
 OLDEST = "3.10"  # the first Python of setup.cfg
 OF_CUDA = ("cuda-", "nvidia-", "triton")
+# A SoundFont player; a package that contains TimGM6mb.sf2, a SoundFont of 128 instruments; espeak-ng.
+SOUNDS = ("tinysoundfont==0.3.7", "pretty-midi==0.2.11.post0", "espeakng-loader==0.2.4")
 
 
 def main() -> None:
-    used = {name_of(block) for block in resolved("plot")}
+    used = {name_of(block) for block in of_setup("plot")}
     blocks: dict[str, list[str]] = {"use": [], "test": [], "cuda": []}
-    for block in resolved("plot", "test"):
+    for block in of_setup("plot", "test"):
         name = name_of(block)
         blocks["cuda" if name.startswith(OF_CUDA) else "use" if name in used else "test"].append(block)
+    for sound in SOUNDS:
+        blocks[f"sounds/{name_of(sound)}"] = resolved("--no-deps", "-", requirements=sound)
     for file, lines in blocks.items():
         (PLACE / f"{file}.txt").write_text("".join(["# Written by `make pins`.\n", *lines]))
 
 
-def resolved(*extras: str) -> list[str]:
-    """The newest versions that setup.cfg with these extras admits: the lines of each package, its digests included."""
+def of_setup(*extras: str) -> list[str]:
+    """What setup.cfg with these extras needs."""
+    return resolved("setup.cfg", *(word for extra in extras for word in ("--extra", extra)))
+
+
+def resolved(*words: str, requirements: str = "") -> list[str]:
+    """The newest versions that requirements admit: the lines of each package, its digests included."""
     command = [
-        sys.executable, "-m", "uv", "pip", "compile", "setup.cfg", "--quiet", "--universal", "--generate-hashes",
+        sys.executable, "-m", "uv", "pip", "compile", *words, "--quiet", "--universal", "--generate-hashes",
         "--python-version", OLDEST, "--no-python-downloads", "--no-header", "--no-annotate",
     ]  # fmt: skip
-    for extra in extras:
-        command += ["--extra", extra]
-    text = subprocess.run(command, cwd=PLACE.parents[1], check=True, stdout=subprocess.PIPE, text=True).stdout
-    return blocks_of(text.splitlines(keepends=True))
+    written = subprocess.run(
+        command, cwd=PLACE.parents[1], input=requirements, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+    return blocks_of(written.splitlines(keepends=True))
 
 
 def blocks_of(lines: Iterable[str]) -> list[str]:
