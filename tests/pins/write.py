@@ -3,8 +3,9 @@
     make pins
 
 They hold for Linux, macOS and Windows and for all Pythons of setup.cfg. use.txt has what the commands need and what
-draws the pictures, test.txt what the tests need beside it, and cuda.txt what torch with CUDA needs beside it on Linux. Each package of sounds has a
-file of its own, because the data set can be built without it, and none of its dependencies.
+draws the pictures, test.txt what the tests need beside it, and cuda.txt what torch with CUDA needs beside it on Linux.
+Each package of sounds has a file of its own, because the data set can be built without it; its dependencies are not
+used.
 """
 
 from __future__ import annotations
