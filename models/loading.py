@@ -22,6 +22,7 @@ from hark import UserError
 from hark.from_file import from_file
 from hark.models.cache import TowerCache
 from hark.models.directory import check_directory, in_short, pairs, read_json
+from hark.models.families import TOO_RECENT
 from hark.models.families.audioflamingo3 import AudioFlamingo3Policy, MusicFlamingoPolicy
 from hark.models.families.automatic import AutomaticPolicy
 from hark.models.families.causal_lm import CausalLMPolicy
@@ -55,6 +56,7 @@ FAMILIES: dict[str, type[Policy]] = {
     "qwen3_omni_moe_thinker": Qwen3OmniMoePolicy,
     "voxtral": VoxtralPolicy,
 }
+FAMILIES = {kind: family for kind, family in FAMILIES.items() if kind not in TOO_RECENT}
 # Model types that can never be sampled and scored as one row, and why.
 REFUSED = {
     "doge": "its layers make a mask of their own from the keys, which differ between decoding and scoring",
@@ -66,7 +68,7 @@ REFUSED = {
     "nemo_speechlm": "its decoder has Mamba layers, whose state cannot branch at the end of a prompt in one row",
     "inkling_mm_model": "its layers convolve neighbouring tokens of a row, which may be of other completions",
     "phi4_multimodal": "its adapters are switched on by the kind of input, which only its own forward does",
-}
+} | dict.fromkeys(TOO_RECENT, "it needs transformers 5.23, which needs Python 3.11")
 SUPPORTED = (
     f"expected an audio language model ({', '.join(sorted(FAMILIES))}) or a text-only causal language model "
     "(...ForCausalLM); see docs/extending.md"

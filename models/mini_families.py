@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hark.data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
+from hark.models.families import TOO_RECENT
 
 # Special tokens by the names that the processors ask a tokenizer for.
 OMNI = {
@@ -354,3 +355,4 @@ FAMILIES: dict[str, Family] = {
         _whisper("GlmAsrProcessor"),
     ),
 }
+FAMILIES = {name: family for name, family in FAMILIES.items() if name not in TOO_RECENT}
