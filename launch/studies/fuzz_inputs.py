@@ -19,7 +19,8 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import soundfile
@@ -34,10 +35,11 @@ from hark.data.decoding import MAX_PEAK, Samples, attempt
 from hark.data.errors import AudioError
 from hark.data.examples import Example, load_questions
 from hark.data.json_files import write_json
-from hark.grpo.config import to_yaml
+from hark.grpo.config import Config, to_yaml
 from hark.grpo.instruments.metrics import read_metrics
 from hark.grpo.instruments.record import read_step
-from hark.grpo.runtime.checkpoint import load_checkpoint
+from hark.grpo.learner import Learner
+from hark.grpo.runtime.checkpoint import best_of, checkpoints, load_checkpoint
 from hark.grpo.runtime.collectives import joined_world
 from hark.grpo.runtime.manifest import NAME as MANIFEST
 from hark.grpo.runtime.manifest import _signed as signed
@@ -45,6 +47,7 @@ from hark.launch import step as step_command
 from hark.launch.common import row_file
 from hark.launch.common.config_file import CONFIGS, load_config
 from hark.launch.common.evaluation_file import read_evaluation
+from hark.launch.common.run_directory import check_changes, facts
 from hark.launch.common.trained import best_step
 from hark.launch.page.collect import Bounds, Collection, all_parts
 from hark.launch.page.document import document
@@ -285,19 +288,31 @@ def trained(directory: str) -> tuple[Any, Any]:
     return policy, torch.optim.AdamW(policy.parameters())
 
 
+@functools.lru_cache(maxsize=1)
+def resumed(path: str) -> tuple[Config, dict[str, Any]]:
+    """The configuration of the run of the checkpoints, and its facts."""
+    config = load_config([path])
+    with joined_world() as world:
+        return config, facts(config, world)
+
+
 def read_checkpoint(one: Input) -> None:
     """Resume. A changed file must be noticed; a manifest that was signed anew may be another one, but not nonsense."""
     if one.path.name == MANIFEST and one.path.is_file() and one.chance.random() < 0.6:
         sign_another(one)
     policy, optimizer = trained(str(one.place / "model"))
+    place = one.place / "checkpoints"
     with joined_world() as world, contextlib.redirect_stdout(io.StringIO()):
-        manifest = load_checkpoint(one.place / "checkpoints", policy, optimizer, world)
+        manifest = load_checkpoint(place, policy, optimizer, world)
     assert manifest is not None
     is_changed = not one.path.is_file() or one.path.read_bytes() != one.good
     if is_changed and one.path.parent.name == "step-000002" and one.path.name != MANIFEST:
         expect(manifest.step == 1, "a changed file of a checkpoint")
     for parameter in policy.parameters():
         expect(bool(parameter.isfinite().all()), "weights that are not finite")
+    Learner.restore(cast(Learner, SimpleNamespace(data=SimpleNamespace())), manifest.state)
+    check_changes(*resumed(str(one.place / "config.yaml")), manifest)
+    best_of(checkpoints(place))
 
 
 def sign_another(one: Input) -> None:
@@ -383,6 +398,7 @@ def read_answers(one: Input) -> None:
 WAV = (("a.wav", 16_000, 1, None), ("b.wav", 44_100, 2, "FLOAT"), ("c.wav", 22_050, 1, "PCM_24"))
 OF_A_PAGE = ("full/record/*/*/*", "full/evaluation.json", "full/metrics.jsonl", "full/config.yaml")
 RESULTS = ("full/evaluation.json", "full/metrics.jsonl", "full/choice.json", "rates.jsonl*")
+RESUMED = copied("model", "full/checkpoints", "full/config.yaml")
 TARGETS: dict[str, Target] = {
     "questions, JSON": Target(30_000, ("train.jsonl", "train.json"), begin_questions, read_questions),
     "questions, parquet": Target(8_000, ("*.parquet",), begin_tables, read_tables),
@@ -393,7 +409,7 @@ TARGETS: dict[str, Target] = {
     "configurations": Target(12_000, ("*.yaml",), begin_configurations, read_configuration),
     "model directories": Target(2_000, ("model/*",), copied("model"), read_model, LARGE),
     "adapters": Target(1_500, ("adapters/*",), copied("model", "lora/adapters"), read_adapters, LARGE),
-    "checkpoints": Target(2_500, ("checkpoints/*/*",), copied("model", "full/checkpoints"), read_checkpoint, LARGE),
+    "checkpoints": Target(2_500, ("checkpoints/*/*",), RESUMED, read_checkpoint, LARGE),
     "records": Target(6_000, ("full/record/*/*/*",), copied("full"), read_record),
     "pages of runs": Target(2_000, OF_A_PAGE, copied("full"), read_page),
     "results of runs": Target(5_000, RESULTS, begin_results, read_results),
