@@ -149,6 +149,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "grpo/instruments/draft.py": (
         ("terms of other rows", "result[rows, :", "result[: len(rows), :", "test_record test_replay"),
     ),
+    "grpo/instruments/record.py": (("any tensors", "check_digest(path, file)", "pass", "test_record"),),
     "grpo/instruments/recorder.py": (
         (
             "digest before the step",

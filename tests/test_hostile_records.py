@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from hark.grpo.instruments.record import RecordError, read_step, recorded_steps
 from hark.launch import step as step_command
 from hark.launch.page.collect import Bounds, Collection, all_parts
-from tests.written import write_run
+from tests.written import replace_tensors, write_run
 
 OTHERS = (None, "x", -1.5, float("nan"), [None], {"a": 1})
 NOT_JSON = ("[" * 100_000, "[]", "1", "", '{"a": ' + "9" * 5000 + "}")
@@ -84,13 +84,14 @@ def test_values_that_no_recorder_writes_are_errors_of_one_line(run):
 
 
 def test_tensors_of_other_sizes_and_kinds_are_errors_of_one_line(run):
-    path = part(run) / "tensors.safetensors"
-    good = load_file(path)
+    good = load_file(part(run) / "tensors.safetensors")
     for name, tensor in good.items():
         for other in (tensor[:-1], tensor[..., None], tensor.to(torch.int8), torch.zeros(())):
-            save_file(good | {name: other.contiguous()}, path)
+            replace_tensors(part(run), good | {name: other.contiguous()})
             assert refused(run), (name, other.shape, other.dtype)
-    save_file(good | {"tokens": good["tokens"] + 1000}, path)
+    replace_tensors(part(run), good)
+    assert not refused(run)
+    replace_tensors(part(run), good | {"tokens": good["tokens"] + 1000})
     assert refused(run), "tokens without a text"
 
 

@@ -8,9 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from hark.grpo.config import to_yaml
-from hark.grpo.instruments.record import FORMAT, StepRecord, write_part
+from hark.grpo.instruments.record import FORMAT, TENSORS, StepRecord, entry_of, write_part
 from hark.grpo.loss import policy_loss
 from hark.launch.common.config_file import load_config
 from tests.clips import WORDS, write_questions
@@ -95,6 +96,13 @@ def step_record(step: int, rows: list[dict], root: Path, config: dict, texts: tu
         "updates": [{"loss": float(one["loss"].sum()), "kl": 0.01, "grad_norm": 0.5} for one in updates],
     }  # fmt: skip
     return StepRecord(values, tensors)
+
+
+def replace_tensors(part: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write other tensors to a part of a record, with their size and digest."""
+    values = json.loads((part / "step.json").read_text())
+    save_file(tensors, part / TENSORS)
+    (part / "step.json").write_text(json.dumps(values | {"tensors": entry_of(part / TENSORS)}))
 
 
 def prompt(row: dict, root: Path, texts: tuple[str, ...]) -> dict:

@@ -1,17 +1,17 @@
 """Recorded steps: what a step computed, in files that can be read without Hark.
 
 RUN/record/step-000010/rank-0 holds the part of rank 0: step.json and tensors.safetensors, whose contents docs/replay.md
-lists. Each rank writes its own part and no rank waits for another. A part that is there is whole.
+lists. Each rank writes its own part and no rank waits for another. A part gets its name when it is whole; step.json has
+the size and the SHA-256 of the tensors, so that a part which is damaged later is not taken for what was computed.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,13 @@ from safetensors.torch import load_file, save_file
 from hark import UserError
 from hark.grpo.instruments.metrics import finite
 from hark.grpo.instruments.record_kinds import SUMS, wrong_part
+from hark.grpo.runtime.manifest import DamageError, File, check_digest, check_size, sha256_of
 from hark.grpo.types import stacked
 from hark.limits import is_plain
 from hark.shown import shown
 
-FORMAT = 2  # of the files; a reader refuses others
+FORMAT = 3  # of the files; a reader refuses others
+TENSORS = "tensors.safetensors"
 LARGEST = 256 << 20  # bytes of a step.json
 LONGEST_REASON = 200  # characters of what is wrong, in a message
 
@@ -72,17 +74,22 @@ def write_part(run: Path, record: StepRecord) -> int:
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        text = json.dumps(finite(record.values), ensure_ascii=False, allow_nan=False)
+        path = partial / TENSORS
+        save_file({name: tensor.contiguous() for name, tensor in record.tensors.items()}, path)
+        values = finite(record.values | {"tensors": entry_of(path)})
+        text = json.dumps(values, ensure_ascii=False, allow_nan=False)
         (partial / "step.json").write_text(text + "\n", encoding="utf-8")
-        save_file(
-            {name: tensor.contiguous() for name, tensor in record.tensors.items()}, partial / "tensors.safetensors"
-        )
         size = sum(file.stat().st_size for file in partial.iterdir())
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
     except (OSError, SafetensorError) as error:
         raise RecordError(f"{partial} cannot be written ({error}); make room there, or set record.every=0") from error
     return size
+
+
+def entry_of(path: Path) -> dict[str, Any]:
+    """The size in bytes and the SHA-256 of a file, as step.json has those of the tensors."""
+    return asdict(File(path.stat().st_size, sha256_of(path)))
 
 
 def read_step(run: Path, step: int) -> StepRecord:
@@ -117,16 +124,23 @@ def delete_steps(run: Path, steps: Sequence[int]) -> None:
 
 
 def _read_part(part: Path) -> StepRecord:
+    path = part / TENSORS
     try:
         values = json.loads(_regular(part / "step.json").read_text(encoding="utf-8"), parse_constant=_constant)
-        tensors = load_file(_regular(part / "tensors.safetensors"))
         written = values["format"]
+        if written != FORMAT:
+            found = shown(repr(written), LONGEST_REASON)
+            raise RecordError(f"{part} has format {found}; expected {FORMAT}; read it with the Hark that wrote it")
+        file = File(**values.pop("tensors"))
+        check_size(path, file)
+        check_digest(path, file)
+        tensors = load_file(path)
+    except DamageError as error:
+        reason = shown(error, LONGEST_REASON)
+        raise RecordError(f"{part}: {reason}; it was changed after it was written; copy the record again") from error
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         reason = shown(error, LONGEST_REASON)
-        raise RecordError(f"{part} cannot be read ({reason}); expected step.json and tensors.safetensors") from error
-    if written != FORMAT:
-        found = shown(repr(written), LONGEST_REASON)
-        raise RecordError(f"{part} has format {found}; expected {FORMAT}; read it with the Hark that wrote it")
+        raise RecordError(f"{part} cannot be read ({reason}); expected step.json and {TENSORS}") from error
     if wrong := wrong_part(values, tensors):
         wrong = shown(wrong, LONGEST_REASON)
         raise RecordError(f"{part}: {wrong} is not what a recorder writes; see docs/replay.md; copy the record again")
@@ -134,8 +148,8 @@ def _read_part(part: Path) -> StepRecord:
 
 
 def _regular(path: Path) -> Path:
-    """The path of a file that can be read at once: no pipe, no device, no hole of gigabytes."""
-    if not is_plain(path, LARGEST if path.suffix == ".json" else math.inf):
+    """The path of a file of text that can be read at once: no pipe, no device, no hole of gigabytes."""
+    if not is_plain(path, LARGEST):
         raise ValueError(f"{path.name} is not a file of at most {LARGEST >> 20} MB")
     return path
 
