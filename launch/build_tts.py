@@ -10,18 +10,23 @@ answers the codec tokens, and DIRECTORY/model. Of the demo's sentences, data/tes
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from hark.data.audio import load_waveform
+from hark.data.clips import Rules, clips_in, usable
 from hark.data.examples import Example, load_examples
 from hark.data.mini.sentences import build_sentences
+from hark.launch.common.clips import decoded
 from hark.launch.common.entry import run
 from hark.launch.common.new_directory import check_new
 from hark.models.codec import Codec, Settings, train_codec
 from hark.models.codec_tokens import CODEC_TOKEN, add_codec
+from hark.models.compose import language_model
+from hark.models.loading import load_tokenizer
 from hark.models.mini import SIZES, build_mini_speaker
 
 MAX_SECONDS = 30.0
@@ -36,11 +41,12 @@ def main(argv: list[str]) -> None:
         build_sentences(out / "speech")
         files = {split: out / "speech" / f"{split}.jsonl" for split in ("train", "test")}
     parts = {split: load_examples(file, allow_outside=arguments.allow_outside)[0] for split, file in files.items()}
+    parts = {split: checked(examples) for split, examples in parts.items()}
+    build_model(out / "model", [example.answer_text for example in parts["train"]], arguments.codes, arguments.text)
     codec = train_codec([_waveform(example) for example in parts["train"]], Settings(codes=arguments.codes))
     codec.save(out / "codec")
     for split, examples in parts.items():
         write_tokens(out / "data" / f"{split}.jsonl", examples, codec)
-    build_model(out / "model", [example.answer_text for example in parts["train"]], arguments.codes, arguments.text)
     print(f"wrote {out}: a codec of {arguments.codes} codes of {1000 * codec.seconds:.0f} ms, data and model")
 
 
@@ -55,6 +61,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def checked(examples: Sequence[Example]) -> list[Example]:
+    """The examples whose clips can be used; the others are printed."""
+    found = decoded(clips_in(examples), Rules(Settings.sample_rate, MAX_SECONDS), workers=os.cpu_count() or 1)
+    good, bad = usable(examples, found, long_clips="error", skip_bad=True)
+    for one in bad:
+        print(f"left out: {one.line}: {one.reason}")
+    return good
+
+
 def write_tokens(path: Path, examples: Sequence[Example], codec: Codec) -> None:
     """One question per clip: the text to say, and the clip's codec tokens as the answer."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,14 +80,11 @@ def write_tokens(path: Path, examples: Sequence[Example], codec: Codec) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def build_model(out: Path, texts: Sequence[str], codes: int, language_model: Path | None) -> None:
-    """The language model with the codec tokens; a small new one without `language_model`."""
-    if language_model is None:
+def build_model(out: Path, texts: Sequence[str], codes: int, text: Path | None) -> None:
+    """The language model of a directory with the codec tokens; without one, a small new model."""
+    if text is None:
         return build_mini_speaker(out, texts, codes=codes, **SIZES["small"])
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(language_model, trust_remote_code=False)
-    model = AutoModelForCausalLM.from_pretrained(language_model, use_safetensors=True, trust_remote_code=False)
+    model, tokenizer = language_model(text), load_tokenizer(text)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of the new embeddings
         add_codec(model, tokenizer, codes)

@@ -56,7 +56,7 @@ def compose(audio: Path, text: Path, out: Path, *, seconds: int = 30, seed: int 
     """
     from transformers import Qwen2AudioProcessor, WhisperFeatureExtractor
 
-    encoder, decoder = whisper_encoder(audio), _language_model(text)
+    encoder, decoder = whisper_encoder(audio), language_model(text)
     tokenizer, tokens = _tokenizer(text, decoder)
     positions = POSITIONS * seconds
     if not 0 < positions <= encoder.config.max_source_positions:
@@ -73,7 +73,8 @@ def compose(audio: Path, text: Path, out: Path, *, seconds: int = 30, seed: int 
     return Composed(tower, projector, layers + head, tokens, model.config.text_config.model_type)
 
 
-def _language_model(directory: Path) -> Any:
+def language_model(directory: Path) -> Any:
+    """The causal language model of a Hugging Face directory; DataError if it is none, or not safe to be read."""
     from transformers import AutoModelForCausalLM
 
     try:

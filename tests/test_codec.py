@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import soundfile
 import torch
 
+from hark.data.clip import Clip
 from hark.data.described import described
 from hark.data.errors import DataError
 from hark.data.examples import Example
@@ -166,6 +168,26 @@ def test_build_tts_writes_codec_questions_and_a_model_that_reads_them(tmp_path, 
     ids = policy.completion_ids(row["answer"]).tolist()
     heard = codec.encode(torch.from_numpy(soundfile.read(tmp_path / "0.wav", dtype="float32")[0]))
     assert [policy.code_ids.index(token) for token in ids[:-1]] == heard and len(heard) == 25
+
+
+def test_build_tts_refuses_a_language_model_with_a_pipe_before_it_reads_it(tmp_path):
+    (tmp_path / "text").mkdir()
+    os.mkfifo(tmp_path / "text" / "config.json")
+    with pytest.raises(DataError, match=r"config.json: a pipe, a socket or a device"):
+        build_tts.build_model(tmp_path / "model", TEXTS, 24, tmp_path / "text")
+
+
+def test_build_tts_leaves_out_a_clip_that_cannot_be_used_and_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for n in range(2):
+        soundfile.write(tmp_path / f"{n}.wav", SPEECH[n].numpy(), 16_000)
+    (tmp_path / "1.wav").write_bytes((tmp_path / "1.wav").read_bytes()[:-100])
+    examples = [
+        Example(str(n), (Clip(tmp_path / f"{n}.wav"),), "What is said?", accepted=(TEXTS[n],), line=f"a.jsonl:{n}")
+        for n in range(2)
+    ]
+    assert [one.id for one in build_tts.checked(examples)] == ["0"]
+    assert "left out: a.jsonl:1: " in (said := capsys.readouterr().out) and "is cut off" in said
 
 
 # GRPO -----------------------------------------------------------------------------------------------------------------
