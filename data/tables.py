@@ -93,12 +93,13 @@ class ParquetCell:
 
     def read(self) -> bytes:
         with _reading:
-            column = _row_group(self.file, self.group, self.column)
+            column = row_group(self.file, self.group, self.column)
         return _content(self, column[self.place].as_py())
 
 
 @functools.lru_cache(maxsize=GROUPS)
-def _row_group(file: Path, group: int, column: str) -> Any:
+def row_group(file: Path, group: int, column: str) -> Any:
+    """A column of a row group of a parquet file, as pyarrow's; the latest GROUPS of them are kept."""
     with _parquet(file) as table, _damage_named(file):
         return table.read_row_group(group, columns=[column]).column(0)
 

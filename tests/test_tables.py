@@ -121,7 +121,7 @@ def test_clips_stay_in_the_table_until_they_are_decoded(tmp_path, jsonl, kind):
     assert all(pickle.loads(pickle.dumps(example.clips)) == example.clips for example in examples)
     for example in examples:
         load_waveform(*example.clips, sample_rate=16_000, max_seconds=5)
-    assert tables._row_group.cache_info().currsize <= tables.GROUPS
+    assert tables.row_group.cache_info().currsize <= tables.GROUPS
     assert sorted(tmp_path.rglob("*")) == before, "nothing is written"
 
 
@@ -143,7 +143,7 @@ def test_a_row_group_is_read_once_for_neighbours_and_only_for_the_clips(tmp_path
             read.append((group, columns))
             return self.table.read_row_group(group, columns=columns)
 
-    tables._row_group.cache_clear()
+    tables.row_group.cache_clear()
     examples, _ = load_examples(path)
     monkeypatch.setattr(tables, "_parquet", Counted)
     dict(inspect_all(clips_in(examples), Rules(16_000, 5.0), workers=1, memory=ClipMemory("r", tmp_path / "memory")))
@@ -319,7 +319,7 @@ def test_clips_in_a_table_are_decoded_once_until_they_change(tmp_path, jsonl, ki
         dict(inspect_all(clips_in(load_examples(path)[0]), Rules(16_000, 5.0), workers=2, memory=memory))
         assert len(decoded) == expected
     (jsonl.parent / "train-0.wav").write_bytes((jsonl.parent / "train-6.wav").read_bytes())
-    tables._row_group.cache_clear()
+    tables.row_group.cache_clear()
     tables._dataset.cache_clear()
     again = in_bytes(jsonl, Path(path)) if kind == "bytes" else saved(jsonl, tmp_path / "hf2")
     if kind == "hf":

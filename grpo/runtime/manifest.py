@@ -76,7 +76,7 @@ class Manifest:
         body = json.loads(json.dumps(dataclasses.asdict(self), allow_nan=False))
         temporary = directory / f"{NAME}.new"
         with temporary.open("wb") as out:
-            out.write(_signed(body))
+            out.write(signed(body))
             out.flush()
             os.fsync(out.fileno())
         os.replace(temporary, directory / NAME)
@@ -96,7 +96,7 @@ class Manifest:
             values = json.loads(raw)
             body = {key: value for key, value in values.items() if key != "sha256"}
             # The bytes are compared, not only the values: so each byte is covered.
-            if raw != _signed(body):
+            if raw != signed(body):
                 raise DamageError(f"{NAME} does not agree with its own digest")
             manifest = _manifest(**body)
         except OSError as error:
@@ -146,7 +146,7 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _signed(body: dict[str, Any]) -> bytes:
+def signed(body: dict[str, Any]) -> bytes:
     """The bytes of a manifest: its values and their digest."""
     return _encoded(body | {"sha256": hashlib.sha256(_encoded(body)).hexdigest()})
 

@@ -42,7 +42,7 @@ from hark.grpo.learner import Learner
 from hark.grpo.runtime.checkpoint import best_of, checkpoints, load_checkpoint
 from hark.grpo.runtime.collectives import joined_world
 from hark.grpo.runtime.manifest import NAME as MANIFEST
-from hark.grpo.runtime.manifest import _signed as signed
+from hark.grpo.runtime.manifest import signed
 from hark.launch import step as step_command
 from hark.launch.common import row_file
 from hark.launch.common.config_file import CONFIGS, load_config
@@ -192,9 +192,9 @@ def begin_tables(project: Path, place: Path) -> None:
 
 
 def read_tables(one: Input) -> None:
-    from hark.data.tables import _row_group
+    from hark.data.tables import row_group
 
-    _row_group.cache_clear()  # of the file of another input
+    row_group.cache_clear()  # of the file of another input
     for question in load_questions(one.path, skip_bad=one.chance.random() < 0.7):
         if isinstance(question, Example):
             check_example(question, one.place)
