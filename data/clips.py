@@ -5,7 +5,7 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,25 +206,36 @@ def clips_in(examples: Iterable[Example]) -> list[Clip]:
 
 
 def usable(
-    examples: Sequence[Example], found: Mapping[Clip, Finding], *, long_clips: str, skip_bad: bool
+    examples: Sequence[Example],
+    found: Mapping[Clip, Finding],
+    *,
+    long_clips: str,
+    skip_bad: bool,
+    left_out: Collection[str] | None = None,
 ) -> tuple[list[Example], list[BadExample]]:
     """The examples whose clips can be used, with `seconds` filled in, and the others.
 
     Without `skip_bad`, an unusable clip raises AudioError with the number of such examples and the first five. Clips
     that `long_clips` skips for their length are left out either way. If no example is good, that is an AudioError.
+
+    left_out: the ids of the examples that a resumed run left out when it began. These are left out again, no
+    others, so that the order of the examples stays the same: one that is bad only now keeps its place, with a fault.
     """
     good, bad, fatal = [], [], []
+    before = None if left_out is None else set(left_out)
     for example in examples:
         findings = {clip: found[clip] for clip in example.clips}
         fault = next((clip for clip, finding in findings.items() if finding.fault), None)
-        if fault is None:
+        reason = "" if fault is None else f"{fault}: {findings[fault].reason}"
+        if fault if before is None else example.id in before:
+            bad.append(BadExample(example.line, example.id, reason or "was left out when the run began"))
+        else:
             lengths = [findings[clip].seconds or 0.0 for clip in example.clips]
             digests = tuple(findings[clip].digest for clip in example.clips)
-            good.append(dataclasses.replace(example, seconds=sum(lengths) if lengths else None, digests=digests))
-            continue
-        bad.append(BadExample(example.line, example.id, f"{fault}: {findings[fault].reason}"))
-        if not (skip_bad or findings[fault].fault == "over-long" and long_clips == "skip"):
-            fatal.append(bad[-1])
+            seconds = sum(lengths) if lengths else None
+            good.append(dataclasses.replace(example, seconds=seconds, digests=digests, fault=reason))
+        if fault and not (skip_bad or findings[fault].fault == "over-long" and long_clips == "skip"):
+            fatal.append(BadExample(example.line, example.id, reason))
     if fatal or not good:
         named = [f"\n  {one.line}: {one.reason}" for one in (fatal or bad)[:5]]
         hint = "; data.skip_bad=true leaves them out" if fatal else ""

@@ -55,6 +55,7 @@ class Example:
     extra: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}), compare=False)  # all other keys
     seconds: float | None = field(default=None, compare=False)  # of all clips; None until they were decoded
     digests: tuple[str, ...] = field(default=(), compare=False)  # of the clips' files; empty until they were decoded
+    fault: str = field(default="", compare=False)  # why a clip that was good at the beginning of the run is no more
 
     @property
     def has_answer(self) -> bool:

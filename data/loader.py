@@ -228,7 +228,9 @@ class Loader(Generic[Prompt]):
 
 
 def _check_unchanged(example: Example, unchanged: Unchanged) -> None:
-    """AudioError if a clip has changed since it was checked."""
+    """AudioError if a clip has changed since it was checked, or had become bad before that but since the run began."""
+    if example.fault:
+        raise SkippedClipError(example.fault)  # the check has found that the settings skip it
     for clip, known in zip(example.clips, example.digests, strict=False):  # no digests: they were not checked
         unchanged.check(clip, known)
 

@@ -20,6 +20,7 @@ from hark.launch.common.config_file import help_if_asked
 from hark.launch.common.entry import run
 from hark.launch.common.policies import make_policy
 from hark.launch.common.questions import checked_questions, training_examples, validation_rows
+from hark.launch.common.run_directory import left_out_by
 from hark.launch.common.trained import CHOSEN, highest, of_run, read_run, saved
 from hark.launch.common.training import announce
 from hark.models.loading import read_family
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> None:
     with joined_world(threads=config.run.threads) as world:
         announce(config, world)
         family = read_family(config.model.path, config.model.policy)
-        _, questions = training_examples(config, world, family)
+        questions = training_examples(config, world, family, left_out_by(directory)).held_out
         final = replace(config, run=replace(config.run, directory=str(directory / CHOSEN)))
         asked = checked_questions(final, world, family) if config.data.test is not None else None
         policy = make_policy(config, world)

@@ -81,7 +81,7 @@ def measure(subject: Subject, options: argparse.Namespace) -> None:
     with joined_world(threads=config.run.threads) as world:
         announce(config, world)
         family = read_family(config.model.path, config.model.policy)
-        examples = checked_examples(config, world, family, weighted(config.data.train)[0])
+        examples = checked_examples(config, world, family, weighted(config.data.train)[0])[0]
         check(config, examples, options.reward)
         done = begun(subject, options, world)
         left = [example for example in examples if example.id not in done]

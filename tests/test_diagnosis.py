@@ -183,7 +183,7 @@ def test_a_model_that_learns_one_answer_to_all_questions_does_not_listen(setting
 
     def run(world: World) -> None:
         learner = build(world, config, SupervisedTrainer, target=lambda example: "<answer>rain</answer>")
-        examples, _ = training_examples(config, world, learner.policy)
+        examples = training_examples(config, world, learner.policy).training
         learner.validate = lambda: validation_figures(config, world, learner.policy, examples)
         loop.train(learner)
 

@@ -14,16 +14,21 @@ from hark import UserError
 from hark.data.audio import load_waveform
 from hark.data.clip import Clip
 from hark.data.clip_memory import ClipMemory
-from hark.data.clips import Rules, clips_in, inspect_all, usable
+from hark.data.clips import Rules, clips_in, inspect, inspect_all, usable
 from hark.data.errors import DataError
 from hark.data.examples import BadExample, Example
 from hark.data.loader import Loader, evaluation_batches
 from hark.grpo.runtime.collectives import World
+from hark.grpo.runtime.manifest import Manifest
+from hark.grpo.runtime.shards import MOMENTS
 from hark.grpo.shared_data import SharedData
+from hark.launch import sft
+from hark.launch.common import training
 from hark.launch.common.answering import with_shuffled_audio
 from hark.launch.common.config_file import load_config
 from hark.launch.common.questions import prepare_of, validation_rows
-from tests.clips import waveform
+from hark.launch.common.run_directory import left_out_by
+from tests.clips import waveform, write_questions
 from tests.ranks import on_ranks
 from tests.runs import build
 
@@ -79,7 +84,7 @@ def test_a_clip_that_vanishes_breaks_or_changes_during_a_run_stops_it_with_its_l
 
 
 @pytest.mark.parametrize(("harm", "message"), FAULTS)
-def test_with_skip_bad_the_next_good_one_replaces_it_on_any_number_of_ranks_and_after_a_resume(examples, harm, message):
+def test_with_skip_bad_the_next_good_one_replaces_it_on_any_number_of_ranks(examples, harm, message):
     def ids(step, world):
         drawn = []
         for rank in range(world):
@@ -142,6 +147,36 @@ def test_lost_questions_of_a_validation_are_listed_and_said_and_too_many_stop_th
         validated("data.max_lost=0.2")
 
 
+@pytest.mark.parametrize("harm", [vanish, break_])
+def test_a_run_that_starts_again_after_a_clip_was_lost_draws_the_same_and_counts_it(examples, harm, tmp_path):
+    """A clip that the run left out when it began is left out again, although it can be used now."""
+    examples = [replace(example, digests=()) for example in examples]
+
+    def started(left_out):
+        """The examples of a start, its loader's draws of four steps, and the lines that these skipped."""
+        found = {clip: inspect(clip, RULES) for clip in clips_in(examples)}
+        good, bad = usable(examples, found, long_clips="error", skip_bad=True, left_out=left_out)
+        with loader(good) as one:
+            draws = [[(example.id, key) for example, _, key in one.step(step)] for step in range(4)]
+            return good, [example.id for example in bad], draws, [skipped.line for skipped in one.bad]
+
+    source = examples[7].clips[0].source
+    source.rename(tmp_path / "away.wav")
+    good, left_out, _, _ = started(None)
+    (tmp_path / "away.wav").rename(source)
+    harm(examples[3].clips[0].source)
+    with loader(good) as one:
+        lost = [[(example.id, key) for example, _, key in one.step(step)] for step in range(4)]
+    again, out, draws, skipped = started(left_out)
+    assert left_out == out == ["id7"] and [example.id for example in again] == [example.id for example in good]
+    assert draws == lost and skipped == ["train.jsonl:4"]
+    batches = evaluation_batches(
+        again, lambda text, sound: text, template="plain", batch=20, workers=1, skip_bad=True,
+        waveform=lambda clip: load_waveform(clip, sample_rate=16_000, max_seconds=2.0),
+    )  # fmt: skip
+    assert [example.id for batch in batches for example, _ in batch] == [one.id for one in good if one.id != "id3"]
+
+
 ALONE = World(0, 1, torch.device("cpu"))
 
 
@@ -200,6 +235,26 @@ def count_after_a_resume(world: World, settings) -> None:
 
 def test_a_resumed_run_goes_on_counting(settings, tmp_path):
     on_ranks(1, count_after_a_resume, [*settings, f"run.directory={tmp_path}/run", "loss.beta=0"])
+
+
+def test_a_resumed_run_has_the_examples_of_its_beginning(settings, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(training.loop, "train", lambda trainer, about, changes: seen.append((trainer, about)))
+    words = [*settings, f"run.directory={tmp_path}/run", "data.skip_bad=true", "checkpoint.export=false"]
+    words.append(f"data.train={write_questions(tmp_path, 12)}")
+    clips = [tmp_path / f"train-{n}.wav" for n in (1, 3)]
+    clips[0].rename(tmp_path / "away")
+    sft.main(words)
+    place = tmp_path / "run" / "checkpoints" / "step-000001"
+    place.mkdir(parents=True)
+    Manifest(1, {}, {}, {MOMENTS: {}}, about=seen[0][1]).write(place)
+    (tmp_path / "away").rename(clips[0])
+    clips[1].unlink()
+    sft.main([*words, "run.resume=true"])
+    begun, resumed = ([(one.id, bool(one.fault)) for one in trainer.data.examples] for trainer, _ in seen)
+    assert seen[0][1]["left_out"] == seen[1][1]["left_out"] == left_out_by(tmp_path / "run") == ["train-1"]
+    assert [name for name, _ in begun] == [name for name, _ in resumed]
+    assert [name for name, lost in resumed if lost] == ["train-3"] and not any(lost for _, lost in begun)
 
 
 def test_a_prompt_that_leaves_no_positions_for_the_answer_is_an_error_and_one_that_fits_is_not():

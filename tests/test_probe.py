@@ -146,7 +146,7 @@ def test_questions_held_out_of_the_training_data_are_validated_on(settings, tmp_
 
     def run(world: World) -> None:
         policy = build(world, config).policy
-        training, held_out = training_examples(config, world, policy)
+        training, held_out, _ = training_examples(config, world, policy)
         assert len(training) == 9 and len(held_out) == 3
         assert not {example.clips for example in training} & {example.clips for example in held_out}
 

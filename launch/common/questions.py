@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -37,25 +37,38 @@ ROUNDS = 4
 AnyPolicy: TypeAlias = "Policy | type[Policy]"
 
 
-def training_examples(config: Config, world: World, policy: AnyPolicy) -> tuple[list[Example], list[Example]]:
-    """The examples to train on, and those to validate on: data.validation, or held out of data.train."""
+class TrainingExamples(NamedTuple):
+    """The examples to train on, those to validate on, and the ids of those of data.train whose clips cannot be used."""
+
+    training: list[Example]
+    held_out: list[Example]
+    left_out: list[str]
+
+
+def training_examples(
+    config: Config, world: World, policy: AnyPolicy, left_out: Collection[str] | None = None
+) -> TrainingExamples:
+    """The examples of data.train, and those to validate on: data.validation, or held out of data.train.
+
+    left_out: the ids that the run left out when it began; None for a run that begins.
+    """
     assert config.data.train is not None  # by `check_training`
-    training, held_out = _split_examples(config, world, policy, weighted(config.data.train)[0])
+    examples, unusable = checked_examples(config, world, policy, weighted(config.data.train)[0], left_out)
+    training, held_out = _split_examples(config, world, policy, examples)
     if config.data.band is not None:
         training = in_band(training, config.data.band, config.data.order_by)
-    return training, held_out
+    return TrainingExamples(training, held_out, [one.id for one in unusable])
 
 
 def _split_examples(
-    config: Config, world: World, policy: AnyPolicy, train: Sequence[str]
+    config: Config, world: World, policy: AnyPolicy, examples: list[Example]
 ) -> tuple[list[Example], list[Example]]:
-    """The examples of the files of data.train without those held out, and the examples to validate on."""
-    examples = checked_examples(config, world, policy, train)
+    """The examples without those held out, and the examples to validate on."""
     if config.data.validation is not None:
         files, weights = weighted(config.data.validation)
         if weights:
             raise ConfigError("data.validation has weights; all of its questions are asked: remove the weights")
-        return examples, checked_examples(config, world, policy, files)
+        return examples, checked_examples(config, world, policy, files)[0]
     return hold_out(examples, config.data.held_out, config.run.seed) if config.data.held_out else (examples, [])
 
 
@@ -221,14 +234,20 @@ def evaluation_settings(config: Config) -> dict[str, Any]:
     return dict(max_new_tokens=rollout.max_new_tokens, batch=config.evaluation.batch, graphs=rollout.cuda_graphs)
 
 
-def checked_examples(config: Config, world: World, policy: AnyPolicy, files: Sequence[str]) -> list[Example]:
-    """The examples of files whose clips can be used; the others are listed in the run directory."""
+def checked_examples(
+    config: Config,
+    world: World,
+    policy: AnyPolicy,
+    files: Sequence[str],
+    left_out: Collection[str] | None = None,
+) -> tuple[list[Example], list[BadExample]]:
+    """The examples of files whose clips can be used, see `usable`, and the others, listed in the run directory."""
     questions = [read_questions(config, policy, file) for file in files]
     examples = joined([[question for question in part if isinstance(question, Example)] for part in questions])
     bad = [question for part in questions for question in part if isinstance(question, BadExample)]
-    examples, unusable = check_clips(config, world, policy, examples)
+    examples, unusable = check_clips(config, world, policy, examples, left_out)
     list_bad(config, world, ", ".join(files), bad + unusable, "bad examples skipped")
-    return examples
+    return examples, unusable
 
 
 def checked_questions(
@@ -273,11 +292,15 @@ def read_questions(
 
 
 def check_clips(
-    config: Config, world: World, policy: AnyPolicy, examples: Sequence[Example]
+    config: Config,
+    world: World,
+    policy: AnyPolicy,
+    examples: Sequence[Example],
+    left_out: Collection[str] | None = None,
 ) -> tuple[list[Example], list[BadExample]]:
-    """The examples whose clips can be used, and the others; the same on all ranks."""
-    found = found_in_clips(config, world, policy, examples)
-    return usable(examples, found, long_clips=config.data.long_clips, skip_bad=config.data.skip_bad)
+    """The examples whose clips can be used, and the others, see `usable`; the same on all ranks."""
+    found, data = found_in_clips(config, world, policy, examples), config.data
+    return usable(examples, found, long_clips=data.long_clips, skip_bad=data.skip_bad, left_out=left_out)
 
 
 def found_in_clips(config: Config, world: World, policy: AnyPolicy, examples: Sequence[Example]) -> dict[Clip, Finding]:

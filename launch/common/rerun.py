@@ -27,6 +27,7 @@ from hark.grpo.trainer import Trainer
 from hark.grpo.types import Rollout
 from hark.launch.common.policies import make_policy, make_reference
 from hark.launch.common.questions import rewards_of, training_examples, training_loader
+from hark.launch.common.run_directory import left_out_by
 from hark.models.policy import Prompt
 
 OF_TOKENS = (  # recorded inputs, (B, T)
@@ -41,7 +42,8 @@ def prepared_trainer(config: Config, world: World) -> Iterator[Trainer]:
     if config.optim.prompts_per_step % world.size:
         raise ConfigError(f"a step has {config.optim.prompts_per_step} prompts, no multiple of {world.size} processes")
     policy = make_policy(config, world)
-    examples, _ = training_examples(config, world, policy)
+    left_out = left_out_by(Path(config.run.directory))
+    examples = training_examples(config, world, policy, left_out).training
     with training_loader(config, world, policy, examples) as loader:
         yield Trainer(
             config, world, policy, data=loader, rewards=rewards_of(config), describe=described,

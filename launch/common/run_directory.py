@@ -14,6 +14,7 @@ import hark.grpo
 import hark.launch
 import hark.models
 from hark.grpo.config import Config, ConfigError
+from hark.grpo.runtime.checkpoint import newest_intact
 from hark.grpo.runtime.collectives import World
 from hark.grpo.runtime.manifest import Manifest, sha256_of
 from hark.launch.common.plain_yaml import read_options
@@ -60,6 +61,7 @@ FREE = (
     ("optim", "skip_nonfinite"),
 )
 RANKS, DATA = "ranks", "data"  # names in run.allow_changed that are no options
+LEFT_OUT = "left_out"  # among the facts of a checkpoint: the ids of the examples that the run left out when it began
 
 
 def check_run_directory(config: Config) -> None:
@@ -140,6 +142,22 @@ def check_changes(config: Config, about: Mapping[str, Any], manifest: Manifest) 
         )
     code = ["the code of hark has changed"] if manifest.about.get("code", about["code"]) != about["code"] else []
     return [*changes.values(), *code]
+
+
+def left_out_before(config: Config, about: Mapping[str, Any], manifest: Manifest) -> list[str] | None:
+    """The ids of the examples that the run of a checkpoint left out when it began.
+
+    None if the data or their options have changed since: the order is another one then, of what can be used now.
+    about: the facts of the resumed run.
+    """
+    changes = [name for name, _ in _changes(config, manifest.about, about)]
+    return None if any(name.partition(".")[0] == DATA for name in changes) else manifest.about.get(LEFT_OUT)
+
+
+def left_out_by(directory: Path) -> list[str] | None:
+    """The same of the newest checkpoint of a run directory, whatever has changed; None if there is none."""
+    manifest = newest_intact(directory / "checkpoints")
+    return manifest.about.get(LEFT_OUT) if manifest else None
 
 
 def _changes(config: Config, before: Mapping[str, Any], about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -18,7 +18,7 @@ from hark.grpo.config import Config, ConfigError, differences
 from hark.grpo.instruments.trackers import check_trackers
 from hark.grpo.learner import Learner
 from hark.grpo.runtime.checkpoint import newest_intact
-from hark.grpo.runtime.collectives import World, joined_world, reduce_max
+from hark.grpo.runtime.collectives import World, exchange_rows, joined_world, reduce_max
 from hark.grpo.runtime.lock import locked
 from hark.grpo.runtime.watchdog import watched
 from hark.launch.common.exports import announce_export
@@ -34,7 +34,13 @@ from hark.launch.common.questions import (
     training_loader,
     validation_figures,
 )
-from hark.launch.common.run_directory import check_changes, check_run_directory, facts
+from hark.launch.common.run_directory import (
+    LEFT_OUT,
+    check_changes,
+    check_run_directory,
+    facts,
+    left_out_before,
+)
 from hark.models.loading import read_family
 
 
@@ -65,7 +71,8 @@ def train(config: Config, make_trainer: Callable[..., Learner], *, judged: bool,
             raise ConfigError(
                 f"{config.model.path} takes text only, and evaluation.silent needs sound; set it to false"
             )
-        examples, held_out = training_examples(config, world, family)
+        before = [left_out_before(config, about, newest) if newest else None] if world.is_main else []
+        examples, held_out, about[LEFT_OUT] = training_examples(config, world, family, exchange_rows(before, world)[0])
         check_order(config, examples)
         if answered:
             check_answers(examples, answered, or_target=not judged)
