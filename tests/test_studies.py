@@ -9,6 +9,7 @@ import pytest
 from numpy.random import default_rng
 
 from hark import UserError
+from hark.launch.common.pages import Markers
 from hark.launch.studies import algorithms, asr, kept, rl_or_sft
 from hark.launch.studies.kept import Kept, Run, answered, do_all, percent
 
@@ -149,3 +150,11 @@ def test_what_was_answered_is_joined_to_the_questions(tmp_path):
 def test_no_two_sentences_are_alike():
     said = list(itertools.islice(asr.sentences(default_rng(0)), 500))
     assert len(set(said)) == 500 and all(len(sentence.split()) == len(asr.WORDS) for sentence in said)
+
+
+def test_a_table_is_written_between_the_markers_of_its_own_program():
+    first, second = Markers.of("first.py"), Markers.of("second.py")
+    page = f"a\n{first.begin}\n{first.end}\nb\n{second.begin}\n\nold\n\n{second.end}\nc\n"
+    assert first.are_in(page) and second.are_in(page) and not Markers.of("third.py").are_in(page)
+    assert second.filled(page, "new") == page.replace("old", "new")
+    assert not second.are_in(page.rpartition(second.end)[0])

@@ -17,7 +17,8 @@ class Markers(NamedTuple):
         return cls(f"<!-- {program} writes from here -->")
 
     def are_in(self, page: str) -> bool:
-        return 0 <= page.find(self.begin) < page.find(self.end)
+        _, begin, rest = page.partition(self.begin)
+        return bool(begin) and self.end in rest
 
     def filled(self, page: str, text: str) -> str:
         """The page with this text between the marker lines."""
