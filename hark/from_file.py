@@ -6,6 +6,7 @@ Such a configuration names code that will be run: use only configurations whose 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib.util
 import itertools
 import os
@@ -54,6 +55,14 @@ def from_file(name: str) -> Any:
         hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(defined) or 'nothing'}"
         raise OwnFileError(f"{path}: has no {key!r}{hint}")
     return getattr(module, key)
+
+
+def own_digests() -> dict[str, str]:
+    """The SHA-256 of each file that was run, by its name without the directory; one for all files of the same name."""
+    digests: dict[str, Any] = {}
+    for path, text in sorted(_TEXTS.items()):
+        digests.setdefault(Path(path).name, hashlib.sha256()).update(text.encode())
+    return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
 def save_own_files(directory: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hark.from_file import from_file
 from hark.grpo import loop
 from hark.grpo.config import Config, ConfigError
 from hark.grpo.runtime import checkpoint as module
@@ -498,6 +500,34 @@ def test_where_the_newest_checkpoint_is_damaged_the_run_is_compared_with_the_one
     else:
         train_program.main(command)
         assert capsys.readouterr().out.count("since the checkpoint of step 1 optim.lr has changed") == 1
+
+
+def test_other_models_data_and_own_files_at_the_same_paths_are_noticed(settings, run, qwen2_audio_dir, tmp_path):
+    base, table, own = tmp_path / "model", tmp_path / "tables", tmp_path / "own.py"
+    shutil.copytree(qwen2_audio_dir, base)
+    table.mkdir()
+    (table / "a.parquet").write_bytes(b"1")
+    own.write_text("reward = 1\n")
+    words = [*settings, f"model.path={base}", f"data.train=[{tmp_path}/train.jsonl, {table}, hf:{table}:train]"]
+    _add_facts(words, run)
+    config, world, manifest = load_config(words), World(0, 1, torch.device("cpu")), newest_intact(run)
+    (base / "README.md").write_text("new")
+    assert check_changes(config, facts(config, world), manifest) == []
+    weights = base / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ConfigError, match=r"the files of .*model have changed; .*allow_changed=\[model\]"):
+        check_changes(config, facts(config, world), manifest)
+    weights.write_bytes(content)
+    (table / "b.parquet").touch()
+    with pytest.raises(ConfigError, match=r"contents of hf:.*tables:train have changed; .*allow_changed=\[data\]"):
+        check_changes(config, facts(config, world), manifest)
+    (table / "b.parquet").unlink()
+    from_file(f"{own}:reward")
+    text = {"own.py": hashlib.sha256(b"reward = 2\n").hexdigest()}
+    before = dataclasses.replace(manifest, about=manifest.about | {"own_files": text})
+    with pytest.raises(ConfigError, match=r"the text of own.py has changed; .*allow_changed=\[own_files\]"):
+        check_changes(config, facts(config, world), before)
 
 
 def _add_facts(settings: list[str], run: Path, *, step: int = 2) -> None:

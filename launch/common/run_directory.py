@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import hark.data
 import hark.grpo
 import hark.launch
 import hark.models
+from hark.data.tables import PREFIX
+from hark.from_file import own_digests
 from hark.grpo.config import Config, ConfigError
 from hark.grpo.runtime.checkpoint import newest_intact
 from hark.grpo.runtime.collectives import World
@@ -60,7 +63,10 @@ FREE = (
     ("optim", "micro_batch"),
     ("optim", "skip_nonfinite"),
 )
-RANKS, DATA = "ranks", "data"  # names in run.allow_changed that are no options
+# Names in run.allow_changed that are no options, and the facts of a checkpoint that they are about.
+RANKS, DATA, MODEL, OWN_FILES = "ranks", "data", "model", "own_files"
+# Endings of the files of a model or of a data set that are read from a directory; a README, say, may change.
+READ = (".safetensors", ".json", ".jinja", ".txt", ".model", ".parquet", ".arrow")
 LEFT_OUT = "left_out"  # among the facts of a checkpoint: the ids of the examples that the run left out when it began
 
 
@@ -99,17 +105,41 @@ def changed(before: dict, config: Config, keys: Sequence[tuple[str, str]]) -> It
 
 
 def facts(config: Config, world: World) -> dict[str, Any]:
-    """What a checkpoint says about its run: the configuration, the digests of the data files, the code, the ranks.
+    """What a checkpoint says about its run: the configuration, the ranks, and digests of data, models and code.
 
+    Rank 0 reads all data and weights for it. What is named on the hub has no digest.
     Raises ConfigError for an option that no checkpoint can hold, so that a run ends at its start and not when it saves.
     """
-    files = data_files(config) if world.is_main else []
+    models = [name for name in (config.model.path, config.model.reference, config.lora.path) if name is not None]
     return {
         "config": _as_json(config),
-        "data": {name: sha256_of(Path(name)) for name in files if Path(name).is_file()},  # the others are on a hub
+        DATA: _digests(data_files(config)) if world.is_main else {},
+        MODEL: _digests(models) if world.is_main else {},
+        OWN_FILES: own_digests(),
         "code": source_digest(),
         "ranks": world.size,
     }
+
+
+def _digests(names: Sequence[str]) -> dict[str, str]:
+    """The digest of each of these files and directories; those that are not on this disk are left out."""
+    found = {}
+    for name in names:
+        place = Path(name.removeprefix(PREFIX).rpartition(":")[0] if name.startswith(PREFIX) else name)
+        if place.is_file():
+            found[name] = sha256_of(place)
+        elif place.is_dir():
+            found[name] = digest_of(place, deep=name.startswith(PREFIX))
+    return found
+
+
+def digest_of(directory: Path, *, deep: bool = False) -> str:
+    """The SHA-256 of the names and contents of the files of a directory that are READ; `deep`: also below it."""
+    paths = sorted(path for path in directory.glob("**/*" if deep else "*") if path.suffix in READ and path.is_file())
+    with ThreadPoolExecutor() as pool:  # a digest of 1 GB takes a second, without the interpreter's lock
+        digests = pool.map(sha256_of, paths)
+    lines = [f"{digest} {path.relative_to(directory)}" for digest, path in zip(digests, paths, strict=True)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _as_json(config: Config) -> dict[str, Any]:
@@ -166,9 +196,10 @@ def _changes(config: Config, before: Mapping[str, Any], about: Mapping[str, Any]
     asked = [pair for pair in options if pair[0] not in FREE_SECTIONS and pair not in FREE]
     for name, old, new in changed(before.get("config", {}), config, asked):
         yield name, f"{name} has changed from {old!r} to {new!r}"
-    for name, digest in about["data"].items():
-        if before.get("data", {}).get(name, digest) != digest:
-            yield DATA, f"the contents of {name} have changed"
+    for kind, what in ((DATA, "contents"), (MODEL, "files"), (OWN_FILES, "text")):
+        for name, digest in about[kind].items():
+            if before.get(kind, {}).get(name, digest) != digest:
+                yield kind, f"the {what} of {name} {'has' if kind == OWN_FILES else 'have'} changed"
     if before.get("ranks", about["ranks"]) != about["ranks"]:
         yield RANKS, f"the number of ranks has changed from {before['ranks']} to {about['ranks']}"
 

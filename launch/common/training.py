@@ -60,13 +60,13 @@ def train(config: Config, make_trainer: Callable[..., Learner], *, judged: bool,
         announce(config, world)
         check_training(config, world)
         accept()
-        about = facts(config, world)
+        family = read_family(config.model.path, config.model.policy)
+        about = facts(config, world)  # after all files of the user's own were run
         newest = newest_intact(directory / "checkpoints") if config.run.resume and world.is_main else None
         if newest is not None:
             check_changes(config, about, newest)  # now, as the weights may take minutes; and again with what is loaded
         # The data is checked before the weights are read, which takes minutes for a large model.
         curriculum_of(config)  # raises if the data have no such order
-        family = read_family(config.model.path, config.model.policy)
         if config.evaluation.silent and family.sample_rate is None:
             raise ConfigError(
                 f"{config.model.path} takes text only, and evaluation.silent needs sound; set it to false"
