@@ -227,7 +227,8 @@ def usable(
         findings = {clip: found[clip] for clip in example.clips}
         fault = next((clip for clip, finding in findings.items() if finding.fault), None)
         reason = "" if fault is None else f"{fault}: {findings[fault].reason}"
-        if fault if before is None else example.id in before:
+        is_left_out = fault is not None if before is None else example.id in before
+        if is_left_out:
             bad.append(BadExample(example.line, example.id, reason or "was left out when the run began"))
         else:
             lengths = [findings[clip].seconds or 0.0 for clip in example.clips]
