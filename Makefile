@@ -76,7 +76,8 @@ build/types/hark: $(wildcard hark/*.py)
 # whose compiled extension does not load beside the CPU build of torch; then `import torchaudio` fails, and with it
 # transformers. Without the extension's files torchaudio works, as nothing here needs the extension: they are removed.
 #
-# All has the versions of tests/pins, and all but the CPU build of torch is compared with the digests there. --no-build-isolation builds with the pinned setuptools.
+# All has the versions of tests/pins, and all but the CPU build of torch is compared with the digests there.
+# --no-build-isolation builds with the pinned setuptools.
 .venv/installed: setup.cfg tests/pins/use.txt
 	$(PYTHON) -m venv .venv
 	pins="-r tests/pins/use.txt"; \

@@ -1,9 +1,18 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and that are on the disk."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+
+def sync(path: Path) -> None:
+    """Have the contents of a file, or the names in a directory, on the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import stat
 from pathlib import Path
 
@@ -17,7 +16,7 @@ def limit_memory(more: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
-def is_plain(path: Path, most: float = math.inf) -> bool:
+def is_plain(path: Path, most: float) -> bool:
     """Whether a path leads to a file of at most `most` bytes: no pipe or device, on which a reader would wait or never
     end. Raises OSError if there is nothing, or if it cannot be looked at."""
     status = path.stat()

@@ -22,7 +22,7 @@ from hark.grpo.runtime import checkpoint as module
 from hark.grpo.runtime.checkpoint import CheckpointError, Saver, best_of, checkpoints, load_checkpoint, newest_intact
 from hark.grpo.runtime.collectives import World
 from hark.grpo.runtime.interrupt import Interrupted
-from hark.grpo.runtime.manifest import DamageError, Manifest
+from hark.grpo.runtime.manifest import DamageError, Manifest, signed
 from hark.launch import train as train_program
 from hark.launch.common.config_file import load_config
 from hark.launch.common.policies import make_policy
@@ -191,18 +191,10 @@ def test_a_manifest_with_a_right_digest_is_checked_all_the_same(change, said, se
     body = dataclasses.asdict(Manifest.read(path))
     body = json.loads(json.dumps(body))
     change(body)
-    (path / "hark.json").write_bytes(_signed(body))
+    (path / "hark.json").write_bytes(signed(body))
     shutil.rmtree(run / "step-000001")
     with pytest.raises(CheckpointError, match=said or "checkpoint of another model"):
         loaded(settings, run)
-
-
-def _signed(body: dict) -> bytes:
-    from hashlib import sha256
-
-    from hark.grpo.runtime.manifest import _encoded
-
-    return _encoded(body | {"sha256": sha256(_encoded(body)).hexdigest()})
 
 
 def test_one_rank_resumes_what_two_saved_and_the_other_way_round(settings, tmp_path):

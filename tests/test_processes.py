@@ -400,7 +400,7 @@ def test_an_export_is_on_the_disk_before_it_replaces_the_one_before_which_is_the
     exported, tmp_path, monkeypatch
 ):
     synced, rename = [], Path.rename
-    monkeypatch.setattr(export_module, "sync_directory", lambda path: synced.append(path.name))
+    monkeypatch.setattr(export_module, "sync", lambda path: synced.append(path.name))
 
     def killed(path: Path, target: Path) -> None:
         if path.name == "adapters.partial":

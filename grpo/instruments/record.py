@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from hark import UserError
 from hark.grpo.instruments.metrics import finite
 from hark.grpo.instruments.record_kinds import SUMS, wrong_part
-from hark.grpo.runtime.manifest import DamageError, File, check_digest, check_size, sha256_of
+from hark.grpo.runtime.manifest import DamageError, File, check_digest, check_size
 from hark.grpo.types import stacked
 from hark.limits import is_plain
 from hark.shown import shown
@@ -89,7 +89,7 @@ def write_part(run: Path, record: StepRecord) -> int:
 
 def entry_of(path: Path) -> dict[str, Any]:
     """The size in bytes and the SHA-256 of a file, as step.json has those of the tensors."""
-    return asdict(File(path.stat().st_size, sha256_of(path)))
+    return asdict(File.of(path))
 
 
 def read_step(run: Path, step: int) -> StepRecord:

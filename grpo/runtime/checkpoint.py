@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hark import UserError
+from hark.files import sync
 from hark.grpo.runtime import manifest as manifests
 from hark.grpo.runtime.collectives import GIB, World, exchange_rows, reduce_max, reduce_sums
 from hark.grpo.runtime.manifest import DamageError, File, Manifest, Piece, Tensor, check_digest, check_size, name_of
@@ -183,7 +184,7 @@ class Saver:
         joined(writing.manifest, written).write(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        manifests.sync_directory(self._directory)
+        sync(self._directory)
         prune(self._directory, keep=self._keep, keep_weights=self._keep_weights)
 
     def _failed(self, partial: Path, error: str) -> None:

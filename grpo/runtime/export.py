@@ -13,8 +13,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from hark import UserError
+from hark.files import sync
 from hark.grpo.runtime.collectives import World
-from hark.grpo.runtime.manifest import sync_directory
 from hark.models.directory import files_to_copy
 from hark.models.loading import tied_names
 from hark.models.lora import adapter_delta, adapter_tensors, is_adapter, whole, write_adapters
@@ -87,12 +87,12 @@ def _replaced(target: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         for path in (*partial.iterdir(), partial):
-            sync_directory(path)  # it takes files too
+            sync(path)
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
             target.rename(old)
         partial.rename(target)
-        sync_directory(target.parent)
+        sync(target.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)  # it takes room that may be what is missing
         raise ExportError(

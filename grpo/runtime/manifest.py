@@ -10,12 +10,12 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hark.files import sync, write_whole
 from hark.limits import is_plain
 
 NAME = "hark.json"
@@ -36,6 +36,11 @@ class File:
 
     size: int
     sha256: str
+
+    @staticmethod
+    def of(path: Path) -> File:
+        """Those of a file as it is now."""
+        return File(path.stat().st_size, sha256_of(path))
 
 
 @dataclass(frozen=True)
@@ -74,13 +79,8 @@ class Manifest:
         """Write the manifest of a checkpoint; the old one is there until the new one is on the disk."""
         # As it will be read: the keys of a mapping become text, and text sorts otherwise than numbers.
         body = json.loads(json.dumps(dataclasses.asdict(self), allow_nan=False))
-        temporary = directory / f"{NAME}.new"
-        with temporary.open("wb") as out:
-            out.write(signed(body))
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, directory / NAME)
-        sync_directory(directory)
+        write_whole(directory / NAME, signed(body))
+        sync(directory)
 
     @staticmethod
     def read(checkpoint: Path) -> Manifest:
@@ -135,15 +135,6 @@ def sha256_of(path: Path) -> str:
         while size := file.readinto(block):
             digest.update(block[:size])
     return digest.hexdigest()
-
-
-def sync_directory(directory: Path) -> None:
-    """Write the names in a directory to the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def signed(body: dict[str, Any]) -> bytes:

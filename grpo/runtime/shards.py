@@ -6,7 +6,6 @@ A rank writes the pieces that it holds. Any number of ranks reads them; each rea
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from hark.grpo.runtime.manifest import DamageError, File, Manifest, Piece, Shape, Tensor, sha256_of
+from hark.files import sync
+from hark.grpo.runtime.manifest import DamageError, File, Manifest, Piece, Shape, Tensor
 from hark.models.policy import Policy
 
 WEIGHTS, MOMENTS, FURTHER = "weights", "optimizer", "further"
@@ -94,9 +94,8 @@ def _box(tensor: torch.Tensor) -> tuple[torch.Tensor, Shape, Shape]:
 def write_shards(shards: Mapping[str, Shard], path: Path) -> File:
     """Write shards to a safetensors file, and the file to the disk; returns its size and digest."""
     save_file({name: shard.data for name, shard in shards.items()}, path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return File(path.stat().st_size, sha256_of(path))
+    sync(path)
+    return File.of(path)
 
 
 def piece_of(shard: Shard, file: str) -> Piece:
