@@ -431,9 +431,16 @@ def test_a_checkpoint_of_a_run_with_scheduled_rewards_is_intact_and_an_equal_sch
         ({"skipped": None}, {}),
         ({"beta": "0.1"}, {}),
         ({"beta": 10**400}, {}),
+        ({"failing": 3}, {}),
+        ({"failing": [3]}, {}),
+        ({"failing": [["3", 0.5]]}, {}),
+        ({"failing": [[3, None]]}, {}),
         ({}, {"config": 5}),
         ({}, {"config": {"optim": 5}}),
         ({}, {"data": []}),
+        ({}, {"model": ["sha256"]}),
+        ({}, {"own_files": "sha256"}),
+        ({}, {"left_out": "train-3"}),
         ({}, {"ranks": "1"}),
         ({}, {"validation": []}),
         ({}, {"validation": {"accuracy": "high"}}),
@@ -451,8 +458,8 @@ def test_a_manifest_whose_values_are_of_another_kind_is_damaged(state, about, tm
 def test_a_manifest_of_a_whole_state_is_read(tmp_path):
     path = tmp_path / "step-000002"
     path.mkdir()
-    state = {"skipped": 1, "lost": ["train-3"], "beta": 0.04, "cursor": None}
-    about = {"validation": {"accuracy": None, "questions": 3}, "ranks": 2}
+    state = {"skipped": 1, "lost": ["train-3"], "beta": 0.04, "cursor": None, "failing": [[1, 0.5], [2, 1]]}
+    about = {"validation": {"accuracy": None, "questions": 3}, "ranks": 2, "left_out": ["train-5"]}
     Manifest(2, {}, {}, {}, state=state, about=about).write(path)
     assert Manifest.read(path).state == state
 

@@ -170,11 +170,18 @@ def _check_kinds(state: dict[str, Any], about: dict[str, Any]) -> None:
 
     Each may be missing: other learners have another state, and an older checkpoint says less.
     """
-    sections, figures, lost = about.get("config", {}), about.get("validation", {}), state.get("lost", [])
-    objects = all(isinstance(part, dict) for part in (*sections.values(), about.get("data", {})))
-    if not objects or not isinstance(lost, list) or not all(isinstance(name, str) for name in lost):
-        raise TypeError("an object or a list of names was expected")
-    for number in (state.get("beta", 0.0), *(figure for figure in figures.values() if figure is not None)):
+    sections, figures = about.get("config", {}), about.get("validation", {})
+    digests = [about.get(kind, {}) for kind in ("data", "model", "own_files")]
+    if not all(isinstance(part, dict) for part in (*sections.values(), *digests)):
+        raise TypeError("an object was expected")
+    for names in (state.get("lost", []), about.get("left_out", [])):
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise TypeError("a list of names was expected")
+    numbers = [state.get("beta", 0.0), *(figure for figure in figures.values() if figure is not None)]
+    for step, share in state.get("failing", []):
+        _count(step)
+        numbers.append(share)
+    for number in numbers:
         if type(number) not in (int, float) or not math.isfinite(number):
             raise TypeError("a number was expected")
     for count in (state.get("skipped", 0), state.get("cursor") or 0, about.get("ranks", 1)):
