@@ -22,7 +22,7 @@ from hark.grpo.instruments.record import RecordError
 from hark.grpo.instruments.trackers import open_trackers
 from hark.grpo.learner import Learner
 from hark.grpo.runtime.checkpoint import Saver, checkpoints, load_checkpoint, set_aside, step_of
-from hark.grpo.runtime.collectives import TIMEOUT, check_interrupted, reduce_max, reduce_sums
+from hark.grpo.runtime.collectives import check_interrupted, reduce_max, reduce_sums
 from hark.grpo.runtime.export import export, export_adapters
 from hark.grpo.runtime.interrupt import Interrupted
 from hark.grpo.runtime.manifest import Manifest
@@ -86,7 +86,7 @@ def train(
                 raise Interrupted(how_to_resume(learner, metrics.step, number), number) from None
             raise
         if config.checkpoint.export:
-            with world.progress.during("export", patience=TIMEOUT.total_seconds()):
+            with world.progress.during("export", long=True):
                 export(learner.policy, learner.directory / "model", world)
                 if learner.policy.lora is not None:
                     export_adapters(learner.policy, learner.directory / "adapters", world)
@@ -95,7 +95,7 @@ def train(
 def resumed(learner: Learner, changes: Callable[[Manifest], Sequence[str]]) -> int:
     """Load the newest intact checkpoint, and say what has changed since; returns its steps, 0 if there is none yet."""
     place = learner.directory / "checkpoints"
-    with learner.world.progress.during("reading a checkpoint", patience=TIMEOUT.total_seconds()):
+    with learner.world.progress.during("reading a checkpoint", long=True):
         manifest = load_checkpoint(
             place, learner.policy, learner.optimizer, learner.world, further=learner.further_policies()
         )
@@ -156,7 +156,7 @@ def evaluated(learner: Learner, metrics: Metrics, saver: Saver, *, done: int) ->
 
 
 def save(learner: Learner, saver: Saver, done: int, *, validation: Mapping[str, float], at_once: bool = False) -> None:
-    with learner.world.progress.during(f"checkpoint of step {done}", patience=TIMEOUT.total_seconds()):
+    with learner.world.progress.during(f"checkpoint of step {done}", long=True):
         saver.save(
             done, learner.policy, learner.optimizer, state=learner.state(), further=learner.further_policies(),
             validation=finite(dict(validation)), at_once=at_once,

@@ -667,8 +667,8 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "grpo/runtime/watchdog.py": (
         (
             "one that waits is the cause",
-            "if count != self._moved[0] or waits:",
-            "if count != self._moved[0]:",
+            "if progress != self._moved[0] or waits:",
+            "if progress != self._moved[0]:",
             "test_processes",
         ),
         ("one that is stopped is waited for", "if silent > self._patience:", "if False:", "test_processes"),

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -205,19 +206,44 @@ def judged(published: list[list | None], patience: float = 10.0, step: float = 4
 
 
 def test_a_rank_that_answers_no_more_is_named_with_its_phase(monkeypatch):
-    found = judged([[1, 5, False, "rollout of step 3", 0.0]] * 5, monkeypatch=monkeypatch)
+    found = judged([[1, [5, 0], False, "rollout of step 3"]] * 5, monkeypatch=monkeypatch)
     assert found[:3] == ["", "", ""]
     assert found[3].startswith("rank 1 has not answered for 12 s") and "rollout of step 3" in found[3]
 
 
-def test_a_rank_without_progress_is_named_unless_it_waits_for_others_or_may_take_longer(monkeypatch):
-    stuck = [[n, 5, False, "load of step 3", 0.0] for n in range(5)]
+def test_a_rank_without_progress_is_named_unless_it_waits_for_others(monkeypatch):
+    stuck = [[n, [5, 7], False, "load of step 3"] for n in range(5)]
     assert "rank 1 has made no progress for 12 s" in judged(stuck, monkeypatch=monkeypatch)[3]
-    waits = [[n, 5, True, "load of step 3", 0.0] for n in range(5)]
-    export = [[n, 5, False, "export", 3600.0] for n in range(5)]
-    moving = [[n, n, False, "load of step 3", 0.0] for n in range(5)]
-    for fine in (waits, export, moving, [None] * 5):
+    waits = [[n, [5, 7], True, "load of step 3"] for n in range(5)]
+    moving = [[n, [n, 0], False, "load of step 3"] for n in range(5)]
+    computing = [[n, [5, n], False, "export"] for n in range(5)]
+    for fine in (waits, moving, computing, [None] * 5):
         assert judged(fine, monkeypatch=monkeypatch) == [""] * 5
+
+
+def test_processor_time_is_progress_in_a_long_phase_only_and_that_of_the_watchdog_never():
+    progress = World(0, 1, CPU).progress
+
+    def compute(seconds: float) -> None:
+        until = time.thread_time() + seconds
+        while time.thread_time() < until:
+            pass
+
+    with ThreadPoolExecutor(1) as watchdog:
+
+        def counts() -> tuple[int, int]:
+            return watchdog.submit(lambda: progress.now()[0]).result()
+
+        with progress.during("reading a checkpoint", long=True):
+            marks, before = counts()
+            watchdog.submit(compute, 2.0).result()
+            assert counts()[1] - before < 2  # 1 if what this thread did meanwhile completes a second
+            compute(1.1)
+            assert counts()[0] == marks and counts()[1] > before
+        with progress.during("rollout of step 1"):
+            first = counts()
+            compute(1.1)
+            assert counts() == first
 
 
 def test_a_rank_ends_itself_when_its_launcher_has_died(monkeypatch):

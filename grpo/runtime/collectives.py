@@ -91,31 +91,36 @@ class CollectiveMeter:
 class Progress:
     """Where the main thread of this rank is; the watchdog of another rank reads it.
 
-    doing: the phase, in words. patience: seconds that it may take, if that is longer than run.patience.
+    doing: the phase, in words. A phase that is `long`, such as reading the weights of a large model, makes no marks;
+    in it, each second of processor time of this process is progress.
     """
 
     def __init__(self, meter: CollectiveMeter):
         self._meter = meter
         self._count = 0
-        self.doing, self._patience = "start", TIMEOUT.total_seconds()  # data are checked and weights read
+        self.doing, self._long = "start", True  # data are checked and weights read
 
-    def mark(self, doing: str | None = None, *, patience: float = 0.0) -> None:
+    def mark(self, doing: str | None = None, *, long: bool = False) -> None:
         """Note that there is progress, and what begins, if that is something else."""
         self._count += 1
         if doing is not None:
-            self.doing, self._patience = doing, patience
+            self.doing, self._long = doing, long
 
     @contextmanager
-    def during(self, doing: str, *, patience: float = 0.0) -> Iterator[None]:
+    def during(self, doing: str, *, long: bool = False) -> Iterator[None]:
         """Note what the block does."""
-        doing_before, patience_before = self.doing, self._patience
-        self.mark(doing, patience=patience)
+        doing_before, long_before = self.doing, self._long
+        self.mark(doing, long=long)
         yield
-        self.mark(doing_before, patience=patience_before)
+        self.mark(doing_before, long=long_before)
 
-    def now(self) -> tuple[int, bool, str, float]:
-        """A count that grows with progress, whether a collective waits for other ranks, the phase, and its patience."""
-        return self._count, self._meter.waits, self.doing, self._patience
+    def now(self) -> tuple[tuple[int, int], bool, str]:
+        """Counts that change with progress, whether a collective waits for other ranks, and the phase.
+
+        The processor time of the thread that calls it, which is the watchdog, is not counted.
+        """
+        seconds = int(time.process_time() - time.thread_time()) if self._long else 0
+        return (self._count, seconds), self._meter.waits, self.doing
 
 
 @dataclass(frozen=True)

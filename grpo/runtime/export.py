@@ -56,7 +56,8 @@ def export(policy: Policy, target: Path, world: World, *, dtype: torch.dtype = t
             state = stored.as_stored(state) | {name: stored.read_stored(name) for name in stored.untouched}
             state = {name: _own_memory(tensor) for name, tensor in state.items()}
             save_torch_state_dict(state, partial, max_shard_size=SHARD_BYTES, metadata={"format": "pt"})
-    dist.barrier()
+    with world.meter.measure():
+        dist.barrier()
 
 
 def export_adapters(policy: Policy, target: Path, world: World) -> None:
@@ -65,7 +66,8 @@ def export_adapters(policy: Policy, target: Path, world: World) -> None:
     if world.is_main:
         with _replaced(target) as partial:
             write_adapters(policy, state, partial)
-    dist.barrier()
+    with world.meter.measure():
+        dist.barrier()
 
 
 def _own_memory(tensor: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,7 @@ class Watchdog:
         self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._watched = (world.rank + 1) % world.size
         self._interval = min(max(patience / SHARE, LOOK), SLOWEST)
-        self._beat, self._seen, self._moved = 0, (-1, time.monotonic()), (-1, time.monotonic())
+        self._beat, self._seen, self._moved = 0, (-1, time.monotonic()), ([-1, -1], time.monotonic())
         self._ended = threading.Event()
 
     @contextmanager
@@ -81,16 +81,16 @@ class Watchdog:
         """What is wrong with the watched rank, or ""."""
         if published is None:
             return ""
-        beat, count, waits, doing, patience = published
+        beat, progress, waits, doing = published
         now = time.monotonic()
         if beat != self._seen[0]:
             self._seen = beat, now
-        if count != self._moved[0] or waits:
-            self._moved = count, now
+        if progress != self._moved[0] or waits:
+            self._moved = progress, now
         silent, still = now - self._seen[1], now - self._moved[1]
         if silent > self._patience:
             return f"rank {self._watched} has not answered for {silent:.0f} s (run.patience); its last phase: {doing}"
-        if still > max(self._patience, patience):
+        if still > self._patience:
             return (
                 f"rank {self._watched} has made no progress for {still:.0f} s (run.patience), in this phase: {doing}; "
                 "raise run.patience if that may take longer"
