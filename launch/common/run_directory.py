@@ -53,6 +53,7 @@ FREE = (
     ("model", "recompute"),
     ("model", "attention"),
     ("data", "workers"),
+    ("data", "max_lost"),
     ("data", "audio_root"),
     ("rollout", "batch"),
     ("rollout", "cuda_graphs"),
