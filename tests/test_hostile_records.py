@@ -7,6 +7,7 @@ import io
 import json
 import os
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ import torch
 from safetensors.torch import load_file
 
 from hark.grpo.instruments.record import RecordError, read_step, recorded_steps
+from hark.grpo.runtime.manifest import signed
 from hark.launch import step as step_command
 from hark.launch.page.collect import Bounds, Collection, all_parts
-from tests.written import replace_tensors, write_run
+from tests.written import replace_tensors, values_of, write_run
 
 OTHERS = (None, "x", -1.5, float("nan"), [None], {"a": 1})
 NOT_JSON = ("[" * 100_000, "[]", "1", "", '{"a": ' + "9" * 5000 + "}")
@@ -42,13 +44,16 @@ def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
             yield from places(value[key], (*path, key))
 
 
-def changed(text: str, path: tuple, value: Any) -> str:
-    """The same JSON with another value at a place."""
-    whole = parent = json.loads(text)
+def changed(values: dict, path: tuple, value: Any) -> bytes:
+    """The same JSON with another value at a place, and a right digest of it."""
+    whole = parent = deepcopy(values)
     for key in path[:-1]:
         parent = parent[key]
     parent[path[-1]] = value
-    return json.dumps(whole)
+    try:
+        return signed(whole)
+    except ValueError:  # a value that JSON cannot hold, nor a digest of it be computed
+        return json.dumps(whole).encode()
 
 
 def refused(run: Path) -> bool:
@@ -69,11 +74,11 @@ def refused(run: Path) -> bool:
 def test_values_that_no_recorder_writes_are_errors_of_one_line(run):
     assert not refused(run)
     path = part(run) / "step.json"
-    good = path.read_text()
+    good = values_of(part(run))
     found = {}
-    for place in places(json.loads(good)):
+    for place in places(good):
         for value in OTHERS:
-            path.write_text(changed(good, place, value))
+            path.write_bytes(changed(good, place, value))
             found[place, repr(value)] = refused(run)
     assert sum(found.values()) > 150 and not all(found.values())
     for name in ("group_size", "prompts", "completions", "tokens", "config"):
@@ -109,7 +114,7 @@ def test_a_pipe_and_a_hole_of_gigabytes_are_refused_at_once(run, name):
 
 def test_a_reason_cannot_steer_the_terminal(run):
     path = part(run) / "step.json"
-    path.write_text(changed(path.read_text(), ("reason",), "\x1b[2J"))
+    path.write_bytes(changed(values_of(part(run)), ("reason",), "\x1b[2J"))
     assert not refused(run)
 
 

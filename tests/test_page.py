@@ -16,13 +16,13 @@ import pytest
 
 from hark import UserError
 from hark.data.clip import Clip
-from hark.grpo.instruments.record import read_step
+from hark.grpo.instruments.record import place_of, read_step
 from hark.launch.page.collect import Bounds, Collection, all_parts, base_of, clips_of, differences, short_names, spread
 from hark.launch.page.document import as_json, document
 from hark.launch.page.sounds import Sounds
 from hark.launch.report import main, twin_of
 from hark.launch.watch import Handler, server
-from tests.written import GROUP, HOSTILE, replace_tensors, write_metrics, write_run
+from tests.written import GROUP, HOSTILE, replace_tensors, replace_values, values_of, write_metrics, write_run
 
 ELEMENT = re.compile(r'<script type="application/json" id="([^"]+)">(.*?)</script>', re.DOTALL)
 
@@ -134,10 +134,10 @@ def test_bounds_are_kept_and_what_is_left_out_is_named(tmp_path, capsys):
 
 def test_questions_with_answers_under_the_controls_come_first(tmp_path):
     run = write_run(tmp_path / "grpo")
-    path = run / "record" / "step-000020" / "rank-0" / "step.json"
-    values = json.loads(path.read_text())
+    part = place_of(run, 20) / "rank-0"
+    values = values_of(part)
     del values["prompts"][0]["answers"]
-    path.write_text(json.dumps(values))
+    replace_values(part, values)
     _, twin = written(run, "--groups", "2", "--out", tmp_path / "r.html")
     assert [group["id"] for group in twin["step-0-20"]["groups"]] == ["test-1", "test-2"]
     rows = read_step(run, 20).tensors["rewards"][GROUP : 2 * GROUP].tolist()

@@ -256,12 +256,19 @@ def test_errors_say_what_is_recorded_and_what_is_broken(recorded):
     with pytest.raises(RecordError, match="rank-0 cannot be read"):
         read_step(recorded, 2)
     path.write_text(json.dumps(json.loads(text) | {"format": 99}))
-    with pytest.raises(RecordError, match="has format 99; expected 3"):
+    with pytest.raises(RecordError, match="has format 99; expected 4"):
         read_step(recorded, 2)
 
 
-def test_a_bit_that_flips_in_the_tensors_is_named_with_the_file(recorded):
-    path = place_of(recorded, 2) / "rank-0" / "tensors.safetensors"
+def test_a_bit_that_flips_is_named_with_the_file(recorded):
+    values, path = (place_of(recorded, 2) / "rank-0" / name for name in ("step.json", "tensors.safetensors"))
+    good = values.read_bytes()
+    for key in (b'"text":"', b'"line":"', b'"reason":"'):  # a letter of a text: it stays JSON
+        at = good.index(key) + len(key)
+        values.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+        with pytest.raises(RecordError, match=r"rank-0: step.json does not agree with its own digest; .* copy"):
+            read_step(recorded, 2)
+    values.write_bytes(good)
     good = path.read_bytes()
     for place in (9, len(good) // 2, len(good) - 1):
         path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])

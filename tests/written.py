@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from hark.grpo.config import to_yaml
-from hark.grpo.instruments.record import FORMAT, TENSORS, StepRecord, entry_of, write_part
+from hark.grpo.instruments.record import FORMAT, TENSORS, VALUES, StepRecord, entry_of, write_part
 from hark.grpo.loss import policy_loss
+from hark.grpo.runtime.manifest import signed, unsigned
 from hark.launch.common.config_file import load_config
 from tests.clips import WORDS, write_questions
 
@@ -100,9 +101,18 @@ def step_record(step: int, rows: list[dict], root: Path, config: dict, texts: tu
 
 def replace_tensors(part: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write other tensors to a part of a record, with their size and digest."""
-    values = json.loads((part / "step.json").read_text())
     save_file(tensors, part / TENSORS)
-    (part / "step.json").write_text(json.dumps(values | {"tensors": entry_of(part / TENSORS)}))
+    replace_values(part, values_of(part) | {"tensors": entry_of(part / TENSORS)})
+
+
+def values_of(part: Path) -> dict:
+    """The values of a part of a record."""
+    return unsigned((part / VALUES).read_bytes(), VALUES)
+
+
+def replace_values(part: Path, values: dict) -> None:
+    """Write other values to a part of a record, with their digest."""
+    (part / VALUES).write_bytes(signed(values))
 
 
 def prompt(row: dict, root: Path, texts: tuple[str, ...]) -> dict:

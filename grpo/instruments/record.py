@@ -22,13 +22,13 @@ from safetensors.torch import load_file, save_file
 from hark import UserError
 from hark.grpo.instruments.metrics import finite
 from hark.grpo.instruments.record_kinds import SUMS, wrong_part
-from hark.grpo.runtime.manifest import DamageError, File, check_digest, check_size
+from hark.grpo.runtime.manifest import DamageError, File, check_digest, check_size, signed, unsigned
 from hark.grpo.types import stacked
 from hark.limits import is_plain
 from hark.shown import shown
 
-FORMAT = 3  # of the files; a reader refuses others
-TENSORS = "tensors.safetensors"
+FORMAT = 4  # of the files; a reader refuses others
+VALUES, TENSORS = "step.json", "tensors.safetensors"
 LARGEST = 256 << 20  # bytes of a step.json
 LONGEST_REASON = 200  # characters of what is wrong, in a message
 
@@ -76,9 +76,7 @@ def write_part(run: Path, record: StepRecord) -> int:
         partial.mkdir(parents=True)
         path = partial / TENSORS
         save_file({name: tensor.contiguous() for name, tensor in record.tensors.items()}, path)
-        values = finite(record.values | {"tensors": entry_of(path)})
-        text = json.dumps(values, ensure_ascii=False, allow_nan=False)
-        (partial / "step.json").write_text(text + "\n", encoding="utf-8")
+        (partial / VALUES).write_bytes(signed(finite(record.values | {"tensors": entry_of(path)})))
         size = sum(file.stat().st_size for file in partial.iterdir())
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
@@ -126,11 +124,12 @@ def delete_steps(run: Path, steps: Sequence[int]) -> None:
 def _read_part(part: Path) -> StepRecord:
     path = part / TENSORS
     try:
-        values = json.loads(_regular(part / "step.json").read_text(encoding="utf-8"), parse_constant=_constant)
-        written = values["format"]
+        raw = _regular(part / VALUES).read_bytes()
+        written = json.loads(raw)["format"]
         if written != FORMAT:
             found = shown(repr(written), LONGEST_REASON)
             raise RecordError(f"{part} has format {found}; expected {FORMAT}; read it with the Hark that wrote it")
+        values = unsigned(raw, VALUES)
         file = File(**values.pop("tensors"))
         check_size(path, file)
         check_digest(path, file)
@@ -140,7 +139,7 @@ def _read_part(part: Path) -> StepRecord:
         raise RecordError(f"{part}: {reason}; it was changed after it was written; copy the record again") from error
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         reason = shown(error, LONGEST_REASON)
-        raise RecordError(f"{part} cannot be read ({reason}); expected step.json and {TENSORS}") from error
+        raise RecordError(f"{part} cannot be read ({reason}); expected {VALUES} and {TENSORS}") from error
     if wrong := wrong_part(values, tensors):
         wrong = shown(wrong, LONGEST_REASON)
         raise RecordError(f"{part}: {wrong} is not what a recorder writes; see docs/replay.md; copy the record again")
@@ -152,10 +151,6 @@ def _regular(path: Path) -> Path:
     if not is_plain(path, LARGEST):
         raise ValueError(f"{path.name} is not a file of at most {LARGEST >> 20} MB")
     return path
-
-
-def _constant(name: str) -> float:
-    raise ValueError(f"holds {name}")
 
 
 def _joined_update(terms: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -77,9 +77,7 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         """Write the manifest of a checkpoint; the old one is there until the new one is on the disk."""
-        # As it will be read: the keys of a mapping become text, and text sorts otherwise than numbers.
-        body = json.loads(json.dumps(dataclasses.asdict(self), allow_nan=False))
-        write_whole(directory / NAME, signed(body))
+        write_whole(directory / NAME, signed(dataclasses.asdict(self)))
         sync(directory)
 
     @staticmethod
@@ -92,13 +90,7 @@ class Manifest:
         try:
             if not is_plain(path, LARGEST):
                 raise DamageError(f"{NAME} is not a file of at most {LARGEST >> 20} MB")
-            raw = path.read_bytes()
-            values = json.loads(raw)
-            body = {key: value for key, value in values.items() if key != "sha256"}
-            # The bytes are compared, not only the values: so each byte is covered.
-            if raw != signed(body):
-                raise DamageError(f"{NAME} does not agree with its own digest")
-            manifest = _manifest(**body)
+            manifest = _manifest(**unsigned(path.read_bytes(), NAME))
         except OSError as error:
             raise DamageError(f"{NAME} cannot be read ({error.strerror})") from error
         except (ValueError, TypeError, AttributeError, KeyError, RecursionError, OverflowError) as error:
@@ -138,12 +130,29 @@ def sha256_of(path: Path) -> str:
 
 
 def signed(body: dict[str, Any]) -> bytes:
-    """The bytes of a manifest: its values and their digest."""
-    return _encoded(body | {"sha256": hashlib.sha256(_encoded(body)).hexdigest()})
+    """The bytes of a file of JSON with a digest of itself: its values and their digest."""
+    return _encoded(body | {"sha256": _digest(body)})
+
+
+def unsigned(raw: bytes, name: str) -> dict[str, Any]:
+    """The values of such a file. Raises DamageError if it is not as it was written; ValueError and others for no JSON.
+
+    name: of the file, for the message.
+    """
+    values = json.loads(raw)
+    body = {key: value for key, value in values.items() if key != "sha256"}
+    # The bytes are compared, not only the values: so each byte is covered.
+    if raw != _encoded(values) or values.get("sha256") != _digest(body):
+        raise DamageError(f"{name} does not agree with its own digest")
+    return body
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(_encoded(body)).hexdigest()
 
 
 def _encoded(values: dict[str, Any]) -> bytes:
-    return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    return json.dumps(values, separators=(",", ":"), allow_nan=False).encode()
 
 
 def _manifest(*, step: Any, model: Any, files: Any, tensors: Any, state: Any, about: Any) -> Manifest:

@@ -37,7 +37,7 @@ from hark.data.examples import Example, load_questions
 from hark.data.json_files import write_json
 from hark.grpo.config import Config, to_yaml
 from hark.grpo.instruments.metrics import read_metrics
-from hark.grpo.instruments.record import TENSORS, entry_of, read_step
+from hark.grpo.instruments.record import TENSORS, VALUES, entry_of, read_step
 from hark.grpo.learner import Learner
 from hark.grpo.runtime.checkpoint import best_of, checkpoints, load_checkpoint
 from hark.grpo.runtime.collectives import joined_world
@@ -331,31 +331,33 @@ def read_record(one: Input) -> None:
     """What `hark step` prints of the record of a run."""
     run = one.place / "full"
     words = one.chance.choice(([], ["--show", "loss"], ["--show", "likeliest"], ["--completion", "2"]))
-    with tensors_signed(one), contextlib.redirect_stdout(io.StringIO()):
+    with record_signed(one), contextlib.redirect_stdout(io.StringIO()):
         step_command.main([str(run), "1", *words])
         read_step(run, 1)
 
 
 def read_page(one: Input) -> None:
     """The page of `hark report`."""
-    with tensors_signed(one):
+    with record_signed(one):
         page = document(*all_parts(Collection([one.place / "full"], Bounds()), Bounds()))
     expect(not any(mark in page for mark in MARKUP), "markup in a page")
 
 
 @contextlib.contextmanager
-def tensors_signed(one: Input) -> Iterator[None]:
-    """In the block changed tensors of a record mostly have a right digest: without one their values are never read."""
-    values = one.path.with_name("step.json")
-    if one.path.name != TENSORS or not one.path.is_file() or one.chance.random() > 0.6:
+def record_signed(one: Input) -> Iterator[None]:
+    """In the block a changed record mostly has right digests: without them its values are never read."""
+    path = one.path.with_name(VALUES)
+    if one.path.name not in (VALUES, TENSORS) or not one.path.is_file() or one.chance.random() > 0.6:
         yield
         return
-    good = values.read_bytes()
-    values.write_text(json.dumps(json.loads(good) | {"tensors": entry_of(one.path)}))
+    before = path.read_bytes()
+    with contextlib.suppress(ValueError, AttributeError, RecursionError):  # no JSON, no object, or too deep
+        body = {key: value for key, value in json.loads(before).items() if key != "sha256"}
+        path.write_bytes(signed(body | ({"tensors": entry_of(one.path)} if one.path.name == TENSORS else {})))
     try:
         yield
     finally:
-        values.write_bytes(good)
+        path.write_bytes(before)
 
 
 def read_results(one: Input) -> None:
