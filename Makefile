@@ -2,14 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-browser test-gpu mutants study-algorithms study-rl-or-sft study-asr chaos fuzz soak lint docs notebook audit pins clean
+.PHONY: demo test test-slow test-browser test-gpu mutants study-algorithms study-rl-or-sft study-asr chaos fuzz soak lint docs notebook audit pins clean
 
 # `make demo POLICY=qwen2_5_omni` trains a small model of another family; docs/families.md lists them.
 demo: .venv/sounds
 	$(BIN)/python launch/demo.py --family $(or $(POLICY),qwen2_audio)
 
 test: .venv/sounds .venv/test
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+# The tests that start whole programs: launchers, kills, studies, the package and the site.
+test-slow: .venv/sounds .venv/test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 # The page of `hark report` and `hark watch` in a real browser.
 test-browser: .venv/browser

@@ -19,6 +19,8 @@ from hark.launch.studies.benchmark import main
 from hark.launch.studies.sides import Size, Work
 from tests.conftest import TEXTS
 
+pytestmark = pytest.mark.slow
+
 TINY = Size(vocabulary=320, hidden=64, inner=96, layers=2, tower_hidden=64, tower_layers=1)
 QUICK = "--shape A --prompts 2 --threads 1 --group 2 --new-tokens 3 --repeat 1".split()
 

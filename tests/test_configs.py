@@ -23,6 +23,7 @@ def read(name: str) -> tuple[str, Config]:
     return path.read_text(), load_config([str(path)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", R1_AQA)
 def test_it_trains_chooses_a_checkpoint_and_answers_the_test(name, tmp_path, qwen2_audio_dir, capsys):
     questions = write_questions(tmp_path / "data", 12)

@@ -22,6 +22,8 @@ from tests.clips import waveform
 from tests.conftest import TEXTS
 from tests.ranks import as_torchrun
 
+pytestmark = pytest.mark.slow
+
 ROUNDING = 1e-5
 
 

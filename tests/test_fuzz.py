@@ -15,6 +15,8 @@ from hark.launch import init
 from hark.launch.studies import fuzz, fuzz_attempt, mutations
 from hark.launch.studies.fuzz_inputs import TARGETS, NonsenseError
 
+pytestmark = pytest.mark.slow
+
 QUICK = ["questions, JSON", "questions, parquet", "wav", "flac", "ogg", "mp3", "configurations", "model directories"]
 
 

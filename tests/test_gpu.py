@@ -13,6 +13,8 @@ from tests import conftest  # noqa: F401  (hides GPUs)
 from tests.gpu import Report, check
 from tests.ranks import on_ranks
 
+pytestmark = pytest.mark.slow
+
 
 def test_all_checks_pass_on_the_cpu(monkeypatch, capsys):
     # The uncompiled reference of FlexAttention, as in test_attention.py.

@@ -21,6 +21,8 @@ from tests.clips import write_questions
 from tests.conftest import build_causal_lm
 from tests.ranks import as_torchrun
 
+pytestmark = pytest.mark.slow
+
 LAUNCH = Path(train.__file__).parent
 
 

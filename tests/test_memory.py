@@ -78,6 +78,7 @@ def assert_near(result: Plan, peaks: dict[str, int]) -> None:
         assert result.total(phase) == pytest.approx(peak, rel=TOLERANCE), phase
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_plan_is_what_a_step_of_the_engine_holds_at_each_phase(name):
     config, work, setting = CASES[name]

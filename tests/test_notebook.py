@@ -9,6 +9,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+pytestmark = pytest.mark.slow
+
 PATH = Path(__file__).parents[1] / "docs" / "first_hour.ipynb"
 
 

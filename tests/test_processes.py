@@ -43,6 +43,7 @@ from tests.runs import ROUNDING, build, computed, largest_difference, length_rew
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks at processes in /proc")
 def test_a_run_comes_back_bit_for_bit_from_kills_and_signals(tmp_path, monkeypatch):
     """The short form of launch/studies/chaos.py: three things that are done to a run on two ranks, at its next save."""
@@ -496,6 +497,7 @@ def fails_on_rank_1(world: World, words: list[str]) -> None:
     train(world, words)
 
 
+@pytest.mark.slow
 def test_out_of_memory_on_one_of_two_ranks_ends_the_run_which_goes_on_with_smaller_micro_batches(settings, tmp_path):
     words = [*settings, "optim.micro_batch=2", "optim.steps=2", "run.resume=true"]
     with pytest.raises(Exception, match="can't allocate memory"):
@@ -551,6 +553,7 @@ def until_step(directory: Path, step: int, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks at processes in /proc")
 def test_torchrun_starts_a_run_again_whose_rank_was_killed_and_it_ends_as_if_nothing_was(configuration, tmp_path):
     """With --max-restarts alone: the restarted processes resume by themselves."""
@@ -565,6 +568,7 @@ def test_torchrun_starts_a_run_again_whose_rank_was_killed_and_it_ends_as_if_not
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks at processes in /proc")
 def test_a_rank_that_gets_no_data_is_named_with_its_phase(configuration, tmp_path):
     flag = tmp_path / "hang"

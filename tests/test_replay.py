@@ -163,6 +163,7 @@ def deaf(trainer: Trainer) -> None:
     policy.encode = lambda clips: 0 * encode(clips)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "alone", "with_model"),
     [

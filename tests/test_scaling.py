@@ -9,6 +9,8 @@ from hark.launch.studies import scaling
 from hark.launch.studies.scaling import CURVES, MARKERS, main, plot
 from tests.test_benchmark import TINY
 
+pytestmark = pytest.mark.slow
+
 SIZES = "--group-size 2 8 --seconds 1 10 --new-tokens 8 24 --prompts 1 2".split()
 BEGIN, END = MARKERS
 PAGE = f"before\n{BEGIN}\nold\n{END}\nafter\n"

@@ -23,6 +23,7 @@ def alone(settings, tmp_path):
     return tmp_path / "alone"
 
 
+@pytest.mark.slow
 def test_four_ranks_hybrid_with_adapters_or_resuming_what_two_began_are_one_process(settings, tmp_path, alone):
     """One start of four ranks for all three, because a start takes longer than the runs."""
     lora = [*settings, "lora.rank=4", "lora.alpha=8"]

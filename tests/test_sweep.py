@@ -12,6 +12,8 @@ from hark.grpo.config import ConfigError
 from hark.launch import sweep
 from hark.launch.common.intervals import mean_interval, t_quantile
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("freedom", "quantile"),  # 97.5 % quantiles of published tables

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"hark": "hark", "grpo": "hark/grpo", "models": "hark/models", "data": "hark/data", "launch": "hark/launch"}
 
