@@ -647,7 +647,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "grpo/runtime/manifest.py": (
         ("any contents", "if sha256_of(path) != file.sha256:", "if False:", "test_checkpoints"),
-        ("bytes beside the values", "raw != _encoded(values) or", "", "test_checkpoints"),
+        ("bytes that change no value", "raw != _encoded(values) or", "", "test_checkpoints"),
         ("any values", 'or values.get("sha256") != _digest(body)', "", "test_checkpoints"),
         ("a manifest of any step", "if checkpoint.name != name_of(manifest.step):", "if False:", "test_checkpoints"),
     ),
@@ -680,6 +680,8 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "grpo/runtime/collectives.py": (
         ("overlapping time twice", "max(ended - max(began, latest), 0.0)", "ended - began", "test_communication"),
+        ("an endless loop is progress", " if self._long else 0", "", "test_processes"),
+        ("a hang is progress by the watchdog", " - time.thread_time()", "", "test_processes"),
         ("sums in float32", "dtype=torch.float64", "dtype=torch.float32", "test_metrics"),
         ("a sum for the largest", "ReduceOp.MAX", "ReduceOp.SUM", "test_metrics"),
     ),

@@ -464,6 +464,17 @@ def test_a_manifest_of_a_whole_state_is_read(tmp_path):
     assert Manifest.read(path).state == state
 
 
+def test_a_byte_of_a_manifest_that_changes_no_value_is_noticed_too(tmp_path):
+    path = tmp_path / "step-000002"
+    path.mkdir()
+    Manifest(2, {}, {}, {}).write(path)
+    good = (path / "hark.json").read_bytes()
+    for other in (good.replace(b",", b", ", 1), good + b"\n", good.replace(b'"step":2', b'"step":3,"step":2')):
+        (path / "hark.json").write_bytes(other)
+        with pytest.raises(DamageError, match="hark.json does not agree with its own digest"):
+            Manifest.read(path)
+
+
 def test_a_manifest_with_numbers_as_keys_is_read_as_it_was_written(tmp_path):
     """They become text, and the digest must not depend on it."""
     path = tmp_path / "step-000002"
