@@ -3,9 +3,10 @@
     python launch/studies/asr.py [--seeds 3] [--jobs 1] [--root runs/studies/asr]
 
 The composed model (docs/compose.md) learns to transcribe sentences that espeak-ng speaks: first its projector, then its
-decoder. From there GRPO goes on with the rewards of asr.yaml, 1 - WER and hallucination, and for comparison supervised
-fine-tuning on the same sentences. The word error rate is measured on new sentences, by voices of training and by
-others. A case is done once: a study that was stopped goes on when it is started again.
+decoder, for 100 steps to a strong start and for 30 to a weak one. From each, GRPO goes on with the rewards of
+asr.yaml, 1 - WER and hallucination, and for comparison supervised fine-tuning on the same sentences. The word error
+rate is measured on new sentences, by voices of training and by others. A case is done once: a study that was stopped
+goes on when it is started again.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from hark.launch.studies.kept import Kept, Run, answered, do, missing, options, 
 MARKERS = Markers.of("launch/studies/asr.py")
 TRAIN, TEST = 1600, 50  # sentences; the test has so many of each part
 PARTS = ("known voices", "other voices")
+STARTS = (30, 100)  # steps of the decoder
 PROMPTS, STEPS = 8, 60
 METHODS = ("grpo", "sft")
 TEXT = ("data.template=open", "rollout.max_new_tokens=32", "data.max_seconds=4")
@@ -49,8 +51,11 @@ WORDS = (  # a sentence has one word of each; none of them is an article
 def main(argv: list[str]) -> None:
     arguments = parse(argv)
     kept = Kept(arguments.json)
-    cases = {f"{method}, {seed}": (method, seed) for seed in range(arguments.seeds) for method in METHODS}
-    cases |= {"start": ("start", 0)}
+    cases = {
+        f"start {start}, {method}, {seed}": (start, method, seed)
+        for start in STARTS for seed in range(arguments.seeds) for method in METHODS
+    }  # fmt: skip
+    cases |= {f"start {start}": (start, "start", 0) for start in STARTS}
     for _ in missing(
         kept, cases, settings_of=settings_of, prepare=partial(prepare, arguments.root),
         runs_of=partial(runs_of, arguments.root), figures_of=figures_of, jobs=arguments.jobs,
@@ -98,25 +103,26 @@ def speak(directory: Path) -> None:
 
 
 def prepare(root: Path) -> None:
-    """Make the speech, the composed model, and the start."""
+    """Make the speech, the composed model, and both starts."""
     if not (root / "data" / "test.jsonl").exists():
         speak(root / "data")
     learnt = (f"data.train={root}/data/train.jsonl", "optim.prompts_per_step=16", "optim.micro_batch=8", *TEXT)
     projector = ("model.train=projector", "optim.steps=100", "optim.lr=1e-3")
-    do([
-        tuning(root / "projector", compose(root), *learnt, *projector),
-        tuning(root / "start", root / "projector" / "model", *learnt, "optim.steps=100"),
-    ])  # fmt: skip
+    starts = [
+        tuning(root / f"start-{steps}", root / "projector" / "model", *learnt, f"optim.steps={steps}")
+        for steps in STARTS
+    ]
+    do([tuning(root / "projector", compose(root), *learnt, *projector), *starts])
 
 
-def settings_of(method: str, seed: int) -> list[Any]:
+def settings_of(start: int, method: str, seed: int) -> list[Any]:
     """What a case is: one with other settings is done again."""
-    return [method, seed, PROMPTS, STEPS, TRAIN, TEST]
+    return [start, method, seed, PROMPTS, STEPS, TRAIN, TEST]
 
 
-def runs_of(root: Path, method: str, seed: int) -> list[Run]:
+def runs_of(root: Path, start: int, method: str, seed: int) -> list[Run]:
     """Training by a method, and the test."""
-    begin, place = root / "start" / "model", root / f"{method}-{seed}"
+    begin, place = root / f"start-{start}" / "model", root / f"start-{start}-{method}-{seed}"
     words = [
         *TEXT, f"run.seed={seed}", f"data.train={root}/data/train.jsonl", f"optim.steps={STEPS}",
         f"optim.prompts_per_step={PROMPTS}", f"optim.micro_batch={PROMPTS}", "optim.lr=2e-5",
@@ -147,19 +153,19 @@ def word_error_rate(rows: Sequence[dict[str, Any]]) -> float:
     return sum(error_rate(said, heard) * len(said) for said, heard in pairs) / sum(len(said) for said, _ in pairs)
 
 
-def write(arguments: argparse.Namespace, kept: Kept, cases: dict[str, tuple[str, int]]) -> str:
+def write(arguments: argparse.Namespace, kept: Kept, cases: dict[str, tuple[int, str, int]]) -> str:
     """Write the table of the cases that are finished; returns it."""
-    done: dict[str, list[dict[str, Any]]] = {}
+    done: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for case, which in cases.items():
         if kept.has(case, settings_of(*which)):
-            done.setdefault(which[0], []).append(kept.figures(case))
+            done.setdefault(which[:2], []).append(kept.figures(case))
     heading = ("", "seeds", *(f"WER, %, {part}" for part in PARTS), *(f"exact, %, {part}" for part in PARTS))
+    labels = {"start": "start after {} steps", **{method: f"... then {method}" for method in METHODS}}
     shown = [(what, part) for what in ("wer", "exact") for part in PARTS]
     rows = [
-        (name, str(len(done[name])), *(percent(one[what][part] for one in done[name]) for what, part in shown))
-        for name in ("start", *METHODS)
-        if name in done
-    ]
+        (label.format(start), str(len(seeds)), *(percent(one[what][part] for one in seeds) for what, part in shown))
+        for start in STARTS for method, label in labels.items() if (seeds := done.get((start, method)))
+    ]  # fmt: skip
     text = f"{sum(map(len, done.values()))} of {len(cases)} cases.\n\n{table(heading, rows)}"
     arguments.page.write_text(MARKERS.filled(arguments.page.read_text(), text))
     return text
