@@ -43,7 +43,6 @@ from tests.runs import ROUNDING, build, computed, largest_difference, length_rew
 CPU = torch.device("cpu")
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks at processes in /proc")
 def test_a_run_comes_back_bit_for_bit_from_kills_and_signals(tmp_path, monkeypatch):
     """The short form of launch/studies/chaos.py: three things that are done to a run on two ranks, at its next save."""
@@ -102,7 +101,7 @@ def test_a_signal_ends_a_run_after_its_micro_batch_with_a_checkpoint_of_the_late
         f"run.directory={tmp_path}/run",
         "optim.schedule=constant",
     ]
-    micro_batches = []
+    micro_batches, handled = [], signal.getsignal(number)  # SIGINT is ignored in what a shell has started by "&"
 
     def run(world: World) -> None:
         trainer = build(world, load_config(words))
@@ -124,7 +123,7 @@ def test_a_signal_ends_a_run_after_its_micro_batch_with_a_checkpoint_of_the_late
     with pytest.raises(Interrupted, match=said) as caught:
         on_ranks(1, run)
     assert caught.value.signal == number and len(micro_batches) == 7
-    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler), "handled as before"
+    assert signal.getsignal(number) == handled, "handled as before"
     on_ranks(1, train, [*words, "run.resume=true"])
     on_ranks(1, train, [*words, f"run.directory={tmp_path}/plain"])
     assert largest_difference(tmp_path / "run", tmp_path / "plain") == 0.0
