@@ -13,7 +13,7 @@ stopped goes on when it is started again. After each run the figures, the table 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any
 from hark.grpo.algorithms import ALGORITHMS
 from hark.launch.common.entry import run
 from hark.launch.common.pages import Markers, table
-from hark.launch.studies.kept import DOCS, Kept, Run, do, mean_and_spread, missing, options, percent
+from hark.launch.studies.kept import DOCS, Case, Kept, Run, do, mean_and_spread, missing, options, percent
 from hark.launch.studies.pictures import BLUE, GREY, figure
 
 MARKERS = Markers.of("launch/studies/algorithms.py")
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     chosen = {name: SETTINGS[name] for name in arguments.only or SETTINGS}
     cases = {case_name(name, seed): (name, seed) for seed in range(arguments.seeds) for name in chosen}
 
-    def prepare() -> None:
+    def prepare(_: Iterable[Case]) -> None:
         start = warm_start(arguments.root / "start")
         do(start)
         kept.put("start", [], {"accuracy": start[1].evaluations()[-1]["accuracy"]})

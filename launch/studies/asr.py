@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from hark.data.rewards.transcript import error_rate, spoken
 from hark.launch.common.entry import run
 from hark.launch.common.pages import Markers, table
 from hark.launch.studies.composed import common, compose, tuning
-from hark.launch.studies.kept import Kept, Run, answered, do, missing, options, percent
+from hark.launch.studies.kept import Case, Kept, Run, answered, do, missing, options, percent
 
 MARKERS = Markers.of("launch/studies/asr.py")
 TRAIN, TEST = 1600, 50  # sentences; the test has so many of each part
@@ -102,15 +102,15 @@ def speak(directory: Path) -> None:
 # Cases ----------------------------------------------------------------------------------------------------------------
 
 
-def prepare(root: Path) -> None:
-    """Make the speech, the composed model, and both starts."""
+def prepare(root: Path, cases: Iterable[Case]) -> None:
+    """Make the speech, the composed model, and the starts of these cases."""
     if not (root / "data" / "test.jsonl").exists():
         speak(root / "data")
     learnt = (f"data.train={root}/data/train.jsonl", "optim.prompts_per_step=16", "optim.micro_batch=8", *TEXT)
     projector = ("model.train=projector", "optim.steps=100", "optim.lr=1e-3")
     starts = [
         tuning(root / f"start-{steps}", root / "projector" / "model", *learnt, f"optim.steps={steps}")
-        for steps in STARTS
+        for steps in sorted({start for start, *_ in cases})
     ]
     do([tuning(root / "projector", compose(root), *learnt, *projector), *starts])
 

@@ -107,18 +107,18 @@ def missing(
     cases: Mapping[str, Case],
     *,
     settings_of: Callable[..., Any],
-    prepare: Callable[[], None],
+    prepare: Callable[[Iterable[Case]], None],
     runs_of: Callable[..., Sequence[Run]],
     figures_of: Callable[[Sequence[Run]], dict[str, Any]],
     jobs: int,
 ) -> Iterator[str]:
     """Do the cases that are not kept, each a tuple of arguments of the functions, and keep them; yields their names.
 
-    prepare: makes what all of them begin with; it is called only if a case is missing.
+    prepare: makes what these cases begin with; it is called only if a case is missing.
     """
     waiting = {name: case for name, case in cases.items() if not kept.has(name, settings_of(*case))}
     if waiting:
-        prepare()
+        prepare(waiting.values())
     runs = {name: runs_of(*case) for name, case in waiting.items()}
     for name in do_all(runs, jobs=jobs):
         kept.put(name, settings_of(*waiting[name]), figures_of(runs[name]))

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 from hark.launch.common.entry import run
 from hark.launch.common.pages import Markers, table
 from hark.launch.studies.composed import common, compose, tuning
-from hark.launch.studies.kept import DOCS, Kept, Run, answered, do, mean_and_spread, missing, options, percent
+from hark.launch.studies.kept import DOCS, Case, Kept, Run, answered, do, mean_and_spread, missing, options, percent
 from hark.launch.studies.pictures import BLUE, GREEN, GREY, ORANGE, figure
 
 MARKERS = Markers.of("launch/studies/rl_or_sft.py")
@@ -100,15 +100,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
 # Start ----------------------------------------------------------------------------------------------------------------
 
 
-def prepare(root: Path) -> None:
-    """Make the data, the composed model, and both starts."""
+def prepare(root: Path, cases: Iterable[Case]) -> None:
+    """Make the data, the composed model, and the starts of these cases."""
     do([Run(root / "mini", "build_mini.py", (str(root / "mini"),))])
     divide(root / "mini" / "data", root / "data")
     learnt = (f"data.train={root}/data/start.jsonl", "optim.prompts_per_step=16", "optim.micro_batch=8", *TEXT)
     projector = tuning(root / "projector", compose(root), *learnt, *PROJECTOR)
     starts = [
         tuning(root / f"start-{steps}", root / "projector" / "model", *learnt, f"optim.steps={steps}")
-        for steps in sorted({cell.start for cell in CELLS})
+        for steps in sorted({cell.start for cell, *_ in cases})
     ]
     do([projector, *starts])
 
