@@ -396,7 +396,6 @@ def exported(tmp_path, monkeypatch):
     (tmp_path / "adapters").mkdir()
     (tmp_path / "adapters" / "old").touch()
     monkeypatch.setattr(export_module, "adapter_tensors", lambda policy: {})
-    monkeypatch.setattr(export_module.dist, "barrier", lambda: None)
 
     def run(write) -> None:
         monkeypatch.setattr(export_module, "write_adapters", lambda policy, tensors, directory: write(directory))

@@ -252,6 +252,13 @@ def reduce_max(value: int, world: World) -> int:
     return int(largest)
 
 
+def wait_for_all(world: World) -> None:
+    """Wait until every rank is here."""
+    if world.size > 1:
+        with world.meter.measure():
+            dist.barrier()
+
+
 def gather_rows(rows: list, world: World) -> list | None:
     """All ranks' rows, in rank order, on rank 0; None on the others."""
     if world.size == 1:

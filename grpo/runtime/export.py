@@ -9,12 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 
 from hark import UserError
 from hark.files import sync
-from hark.grpo.runtime.collectives import World
+from hark.grpo.runtime.collectives import World, wait_for_all
 from hark.models.directory import files_to_copy
 from hark.models.loading import tied_names
 from hark.models.lora import adapter_delta, adapter_tensors, is_adapter, whole, write_adapters
@@ -56,8 +55,7 @@ def export(policy: Policy, target: Path, world: World, *, dtype: torch.dtype = t
             state = stored.as_stored(state) | {name: stored.read_stored(name) for name in stored.untouched}
             state = {name: _own_memory(tensor) for name, tensor in state.items()}
             save_torch_state_dict(state, partial, max_shard_size=SHARD_BYTES, metadata={"format": "pt"})
-    with world.meter.measure():
-        dist.barrier()
+    wait_for_all(world)
 
 
 def export_adapters(policy: Policy, target: Path, world: World) -> None:
@@ -66,8 +64,7 @@ def export_adapters(policy: Policy, target: Path, world: World) -> None:
     if world.is_main:
         with _replaced(target) as partial:
             write_adapters(policy, state, partial)
-    with world.meter.measure():
-        dist.barrier()
+    wait_for_all(world)
 
 
 def _own_memory(tensor: torch.Tensor) -> torch.Tensor:
