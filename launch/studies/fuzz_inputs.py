@@ -26,7 +26,7 @@ import numpy as np
 import soundfile
 import torch
 
-from hark import load_policy, sample
+from hark import UserError, load_policy, sample
 from hark.data.benchmarks.answer_files import BENCHMARKS
 from hark.data.benchmarks.grading import grade_file
 from hark.data.clip import Clip
@@ -112,7 +112,9 @@ def make_project(project: Path) -> None:
         ("pass-rate", project / "full", "--out", project / "rates.jsonl"),
     ):
         command = [sys.executable, "-m", "hark.launch", *map(str, words)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode:
+            raise UserError(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stdout}")
 
 
 def copied(*names: str) -> Callable[[Path, Path], None]:
