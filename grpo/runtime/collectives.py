@@ -16,12 +16,9 @@ import torch
 import torch.distributed as dist
 
 from hark.grpo.config import ConfigError
+from hark.grpo.runtime.device import set_up
 from hark.grpo.runtime.interrupt import Interrupted, Interruption
 
-# On the CPU, oneDNN and torch's layer above it each keep the code of an operation for each shape that it meets, 1024 of
-# them unless they are told otherwise. Lengths of audio differ from step to step: a rank of the demo grew by 0.6 GiB in
-# 47 steps, and further. With these limits on both it stays, and is as fast; a limit on one alone does not help.
-KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
 # Of one collective. The watchdog ends a run long before; ranks wait while rank 0 writes an export of many gigabytes.
 TIMEOUT = timedelta(hours=1)
 GIB = 2**30
@@ -152,11 +149,7 @@ def joined_world(*, threads: int = 0, patience: float = 600.0) -> Iterator[World
 
     patience: seconds to wait for the others; 0 is long. Raises ConfigError if they have not come.
     """
-    for name, capacity in KERNELS.items():
-        os.environ.setdefault(name, capacity)
-    if threads:
-        torch.set_num_threads(threads)
-    device = _device()
+    device = set_up(threads)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
         _join(backend, timedelta(seconds=patience) if patience else TIMEOUT)
@@ -193,20 +186,6 @@ def _join(backend: str, patience: timedelta) -> None:
             f"rank {rank}: {missing} of {size} has not joined within {patience.total_seconds():g} s "
             "(run.patience); its process hangs, or its machine cannot be reached"
         ) from error
-
-
-def _device() -> torch.device:
-    """This process's GPU, or the CPU on a machine without GPUs."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if local >= torch.cuda.device_count():
-        raise ConfigError(
-            f"process {local} of this machine has no GPU; there are {torch.cuda.device_count()}; "
-            "start one process per GPU, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
-        )
-    torch.cuda.set_device(local)
-    return torch.device("cuda", local)
 
 
 def reduce_sums(values: dict[str, Any], world: World) -> dict[str, float]:

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from hark.grpo.config import Config
 from hark.grpo.instruments.metrics import peak_gib
 from hark.grpo.runtime.collectives import World, gather_rows
+from hark.grpo.runtime.device import emulates
 from hark.grpo.runtime.sharding import device_mesh, shard
 from hark.launch.common.contract import verify
 from hark.models.audio_policy import AudioPolicy
@@ -23,6 +24,11 @@ def make_policy(config: Config, world: World, *, train: bool = True) -> Policy:
     """The policy of model.path with its adapters, sharded over the world."""
     lora = lora_of(config) if train or config.lora.path else None  # new adapters change nothing before training
     mesh = device_mesh(world, config.sharding.replicas)
+    if world.is_main and emulates(world.device, getattr(torch, config.model.dtype)):
+        print(
+            f"warning: this processor has no instructions for {config.model.dtype}, in which products take many times "
+            "as long; model.dtype=float32 is faster here", flush=True,
+        )  # fmt: skip
     policy = _load(config, world, config.model.path, mesh, lora=lora, offload=config.sharding.offload, train=train)
     if isinstance(policy, AutomaticPolicy):
         verify(policy)
