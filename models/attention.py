@@ -23,6 +23,7 @@ from hark.models.cache import GroupCache
 
 TREE = "tree"  # the name under which `tree_attention` is registered with transformers
 
+MASK_STRIDE = 8  # elements; strides of a mask that torch's memory-efficient kernel can read are multiples of it
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # arguments by which some families change the attention scores
 
 # (module, query, key, value, mask, **kwargs) -> (N, L, heads, head size)
@@ -93,11 +94,22 @@ def tree_attention(
         )
     current = _current_pass.get()
     assert current is not None  # only `Policy.decode` calls a decoder
-    # Gemma 4 passes on a view of the whole mask.
-    if not any(attention_mask is mask or getattr(attention_mask, "_base", None) is mask for mask in current.masks):
+    if not any(_is_view_of(attention_mask, mask) for mask in current.masks):
         raise AttentionError(f"{type(module).__name__} makes a mask of its own; choose another model")
     current.called.append(getattr(module, "layer_idx", None))
     return current.attention(module, query, key, value, attention_mask, **kwargs), None
+
+
+def _is_view_of(tensor: Tensor | None, mask: Tensor | None) -> bool:
+    """Whether a tensor is a mask, or a view of its memory as Gemma 4 passes it on."""
+    if tensor is None or mask is None:
+        return tensor is mask
+    return tensor is mask or tensor._base is not None and tensor._base is (mask if mask._base is None else mask._base)
+
+
+def mask_row(keys: int) -> int:
+    """The elements from one row of a mask to the next: `keys`, rounded up to a multiple of MASK_STRIDE."""
+    return -(-keys // MASK_STRIDE) * MASK_STRIDE
 
 
 def sdpa_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **kwargs: Any) -> Tensor:

@@ -22,6 +22,7 @@ from hark.models.attention import (
     AttentionFunction,
     DecoderPass,
     bind_current_pass,
+    mask_row,
     sdpa_attention,
     use_tree_attention,
 )
@@ -426,7 +427,13 @@ class Policy(nn.Module):
 
 
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+    """0 where the mask is True, -inf elsewhere, with rows that begin where the memory-efficient kernel can read them.
+
+    Of any other mask that kernel makes a copy in each layer, and keeps it for the backward.
+    """
+    *rows, keys = mask.shape
+    whole = torch.zeros((*rows, mask_row(keys)), dtype=dtype, device=mask.device)
+    return whole[..., :keys].masked_fill_(~mask, -torch.inf)
 
 
 def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -117,7 +117,7 @@ def _step(
     tokens = torch.zeros(rows, work.max_new_tokens, dtype=torch.long)
     mask = torch.ones(rows, work.max_new_tokens, dtype=torch.bool)
     parts = [prompts[first : first + work.micro_batch] for first in range(0, work.prompts, work.micro_batch)]
-    as_on_a_gpu = mock.patch("hark.grpo.scorer.row_attention", _whole_rows)
+    as_on_a_gpu = mock.patch("hark.grpo.scorer.row_attention", whole_rows)
     if reference is not None:
         with tracker.phase("reference"), torch.no_grad(), as_on_a_gpu:
             for part in parts:
@@ -142,7 +142,7 @@ def _step(
         )  # fmt: skip
 
 
-def _whole_rows(policy: Policy, row: Layout, prompt: int, group_size: int):
+def whole_rows(policy: Policy, row: Layout, prompt: int, group_size: int):
     return tree_masks(policy.windows, row, row, prompt=prompt), None
 
 

@@ -13,11 +13,12 @@ from hark.grpo.runtime.sharding import device_mesh, shard
 from hark.grpo.sampler import sample
 from hark.grpo.scorer import score
 from hark.grpo.tree import branches_layout, prompt_layout, tree_mask, tree_rule
-from hark.models.attention import block_mask
+from hark.models.attention import block_mask, sdpa_attention
 from hark.models.loading import load_policy
 from hark.models.lora import whole
 from tests.conftest import TEXTS, Case, build_causal_lm
 from tests.ranks import on_ranks
+from tests.simulation import whole_rows
 from tests.test_models import build_mixed_windows, build_scaled
 
 VALUES = dict(atol=1e-5, rtol=1e-5)  # as in test_parity.py
@@ -54,6 +55,26 @@ def test_branches_leave_blocks_of_their_siblings_out():
 
 def tree_blocks_of(row):
     return block_mask(tree_rule(row), *row.branch.shape, row.branch.device)
+
+
+def test_masks_have_rows_that_the_memory_efficient_kernel_reads_without_a_copy(case: Case, monkeypatch):
+    """The kernel copies a mask of which a stride, but for the last, is no multiple of 8 (aligned_tensor in torch)."""
+    seen = []
+
+    def noted(module, query, key, value, mask, **kwargs):
+        seen.append(mask)
+        return sdpa_attention(module, query, key, value, mask, **kwargs)
+
+    monkeypatch.setattr("hark.models.policy.sdpa_attention", noted)
+    rollout = drawn(case.policy, case.prompts)
+    split, _ = score(case.policy, case.prompts, rollout.tokens, rollout.mask, group_size=4)
+    assert not seen, "on the CPU rows are split"
+    monkeypatch.setattr("hark.grpo.scorer.row_attention", whole_rows)
+    whole, _ = score(case.policy, case.prompts, rollout.tokens, rollout.mask, group_size=4)
+    torch.testing.assert_close(whole, split, **VALUES)
+    assert len(seen) == len(case.policy.decoder.layers) and seen[0].shape[-1] % 8, "a length that needs it"
+    for mask in seen:
+        assert mask.stride(-1) == 1 and not any(stride % 8 for stride in mask.stride()[:-1])
 
 
 def drawn(policy, prompts):

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from hark.grpo.instruments.shape import FLOAT, Shape, Tower
 from hark.grpo.scorer import CHUNK
+from hark.models.attention import mask_row
 
 PARTS = (
     "weights", "gradients", "optimizer", "reference", "audio cache", "gathered", "KV cache", "activations", "logits"
@@ -49,7 +50,7 @@ class Work:
     def mask(self, d: int) -> int:
         """Bytes of the branches' mask in scoring, once for all layers: in boolean and in additive form (d bytes)."""
         branches = self.length - self.prompt
-        return (1 + d) * self.micro_batch * branches * self.length
+        return self.micro_batch * branches * (self.length + d * mask_row(self.length))
 
     @property
     def scored(self) -> int:
