@@ -28,6 +28,7 @@ from hark.grpo.objective import Objective
 from hark.grpo.optimizer import build_optimizer, clip_gradients, learning_rate
 from hark.grpo.runtime.collectives import World, check_interrupted, reduce_max, reduce_sums
 from hark.grpo.runtime.out_of_memory import is_out_of_memory, reason
+from hark.grpo.runtime.sharding import reduce_between_replicas
 from hark.grpo.scorer import score
 from hark.grpo.shared_data import SharedData, TrainingData
 from hark.grpo.types import Batch
@@ -188,11 +189,11 @@ class Learner(Generic[Kind]):
             self.optimizer.zero_grad()
             self._router_load.take()
 
-    def accumulated(self, batch: Kind) -> dict[str, float]:
-        """The same with micro-batches of the present size."""
+    def accumulated(self, batch: Kind, *, last: bool = True) -> dict[str, float]:
+        """The same with micro-batches of the present size. last: whether no further gradients belong to the update."""
         sums: dict[str, Any] = {}
         likeliest = self.config.record.likeliest if self.recorder.is_due else 0
-        for groups, micro in self.micro_batches(batch):
+        for groups, micro in self.micro_batches(batch, last=last):
             logprobs, spread = score(
                 self.policy, micro.prompts, micro.tokens, micro.mask, group_size=micro.group_size,
                 temperature=self.config.rollout.temperature, likeliest=likeliest,
@@ -247,20 +248,25 @@ class Learner(Generic[Kind]):
             audio_id=self.policy.audio_id, groups_with_gradient=batch.groups_with_gradient(),
         )  # fmt: skip
 
-    def micro_batches(self, batch: AnyBatch) -> Iterator[tuple[list[int], AnyBatch]]:
+    def micro_batches(self, batch: AnyBatch, *, last: bool = True) -> Iterator[tuple[list[int], AnyBatch]]:
         """The groups of a batch that have a gradient, `optim.micro_batch` at a time: their indices, and the groups.
 
         Every rank must issue the same collectives, so all ranks do as many micro-batches as the one with the most. A
         rank with fewer repeats its shortest group with weight 0. At least one is done even if no group of any rank has
         a gradient: AdamW decays its moments if a gradient is 0, but skips the parameter if it is None.
+        last: whether the update has no further batch. Its last micro-batch reduces gradients between replicas.
         """
         parts = batch.split_by_length(self.micro_batch.size, batch.groups_with_gradient())
         count = max(1, reduce_max(len(parts), self.world)) if batch.skips_groups else len(parts)
-        yield from ((groups, batch.select(groups)) for groups in parts)
-        for _ in range(count - len(parts)):
-            groups = batch.split_by_length(1)[-1]
-            shortest = batch.select(groups)
-            yield groups, dataclasses.replace(shortest, weights=torch.zeros_like(shortest.weights))
+        for number in range(1, count + 1):
+            reduce_between_replicas(self.policy, now=last and number == count)
+            if number <= len(parts):
+                groups = parts[number - 1]
+                yield groups, batch.select(groups)
+            else:
+                groups = batch.split_by_length(1)[-1]
+                shortest = batch.select(groups)
+                yield groups, dataclasses.replace(shortest, weights=torch.zeros_like(shortest.weights))
 
 
 def _metrics(micro: Batch, terms: TokenTerms) -> dict[str, torch.Tensor]:

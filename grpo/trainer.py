@@ -248,8 +248,8 @@ class Trainer(Learner[PolicyBatch]):
         given, _ = self.given_batch([self.target(example) for example in examples], batch.prompts)
         return dataclasses.replace(batch, given=given)
 
-    def accumulated(self, batch: PolicyBatch) -> dict[str, float]:
-        sums = super().accumulated(batch)
+    def accumulated(self, batch: PolicyBatch, *, last: bool = True) -> dict[str, float]:
+        sums = super().accumulated(batch, last=last and batch.given is None)
         if batch.given is None:
             return sums
         likelihood = add_supervised(self, batch.given, weight=self.config.loss.sft)

@@ -105,9 +105,6 @@ def test_the_study_for_gpus_notices_completions_that_see_one_another(monkeypatch
         row = branches_layout(lengths, group_size, steps)
         return replace(row, branch=torch.zeros_like(row.branch))
 
-    def whole_rows(policy, row, prompt, group_size):
-        return scorer.tree_masks(policy.windows, row, row, prompt=prompt), None
-
     monkeypatch.setattr(scorer, "branches_layout", one_branch)
     monkeypatch.setattr(scorer, "row_attention", whole_rows)
     assert not any(result["equal"] for result in gpu_study(torch.bfloat16))

@@ -7,7 +7,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from hark.grpo.config import ConfigError
-from hark.grpo.runtime.collectives import World
+from hark.grpo.runtime.collectives import TIMEOUT, World
 from hark.grpo.runtime.sharding import device_mesh
 from hark.launch.common.config_file import load_config
 from tests.ranks import on_ranks
@@ -28,9 +28,13 @@ def test_four_ranks_hybrid_with_adapters_or_resuming_what_two_began_are_one_proc
     """One start of four ranks for all three, because a start takes longer than the runs."""
     lora = [*settings, "lora.rank=4", "lora.alpha=8"]
     half = [*settings, f"run.directory={tmp_path}/resumed", "checkpoint.every=2", "optim.steps=2"]
-    hybrid = [*settings, "sharding.replicas=2"]
+    # Several micro-batches, of which the last reduces gradients between replicas, and right answers after them.
+    hybrid = [*settings, "sharding.replicas=2", "optim.micro_batch=1"]
+    answers = "loss.sft=0.5"
     on_ranks(1, train, [*lora, f"run.directory={tmp_path}/lora1"])
-    on_ranks(2, train_all, [half, [*hybrid, f"run.directory={tmp_path}/hybrid2"]])
+    on_ranks(1, train, [*settings, answers, f"run.directory={tmp_path}/answers1"])
+    more = [[*hybrid, f"run.directory={tmp_path}/hybrid2"], [*hybrid, answers, f"run.directory={tmp_path}/answers2"]]
+    on_ranks(2, train_all, [half, *more])
     on_ranks(4, check_mesh_and_train, [
         [*hybrid, f"run.directory={tmp_path}/hybrid4"],
         [*lora, "sharding.replicas=2", f"run.directory={tmp_path}/lora4"],
@@ -39,6 +43,7 @@ def test_four_ranks_hybrid_with_adapters_or_resuming_what_two_began_are_one_proc
     for name in ("hybrid2", "hybrid4", "resumed"):
         assert largest_difference(alone, tmp_path / name) < ROUNDING, name
     assert largest_difference(tmp_path / "lora1", tmp_path / "lora4") < ROUNDING
+    assert largest_difference(tmp_path / "answers1", tmp_path / "answers2") < ROUNDING
     # The norm of a replicated gradient must count each entry once.
     norms = [[line["grad_norm"] for line in read_metrics(path)] for path in (alone, tmp_path / "hybrid4")]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
@@ -48,6 +53,8 @@ def check_mesh_and_train(world: World, runs: list[list[str]]) -> None:
     mesh = device_mesh(world, replicas=2)
     assert mesh.mesh.tolist() == [[0, 1], [2, 3]] and mesh.mesh_dim_names == ("replicate", "shard")
     assert device_mesh(world, replicas=4).mesh.tolist() == [[0], [1], [2], [3]]
+    for name in mesh.mesh_dim_names:
+        assert mesh.get_group(name)._get_backend(world.device).options._timeout == TIMEOUT, name
     train_all(world, runs)
 
 

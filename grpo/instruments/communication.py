@@ -1,7 +1,7 @@
 """The bytes that each rank receives in a step of GRPO, by a formula. With ring algorithms it sends as much.
 
     bytes     = (shards - 1) / shards * (d * gathered + 4 * reduced)
-                + 2 * (replicas - 1) / replicas * 4 * reduced / shards
+                + 2 * (replicas - 1) / replicas * 4 * trained * epochs / shards
     gathered  = root * (1 + copy + passes) + layers * (1 + reference + passes * (2 if resharding else 1))
     reduced   = trained * passes
     reference = micro-batches if resharding else copy; 0 without a reference
@@ -13,7 +13,8 @@ root, layers: elements of sharded weights in FSDP's root unit and in its layers;
 those of the reference's weights if it has its own. trained: elements with a gradient. FSDP pads a weight to a multiple
 of `shards` rows, and the padding counts. d: bytes per element of the compute dtype; gradients are reduced in float32.
 
-passes: inner epochs times micro-batches, fewer if groups are skipped. The rollout gathers all weights once. copy: 1 if
+passes: inner epochs times micro-batches, fewer if groups are skipped. Between replicas only the last micro-batch of an
+epoch reduces gradients. The rollout gathers all weights once. copy: 1 if
 the reference has weights of its own, whose root is gathered once; else 0. With copy 0 the reference pass gathers the
 policy's root, and the policy's first micro-batch uses it without gathering it again.
 """
@@ -76,7 +77,8 @@ def step_bytes(
         gathered += copy * theirs.root + (micro_batches if reshard else copy) * theirs.layers
     reduced = FLOAT * own.trained * passes
     within = (dtype.itemsize * gathered + reduced) * (shards - 1) / shards
-    return within + 2 * reduced / shards * (replicas - 1) / replicas
+    between = FLOAT * own.trained * inner_epochs / shards
+    return within + 2 * between * (replicas - 1) / replicas
 
 
 def _padded(shape: torch.Size, shards: int) -> int:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup, Work
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -17,7 +18,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGath
 from torch.distributed.tensor import DTensor
 
 from hark.grpo.config import ConfigError
-from hark.grpo.runtime.collectives import CollectiveMeter, World
+from hark.grpo.runtime.collectives import TIMEOUT, CollectiveMeter, World
 from hark.models.policy import Policy
 
 
@@ -31,8 +32,10 @@ def device_mesh(world: World, replicas: int = 1) -> DeviceMesh:
         raise ConfigError(f"sharding.replicas is {replicas}; it must divide the number of processes, {world.size}")
     if replicas == 1:
         return init_device_mesh(world.device.type, (world.size,))
-    shape = (replicas, world.size // replicas)
-    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    ranks = torch.arange(world.size).view(replicas, -1)
+    # Not init_device_mesh, whose groups of ranks would have the library's timeout instead of the run's.
+    groups = [dist.new_subgroups_by_enumeration(part.tolist(), timeout=TIMEOUT)[0] for part in (ranks.T, ranks)]
+    return DeviceMesh.from_group(groups, world.device.type, ranks, mesh_dim_names=("replicate", "shard"))
 
 
 def shard(
@@ -96,6 +99,17 @@ def gathered(policy: Policy) -> Iterator[None]:
         for unit in units:
             unit.reshard()
             unit.set_reshard_after_forward(unit is not policy and policy.reshards, recurse=False)
+
+
+def reduce_between_replicas(policy: Policy, *, now: bool) -> None:
+    """Whether the next backwards reduce gradients between replicas, or sum them up in each until one does.
+
+    Within a replica each backward reduces them, because no rank has room for whole gradients.
+    """
+    if policy.mesh is not None and policy.mesh.ndim == 2:
+        for module in policy.modules():
+            if isinstance(module, FSDPModule):
+                module.set_requires_all_reduce(now, recurse=False)
 
 
 def release(policy: Policy) -> None:
