@@ -15,7 +15,7 @@ def log_distribution(policy: Policy, hidden: torch.Tensor, temperature: float) -
 
     log softmax(logits / temperature), where the policy's suppressed ids have probability 0.
     """
-    logits = policy.logits(hidden).float() / temperature
+    logits = policy.logits(hidden) / temperature
     for neighbours in policy.suppressed_runs:  # by slices: indexing by a list copies the list to the device
         logits[..., neighbours] = -torch.inf
     return logits.log_softmax(dim=-1)

@@ -1,4 +1,6 @@
-"""Linear layers in float32 on the CPU by oneDNN, on some processors twice as fast as torch's own BLAS."""
+"""Linear layers in float32 on the CPU by oneDNN, on some processors twice as fast as torch's own BLAS; and on a GPU
+those of half precision whose sums are not rounded.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ from torch.nn import functional as F
 
 # The operator that torch.compile uses for linear layers. Builds of torch without oneDNN do not have it.
 AVAILABLE = platform.machine() in ("x86_64", "AMD64") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+WIDE = ("cuda",)  # devices that have a product of half precision with float32 sums
 
 
 class Linear(nn.Linear):
@@ -38,6 +41,39 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         return _product(x, weight, bias)
     # Rows are folded here and not in the operator: autograd refuses to modify a view that a Function returns in place.
     return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).unflatten(0, x.shape[:-1])
+
+
+def linear_to_float32(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    """The output of a linear layer in float32.
+
+    On a GPU a product of half precision is summed in float32 and usually rounded; here a plain layer keeps the sums.
+    """
+    wide = x.device.type in WIDE and x.dtype in (torch.bfloat16, torch.float16) and type(layer) in (nn.Linear, Linear)
+    if not wide:
+        return layer(x).float()
+    output = _WideLinear.apply(x.reshape(-1, x.shape[-1]), layer.weight).unflatten(0, x.shape[:-1])
+    return output if layer.bias is None else output + layer.bias
+
+
+def _wide_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch.mm(x, weight.T, out_dtype=torch.float32)
+
+
+class _WideLinear(torch.autograd.Function):
+    """Adds a backward, which the operator lacks: that of the rounded product, whose gradient is of half precision."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return _wide_product(x, weight)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        gradient = gradient.to(x.dtype)
+        of_x = gradient @ weight if ctx.needs_input_grad[0] else None
+        of_weight = gradient.T @ x if ctx.needs_input_grad[1] else None
+        return of_x, of_weight
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -27,6 +27,7 @@ from hark.models.attention import (
     use_tree_attention,
 )
 from hark.models.cache import TowerCache
+from hark.models.linear import linear_to_float32
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -310,9 +311,9 @@ class Policy(nn.Module):
         return output.last_hidden_state
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (..., V) of hidden states (..., D), scaled and capped as the family's config says."""
+        """Logits (..., V) in float32 of hidden states (..., D), scaled and capped as the family's config says."""
         config = self.decoder.config
-        logits = self.model.get_output_embeddings()(hidden)
+        logits = linear_to_float32(hidden, self.model.get_output_embeddings())
         # Cohere multiplies, Granite divides, Gemma caps. The multiplication is skipped where the factor is 1.
         scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
         if scale != 1.0:

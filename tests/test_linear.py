@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hark.models import linear as module
-from hark.models.linear import Linear, linear, use_onednn
+from hark.models.linear import Linear, linear, linear_to_float32, use_onednn
 
 # Sums of 64 products of size 1 in another order: some 1e-6 of values up to 30.
 TOLERANCE = dict(atol=1e-5, rtol=1e-5)
@@ -50,3 +50,53 @@ def test_every_plain_linear_layer_of_a_module_is_changed_in_place():
     use_onednn(model)
     assert [type(layer) for layer in model.modules() if isinstance(layer, nn.Linear)] == [Linear, Linear]
     assert list(model.state_dict()) == names
+
+
+def half_precision(bias: bool) -> tuple[torch.Tensor, nn.Linear]:
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(64, 96, bias=bias, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return torch.randn(2, 5, 64, generator=generator).bfloat16().requires_grad_(), layer
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_sums_of_half_precision_are_not_rounded_where_a_device_can_return_them(bias, monkeypatch):
+    """The device is a stand-in: a product of the same numbers in float32."""
+    x, layer = half_precision(bias)
+    exact = F.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    rounded = linear_to_float32(x, layer)
+    assert rounded.dtype == torch.float32 and (rounded - exact).abs().max() > 0.01, "values up to 30, of 8 bits"
+    wanted = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1)).bfloat16().float()
+    theirs = torch.autograd.grad((rounded * wanted).sum(), [x, *layer.parameters()])
+
+    monkeypatch.setattr(module, "WIDE", ("cpu",))
+    monkeypatch.setattr(module, "_wide_product", lambda x, weight: x.float() @ weight.float().T)
+    wide = linear_to_float32(x, layer)
+    assert wide.dtype == torch.float32
+    torch.testing.assert_close(wide.double(), exact, **TOLERANCE)
+    ours = torch.autograd.grad((wide * wanted).sum(), [x, *layer.parameters()])
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype == torch.bfloat16
+        torch.testing.assert_close(a, b, atol=0.05, rtol=0.02)  # sums in another order, rounded to 8 bits
+
+
+def test_the_product_with_float32_sums_is_one_that_torch_has(monkeypatch):
+    """On the device that only computes shapes; that of frozen weights needs no gradient."""
+    monkeypatch.setattr(module, "WIDE", ("meta",))
+    layer = nn.Linear(64, 96, dtype=torch.bfloat16, device="meta")
+    x = torch.empty(2, 5, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    layer.weight.requires_grad_(False)
+    output = linear_to_float32(x, layer)
+    output.sum().backward()
+    assert (output.dtype, output.shape, x.grad.dtype, layer.weight.grad) == (
+        torch.float32, (2, 5, 96), torch.bfloat16, None,
+    )  # fmt: skip
+
+
+def test_a_layer_with_a_forward_of_its_own_keeps_it(monkeypatch):
+    monkeypatch.setattr(module, "WIDE", ("cpu",))
+    x, layer = half_precision(bias=False)
+    layer.__class__ = type("Adapted", (nn.Linear,), {"forward": lambda self, x: 2 * nn.Linear.forward(self, x)})
+    assert torch.equal(linear_to_float32(x, layer), (2 * F.linear(x, layer.weight)).float())
