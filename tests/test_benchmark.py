@@ -18,6 +18,7 @@ from hark.launch.studies.baseline import Baseline, grpo_loss
 from hark.launch.studies.benchmark import main
 from hark.launch.studies.sides import Size, Work
 from tests.conftest import TEXTS
+from tests.simulation import whole_rows
 
 pytestmark = pytest.mark.slow
 
@@ -144,7 +145,10 @@ def test_each_study_has_its_own_flags(capsys):
     assert "unrecognized arguments: --dtype bfloat16" in capsys.readouterr().err
     chosen = benchmark_gpu.parse(["--attention", "flex"])
     assert (chosen.model, chosen.dtype, chosen.attention) == ("qwen2-audio-7b", "bfloat16", "flex")
-    assert (chosen.shape, chosen.prompts, chosen.micro_batch) == (["A", "B"], [8, 32], 4)
+    works = benchmark_gpu.works_of(chosen)
+    assert [(shape, work.prompts, work.micro_batch) for shape, work in works] == [
+        ("A", 8, 4), ("A", 32, 4), ("B", 8, 2), ("B", 32, 2),
+    ]  # fmt: skip
     assert benchmark.parse([]).prompts == [1, 4] and benchmark.parse([]).micro_batch == 1
 
 

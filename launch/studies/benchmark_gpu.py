@@ -2,7 +2,7 @@
 
     python launch/studies/benchmark_gpu.py [--model qwen2-audio-7b|small] [--dtype bfloat16|float32]
                                            [--attention sdpa|flex] [--shape A|B|both] [--prompts 8 32] [--group 8]
-                                           [--new-tokens 24] [--micro-batch 4] [--repeat 3] [--json FILE]
+                                           [--new-tokens 24] [--micro-batch N] [--repeat 3] [--json FILE]
 
 Random weights of Qwen2-Audio-7B's shape, 8.4 billion, are created on the device and never written to a file. The policy
 and the reference have separate weights; the baseline computes with the same tensors as they do. Clips last 10 s (shape
@@ -62,6 +62,7 @@ from hark.models.whisper import CONV_REACH, audio_tokens
 
 TARGETS = dict(decode_over_weights=1.5, matmul_share=0.45)
 TEXT = 60  # tokens of a prompt beside its audio
+MICRO_BATCH = {"A": 4, "B": 2}  # what fits a GPU of 80 GB with both models, by grpo/instruments/memory.py
 GENERATED = 4  # prompts for which the baseline generates at a time
 COPIED = {"cuda": 4 * 2**30, "cpu": 2**24}  # bytes of the copy that measures the memory rate
 # Bounds of the mean absolute difference of a logprob, and of the relative difference of a gradient by norm. In bfloat16
@@ -132,10 +133,8 @@ def main(argv: list[str]) -> None:
     configs = {"qwen2-audio-7b": large_config, "small": small_config}
     dtype = getattr(torch, arguments.dtype)
     setting = Setting(configs[arguments.model], torch.device("cuda"), dtype, arguments.attention, arguments.repeat)
-    sizes = arguments.group, arguments.new_tokens, arguments.micro_batch
-    works = [(shape, Work(SECONDS[shape], n, *sizes)) for shape in arguments.shape for n in arguments.prompts]
     results = []
-    for result in study(setting, works):
+    for result in study(setting, works_of(arguments)):
         results.append(result)
         print("\n".join(lines(result)), flush=True)
         if arguments.json:
@@ -158,16 +157,24 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--group", type=int, default=8, help="completions of each prompt")
     parser.add_argument("--new-tokens", type=int, default=24, help="tokens of each completion")
-    parser.add_argument("--micro-batch", type=int, default=4, help="prompts that Hark scores at a time")
+    parser.add_argument("--micro-batch", type=int, help="prompts that Hark scores at a time (A: 4, B: 2)")
     parser.add_argument("--repeat", type=int, default=3, help="turns; their median is reported")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
     arguments = parser.parse_args(argv)
     arguments.shape = ["A", "B"] if arguments.shape == "both" else [arguments.shape]
-    if min(*arguments.prompts, arguments.repeat, arguments.micro_batch, arguments.new_tokens) < 1:
+    counts = *arguments.prompts, arguments.repeat, arguments.new_tokens, arguments.micro_batch or 1
+    if min(counts) < 1:
         parser.error("prompts, repeat, micro-batch and new tokens must be at least 1")
     if arguments.group < 2:
         parser.error("--group must be at least 2")
     return arguments
+
+
+def works_of(arguments: argparse.Namespace) -> list[tuple[str, Work]]:
+    """The shape and the sizes of each step."""
+    sizes = arguments.group, arguments.new_tokens
+    batches = {shape: arguments.micro_batch or MICRO_BATCH[shape] for shape in arguments.shape}
+    return [(s, Work(SECONDS[s], n, *sizes, micro)) for s, micro in batches.items() for n in arguments.prompts]
 
 
 def large_config() -> Any:
