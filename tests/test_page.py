@@ -7,6 +7,7 @@ import hashlib
 import http.client
 import json
 import re
+import shutil
 import socket
 import struct
 import threading
@@ -149,6 +150,15 @@ def test_a_run_with_nothing_but_its_configuration_has_a_page(run, tmp_path):
     (tmp_path / "new" / "config.yaml").write_text((run / "config.yaml").read_text())
     _, twin = written(tmp_path / "new", "--out", tmp_path / "r.html")
     assert twin["main"]["runs"][0]["steps"] == [] and twin["main"]["runs"][0]["evaluation"] is None
+
+
+def test_options_that_are_no_values_of_theirs_are_left_out(run, tmp_path):
+    shutil.copytree(run, tmp_path / "odd")
+    text = re.sub(r"(?m)^(  (?:dtype|steps):).*", r"\1 [1, 2]", (run / "config.yaml").read_text())
+    (tmp_path / "odd" / "config.yaml").write_text(text)
+    _, twin = written(tmp_path / "odd", "--out", tmp_path / "r.html")
+    (one,) = twin["main"]["runs"]
+    assert one["total"] is None and one["metrics"]
 
 
 def test_missing_clips_questions_and_broken_records_are_told_in_their_place(tmp_path):

@@ -72,13 +72,14 @@ class Collection:
 
     def _run(self, number: int) -> dict[str, Any]:
         run = self._runs[number]
-        lines, evaluation = read_metrics(run), _evaluation(run)
+        lines, evaluation, options = read_metrics(run), _evaluation(run), _configuration(run)
+        steps = options.get("optim.steps")
         return {
             "name": self._names[number],
             "directory": str(run),
             **curves(lines),
-            "total": _configuration(run).get("optim.steps"),
-            "warnings": warnings(lines, _configuration(run).get("model.dtype", "float32")),
+            "total": steps if isinstance(steps, int) else None,
+            "warnings": warnings(lines, str(options.get("model.dtype", "float32"))),
             "recorded": [_recorded(run, number, step) for step in self.steps_of(run)],
             "recorded_in_all": len(recorded_steps(run)),
             "evaluation": evaluation and figures(evaluation) | {"part": f"rows-{number}", "version": _changed(run)},
