@@ -10,8 +10,8 @@ import torch
 from torch.nn.attention import flex_attention as flex
 
 from tests import conftest  # noqa: F401  (hides GPUs)
-from tests.gpu import Report, check
-from tests.ranks import on_ranks
+from tests.gpu import Report, check, check_ranks
+from tests.ranks import as_torchrun, on_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +22,7 @@ def test_all_checks_pass_on_the_cpu(monkeypatch, capsys):
     monkeypatch.setattr(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     precision = torch.get_float32_matmul_precision()
     failed = []
-    on_ranks(1, lambda world: failed.extend(check(world, hidden=64, layers=2, limits=(6, 9)).failed))
+    on_ranks(1, lambda world: failed.extend(check(world, hidden=64, layers=2, limits=(6, 9), waits=0).failed))
     torch.set_float32_matmul_precision(precision)
     assert failed == []
     assert "flex against sdpa, windows, torch.bfloat16, recomputed: gradients" in capsys.readouterr().out
@@ -32,7 +32,12 @@ def test_all_checks_pass_on_the_cpu(monkeypatch, capsys):
 def test_a_figure_beyond_its_bound_fails(value):
     report = Report()
     report.at_most(1, "a figure", value)
-    assert report.failed == ["a figure"]
+    report.exactly(1, "a count", value)
+    assert report.failed == ["a figure", "a count"]
+
+
+def test_two_ranks_pass_their_checks(tmp_path):
+    as_torchrun(2, check_ranks, str(tmp_path))
 
 
 def test_without_a_gpu_it_says_so_in_one_line_and_fails():
