@@ -8,7 +8,7 @@ import dataclasses
 import json
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence, Sized
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from itertools import islice
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -32,6 +32,7 @@ from hark.data.order import (
 )
 from hark.data.parallel import in_threads
 from hark.data.prompts import find_template, render, text_of
+from hark.threads import helper_threads
 
 
 class _Tokens(Protocol):
@@ -107,7 +108,7 @@ class Loader(Generic[Prompt]):
         self._positions(0)  # raises now if the prompts cannot be split over the ranks
         self._bad_indices: set[int] = set()
         self._ahead: dict[Draw, Future[_Slot[Prompt]]] = {}
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="loader")
+        self._threads = helper_threads(workers, "loader")
 
     def step(self, step: int) -> list[tuple[Example, Prompt, Key]]:
         """This rank's (example, prompt, key) of a step, in order; steps may be asked for in any order.

@@ -2,8 +2,10 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import TypeVar
+
+from hark.threads import helper_threads
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -17,7 +19,7 @@ def in_threads(
     ahead: how many items are submitted beyond the one whose result is waited for; None submits all of them at once.
     An exception of `function` is raised where its result would be returned.
     """
-    with ThreadPoolExecutor(workers) as threads:
+    with helper_threads(workers) as threads:
         pending: deque[Future[Result]] = deque()
         for item in items:
             pending.append(threads.submit(function, item))

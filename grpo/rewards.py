@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from hark.grpo.runtime.collectives import World, exchange_rows, reduce_sums
 from hark.grpo.shared_data import on_all
 from hark.grpo.types import Rollout
 from hark.models.policy import completion_ids
+from hark.threads import helper_threads
 
 WINDOW = 100  # steps over which the questions are counted of which a reward failed
 
@@ -51,7 +52,7 @@ class StepRewards:
 
     def __init__(self, rewards: Rewards, config: RewardConfig, world: World):
         self._rewards, self._config, self._world = rewards, config, world
-        self._thread = ThreadPoolExecutor(1, "rewards")
+        self._thread = helper_threads(1, "rewards")
         self._figures: Counter[str] = Counter()
         self._asked, self._failed, self._reason = 0, 0, ""  # of the step that is being done
         self.failing: list[list[float]] = []
