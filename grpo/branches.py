@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from hark.grpo.distribution import draw_tokens, log_distribution
 from hark.grpo.runtime.cuda import DelayedFlags, recorder, round_up, send
+from hark.grpo.runtime.threads import paying_threads
 from hark.grpo.tree import Layout, branches_layout, prompt_layout, tree_masks
 from hark.grpo.types import Rollout
 from hark.models.attention import DecodeAttention, PrefillAttention
@@ -123,7 +125,9 @@ class Branches:
         """Feed every branch its last token, and draw its next one."""
         sizes = self._sizes()
         plan = self._plan(sizes)
-        if self._graphs is None:
+        if self.tokens.device.type == "cpu":
+            paying_threads(torch.get_num_threads())(partial(self.feed, plan, sizes), self.logprobs)
+        elif self._graphs is None:
             self.feed(plan, sizes)
         else:
             self._graphs(self.feed, plan, sizes)

@@ -257,6 +257,12 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "grpo/learner.py": (
         (
+            "each micro-batch reduced between replicas",
+            "now=last and number == count",
+            "now=True",
+            "test_communication",
+        ),
+        (
             "schedule never applied",
             'group["lr"] = self.learning_rate(step)',
             'group["lr"] = self.config.optim.lr',
@@ -292,6 +298,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ),
     ),
     "grpo/trainer.py": (
+        ("answers not reduced", "last=last and batch.given is None", "last=last", "test_sharding"),
         ("the cursor is not saved", '"cursor": self.cursor', '"cursor": None', "test_refill"),
         (
             "the sum of deviations reported",
@@ -602,7 +609,12 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
             "test_config",
         ),
     ),
+    "grpo/runtime/threads.py": (
+        ("bits not compared", "if torch.equal(result, expected):", "if True:", "test_threads"),
+        ("fewer threads stay", "            torch.set_num_threads(self._most)", "            pass", "test_threads"),
+    ),
     "grpo/runtime/sharding.py": (
+        ("groups with the library's timeout", ", timeout=TIMEOUT)[0]", ")[0]", "test_sharding"),
         ("the reference stays", "local.lerp_(", "local.lerp(", "test_loss_options"),
         (
             "gradients averaged",
@@ -755,6 +767,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("adapters stay off", "layer.enabled = True", "layer.enabled = False", "test_lora"),
     ),
     "models/policy.py": (
+        ("masks that are copied", "(*rows, mask_row(keys))", "(*rows, keys)", "test_attention"),
         ("padding judged", "return [ids[:length]", "return [ids[:]", "test_rewards_table"),
         ("a completion without its end", "< lengths[:, None]", "< lengths[:, None] - 1", "test_ask"),
         ("stop token in the text", "row[:-1] if row and", "row if row and", "test_models test_rewards"),
