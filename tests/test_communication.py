@@ -19,7 +19,7 @@ CASES = (
     ["lora.rank=3", "optim.micro_batch=1"],  # a first dimension that two ranks do not divide
     ["lora.rank=3", "optim.micro_batch=1", "sharding.reshard=false"],
 )
-HYBRID = (["sharding.replicas=2", "optim.micro_batch=1"],)
+HYBRID = (["sharding.replicas=2", "optim.micro_batch=1", "optim.prompts_per_step=8"],)  # two micro-batches on a rank
 
 
 def check_bytes(world: World, settings: list[str]) -> None:
