@@ -60,15 +60,22 @@ def test_the_baseline_draws_completions_of_full_length_without_placeholders(case
 
 
 def test_a_run_reports_every_target_and_writes_it_as_json(tmp_path, capsys):
-    main([*QUICK, "--json", str(tmp_path / "figures.json")], TINY)
-    (result,) = json.loads((tmp_path / "figures.json").read_text())["results"]
-    assert (result["shape"], result["prompts"], result["threads"]) == ("A", 2, 1)
-    assert all(result[name] > 0 for name in benchmark.TARGETS["A"])
-    assert 0 < result["parity"] < 1e-4 and 0 < result["limit_share"] < 1
-    for side in ("baseline", "hark"):
-        assert set(result["seconds"][side]) == {"rollout", "reference", "score", "optimizer", "step"}
-    heading, targets, figures = capsys.readouterr().out.splitlines()
-    assert len(heading) == len(targets) == len(figures)
+    main([*QUICK, "--busy", "--json", str(tmp_path / "figures.json")], TINY)
+    results = json.loads((tmp_path / "figures.json").read_text())["results"]
+    assert [(one["shape"], one["prompts"], one["threads"], one["busy"]) for one in results] == [
+        ("A", 2, 1, False), ("A", 2, 1, True),
+    ]  # fmt: skip
+    phases = {"rollout", "reference", "score", "optimizer", "step"}
+    for result in results:
+        assert all(result[name] > 0 for name in benchmark.TARGETS["A"])
+        assert 0 < result["parity"] < 1e-4 and 0 < result["limit_share"] < 1
+        assert set(result["seconds"]["baseline"]) == phases
+        ours = result["seconds"]["hark"]  # all that the trainer's step consists of
+        assert set(ours) == phases | {"load", "reward", "report"}
+        assert sum(ours.values()) - ours["step"] == pytest.approx(ours["step"], rel=0.1)
+    heading, targets, *figures, machine = capsys.readouterr().out.splitlines()
+    assert {len(line) for line in (targets, *figures)} == {len(heading)} and "1 + busy" in figures[1]
+    assert machine.endswith("G multiply-adds/s")
 
 
 def test_a_run_whose_numbers_differ_fails(monkeypatch, capsys):

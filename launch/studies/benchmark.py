@@ -1,13 +1,14 @@
-"""Compare a step of GRPO by Hark with the R1-AQA procedure (launch/studies/baseline.py), on the CPU.
+"""Compare a step of Hark's trainer with the R1-AQA procedure (launch/studies/baseline.py), on the CPU.
 
     python launch/studies/benchmark.py [--shape A|B|both] [--prompts 1 4] [--group 8] [--new-tokens 24]
-                                       [--threads 1 2] [--repeat 3] [--micro-batch 1] [--quick] [--json FILE]
+                                       [--threads 1 2] [--repeat 3] [--micro-batch 1] [--busy] [--quick] [--json FILE]
 
-The model is a Qwen2-Audio with 42 M random float32 weights. Clips last 10 s (shape A) or 30 s (shape B). Baseline and
-Hark run alternately; one run of each is a turn, and the medians over the turns are compared. Both have the same weights
-and score the same tokens. If a logprob or gradient differs by more than 1e-4, the program fails. --micro-batch is the
-number of prompts that both sides score at a time. --quick measures shape A with one prompt in one turn and takes less
-than a minute.
+Hark's side is what `hark train` runs: the trainer of a configuration, with its loader, rewards, reference, FSDP and
+log of phases. The model is a Qwen2-Audio with 42 M random float32 weights. Clips last 10 s (shape A) or 30 s (shape B).
+Baseline and Hark run alternately; one step of each is a turn, and the medians over the turns are compared. Both have
+the same weights, and score the same tokens before the turns. If a logprob or gradient differs by more than 1e-4, the
+program fails. --micro-batch is the number of prompts that both sides score at a time. --busy measures each row once
+more beside a process that computes. --quick measures shape A with one prompt in one turn and takes less than a minute.
 
 Memory is the peak of the bytes of all tensors in one step, with weights, reference, gradients and optimizer state but
 without temporary buffers inside kernels. It is measured in a separate step before the timed ones.
@@ -18,11 +19,14 @@ launch/studies/benchmark_gpu.py compares a step with the limits of a GPU.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,12 +35,12 @@ import torch
 
 from hark.grpo.instruments.flops import best_matmul_rate, cost_of, macs
 from hark.grpo.instruments.memory_tracker import MemoryTracker
+from hark.grpo.runtime.collectives import joined_world
 from hark.grpo.types import Rollout
 from hark.launch.common.entry import run
 from hark.launch.studies.sides import (
     SECONDS,
     BaselineSide,
-    HarkSide,
     Size,
     Work,
     build_model,
@@ -46,6 +50,8 @@ from hark.launch.studies.sides import (
     timed_passes,
     with_update,
 )
+from hark.launch.studies.trainer_side import TrainerSide
+from hark.models.lora import whole
 
 # Values that Hark should reach; they are printed above the results and not checked.
 TARGETS = {
@@ -54,7 +60,7 @@ TARGETS = {
 }
 PARITY = 1e-4
 
-SIDES: dict[str, Callable[[Path, Work], Any]] = {"baseline": BaselineSide, "hark": HarkSide}
+BUSY = "while True: pass"  # what a process does that computes
 
 
 def main(argv: list[str], size: Size | None = None) -> None:
@@ -70,9 +76,11 @@ def main(argv: list[str], size: Size | None = None) -> None:
             for prompts in arguments.prompts:
                 sizes = arguments.group, arguments.new_tokens, arguments.micro_batch
                 work = Work(SECONDS[shape], prompts, *sizes)
-                for result in compare(directory, work, arguments.threads, arguments.repeat):
+                for result in compare(directory, work, arguments.threads, arguments.repeat, busy=arguments.busy):
                     results.append({"shape": shape} | result)
                     print(result_line(results[-1]), flush=True)
+        rates = [result["matmul_gmacs_per_second"] for result in results]
+        print(f"{machine()['cpu']}: best rate of matrix products {max(rates):.1f} G multiply-adds/s")
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
     worst = max(result["parity"] for result in results)
@@ -92,6 +100,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeat", type=int, default=3, help="turns; their median is reported")
     parser.add_argument("--micro-batch", type=int, default=1, help="prompts scored at a time")
+    parser.add_argument("--busy", action="store_true", help="once more beside a process that computes")
     parser.add_argument("--quick", action="store_true", help="shape A, one prompt, one turn")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
     arguments = parser.parse_args(argv)
@@ -106,23 +115,41 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def compare(directory: Path, work: Work, threads: Sequence[int], repeat: int) -> Iterator[dict[str, Any]]:
-    """The figures of a step for each number of threads."""
+def compare(
+    directory: Path, work: Work, threads: Sequence[int], repeat: int, *, busy: bool
+) -> Iterator[dict[str, Any]]:
+    """The figures of a step for each number of threads; with `busy` also beside a process that computes."""
     torch.set_num_threads(max(threads))
-    sides = {name: make(directory, work) for name, make in SIDES.items()}
-    drawn = sides["hark"].rollout()  # both sides score these completions
-    memory = {name: peak_memory(side, drawn) for name, side in sides.items()}
-    for count in threads:
-        torch.set_num_threads(count)
-        yield (
-            {"prompts": work.prompts, "threads": count}
-            | measure(sides, drawn, repeat)
-            | {
-                "memory_ratio": memory["hark"] / memory["baseline"],
-                "memory_gib": {name: peak / 2**30 for name, peak in memory.items()},
-                "work": asdict(work),
-            }
-        )
+    with joined_world() as world:
+        sides = {"baseline": BaselineSide(directory, work), "hark": TrainerSide(directory, work, world)}
+        drawn = sides["hark"].rollout()  # both sides score these completions
+        memory = {name: peak_memory(side, drawn) for name, side in sides.items()}
+        parity = differences(sides, drawn)
+        for count, beside in itertools.product(threads, [False, True] if busy else [False]):
+            torch.set_num_threads(count)
+            with busy_process() if beside else nullcontext():
+                figures = measure(sides, drawn, repeat)
+            yield (
+                {"prompts": work.prompts, "threads": count, "busy": beside, "parity": max(parity)}
+                | figures
+                | {
+                    "memory_ratio": memory["hark"] / memory["baseline"],
+                    "memory_gib": {name: peak / 2**30 for name, peak in memory.items()},
+                    "work": asdict(work),
+                }
+            )
+        sides["hark"].close()
+
+
+@contextmanager
+def busy_process() -> Iterator[None]:
+    """A process that computes on one core for as long as the block lasts."""
+    process = subprocess.Popen([sys.executable, "-c", BUSY])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 def peak_memory(side: Any, drawn: Rollout) -> int:
@@ -139,22 +166,18 @@ def peak_memory(side: Any, drawn: Rollout) -> int:
 
 
 def measure(sides: dict[str, Any], drawn: Rollout, repeat: int) -> dict[str, Any]:
-    """Run the sides in turns; compare the median times of their phases, their logprobs and their gradients."""
+    """Run the sides in turns, and compare the median times of their phases."""
     turns: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
-    parity, rate = 0.0, 0.0
+    rate, baseline, hark = 0.0, sides["baseline"], sides["hark"]
     for _ in range(repeat):
         rate = max(rate, best_matmul_rate())
-        passes = {name: timed_passes(side, drawn) for name, side in sides.items()}
-        parity = max(parity, *differences({name: logprobs for name, (_, logprobs) in passes.items()}, sides))
-        for name, side in sides.items():
-            turns[name].append(with_update(side, passes[name][0]))
+        turns["baseline"].append(with_update(baseline, timed_passes(baseline, drawn)[0]))
+        turns["hark"].append(hark.step())
     seconds = {name: medians(taken) for name, taken in turns.items()}
-    speedups = {f"{phase}_speedup": seconds["baseline"][phase] / s for phase, s in seconds["hark"].items()}
-    hark = sides["hark"]
+    speedups = {f"{phase}_speedup": seconds["baseline"][phase] / seconds["hark"][phase] for phase in PHASES}
     needed = macs(cost_of(hark.policy), hark.prompts, drawn.mask.sum(dim=1), audio_id=hark.policy.audio_id).step()
     return speedups | {
         "limit_share": needed / rate / seconds["hark"]["step"],
-        "parity": parity,
         "seconds": seconds,
         "necessary_gmacs": needed / 1e9,
         "matmul_gmacs_per_second": rate / 1e9,
@@ -162,17 +185,21 @@ def measure(sides: dict[str, Any], drawn: Rollout, repeat: int) -> dict[str, Any
     }
 
 
-def differences(logprobs: dict[str, torch.Tensor], sides: dict[str, Any]) -> tuple[float, float]:
+def differences(sides: dict[str, Any], drawn: Rollout) -> tuple[float, float]:
     """The largest difference of a logprob, and of a gradient relative to the largest gradient of its tensor."""
+    logprobs = {name: side.score(drawn, side.reference(drawn)) for name, side in sides.items()}
     theirs = dict(sides["baseline"].model.named_parameters())
     gradients = []
     for name, parameter in sides["hark"].model.named_parameters():
         if parameter.requires_grad:
-            expected = theirs[name].grad
-            gradients.append(((parameter.grad - expected).abs().max() / expected.abs().max()).item())
+            ours, expected = whole(parameter.grad), theirs[name].grad
+            gradients.append(((ours - expected).abs().max() / expected.abs().max()).item())
+    for side in sides.values():
+        side.optimizer_step()  # leaves no gradients behind
     return (logprobs["hark"] - logprobs["baseline"]).abs().max().item(), max(gradients)
 
 
+PHASES = ("rollout", "reference", "score", "optimizer", "step")
 COLUMNS = (
     ("rollout_speedup", "rollout", "{:.2f} x"),
     ("reference_speedup", "reference", "{:.2f} x"),
@@ -187,12 +214,12 @@ COLUMNS = (
 
 def heading() -> str:
     columns = "".join(f"{title:>11}" for _, title, _ in COLUMNS)
-    return f"{'shape':7}{'prompts':>8}{'threads':>8}{'baseline':>10}{'hark':>9}{columns}"
+    return f"{'shape':7}{'prompts':>8}{'threads':>12}{'baseline':>10}{'hark':>9}{columns}"
 
 
 def target_line(shape: str) -> str:
     cells = {name: form.format(TARGETS[shape][name]) for name, _, form in COLUMNS if name in TARGETS[shape]}
-    return f"{shape:7}{'target':>35}" + "".join(f"{cells.get(name, ''):>11}" for name, _, _ in COLUMNS)
+    return f"{shape:7}{'target':>39}" + "".join(f"{cells.get(name, ''):>11}" for name, _, _ in COLUMNS)
 
 
 def result_line(result: dict[str, Any]) -> str:
@@ -200,7 +227,8 @@ def result_line(result: dict[str, Any]) -> str:
         f"{result['seconds'][name]['step']:{width}.2f} s" for name, width in (("baseline", 8), ("hark", 7))
     )
     cells = "".join(f"{form.format(result[name]):>11}" for name, _, form in COLUMNS)
-    return f"{result['shape']:7}{result['prompts']:8}{result['threads']:8}{seconds}{cells}"
+    threads = f"{result['threads']}{' + busy' if result['busy'] else ''}"
+    return f"{result['shape']:7}{result['prompts']:8}{threads:>12}{seconds}{cells}"
 
 
 if __name__ == "__main__":
