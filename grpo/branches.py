@@ -125,12 +125,15 @@ class Branches:
         """Feed every branch its last token, and draw its next one."""
         sizes = self._sizes()
         plan = self._plan(sizes)
-        if self.tokens.device.type == "cpu":
-            paying_threads(torch.get_num_threads())(partial(self.feed, plan, sizes), self.logprobs)
-        elif self._graphs is None:
-            self.feed(plan, sizes)
-        else:
+        moved = self.cache.grow(sizes.steps)
+        if self._graphs is not None:
+            if moved:
+                self._graphs.forget()
             self._graphs(self.feed, plan, sizes)
+        elif self.tokens.device.type == "cpu":
+            paying_threads(torch.get_num_threads())(partial(self.feed, plan, sizes), self.logprobs)
+        else:
+            self.feed(plan, sizes)
         for branch in self._branches:
             branch.tokens += 1
 

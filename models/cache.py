@@ -5,32 +5,47 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+STEPS = 64  # tokens of a branch for which a rollout's cache has room at first
+
 
 class GroupCache:
     """The KV cache of a rollout: a prompt's keys and values are stored once for all branches of its group.
 
     Each layer has keys and values of prompts, (R, heads, P, head size), and of branches, (B, heads, T, head size).
     They are allocated when the layer is first prefilled, and start at 0: a masked entry has attention weight 0, and 0
-    times an uninitialised NaN would be NaN. T is one less than `max_new_tokens`, because a completion's last token is
-    never fed to the decoder.
+    times an uninitialised NaN would be NaN. T begins at STEPS and grows with the completions, to at most one less than
+    `max_new_tokens`, because a completion's last token is never fed to the decoder.
     """
 
     def __init__(self, rows: int, prompt: int, branches: int, steps: int):
         self.prompt = prompt
-        self._sizes = (rows, prompt), (branches, steps)
+        self._rows, self._branches, self._limit, self._steps = rows, branches, steps, min(steps, STEPS)
         self._layers: dict[int, list[torch.Tensor]] = {}
 
     def fill(self, layer: int, rows: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store the keys and values (N, heads, L, head size) of N prompts in the given N rows."""
         if layer not in self._layers:
+            sizes = (self._rows, self.prompt), (self._branches, self._steps)
             self._layers[layer] = [
                 new.new_zeros((count, new.shape[1], length, new.shape[-1]))
-                for count, length in self._sizes
+                for count, length in sizes
                 for new in (keys, values)
             ]
         for cached, new in zip(self.prompts(layer), (keys, values), strict=True):
             for n, row in enumerate(rows):
                 cached[row, :, : new.shape[2]] = new[n]
+
+    def grow(self, steps: int) -> bool:
+        """Make room for branches of so many tokens; returns whether tensors have moved. The room doubles."""
+        if steps <= self._steps:
+            return False
+        self._steps = min(self._limit, max(steps, 2 * self._steps))
+        for tensors in self._layers.values():
+            for place in (2, 3):  # one tensor after the other, so that little exists twice
+                old = tensors[place]
+                tensors[place] = old.new_zeros((*old.shape[:2], self._steps, old.shape[-1]))
+                tensors[place][:, :, : old.shape[2]] = old
+        return True
 
     def prompts(self, layer: int) -> list[torch.Tensor]:
         """The keys and the values of the prompts, (R, heads, P, head size) each."""

@@ -134,8 +134,9 @@ def _step(
     full_cache = mock.patch(
         "hark.grpo.branches.GroupCache", lambda *sizes: GroupCache(*sizes[:3], work.max_new_tokens - 1)
     )
+    at_once = mock.patch("hark.models.cache.STEPS", work.max_new_tokens)
     never_stopped = mock.patch("hark.grpo.branches.DelayedFlags", lambda flags: lambda: [True] * flags.numel())
-    with tracker.phase("rollout"), gathered(policy), torch.no_grad(), full_cache, never_stopped:
+    with tracker.phase("rollout"), gathered(policy), torch.no_grad(), full_cache, at_once, never_stopped:
         sample(
             policy, prompts, group_size=work.group_size, max_new_tokens=steps, temperature=1.0,
             keys=[(n,) for n in range(work.prompts)], batch=work.decoded or None,

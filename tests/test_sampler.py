@@ -193,9 +193,14 @@ class Tape(TorchDispatchMode):
                     old.copy_(new)
 
 
-def test_a_step_recorded_once_and_repeated_draws_the_same(case, monkeypatch):
-    """Nothing that changes from step to step but by way of the plan may be in a recording, also of a sharded policy."""
+@pytest.mark.parametrize("room", [64, 3])
+def test_a_step_recorded_once_and_repeated_draws_the_same(case, monkeypatch, room):
+    """Nothing that changes from step to step but by way of the plan may be in a recording, also of a sharded policy.
+
+    room: tokens of a branch for which the cache has room at first; where it grows, its tensors move.
+    """
     tapes = []
+    monkeypatch.setattr("hark.models.cache.STEPS", room)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: tapes.append(Tape()) or tapes[-1])
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **how: graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
@@ -289,3 +294,27 @@ def test_uniforms_are_the_same_on_every_machine():
 def test_sampling_without_keys_is_refused(case):
     with pytest.raises(ValueError, match="one key per prompt"):
         sample(case.policy, case.prompts, group_size=2, max_new_tokens=4, temperature=1.0)
+
+
+@pytest.mark.parametrize("room", [1, 2, 5])
+def test_a_cache_that_grows_with_the_completions_draws_the_same(case, monkeypatch, room):
+    """To the bit, as the numbers that are read are the same; with prompts that start later in free rows."""
+    settings = dict(max_new_tokens=24, batch=2, group_size=4)
+    expected = draw(case, **settings)
+    grown = []
+    grow = GroupCache.grow
+
+    def noted(cache: GroupCache, steps: int) -> bool:
+        before, moved = cache._steps, grow(cache, steps)
+        grown.append((before, cache._steps)) if moved else None
+        assert all(tensor.shape[2] == cache._steps for tensor in cache.branches(0))
+        return moved
+
+    monkeypatch.setattr("hark.models.cache.STEPS", room)
+    monkeypatch.setattr(GroupCache, "grow", noted)
+    rollout = draw(case, **settings)
+    assert torch.equal(rollout.tokens, expected.tokens) and torch.equal(rollout.logprobs, expected.logprobs)
+    longest = int(expected.mask.sum(dim=1).max()) - 1  # the last token is not fed
+    sizes = [room, *(after for _, after in grown)]
+    assert longest <= sizes[-1] <= 23 and len(grown) > 1, "as far as the longest completion, doubling"
+    assert all(after == min(23, 2 * before) for before, after in grown)

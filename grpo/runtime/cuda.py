@@ -77,6 +77,10 @@ class CudaGraphs:
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, tuple[torch.Tensor, ...]]] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
+    def forget(self) -> None:
+        """Record anew what is called next, because tensors that the function reads have moved."""
+        self._graphs.clear()
+
     def __call__(self, function: Callable[[Inputs, Sizes], None], inputs: Inputs, sizes: Sizes) -> None:
         self._calls[sizes] += 1
         if self._calls[sizes] <= WARM_UP_CALLS:
