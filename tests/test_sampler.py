@@ -193,11 +193,18 @@ class Tape(TorchDispatchMode):
                     old.copy_(new)
 
 
-@pytest.mark.parametrize("room", [64, 3])
-def test_a_step_recorded_once_and_repeated_draws_the_same(case, monkeypatch, room):
+@pytest.mark.parametrize(
+    "room, settings",
+    [
+        pytest.param(64, dict(max_new_tokens=24, batch=2), id="with room"),
+        pytest.param(40, dict(max_new_tokens=70, batch=1, stop=False), id="growing", marks=pytest.mark.slow),
+    ],
+)
+def test_a_step_recorded_once_and_repeated_draws_the_same(case, monkeypatch, room, settings):
     """Nothing that changes from step to step but by way of the plan may be in a recording, also of a sharded policy.
 
-    room: tokens of a branch for which the cache has room at first; where it grows, its tensors move.
+    room: tokens of a branch for which the cache has room at first; where it grows, its tensors move, and the first
+    steps of the next prompt must not be those that were recorded before.
     """
     tapes = []
     monkeypatch.setattr("hark.models.cache.STEPS", room)
@@ -205,7 +212,7 @@ def test_a_step_recorded_once_and_repeated_draws_the_same(case, monkeypatch, roo
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **how: graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr("hark.grpo.runtime.cuda.WARM_UP_CALLS", 1)
-    expected = draw(case, max_new_tokens=24, batch=2)
+    expected = draw(case, **settings)
     cuda = torch.device("cuda")
     monkeypatch.setattr("hark.grpo.branches.recorder", lambda device: CudaGraphs())
     monkeypatch.setattr(
@@ -217,7 +224,7 @@ def test_a_step_recorded_once_and_repeated_draws_the_same(case, monkeypatch, roo
         for policy in (case.policy, sharded):
             tapes.clear()
             with gathered(policy):
-                rollout = draw(replace(case, policy=policy), max_new_tokens=24, batch=2, graphs=True)
+                rollout = draw(replace(case, policy=policy), graphs=True, **settings)
             assert sum(tape.replays for tape in tapes) > 2 * len(tapes) > 2, "some are repeated"
             assert groups(rollout) == groups(expected)
             torch.testing.assert_close(rollout.logprobs, expected.logprobs, atol=1e-5, rtol=1e-5)  # as in parity
