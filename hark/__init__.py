@@ -4,6 +4,7 @@ With these functions you can write a GRPO step without a configuration file, as 
 when they are first used, so that `import hark` and the modules of `hark.data` that need no torch do not import it.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from hark.models.loading import load_policy
 
 __all__ = ["UserError", "group_advantages", "load_policy", "policy_loss", "sample", "score", "token_weights"]
+
+
+# This process and the one that started it. Noted now, because that may end while torch is imported, for seconds.
+STARTED = os.getpid(), os.getppid()
 
 
 class UserError(Exception):

@@ -24,7 +24,6 @@ from hark.grpo.config import ConfigError
 from hark.grpo.instruments.metrics import LogError, Metrics
 from hark.grpo.instruments.nonfinite import NonFiniteError
 from hark.grpo.runtime import export as export_module
-from hark.grpo.runtime import watchdog as watchdog_module
 from hark.grpo.runtime.checkpoint import checkpoints
 from hark.grpo.runtime.collectives import World
 from hark.grpo.runtime.export import ExportError
@@ -244,24 +243,6 @@ def test_processor_time_is_progress_in_a_long_phase_only_and_that_of_the_watchdo
             first = counts()
             compute(1.1)
             assert counts() == first
-
-
-def test_a_rank_ends_itself_when_its_launcher_has_died(monkeypatch):
-    """The parent of its process is another then; nothing else says so where run.patience=0, or to a single rank."""
-    said, parents = [], [7, 7]
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a run")
-    monkeypatch.setattr(watchdog_module.os, "getppid", lambda: parents.pop() if parents else 1)
-    monkeypatch.setattr(watchdog_module, "LOOK", 0.01)
-    watchdog = Watchdog(World(0, 1, CPU), patience=0.0, store=None)
-
-    def leave(text: str, status: int) -> None:
-        said.append((text, status))
-        watchdog._ended.set()
-
-    monkeypatch.setattr(watchdog_module, "leave", leave)
-    with watchdog.watching():
-        assert watchdog._ended.wait(3)
-    assert len(said) == 1 and said[0][0].startswith("error: the launcher of this process has died") and said[0][1] == 1
 
 
 def test_the_phase_in_progress_is_named_as_it_was_in_the_step_before(settings, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -59,15 +60,32 @@ def test_ranks_that_do_not_end_are_ended(monkeypatch):
 
 
 JOIN = """
-import torch.distributed as dist
 from hark import UserError
+print("started", flush=True)
+import torch.distributed as dist
 from hark.grpo.runtime.collectives import joined_world
 try:
-    with joined_world(patience=2.0):
+    print("joins", flush=True)
+    with joined_world(patience=%s):
         pass
 except UserError as error:
     print(error)
 """
+
+
+def environment_of(port: int, *, with_launcher: bool) -> dict[str, str]:
+    """That of rank 0 of 3. with_launcher: whether the launcher has the store, as torchrun has, or rank 0."""
+    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return environment | {"TORCHELASTIC_USE_AGENT_STORE": str(with_launcher)}
+
+
+def joining(port: int, *, patience: float, with_launcher: bool) -> str:
+    """What a rank says that cannot join."""
+    ended = subprocess.run(
+        [sys.executable, "-c", JOIN % patience], env=environment_of(port, with_launcher=with_launcher),
+        capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    return ended.stdout.removeprefix("started\njoins\n")
 
 
 @pytest.mark.parametrize("with_launcher", [True, False])
@@ -77,12 +95,45 @@ def test_a_rank_that_hangs_before_it_joins_is_named_within_the_patience(with_lau
     port = store.port
     if not with_launcher:
         del store
-    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    environment["TORCHELASTIC_USE_AGENT_STORE"] = str(with_launcher)
-    if with_launcher:
+    else:
         dist.PrefixStore("attempt-0", store).set("rank 2", "")
     begun = time.monotonic()
-    said = subprocess.run([sys.executable, "-c", JOIN], env=environment, capture_output=True, text=True, timeout=100)
+    said = joining(port, patience=2.0, with_launcher=with_launcher)
     name = "rank 1" if with_launcher else "another rank"
-    assert said.stdout.startswith(f"rank 0: {name} of 3 has not joined within 2 s (run.patience)"), said
+    assert said.startswith(f"rank 0: {name} of 3 has not joined within 2 s (run.patience)"), said
     assert time.monotonic() - begun < 60
+
+
+def test_a_rank_that_finds_no_store_says_so_in_a_sentence():
+    """With a free port, as a launcher leaves it that ended before its ranks joined."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        said = joining(free.getsockname()[1], patience=0.5, with_launcher=True)
+    assert said.startswith("rank 0: cannot join the 3 ranks (") and said.count("\n") == 1, said
+    assert said.endswith("their launcher has ended, or its machine cannot be reached\n")
+
+
+# Starts the rank, and waits as torchrun does.
+LAUNCHER = """
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", sys.argv[1]])
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("moment", ["started", "joins"])
+def test_a_rank_ends_when_its_launcher_is_killed_while_it_imports_or_joins(moment):
+    """The store is here, and another rank never comes: nothing but the end of the launcher ends this one."""
+    store = dist.TCPStore("127.0.0.1", 0, None, is_master=True)
+    environment = environment_of(store.port, with_launcher=True) | {"TORCHELASTIC_RUN_ID": "a run"}
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, JOIN % 600.0], env=environment, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert launcher.stdout
+    while launcher.stdout.readline() != f"{moment}\n":
+        pass
+    launcher.kill()
+    said, _ = launcher.communicate(timeout=100)  # until the rank has ended too, which has the same output
+    lines = [line for line in said.splitlines() if line != "joins"]
+    assert len(lines) == 1 and lines[0].startswith("error: the launcher of this process has died"), said

@@ -18,6 +18,8 @@ import torch.distributed as dist
 from hark.grpo.config import ConfigError
 from hark.grpo.runtime.device import set_up
 from hark.grpo.runtime.interrupt import Interrupted, Interruption
+from hark.grpo.runtime.leaving import leave_with_launcher
+from hark.grpo.runtime.out_of_memory import reason
 
 # Of one collective. The watchdog ends a run long before; ranks wait while rank 0 writes an export of many gigabytes.
 TIMEOUT = timedelta(hours=1)
@@ -148,7 +150,10 @@ def joined_world(*, threads: int = 0, patience: float = 600.0) -> Iterator[World
     """Join the processes that torchrun started; without torchrun, form a world of one process.
 
     patience: seconds to wait for the others; 0 is long. Raises ConfigError if they have not come.
+
+    From here on the process ends when torchrun does: ranks would wait for one another for an hour.
     """
+    leave_with_launcher()
     device = set_up(threads)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
@@ -185,6 +190,11 @@ def _join(backend: str, patience: timedelta) -> None:
         raise ConfigError(
             f"rank {rank}: {missing} of {size} has not joined within {patience.total_seconds():g} s "
             "(run.patience); its process hangs, or its machine cannot be reached"
+        ) from error
+    except dist.DistError as error:  # the store, which is in the launcher, or at rank 0
+        raise ConfigError(
+            f"rank {rank}: cannot join the {size} ranks ({reason(error)}); their launcher has ended, or its "
+            "machine cannot be reached"
         ) from error
 
 

@@ -7,6 +7,12 @@ import sys
 import threading
 from pathlib import Path
 
+from hark.parent import when_parent_ends
+
+ORPHANED = (
+    "error: the launcher of this process has died; give the same command again, for a training run with run.resume=true"
+)
+
 
 def claim_report() -> bool:
     """Whether this process is the first of its run on this machine to ask; later ones must not report their errors.
@@ -35,6 +41,12 @@ def leave(text: str, status: int) -> None:
     """Report and end this process at once, from any thread, whatever its main thread is waiting for."""
     report(text)
     os._exit(status)
+
+
+def leave_with_launcher() -> None:
+    """From now on, end this process within a second of the end of torchrun, if that has started it."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        when_parent_ends(lambda: leave(ORPHANED, 1))
 
 
 def leave_within(seconds: float, text: str, status: int) -> threading.Timer:

@@ -1,4 +1,4 @@
-"""Ends a rank when its launcher has died, or when another rank hangs, and says which rank and in what phase.
+"""Ends a rank when another rank hangs, and says which rank and in what phase.
 
 Each rank has a thread that publishes where its main thread is, and watches the rank after it. A rank that waits for
 others in a collective is not the cause.
@@ -17,20 +17,19 @@ import torch.distributed as dist
 
 from hark.grpo.runtime.collectives import World
 from hark.grpo.runtime.leaving import leave
+from hark.grpo.runtime.out_of_memory import reason
 
-LOOK = 0.5  # seconds between two looks at the launcher
 SHARE = 20  # looks at the other rank within run.patience
-SLOWEST = 10.0  # seconds between two of them, at most
+FASTEST, SLOWEST = 0.5, 10.0  # seconds between two of them
 
 
 class Watchdog:
-    """patience: seconds without progress of a rank; 0 waits forever. store: shared by the ranks; None for one rank."""
+    """patience: seconds without progress of a rank. store: shared by the ranks; None for one rank."""
 
     def __init__(self, world: World, *, patience: float, store: dist.Store | None):
         self._world, self._patience, self._store = world, patience, store
-        self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._watched = (world.rank + 1) % world.size
-        self._interval = min(max(patience / SHARE, LOOK), SLOWEST)
+        self._interval = min(max(patience / SHARE, FASTEST), SLOWEST)
         self._beat, self._seen, self._moved = 0, (-1, time.monotonic()), ([-1, -1], time.monotonic())
         self._ended = threading.Event()
 
@@ -46,23 +45,18 @@ class Watchdog:
             thread.join()
 
     def _run(self) -> None:
-        due = time.monotonic()
-        while not self._ended.wait(LOOK):
-            if self._parent is not None and os.getppid() != self._parent:
-                leave("error: the launcher of this process has died; the same command with run.resume=true goes on", 1)
-            if self._patience and time.monotonic() >= due:
-                due = time.monotonic() + self._interval
-                try:
-                    self._publish()
-                    found = self._judge(self._read())
-                except (RuntimeError, dist.DistError) as error:  # of the store
-                    found = f"the launcher or rank 0 cannot be reached ({str(error).partition(chr(10))[0][:200]})"
-                if found and not self._ended.is_set():
-                    leave(f"error: {found}; the same command with run.resume=true goes on from the last checkpoint", 1)
-        if self._store is not None and self._patience:
+        while not self._ended.wait(self._interval):
+            try:
+                self._publish()
+                found = self._judge(self._read())
+            except RuntimeError as error:  # of the store
+                found = f"the launcher or rank 0 cannot be reached ({reason(error)[:200]})"
+            if found and not self._ended.is_set():
+                leave(f"error: {found}; the same command with run.resume=true goes on from the last checkpoint", 1)
+        if self._store is not None:
             try:
                 self._store.set(str(self._world.rank), "null")
-            except (RuntimeError, dist.DistError):
+            except RuntimeError:
                 pass
 
     def _publish(self) -> None:
@@ -100,7 +94,10 @@ class Watchdog:
 
 @contextmanager
 def watched(world: World, *, patience: float) -> Iterator[None]:
-    """Watch the ranks and the launcher of a run in the block."""
+    """Watch the ranks of a run in the block; with a patience of 0, nothing."""
+    if not patience:
+        yield
+        return
     with Watchdog(world, patience=patience, store=_store(world)).watching():
         yield
 
