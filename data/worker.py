@@ -1,25 +1,29 @@
 """Processes that make calls for this one, so that a call that hangs, crashes or takes too much memory ends only them.
 
 Such a process is a new interpreter, `python -m hark.data.worker FD`, not a fork. Libraries get one thread each. It ends
-with the process that started it. It is no sandbox: it may do what this process may.
+with the process that started it; on Linux the system ends it, also in a call that lets no other thread run, such as a
+regular expression that backtracks. It is no sandbox: it may do what this process may.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from importlib import import_module
 from multiprocessing.connection import Connection
 from typing import Any
 
 from hark.limits import limit_memory
+from hark.parent import when_parent_ends
 
 START = 300.0  # seconds until a new process has made its first call
 ONE_THREAD = {
@@ -30,6 +34,7 @@ ONE_THREAD = {
 }
 # A worker needs no ranks of its own, and no GPU unless a file of the user's asks for one.
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+PR_SET_PDEATHSIG = 1  # of prctl, on Linux: the signal that a process gets when the thread that started it ends
 
 
 class WorkerError(Exception):
@@ -74,13 +79,15 @@ class Worker:
         own, other = socket.socketpair()
         with other:
             environment = {k: v for k, v in os.environ.items() if k not in RANKS} | ONE_THREAD
-            self._process = subprocess.Popen(
+            start = partial(
+                subprocess.Popen,
                 [sys.executable, "-m", "hark.data.worker", str(other.fileno())],
                 env=environment,
                 pass_fds=[other.fileno()],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
+            self._process = _starter(os.getpid()).submit(start).result()
         weakref.finalize(self, _end, self._process)
         self._pipe = Connection(own.detach())
 
@@ -111,6 +118,12 @@ class Worker:
         return f" of signal {-code}" if code < 0 else f" with status {code}"
 
 
+@cache
+def _starter(process: int) -> ThreadPoolExecutor:
+    """The thread that starts the workers of a process. They end with their thread, so it is none that makes calls."""
+    return ThreadPoolExecutor(1, "workers")
+
+
 def prepare(module: str, memory: int | None) -> None:
     """What a new process does first."""
     import_module(module)
@@ -120,8 +133,10 @@ def prepare(module: str, memory: int | None) -> None:
 
 def serve(descriptor: int) -> None:
     """Make the calls that come in, until the other end is closed."""
-    pipe, parent = Connection(descriptor), os.getppid()
-    threading.Thread(target=_watch, args=[parent], daemon=True).start()
+    pipe = Connection(descriptor)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    when_parent_ends(lambda: os._exit(0))  # elsewhere, and where it has ended before
     while True:
         try:
             function, arguments = pickle.loads(pipe.recv_bytes())
@@ -155,13 +170,6 @@ def _end(process: subprocess.Popen) -> None:
         except ProcessLookupError:
             pass
         process.wait()
-
-
-def _watch(parent: int) -> None:
-    """End this process when the one that started it has ended."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(0)
 
 
 if __name__ == "__main__":

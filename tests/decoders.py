@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
@@ -20,6 +21,12 @@ class OddError(Exception):
 
 def raises_odd() -> None:
     raise OddError("one", "two")
+
+
+def backtracks() -> None:
+    """Never returns, and lets no other thread of Python run meanwhile."""
+    print("stuck", flush=True)
+    re.fullmatch("(a+)+b", "a" * 100)
 
 
 def attempt(clip: Clip, *rest: object) -> decoding.Attempt:

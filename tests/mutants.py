@@ -356,6 +356,8 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
             "test_rewards_table",
         ),
         ("what a process started lives on", "os.killpg(process.pid, 9)", "process.kill()", "test_rewards_failing"),
+        ("one that hangs lives on alone", "prctl(PR_SET_PDEATHSIG, signal.SIGKILL)", "prctl(0)", "test_worker"),
+        ("it ends with a thread", "_starter(os.getpid()).submit(start).result()", "start()", "test_worker"),
     ),
     "data/rewards/table.py": (
         (

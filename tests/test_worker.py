@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +55,36 @@ def test_a_process_that_hangs_crashes_or_exits_is_replaced(worker):
     with pytest.raises(WorkerError, match="died with status 3"):
         worker.call(os._exit, 3, timeout=60)
     assert worker.call(len, "four", timeout=60) == 4
+
+
+HOLDER = """
+import os
+from hark.data.worker import Worker
+from tests import decoders
+worker = Worker("re")
+print(worker.call(os.getpid, timeout=60), flush=True)
+worker.call(decoders.backtracks, timeout=600)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a thread of the process ends it, which must run")
+def test_a_process_that_lets_no_other_thread_run_ends_with_the_one_that_started_it():
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout
+    process = int(holder.stdout.readline())
+    assert holder.stdout.readline() == "stuck\n"
+    holder.kill()
+    try:
+        holder.communicate(timeout=30)  # until its process has ended too, which has the same output
+    except subprocess.TimeoutExpired:
+        os.kill(process, signal.SIGKILL)
+        raise
+
+
+def test_a_process_outlives_the_thread_that_made_its_first_call(worker):
+    with ThreadPoolExecutor(1) as thread:
+        first = thread.submit(worker.call, os.getpid, timeout=60).result()
+    assert worker.call(os.getpid, timeout=60) == first
 
 
 @LINUX
