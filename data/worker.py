@@ -49,7 +49,7 @@ class Worker:
     """One process, started at its first call, and again after it was ended. Calls come from one thread at a time.
 
     module: what a new process imports, whose time does not count as that of a call. memory: bytes that it may take
-    beyond what it has then, on Linux; a call that needs more raises MemoryError. None is no limit.
+    beyond what it has then (`limit_memory`); a call that needs more raises MemoryError. None is no limit.
     """
 
     def __init__(self, module: str, *, memory: int | None = None):

@@ -7,13 +7,17 @@ from pathlib import Path
 
 
 def limit_memory(more: int) -> None:
-    """Let this process take at most `more` bytes beyond what it has, in compiled code too; on Linux only."""
+    """Let this process take at most `more` bytes beyond what it has, in compiled code too; on Linux only.
+
+    Counted is what may be written to. Libraries, files that are mapped to be read, and addresses that are only
+    reserved, of which CUDA takes hundreds of gigabytes, are not.
+    """
     statm = Path("/proc/self/statm")
     if statm.exists():
         import resource
 
-        most = int(statm.read_text().split()[0]) * resource.getpagesize() + more
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        most = int(statm.read_text().split()[5]) * resource.getpagesize() + more
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 
 def is_plain(path: Path, most: float) -> bool:

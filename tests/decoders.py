@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
 import signal
@@ -21,6 +22,17 @@ class OddError(Exception):
 
 def raises_odd() -> None:
     raise OddError("one", "two")
+
+
+def reserves(size: int) -> None:
+    """Take addresses without memory."""
+    mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ)
+
+
+def maps(path: str) -> None:
+    """Map a file to be read, as libraries are."""
+    with open(path, "rb") as file:
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def backtracks() -> None:

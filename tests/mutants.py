@@ -340,6 +340,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("a reward that is not finite", "and not math.isfinite(value)", "and False", "test_rewards"),
         ("all rewards in a process", "workers or is_foreign", "True or is_foreign", "test_rewards_failing"),
         ("a warning where it should stop", 'self._on_error == "stop"', "False", "test_rewards"),
+        ("rewards without a bound of memory", ", memory=MEMORY)", ")", "test_rewards_failing"),
         ("groups of one", "slice(n * size, (n + 1) * size)", "slice(n * size, n * size + 1)", "test_rewards"),
     ),
     "data/worker.py": (
@@ -653,7 +654,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ),
     ),
     "hark/limits.py": (
-        ("memory without a bound", "resource.setrlimit(resource.RLIMIT_AS, (most, most))", "pass", "test_worker"),
+        ("memory without a bound", "resource.setrlimit(resource.RLIMIT_DATA, (most, most))", "pass", "test_worker"),
     ),
     "hark/parent.py": (("a launcher that died is waited for", "os.getppid() == parent", "True", "test_ranks"),),
     "hark/shown.py": (("control characters printed", "c if c.isprintable() else", "c if c else", "test_console"),),

@@ -7,13 +7,14 @@ import json
 import math
 import time
 import traceback
+from pathlib import Path
 
 import pytest
 import torch
 
 from hark import UserError
 from hark.data.examples import Example
-from hark.data.rewards import REWARDS, Failure, Judged, RewardError
+from hark.data.rewards import REWARDS, Failure, Judged, RewardError, judging
 from hark.data.rewards.judging import Judge
 from hark.data.rewards.table import is_foreign
 from hark.grpo.config import RewardConfig
@@ -30,6 +31,12 @@ from tests.runs import build
 EXAMPLES = [Example(str(n), (), "Which?", ("dog", "car"), n % 2) for n in range(4)]
 OWN = """
 import fcntl, os, subprocess
+
+kept = []
+
+def swells(group):
+    kept.append(bytearray(1 << (27 if group.texts[0] == "little" else 30)))
+    return [os.getpid()] * len(group.texts)
 
 def process(group):
     if group.texts[0] == "die":
@@ -109,6 +116,19 @@ def test_a_process_says_what_its_reward_returned_or_raised(own):
     assert judged.columns.isnan().all()
     first, second = (failure.reason for failure in judged.failures)
     assert "returned ['high', 1.0]; expected 2 numbers" in first and "failed: KeyError: 'caption'" in second
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is bounded on Linux only")
+def test_a_reward_that_needs_more_memory_than_the_bound_is_one_failure(own, monkeypatch):
+    """The process that it ran in is replaced, with what it kept."""
+    monkeypatch.setattr(judging, "MEMORY", 1 << 28)
+    with Judge([f"{own}:swells"], "plain", on_error="none") as judge:
+        first, large, after = (
+            judge(EXAMPLES[:1], [text, "b"], [[1], [1]], [True, True], 0) for text in ("little", "much", "little")
+        )
+    assert not first.failures and not after.failures and first.columns[0] != after.columns[0]
+    assert large.columns.isnan().all() and large.failed == 1
+    assert large.failures[0].reason.endswith("failed: its process needed more than 0.25 GiB")
 
 
 def test_what_a_hanging_reward_started_ends_with_it(own, tmp_path):

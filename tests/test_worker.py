@@ -94,6 +94,15 @@ def test_a_call_that_needs_more_memory_than_the_bound_raises_and_one_that_needs_
     assert len(worker.call(bytes, 1 << 26, timeout=60)) == 1 << 26
 
 
+@LINUX
+def test_addresses_that_are_reserved_and_files_that_are_mapped_to_be_read_are_no_memory(worker, tmp_path):
+    """Otherwise no reward could use CUDA, or import a torch that has it."""
+    with (tmp_path / "weights").open("wb") as file:
+        file.truncate(1 << 30)
+    worker.call(decoders.reserves, 1 << 34, timeout=60)
+    worker.call(decoders.maps, str(file.name), timeout=60)
+
+
 def test_what_cannot_be_sent_is_an_error_of_the_call_alone(worker):
     with pytest.raises(WorkerError, match="cannot be given the call"):
         worker.call(len, (n for n in "ab"), timeout=60)

@@ -22,6 +22,7 @@ from hark.data.worker import LateError, Worker, WorkerError
 
 FIGURES = ("judge/prompt_tokens", "judge/completion_tokens")  # the same on every rank, also where calls fail
 SHOWN = 3  # failures that a step prints
+MEMORY = 8 << 30  # bytes of a process, beyond those at its start; an own reward may load a model of 5e8 parameters
 
 
 class Judge:
@@ -53,7 +54,7 @@ class Judge:
         self._workers: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         self._threads = ThreadPoolExecutor(max(workers, 1), "rewards")
         for _ in range(max(workers, 1)):
-            self._workers.put(Worker(run_reward.__module__))
+            self._workers.put(Worker(run_reward.__module__, memory=MEMORY))
 
     def __call__(
         self,
@@ -111,6 +112,9 @@ class Judge:
         except WorkerError as error:
             setting = " (reward.timeout)" if isinstance(error, LateError) else ""
             return Reply(reason=f"its process {error}{setting}")
+        except MemoryError:
+            worker.close()  # the next call starts another: this one may hold what it had taken
+            return Reply(reason=f"its process needed more than {MEMORY / 2**30:g} GiB")
         finally:
             self._workers.put(worker)
 

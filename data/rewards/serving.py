@@ -20,10 +20,12 @@ class Reply(NamedTuple):
 
 
 def run_reward(name: str, options: Mapping[str, Any] | None, group: Group) -> Reply:
-    """Call a reward here; an exception becomes a reason."""
+    """Call a reward here; an exception becomes a reason, but for MemoryError."""
     try:
         values: Sequence[float | None] = find_reward(name, options)(group)
         return Reply(plain(values), "", taken())
+    except MemoryError:
+        raise
     except Exception as error:
         return Reply(None, f"{type(error).__name__}: {error}", taken())
 
