@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from hark.data.examples import Example
 from hark.grpo.config import Config, ConfigError
 from hark.grpo.runtime.collectives import World, exchange_rows, joined_world
 from hark.grpo.runtime.interrupt import interruptible
+from hark.grpo.runtime.lock import locked_file
 from hark.launch.common import row_file
 from hark.launch.common.answering import subject_of
 from hark.launch.common.entry import run
@@ -78,7 +80,9 @@ def measure(subject: Subject, options: argparse.Namespace) -> None:
     config = graded_by(subject.config, options.reward)
     if config.data.train is None:
         raise ConfigError("data.train is missing; it names the questions to answer: data.train=FILE")
-    with joined_world(threads=config.run.threads) as world:
+    with joined_world(threads=config.run.threads) as world, ExitStack() as stack:
+        for path in filter(None, (options.out, options.keep)):
+            stack.enter_context(locked_file(path, world))
         announce(config, world)
         family = read_family(config.model.path, config.model.policy)
         examples = checked_examples(config, world, family, weighted(config.data.train)[0])[0]

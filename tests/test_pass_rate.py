@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -139,6 +141,16 @@ def test_a_file_of_something_else_is_not_written_to(tmp_path, words):
     with pytest.raises(ConfigError, match="was begun with model=another, not "):
         pass_rate.main([*words, *outputs(tmp_path)])
     assert (tmp_path / "rates.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize("name", ["rates.jsonl", "kept.jsonl"])
+def test_two_measurements_do_not_write_to_one_file(name, tmp_path, words, monkeypatch):
+    monkeypatch.setattr(pass_rate, "locked_file", partial(pass_rate.locked_file, patience=0.1))
+    with (tmp_path / f"{name}.lock").open("w") as first:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match=f"{name} is in use by another run; .* choose another file"):
+            pass_rate.main([*words, *outputs(tmp_path)])
+    assert not (tmp_path / "rates.jsonl").exists()
 
 
 @pytest.mark.parametrize("wrong", [["--samples=0"], ["--most=0"], ["--keep=x.jsonl"]])

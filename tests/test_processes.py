@@ -28,7 +28,7 @@ from hark.grpo.runtime.checkpoint import checkpoints
 from hark.grpo.runtime.collectives import World
 from hark.grpo.runtime.export import ExportError
 from hark.grpo.runtime.interrupt import Interrupted, interruptible
-from hark.grpo.runtime.lock import locked
+from hark.grpo.runtime.lock import locked, locked_file
 from hark.grpo.runtime.manifest import Manifest
 from hark.grpo.runtime.watchdog import Watchdog
 from hark.launch import train as train_program
@@ -264,24 +264,28 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from hark.grpo.runtime.collectives import joined_world
-from hark.grpo.runtime.lock import locked
-from hark.grpo.runtime.manifest import Manifest
+from hark.grpo.runtime import lock
 
-with joined_world() as world, locked(Path(sys.argv[1]), world):
+with joined_world() as world, getattr(lock, sys.argv[1])(Path(sys.argv[2]), world):
     print("held", flush=True)
     time.sleep(60)
 """
 
 
-def test_a_second_run_in_a_directory_is_refused_until_the_first_is_dead(tmp_path):
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+@pytest.mark.parametrize(
+    ("locked", "name", "instead"),
+    [(locked, "run", "another run.directory"), (locked_file, "out/rates.jsonl", "another file")],
+)
+def test_a_second_run_in_a_directory_or_with_a_file_is_refused_until_the_first_is_dead(locked, name, instead, tmp_path):
+    words = [locked.__name__, str(tmp_path / name)]
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, *words], stdout=subprocess.PIPE, text=True)
     assert holder.stdout and holder.stdout.readline() == "held\n"
 
     def second(world: World) -> None:
-        with locked(tmp_path, world, patience=0.5):
+        with locked(tmp_path / name, world, patience=0.5):
             pass
 
-    with pytest.raises(ConfigError, match=rf"in use by another run \(process {holder.pid} on"):
+    with pytest.raises(ConfigError, match=rf"{name} is in use by another run \(process {holder.pid} on.*{instead}"):
         on_ranks(1, second)
     holder.kill()
     holder.wait()
