@@ -79,7 +79,7 @@ def train(
             with closing(metrics), recorded(learner):
                 do_steps(learner, metrics, saver, start=start, rate=rate)
         except Interrupted as interruption:
-            save_interrupted(learner, saver, done=metrics.step)
+            save_interrupted(learner, metrics, saver)
             raise Interrupted(how_to_resume(learner, metrics.step, interruption.signal), interruption.signal) from None
         except Exception:
             if number := world.interruption.signal:  # a collective fails where torchrun has ended another rank
@@ -138,7 +138,7 @@ def do_steps(learner: Learner, metrics: Metrics, saver: Saver, *, start: int, ra
             validation = evaluated(learner, metrics, saver, done=done)
         saver.finish(wait=False)
         if _is_due(done, config.checkpoint.every, config.optim.steps):
-            save(learner, saver, done, validation=validation)
+            save(learner, metrics, saver, done, validation=validation)
     saver.finish()
 
 
@@ -155,19 +155,28 @@ def evaluated(learner: Learner, metrics: Metrics, saver: Saver, *, done: int) ->
     return figures
 
 
-def save(learner: Learner, saver: Saver, done: int, *, validation: Mapping[str, float], at_once: bool = False) -> None:
+def save(
+    learner: Learner,
+    metrics: Metrics,
+    saver: Saver,
+    done: int,
+    *,
+    validation: Mapping[str, float],
+    at_once: bool = False,
+) -> None:
     with learner.world.progress.during(f"checkpoint of step {done}", long=True):
+        metrics.sync()  # before the checkpoint has its name
         saver.save(
             done, learner.policy, learner.optimizer, state=learner.state(), further=learner.further_policies(),
             validation=finite(dict(validation)), at_once=at_once,
         )  # fmt: skip
 
 
-def save_interrupted(learner: Learner, saver: Saver, *, done: int) -> None:
+def save_interrupted(learner: Learner, metrics: Metrics, saver: Saver) -> None:
     """Save an interrupted run, unless no step is finished, its checkpoint is there, or it saves none."""
     saver.finish()
-    if done and saver.saved != done and learner.config.checkpoint.every:
-        save(learner, saver, done, validation={}, at_once=True)
+    if metrics.step and saver.saved != metrics.step and learner.config.checkpoint.every:
+        save(learner, metrics, saver, metrics.step, validation={}, at_once=True)
 
 
 def how_to_resume(learner: Learner, done: int, signal: int) -> str:

@@ -18,6 +18,7 @@ import torch
 from hark.from_file import from_file
 from hark.grpo import loop
 from hark.grpo.config import Config, ConfigError
+from hark.grpo.instruments import metrics as metrics_module
 from hark.grpo.runtime import checkpoint as module
 from hark.grpo.runtime.checkpoint import CheckpointError, Saver, best_of, checkpoints, load_checkpoint, newest_intact
 from hark.grpo.runtime.collectives import World
@@ -220,6 +221,26 @@ def test_the_best_by_validation_is_kept_beside_the_newest(settings, tmp_path):
     kept = checkpoints(tmp_path / "run" / "checkpoints")
     assert [path.name for path in kept] == ["step-000002", "step-000005"], "the earliest of equals, and the newest"
     assert best_of(kept) == kept[0]
+
+
+def test_the_log_is_on_the_disk_before_a_checkpoint_has_its_name(settings, tmp_path, monkeypatch):
+    """A machine that crashes later must not leave a checkpoint of steps that the log lacks."""
+    synced, named = [0], []
+    sync, name = metrics_module.sync, Saver._name
+
+    def noted(path: Path) -> None:
+        sync(path)
+        if path.name == "metrics.jsonl":
+            synced.append(len(read_metrics(tmp_path / "run")))
+
+    def recorded(saver: Saver, writing, written) -> None:
+        named.append((writing.manifest.step, synced[-1]))
+        name(saver, writing, written)
+
+    monkeypatch.setattr(metrics_module, "sync", noted)
+    monkeypatch.setattr(Saver, "_name", recorded)
+    on_ranks(1, train, [*settings, "optim.steps=3", "checkpoint.every=1", f"run.directory={tmp_path}/run"])
+    assert [step for step, _ in named] == [1, 2, 3] and all(lines >= step for step, lines in named)
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(settings, tmp_path, monkeypatch):

@@ -93,6 +93,20 @@ def test_a_damaged_line_is_dropped_and_a_text_with_line_separators_is_kept_as_it
     assert (tmp_path / "completions.jsonl").read_text() == '{"step": 1, "text": "a\u2028b"}\n'
 
 
+def test_steps_whose_lines_are_lost_are_named_at_a_resume(tmp_path, capsys):
+    """Lines that a crash of the machine lost, one that is damaged, and an event of its step, which is no line of it."""
+    logged(tmp_path, [1, 2, 5, 7]).log_event("evaluation", {"step": 3, "accuracy": 0.5})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(text.replace('"step": 2', '"step"; 2'))
+    capsys.readouterr()
+    logged(tmp_path, []).truncate(8)
+    assert capsys.readouterr().out.startswith(f"warning: {tmp_path}/metrics.jsonl has no line of step 2 to 4, 6: ")
+    logged(tmp_path / "whole", [1, 2]).truncate(3)
+    assert "warning" not in capsys.readouterr().out
+    logged(tmp_path / "sparse", range(1, 42, 2)).truncate(42)
+    assert "step 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, ...: " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "completions.jsonl"])
 @pytest.mark.parametrize("put", [os.mkfifo, Path.mkdir, lambda path: path.open("w").truncate(2**31)])
 def test_a_pipe_or_a_hole_of_gigabytes_in_place_of_a_log_is_an_error_at_once(put, name, tmp_path):

@@ -9,13 +9,14 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hark import UserError
-from hark.files import write_whole
+from hark.files import sync, write_whole
 from hark.grpo.instruments.console import Completion, Console
 from hark.grpo.instruments.diagnosis import Diagnosis
 from hark.grpo.instruments.trackers import Audio, Tracker
@@ -24,6 +25,7 @@ from hark.limits import is_plain
 
 LARGEST_LOG = 1 << 30  # bytes of a metrics.jsonl that is read; a step has about 2 KB
 LARGEST_VALUE = 1e100  # of a figure; the squares of larger ones would overflow
+MOST_SPANS = 10  # of steps without a line, in a message
 MEASURED = ("accuracy", "silent_accuracy", "questions")  # what others read of an evaluation
 
 
@@ -62,8 +64,9 @@ class Metrics:
     def truncate(self, step: int) -> None:
         """Drop every line of a step >= `step`, the first step of a resumed run; truncate(0) drops all.
 
-        An incomplete last line, left by a crash, is dropped too. Must be called before the first log: it opens the
-        trackers, and the diagnosis reads the lines that remain. The time per step is measured from this call on.
+        An incomplete last line, left by a crash, and damaged lines are dropped too; the steps that remain without a
+        line are printed. Must be called before the first log: it opens the trackers, and the diagnosis reads the lines
+        that remain. The time per step is measured from this call on.
         """
         self.step = max(step - 1, 0)
         if not self._writes:
@@ -73,8 +76,14 @@ class Metrics:
         for path in (self._path, self._completions):
             if path.exists():
                 _truncate(path, step)
-        for line in read_metrics(self._path.parent):
+        lines = read_metrics(self._path.parent)
+        for line in lines:
             self._diagnosis.add(line)
+        if missing := sorted({*range(1, step)} - {line["step"] for line in lines if "event" not in line}):
+            self._console.print(
+                f"warning: {self._path} has no line of step {_spans(missing)}: it was damaged or cut; the run goes on, "
+                "and its curves have a gap"
+            )
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Record one finished step (1 .. total_steps); a non-finite value is null in the file."""
@@ -97,6 +106,17 @@ class Metrics:
         self._track(values["step"], {f"{name}/{key}": value for key, value in shown.items()})
         self._console.event(name, values["step"], shown)
         self._warn(line)
+
+    def sync(self) -> None:
+        """Have on the disk what is logged, as a checkpoint is: after a crash of the machine its steps are there."""
+        if not self._writes:
+            return
+        for path in (self._path, self._completions, self._path.parent):
+            try:
+                if path.exists():
+                    sync(path)
+            except OSError as error:
+                raise _unwritten(path, error) from error
 
     def has_event(self, name: str, step: int) -> bool:
         """Whether an event of a step is logged; on other ranks than 0, False."""
@@ -138,10 +158,7 @@ class Metrics:
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record, allow_nan=False) + "\n")
         except OSError as error:
-            raise LogError(
-                f"{path} cannot be written ({error.strerror}); make room, or the directory again; the same command "
-                "with run.resume=true goes on from the last checkpoint"
-            ) from error
+            raise _unwritten(path, error) from error
         return record
 
     def _track(self, step: int, values: dict[str, float]) -> None:
@@ -256,6 +273,20 @@ def _line(path: Path, number: int, text: bytes) -> dict[str, Any]:
     if not good:
         raise LogError(f"{path}:{number}: is not a line that a run writes; delete it, or copy the file again")
     return line
+
+
+def _unwritten(path: Path, error: OSError) -> LogError:
+    return LogError(
+        f"{path} cannot be written ({error.strerror}); make room, or the directory again; the same command with "
+        "run.resume=true goes on from the last checkpoint"
+    )
+
+
+def _spans(steps: Sequence[int]) -> str:
+    """Ascending steps as "2 to 5, 7"."""
+    spans = [[step for _, step in span] for _, span in groupby(enumerate(steps), lambda pair: pair[1] - pair[0])]
+    words = [f"{span[0]} to {span[-1]}" if len(span) > 1 else f"{span[0]}" for span in spans]
+    return ", ".join(words[:MOST_SPANS]) + (", ..." if len(words) > MOST_SPANS else "")
 
 
 def _is_figure(value: Any) -> bool:
