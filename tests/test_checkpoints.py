@@ -24,7 +24,10 @@ from hark.grpo.runtime.checkpoint import CheckpointError, Saver, best_of, checkp
 from hark.grpo.runtime.collectives import World
 from hark.grpo.runtime.interrupt import Interrupted
 from hark.grpo.runtime.manifest import DamageError, Manifest, signed
+from hark.grpo.runtime.shards import MOMENTS
+from hark.launch import sft
 from hark.launch import train as train_program
+from hark.launch.common import training
 from hark.launch.common.config_file import load_config
 from hark.launch.common.policies import make_policy
 from hark.launch.common.run_directory import check_changes, facts
@@ -416,6 +419,46 @@ def test_a_resume_says_what_has_changed_and_takes_it_on_request(words, said, set
     else:
         with pytest.raises(ConfigError, match=said):
             check_changes(config, facts(config, world), newest_intact(run))
+
+
+def test_a_resume_says_what_changes_figures_or_which_failures_end_it_and_asks_for_nothing(settings, run):
+    _add_facts(settings, run)
+    now = {
+        "evaluation.limit": 5, "data.max_lost": 0.2, "optim.skip_nonfinite": 3,
+        "reward.on_error": "none", "reward.timeout": 9.0, "reward.max_failed": 0.5,
+    }  # fmt: skip
+    config = load_config([*settings, *(f"{name}={value}" for name, value in now.items())])
+    changes = check_changes(config, facts(config, World(0, 1, torch.device("cpu"))), newest_intact(run))
+    assert {text.partition(" has changed from ")[0] for text in changes} == now.keys() and len(changes) == len(now)
+
+
+def test_other_contents_of_clips_are_noticed_wherever_they_lie(settings, tmp_path, monkeypatch):
+    """One clip of a directory that data.audio_root names is replaced by another that can be decoded."""
+    seen: list[list[str]] = []
+    path, other = tmp_path / "run" / "checkpoints" / "step-000001", tmp_path / "other"
+    path.mkdir(parents=True)
+    other.mkdir()
+
+    def begun(about: dict) -> None:
+        Manifest(1, {}, {}, {MOMENTS: {}}, about=about).write(path)
+
+    monkeypatch.setattr(training.loop, "train", lambda trainer, about, changes: begun(about))
+    sft.main(settings)
+    before = Manifest.read(path).about
+    monkeypatch.setattr(
+        training.loop, "train", lambda trainer, about, changes: seen.append(changes(Manifest.read(path)))
+    )
+    words = [*settings, "run.resume=true", f"data.audio_root={other}"]
+    for clip in tmp_path.glob("*.wav"):
+        shutil.copy(clip, other)
+    sft.main(words)
+    shutil.copy(tmp_path / "train-2.wav", other / "train-5.wav")
+    with pytest.raises(ConfigError, match=r"the contents of clips have changed; .*allow_changed=\[clips\]"):
+        sft.main(words)
+    sft.main([*words, "run.allow_changed=[clips]"])
+    begun({key: value for key, value in before.items() if key != "clips"})  # of an earlier release
+    sft.main(words)
+    assert seen == [[], ["the contents of clips have changed"], []]
 
 
 def test_changed_questions_and_another_number_of_ranks_are_noticed(settings, run, tmp_path):

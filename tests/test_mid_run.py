@@ -253,6 +253,7 @@ def test_a_resumed_run_has_the_examples_of_its_beginning(settings, tmp_path, mon
     sft.main([*words, "run.resume=true"])
     begun, resumed = ([(one.id, bool(one.fault)) for one in trainer.data.examples] for trainer, _ in seen)
     assert seen[0][1]["left_out"] == seen[1][1]["left_out"] == left_out_by(tmp_path / "run") == ["train-1"]
+    assert seen[0][1]["clips"] == seen[1][1]["clips"] != "", "not compared where a clip is lost"
     assert [name for name, _ in begun] == [name for name, _ in resumed]
     assert [name for name, lost in resumed if lost] == ["train-3"] and not any(lost for _, lost in begun)
 

@@ -183,6 +183,8 @@ def _check_kinds(state: dict[str, Any], about: dict[str, Any]) -> None:
     digests = [about.get(kind, {}) for kind in ("data", "model", "own_files")]
     if not all(isinstance(part, dict) for part in (*sections.values(), *digests)):
         raise TypeError("an object was expected")
+    if not isinstance(about.get("clips", ""), str):
+        raise TypeError("a text was expected")
     for names in (state.get("lost", []), about.get("left_out", [])):
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise TypeError("a list of names was expected")

@@ -14,6 +14,7 @@ import hark.data
 import hark.grpo
 import hark.launch
 import hark.models
+from hark.data.examples import Example
 from hark.data.tables import PREFIX
 from hark.from_file import own_digests
 from hark.grpo.config import Config, ConfigError
@@ -46,26 +47,31 @@ FIXED = (
     ("optim", "prompts_per_step"),
 )
 OF_STAGES = ("optim", "steps")  # the stages of a curriculum divide the whole run
-# Options that change neither the updates nor what is measured; they may always change.
+# Options that change what is measured, or which failures end a run, but no update that is done with both values:
+# they may change, and it is said.
+SAID = (
+    ("evaluation", "limit"),
+    ("data", "max_lost"),
+    ("reward", "on_error"),
+    ("reward", "timeout"),
+    ("reward", "max_failed"),
+    ("optim", "skip_nonfinite"),
+)
+# Options that change no figure, and the updates by rounding at most; they may always change.
 FREE_SECTIONS = ("run", "sharding", "evaluation", "checkpoint", "log", "record")
 FREE = (
     ("model", "tower_cache"),
     ("model", "recompute"),
     ("model", "attention"),
     ("data", "workers"),
-    ("data", "max_lost"),
-    ("data", "audio_root"),
+    ("data", "audio_root"),  # what clips hold is compared
     ("rollout", "batch"),
     ("rollout", "cuda_graphs"),
-    ("reward", "timeout"),
     ("reward", "workers"),
-    ("reward", "on_error"),
-    ("reward", "max_failed"),
     ("optim", "micro_batch"),
-    ("optim", "skip_nonfinite"),
 )
 # Names in run.allow_changed that are no options, and the facts of a checkpoint that they are about.
-RANKS, DATA, MODEL, OWN_FILES = "ranks", "data", "model", "own_files"
+RANKS, DATA, CLIPS, MODEL, OWN_FILES = "ranks", "data", "clips", "model", "own_files"
 # Endings of the files of a model or of a data set that are read from a directory; a README, say, may change.
 READ = (".safetensors", ".json", ".jinja", ".txt", ".model", ".parquet", ".arrow")
 LEFT_OUT = "left_out"  # among the facts of a checkpoint: the ids of the examples that the run left out when it began
@@ -122,6 +128,18 @@ def facts(config: Config, world: World) -> dict[str, Any]:
     }
 
 
+def clips_digest(examples: Sequence[Example], newest: Manifest | None) -> str:
+    """The SHA-256 of the ids of the examples and of what their clips held when they were checked; "" without clips.
+
+    newest: of a resumed run; its digest stays where a clip cannot be used any more, so that nothing is compared. The
+    loader passes such clips over and counts them.
+    """
+    if any(example.fault for example in examples):
+        return newest.about.get(CLIPS, "") if newest else ""
+    lines = [json.dumps([example.id, *example.digests]) for example in examples if example.clips]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest() if lines else ""
+
+
 def _digests(names: Sequence[str]) -> dict[str, str]:
     """The digest of each of these files and directories; those that are not on this disk are left out."""
     found = {}
@@ -171,8 +189,13 @@ def check_changes(config: Config, about: Mapping[str, Any], manifest: Manifest) 
             f"{'; '.join(changes[name] for name in refused)}; to go on all the same: "
             f"run.allow_changed=[{','.join([*config.run.allow_changed, *refused])}]"
         )
+    said = [_sentence(*one) for one in changed(manifest.about.get("config", {}), config, SAID)]
     code = ["the code of hark has changed"] if manifest.about.get("code", about["code"]) != about["code"] else []
-    return [*changes.values(), *code]
+    return [*changes.values(), *said, *code]
+
+
+def _sentence(name: str, old: object, new: object) -> str:
+    return f"{name} has changed from {old!r} to {new!r}"
 
 
 def left_out_before(config: Config, about: Mapping[str, Any], manifest: Manifest) -> list[str] | None:
@@ -194,13 +217,19 @@ def left_out_by(directory: Path) -> list[str] | None:
 def _changes(config: Config, before: Mapping[str, Any], about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What run.allow_changed must name, each with a sentence."""
     options = [(section, key) for section, values in about["config"].items() for key in values]
-    asked = [pair for pair in options if pair[0] not in FREE_SECTIONS and pair not in FREE]
+    asked = [pair for pair in options if pair[0] not in FREE_SECTIONS and pair not in FREE + SAID]
+    same_data = True
     for name, old, new in changed(before.get("config", {}), config, asked):
-        yield name, f"{name} has changed from {old!r} to {new!r}"
+        same_data &= not name.startswith(f"{DATA}.")
+        yield name, _sentence(name, old, new)
     for kind, what in ((DATA, "contents"), (MODEL, "files"), (OWN_FILES, "text")):
         for name, digest in about[kind].items():
             if before.get(kind, {}).get(name, digest) != digest:
+                same_data &= kind != DATA
                 yield kind, f"the {what} of {name} {'has' if kind == OWN_FILES else 'have'} changed"
+    now = about.get(CLIPS)  # known once the clips are checked
+    if same_data and now and (before.get(CLIPS) or now) != now:
+        yield CLIPS, "the contents of clips have changed"
     if before.get("ranks", about["ranks"]) != about["ranks"]:
         yield RANKS, f"the number of ranks has changed from {before['ranks']} to {about['ranks']}"
 

@@ -35,9 +35,11 @@ from hark.launch.common.questions import (
     validation_figures,
 )
 from hark.launch.common.run_directory import (
+    CLIPS,
     LEFT_OUT,
     check_changes,
     check_run_directory,
+    clips_digest,
     facts,
     left_out_before,
 )
@@ -73,6 +75,9 @@ def train(config: Config, make_trainer: Callable[..., Learner], *, judged: bool,
             )
         before = [left_out_before(config, about, newest) if newest else None] if world.is_main else []
         examples, held_out, about[LEFT_OUT] = training_examples(config, world, family, exchange_rows(before, world)[0])
+        about[CLIPS] = clips_digest(examples, newest)
+        if newest is not None:
+            check_changes(config, about, newest)  # again, now that the clips are known
         check_order(config, examples)
         if answered:
             check_answers(examples, answered, or_target=not judged)
