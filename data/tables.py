@@ -22,6 +22,7 @@ PREFIX = "hf:"
 # Of the library, beside its own errors. ValueError: a text that is no UTF-8. The last three: a damaged schema.
 DAMAGE = (OSError, ValueError, NotImplementedError, KeyError, MemoryError)
 BATCH = 256  # rows that are converted at a time
+OLDEST_DATASETS = 4  # the first release of `datasets` that runs no script beside the data
 GROUPS = 2  # row groups of parquet files that are kept in memory, since neighbours are often read together
 
 _reading = threading.Lock()  # so that threads that need the same row group read it once
@@ -188,6 +189,11 @@ def _dataset(name: str) -> Any:
     need("datasets", "datasets", name)
     import datasets
 
+    if int(datasets.__version__.partition(".")[0]) < OLDEST_DATASETS:
+        raise DataError(
+            f"{name}: needs datasets {OLDEST_DATASETS} or later, and {datasets.__version__} is installed, which runs "
+            'scripts of a data set; install it with pip install --upgrade "hark[datasets]"'
+        )
     place, _, split = name.removeprefix(PREFIX).rpartition(":")
     if not place or not split:
         raise DataError(f"{name}: names no split; expected hf:OWNER/NAME:SPLIT or hf:DIRECTORY:SPLIT")

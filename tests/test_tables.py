@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import re
 from pathlib import Path
 
 import datasets
@@ -291,6 +292,29 @@ def test_a_data_set_of_the_hub_is_loaded_by_its_name_and_split(jsonl, tmp_path, 
     assert asked == [("owner/name", "train")] and examples[2].line == "hf:owner/name:train[2]"
     assert [example.question for example in examples] == [one.question for one in load_examples(local)[0]]
     tables._dataset.cache_clear()
+
+
+def test_a_script_beside_a_data_set_never_runs_and_a_library_that_runs_it_is_refused(jsonl, tmp_path, monkeypatch):
+    name, ran = saved(jsonl, tmp_path / "hf"), tmp_path / "ran"
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil" / "evil.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(DataError, match=r"cannot be loaded \(Dataset scripts are no longer supported"):
+        load_examples(f"hf:{tmp_path}/evil:train")
+    assert not ran.exists()
+    monkeypatch.setattr(datasets, "__version__", "3.6.0")
+    with pytest.raises(DataError, match="needs datasets 4 or later, and 3.6.0 is installed, which runs scripts"):
+        load_examples(name)
+
+
+def test_data_sets_are_loaded_in_the_one_place_that_looks_at_the_version_of_the_library():
+    root = Path(__file__).parents[1]
+    files = [file for name in ("data", "grpo", "launch", "models") for file in (root / name).rglob("*.py")]
+    texts = {file.relative_to(root).as_posix(): file.read_text() for file in files}
+    importing = [name for name, text in texts.items() if re.search(r"(?m)^\s*(import|from) datasets\b", text)]
+    assert importing == ["data/tables.py"]
+    loads = [line.strip() for line in texts["data/tables.py"].split("\n") if "datasets.load" in line]
+    assert loads == ["found = datasets.load_dataset(place, split=split)", "found = datasets.load_from_disk(place)"]
 
 
 # Held out, remembered, run --------------------------------------------------------------------------------------------
