@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hark.data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
-from hark.models.directory import in_short, inside, read_json
+from hark.models.directory import check_directory, in_short, inside, read_json
 from hark.models.lora import WEIGHTS_FILE, is_adapter, peft_name
 from hark.models.policy import Policy, PolicyError
 
@@ -214,6 +214,22 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
             _check_shard(file, directory, index)
         return {name: directory / file for name, file in files.items()}
     return _tensors_of(directory / SINGLE)
+
+
+def weight_files(directory: Path) -> set[Path]:
+    """The files of weights that are read of the directory of a model or of adapters, by their resolved paths.
+
+    Each is opened, by which its length is compared with that in its header. Raises PolicyError for one that is missing
+    or has another length, and for a directory that `check_directory` refuses.
+    """
+    check_directory(directory)
+    has_index = (directory / INDEX).exists()
+    single = (WEIGHTS_FILE,) if has_index else (SINGLE, WEIGHTS_FILE)
+    found = {directory / name for name in single if (directory / name).exists()}  # the loader says which it needs
+    found |= set(_tensor_files(directory).values()) if has_index else set()
+    for path in found:
+        _tensors_of(path)
+    return {path.resolve() for path in found}
 
 
 def _check_shard(name: Any, directory: Path, index: Path) -> None:

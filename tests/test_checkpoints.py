@@ -23,14 +23,15 @@ from hark.grpo.runtime import checkpoint as module
 from hark.grpo.runtime.checkpoint import CheckpointError, Saver, best_of, checkpoints, load_checkpoint, newest_intact
 from hark.grpo.runtime.collectives import World
 from hark.grpo.runtime.interrupt import Interrupted
-from hark.grpo.runtime.manifest import DamageError, Manifest, signed
+from hark.grpo.runtime.manifest import DamageError, Manifest, sha256_of, signed
 from hark.grpo.runtime.shards import MOMENTS
 from hark.launch import sft
 from hark.launch import train as train_program
-from hark.launch.common import training
+from hark.launch.common import run_directory, training
 from hark.launch.common.config_file import load_config
 from hark.launch.common.policies import make_policy
-from hark.launch.common.run_directory import check_changes, facts
+from hark.launch.common.run_directory import check_changes, digest_of, facts
+from hark.models.policy import PolicyError
 from tests.clips import write_questions
 from tests.ranks import on_ranks
 from tests.runs import ROUNDING, build, computed, largest_difference, read_metrics, train
@@ -602,6 +603,30 @@ def test_other_models_data_and_own_files_at_the_same_paths_are_noticed(settings,
     before = dataclasses.replace(manifest, about=manifest.about | {"own_files": text})
     with pytest.raises(ConfigError, match=r"the text of own.py has changed; .*allow_changed=\[own_files\]"):
         check_changes(config, facts(config, world), before)
+
+
+def test_only_the_weights_that_are_read_have_a_digest_and_a_hole_behind_them_is_refused(
+    settings, run, qwen2_audio_dir, tmp_path, monkeypatch
+):
+    base, hashed = tmp_path / "model", []
+    shutil.copytree(qwen2_audio_dir, base)
+    words = [*settings, f"model.path={base}"]
+    config, world = load_config(words), World(0, 1, torch.device("cpu"))
+    shutil.copy(base / "model.safetensors", base / "consolidated.safetensors")
+    about = facts(config, world) | {"model": {str(base): digest_of(base)}}  # as older versions wrote it
+    older = dataclasses.replace(newest_intact(run), about=about)
+    assert check_changes(config, facts(config, world), older) == []
+    monkeypatch.setattr(run_directory, "sha256_of", lambda path: hashed.append(path.name) or sha256_of(path))
+    with (base / "consolidated.safetensors").open("r+b") as file:
+        file.truncate(2**26)
+    facts(config, world)
+    assert "model.safetensors" in hashed and "consolidated.safetensors" not in hashed
+    with (base / "model.safetensors").open("r+b") as file:
+        file.truncate(2**26)
+    hashed.clear()
+    with pytest.raises(PolicyError, match=r"model.safetensors: missing or broken \(.*not fully covered.*copy it again"):
+        facts(config, world)
+    assert "model.safetensors" not in hashed
 
 
 def _add_facts(settings: list[str], run: Path, *, step: int = 2) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from hark.grpo.runtime.collectives import World
 from hark.grpo.runtime.manifest import Manifest, sha256_of
 from hark.launch.common.plain_yaml import read_options
 from hark.launch.common.questions import weighted
+from hark.models.stored import weight_files
 
 # Options that must not change when a run is resumed: those of the model, of what is trained, and of the order of the
 # data. With others the run would be another one.
@@ -121,7 +122,7 @@ def facts(config: Config, world: World) -> dict[str, Any]:
     return {
         "config": _as_json(config),
         DATA: _digests(data_files(config)) if world.is_main else {},
-        MODEL: _digests(models) if world.is_main else {},
+        MODEL: _digests_of_models(models) if world.is_main else {},
         OWN_FILES: own_digests(),
         "code": source_digest(),
         "ranks": world.size,
@@ -152,9 +153,19 @@ def _digests(names: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def digest_of(directory: Path, *, deep: bool = False) -> str:
-    """The SHA-256 of the names and contents of the files of a directory that are READ; `deep`: also below it."""
+def _digests_of_models(names: Sequence[str]) -> dict[str, str]:
+    """The digest of each of these directories of models and adapters that is on this disk."""
+    return {name: digest_of(Path(name), weights=weight_files(Path(name))) for name in names if Path(name).is_dir()}
+
+
+def digest_of(directory: Path, *, deep: bool = False, weights: Collection[Path] | None = None) -> str:
+    """The SHA-256 of the names and contents of the files of a directory that are READ; `deep`: also below it.
+
+    weights: of the safetensors files only these; a file that nothing reads may be of any size.
+    """
     paths = sorted(path for path in directory.glob("**/*" if deep else "*") if path.suffix in READ and path.is_file())
+    if weights is not None:
+        paths = [path for path in paths if path.suffix != ".safetensors" or path.resolve() in weights]
     with ThreadPoolExecutor() as pool:  # a digest of 1 GB takes a second, without the interpreter's lock
         digests = pool.map(sha256_of, paths)
     lines = [f"{digest} {path.relative_to(directory)}" for digest, path in zip(digests, paths, strict=True)]
@@ -224,7 +235,9 @@ def _changes(config: Config, before: Mapping[str, Any], about: Mapping[str, Any]
         yield name, _sentence(name, old, new)
     for kind, what in ((DATA, "contents"), (MODEL, "files"), (OWN_FILES, "text")):
         for name, digest in about[kind].items():
-            if before.get(kind, {}).get(name, digest) != digest:
+            old = before.get(kind, {}).get(name, digest)
+            # Older checkpoints have a digest of all safetensors files of a model's directory.
+            if old != digest and not (kind == MODEL and old == digest_of(Path(name))):
                 same_data &= kind != DATA
                 yield kind, f"the {what} of {name} {'has' if kind == OWN_FILES else 'have'} changed"
     now = about.get(CLIPS)  # known once the clips are checked
