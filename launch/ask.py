@@ -39,16 +39,16 @@ WIDTH, COLUMN = 32, 16  # characters of a name, and of a column of figures
 def main(argv: list[str]) -> None:
     arguments = parse(argv)
     subject = subject_of(arguments)
-    config = subject.config
-    template = arguments.template or config.data.template
+    template = arguments.template or subject.config.data.template
     example = Example(
         id="question",
         clips=() if arguments.clip == NO_CLIP else (Clip(Path(arguments.clip)),),
         question=arguments.question,
         choices=tuple(arguments.choices),
     )
-    waveform = waveform_of(example, subject)
-    with joined_world(threads=config.run.threads) as world:
+    with joined_world(threads=subject.config.run.threads) as world:
+        subject = subject.intact(world)
+        config, waveform = subject.config, waveform_of(example, subject)
         policy = subject.load(world)
         # A model that was not trained here may know no template: a question without choices is asked as it stands.
         in_template = example.choices or subject.run or arguments.template

@@ -22,11 +22,14 @@ from hark.launch.common.trained import find_trained
 def main(argv: list[str]) -> None:
     arguments = parse(argv)
     trained = find_trained(arguments.run, [], step=arguments.step)
-    if trained.checkpoint is None:
-        raise ConfigError(f"{arguments.run} kept no checkpoints; its model is in {trained.config.model.path} already")
     kind = "adapters" if arguments.adapters else "model"
     target = arguments.to or arguments.run / f"{kind}-{trained.step:06d}"
     with joined_world(threads=trained.config.run.threads) as world:
+        trained = trained.intact(world)
+        if trained.checkpoint is None:
+            raise ConfigError(
+                f"{arguments.run} kept no checkpoints; its model is in {trained.config.model.path} already"
+            )
         policy = trained.load(world)
         if arguments.adapters and policy.lora is None:
             raise ConfigError(f"{arguments.run} trained no adapters; leave --adapters out to export its weights")

@@ -77,12 +77,13 @@ same on every number of processes.""",
 
 def measure(subject: Subject, options: argparse.Namespace) -> None:
     """Measure the pass rates of all questions of data.train that are not measured yet, and print the figures."""
-    config = graded_by(subject.config, options.reward)
-    if config.data.train is None:
+    if subject.config.data.train is None:
         raise ConfigError("data.train is missing; it names the questions to answer: data.train=FILE")
-    with joined_world(threads=config.run.threads) as world, ExitStack() as stack:
+    with joined_world(threads=subject.config.run.threads) as world, ExitStack() as stack:
         for path in filter(None, (options.out, options.keep)):
             stack.enter_context(locked_file(path, world))
+        subject = subject.intact(world)
+        config = graded_by(subject.config, options.reward)
         announce(config, world)
         family = read_family(config.model.path, config.model.policy)
         examples = checked_examples(config, world, family, weighted(config.data.train)[0])[0]

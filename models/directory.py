@@ -20,6 +20,7 @@ from hark.shown import shown
 # Endings of weights, which are read tensor by tensor and never copied: an export writes them anew.
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", ".h5", ".msgpack", ".onnx", ".ckpt")
 LARGEST_FILE = 256 << 20  # bytes of any other file; the largest tokenizers have 40 MB
+DIGESTS = "hark.json"  # of an export: the sizes and SHA-256 of its own files, which are not those of a copy
 TEMPLATES = "additional_chat_templates"  # a directory of templates, which transformers reads with the tokenizer
 # The files of settings in which transformers looks for the names of code and of other files.
 SETTINGS = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
@@ -67,7 +68,8 @@ def files_to_copy(directory: Path) -> list[Path]:
     Raises PolicyError as `check_directory` does, before anything is copied.
     """
     check_directory(directory)
-    return [path for path in _entries(directory) if path.is_file() and not path.name.endswith(WEIGHT_SUFFIXES)]
+    others = (*WEIGHT_SUFFIXES, DIGESTS)
+    return [path for path in _entries(directory) if path.is_file() and not path.name.endswith(others)]
 
 
 def inside(path: Path, directory: Path) -> bool:

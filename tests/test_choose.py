@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
 
 from hark.data.benchmarks.report import Share
 from hark.grpo.config import ConfigError
 from hark.grpo.runtime.checkpoint import CheckpointError, checkpoints
+from hark.grpo.runtime.collectives import World
+from hark.grpo.runtime.manifest import signed
 from hark.launch import choose, sft
-from hark.launch.common.trained import highest
+from hark.launch.common.trained import find_trained, highest
 from tests.clips import write_questions
 
 
@@ -137,8 +141,6 @@ def test_a_run_without_checkpoints_stands_for_its_exported_model(run, tmp_path):
 
 
 def test_a_finished_run_needs_nothing_but_its_export_and_a_continued_one_its_newest_checkpoint(run, tmp_path):
-    from hark.launch.common.trained import find_trained
-
     directory, more = tmp_path / "run", ["checkpoint.export=true", "evaluation.every=0"]
     sft.main([*run, *more])
     finished = find_trained(directory, [])
@@ -149,9 +151,63 @@ def test_a_finished_run_needs_nothing_but_its_export_and_a_continued_one_its_new
     assert find_trained(directory, []).checkpoint == directory / "checkpoints" / "step-000036", "the export is older"
 
 
-def test_the_best_step_without_its_checkpoint_is_said(run, tmp_path):
-    from hark.launch.common.trained import find_trained
+def flip(file: Path) -> None:
+    """Change the last byte of a file."""
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
+
+def test_a_damaged_export_is_named_and_the_checkpoint_of_the_same_step_is_used(run, tmp_path, capsys):
+    from hark.launch import evaluate, export
+
+    directory, model, few = tmp_path / "run", tmp_path / "run" / "model", tmp_path / "few" / "train.jsonl"
+    sft.main([*run, "checkpoint.export=true", "evaluation.every=0"])
+    evaluate.main([str(directory), f"data.test={few}"])
+    right = predictions(directory)
+    assert "warning" not in capsys.readouterr().out
+    flip(model / "model.safetensors")
+    evaluate.main([str(directory), f"data.test={few}"])
+    said = capsys.readouterr().out
+    assert f"warning: {model} is damaged: model.safetensors does not agree with its digest; {directory}/checkpo" in said
+    assert f"now with the weights of step 24 of {directory}" in said and predictions(directory) == right
+    export.main([str(directory), "--to", str(model)])
+    with pytest.raises(ConfigError, match="its model is in .*/run/model already"):
+        export.main([str(directory)])
+
+
+def test_a_damaged_export_without_a_checkpoint_is_an_error_and_one_without_digests_is_used(run, tmp_path):
+    from hark.launch import ask, pass_rate
+
+    directory, world = tmp_path / "run", World(0, 1, torch.device("cpu"))
+    model = directory / "model"
+    sft.main([*run, "checkpoint.export=true", "checkpoint.every=0", "evaluation.every=0", "optim.steps=1"])
+    found = find_trained(directory, [])
+    assert found.intact(world) is found
+    for damage, reason in (
+        (lambda: flip(model / "tokenizer.json"), "tokenizer.json does not agree with its digest"),
+        (lambda: (model / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+        (lambda: flip(model / "hark.json"), "hark.json is not that of an export"),
+        (lambda: (model / "hark.json").write_bytes(signed({"files": 1})), "hark.json is not that of an export"),
+        (
+            lambda: (model / "hark.json").write_bytes(signed({"files": {"../config.yaml": {"size": 1, "sha256": ""}}})),
+            "hark.json is not that of an export",
+        ),
+    ):
+        damage()
+        with pytest.raises(CheckpointError, match=f"{model} is damaged: {reason}.*; the run has no checkpoint to use"):
+            found.intact(world)
+    question = [str(tmp_path / "few" / "train-0.wav"), "Which?"]
+    for command in (
+        lambda: ask.main([str(directory), *question]),
+        lambda: pass_rate.main([str(directory), "--out", str(tmp_path / "rates.jsonl")]),
+    ):
+        with pytest.raises(CheckpointError, match="is damaged"):
+            command()
+    (model / "hark.json").unlink()
+    assert found.intact(world) is found
+
+
+def test_the_best_step_without_its_checkpoint_is_said(run, tmp_path):
     sft.main([*run, "evaluation.every=6", "checkpoint.weights=false"])
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     changed = [json.dumps({**json.loads(line), "accuracy": 2.0}) if '"step": 6,' in line else line for line in lines]

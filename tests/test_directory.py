@@ -13,12 +13,12 @@ from hark.models.policy import PolicyError
 def model(tmp_path):
     directory = tmp_path / "model"
     directory.mkdir()
-    for name in ("config.json", "tokenizer.json", "model.safetensors", "pytorch_model.bin"):
+    for name in ("config.json", "hark.json", "tokenizer.json", "model.safetensors", "pytorch_model.bin"):
         (directory / name).write_text("{}")
     return directory
 
 
-def test_an_export_copies_the_files_of_a_model_directory_that_hold_no_weights(model):
+def test_an_export_copies_the_files_of_a_model_directory_that_hold_no_weights_and_no_digests_of_them(model):
     (model / "subdirectory").mkdir()
     assert [file.name for file in files_to_copy(model)] == ["config.json", "tokenizer.json"]
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hark.grpo.config import ConfigError
 from hark.grpo.runtime.collectives import World
 from hark.grpo.runtime.export import export_adapters
 from hark.grpo.scorer import score
 from hark.launch.common.config_file import load_config
-from hark.launch.common.policies import make_policy, make_reference
+from hark.launch.common.policies import lora_of, make_policy, make_reference
 from hark.models.loading import load_policy
 from hark.models.lora import WithoutAdapters, adapter_delta, is_adapter, read_lora
 from hark.models.policy import Lora, PolicyError
@@ -137,8 +138,17 @@ def test_saved_adapters_are_loaded_and_continued_from(settings, tmp_path, qwen2_
         trainer.step(0)
 
     on_ranks(1, run)
-    a, b = (load_file(path / "adapter_model.safetensors") for path in (saved, tmp_path / "again"))
+    weights = saved / "adapter_model.safetensors"
+    a, b = (load_file(path) for path in (weights, tmp_path / "again" / weights.name))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    config = load_config([*settings, f"lora.path={saved}", f"run.directory={tmp_path}/third"])
+    with pytest.raises(
+        ConfigError, match=r"lora.path: .*/adapters is damaged: adapter_model.safetensors does not agree"
+    ):
+        lora_of(config)
+    (saved / "hark.json").unlink()  # by an older version, or changed on purpose
+    assert lora_of(config).path == saved
 
 
 def test_peft_loads_the_adapters_and_computes_the_same(case, adapted, tmp_path):

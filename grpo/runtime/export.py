@@ -1,11 +1,16 @@
-"""Export of a policy to an ordinary Hugging Face directory, and of its adapters in PEFT's format."""
+"""Export of a policy to an ordinary Hugging Face directory, and of its adapters in PEFT's format.
+
+Beside the files is one with their sizes and digests, by which damage is noticed later.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,7 +19,9 @@ from safetensors import SafetensorError
 from hark import UserError
 from hark.files import sync
 from hark.grpo.runtime.collectives import World, wait_for_all
-from hark.models.directory import files_to_copy
+from hark.grpo.runtime.manifest import LARGEST, DamageError, File, check_digest, check_size, signed, unsigned
+from hark.limits import is_plain
+from hark.models.directory import DIGESTS, files_to_copy
 from hark.models.loading import tied_names
 from hark.models.lora import adapter_delta, adapter_tensors, is_adapter, whole, write_adapters
 from hark.models.policy import Policy
@@ -67,6 +74,33 @@ def export_adapters(policy: Policy, target: Path, world: World) -> None:
     wait_for_all(world)
 
 
+def damage_of(directory: Path) -> str:
+    """Which file of an export is not as it was written, in words; "" if all are.
+
+    Also "" for an export of an older Hark, which wrote no digests.
+    """
+    path = directory / DIGESTS
+    if not path.exists():
+        return ""
+    try:
+        if not is_plain(path, LARGEST):
+            return f"{DIGESTS} is not a file of at most {LARGEST >> 20} MB"
+        files = {name: File(**entry) for name, entry in unsigned(path.read_bytes(), DIGESTS)["files"].items()}
+        for name, file in files.items():
+            if Path(name).name != name:
+                raise ValueError("a file with such a name is not part of an export")
+            check_size(directory / name, file)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda name: check_digest(directory / name, files[name]), files))
+    except DamageError as error:
+        return str(error)
+    except OSError as error:
+        return f"{Path(error.filename or path).name} cannot be read ({error.strerror})"
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        return f"{DIGESTS} is not that of an export ({type(error).__name__})"
+    return ""
+
+
 def _own_memory(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor that shares its memory with no other: pieces of one would be taken for tied weights."""
     tensor = tensor.contiguous()
@@ -85,6 +119,8 @@ def _replaced(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
+        files = {path.name: asdict(File.of(path)) for path in sorted(partial.iterdir())}
+        (partial / DIGESTS).write_bytes(signed({"files": files}))
         for path in (*partial.iterdir(), partial):
             sync(path)
         if target.exists():

@@ -53,11 +53,12 @@ def subject_of(words: list[str], *, step: int | None, best: bool) -> Subject:
 
 def answer_benchmark(subject: Subject, *, silent: bool, audio: bool, choices: bool) -> None:
     """Answer data.test, and again for each control: without sound, with other sound, with choices in another order."""
-    config = subject.config
-    if config.data.test is None:
+    if subject.config.data.test is None:
         raise ConfigError("data.test is missing; it names the file of the questions to answer: data.test=FILE")
     refuse_another(subject)
-    with joined_world(threads=config.run.threads) as world:
+    with joined_world(threads=subject.config.run.threads) as world:
+        subject = subject.intact(world)
+        config = subject.config
         announce(config, world)
         family = read_family(config.model.path, config.model.policy)
         if (silent or audio) and family.sample_rate is None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from hark.grpo.config import Config
+from hark.grpo.config import Config, ConfigError
 from hark.grpo.instruments.metrics import peak_gib
 from hark.grpo.runtime.collectives import World, gather_rows
 from hark.grpo.runtime.device import emulates
+from hark.grpo.runtime.export import damage_of
 from hark.grpo.runtime.sharding import device_mesh, shard
 from hark.launch.common.contract import verify
 from hark.models.audio_policy import AudioPolicy
+from hark.models.directory import DIGESTS
 from hark.models.families.automatic import AutomaticPolicy
 from hark.models.loading import load_policy
 from hark.models.lora import WithoutAdapters, read_lora
@@ -58,9 +61,14 @@ def make_reference(config: Config, world: World, policy: Policy) -> Policy | Wit
 
 
 def lora_of(config: Config) -> Lora | None:
-    """The adapters of the policy: those saved in lora.path, or new ones, or none."""
+    """The adapters of the policy: those saved in lora.path, or new ones, or none. ConfigError for a damaged export."""
     lora = config.lora
     if lora.path is not None:
+        if damage := damage_of(Path(lora.path)):
+            raise ConfigError(
+                f"lora.path: {lora.path} is damaged: {damage}; copy or export it again, or delete {DIGESTS} there if "
+                "its files were changed on purpose"
+            )
         return read_lora(lora.path)
     return Lora(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else None
 

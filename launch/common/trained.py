@@ -9,7 +9,8 @@ from hark.data.json_files import read_object
 from hark.grpo.config import Config, ConfigError
 from hark.grpo.instruments.metrics import read_metrics
 from hark.grpo.runtime.checkpoint import CheckpointError, checkpoints, load_weights, step_of
-from hark.grpo.runtime.collectives import World
+from hark.grpo.runtime.collectives import World, exchange_rows
+from hark.grpo.runtime.export import damage_of
 from hark.launch.common.config_file import load_config
 from hark.launch.common.policies import make_policy
 from hark.models.policy import Policy
@@ -22,6 +23,7 @@ class Subject:
     """A model to evaluate, ask or export: `config.model.path`, with the weights of a run's checkpoint if there is one.
 
     run, step: the directory and the finished steps of the run that trained it; None for the model of a configuration.
+    spare: for the exported model of a run the model.path and the checkpoint that have the same weights, if there are.
     """
 
     config: Config
@@ -29,6 +31,29 @@ class Subject:
     run: Path | None = None
     step: int | None = None
     checkpoint: Path | None = None
+    spare: tuple[str, Path] | None = None
+
+    def intact(self, world: World) -> Subject:
+        """The same, or its spare where files of an exported model are damaged, which is said.
+
+        Rank 0 reads them. Raises CheckpointError if there is no spare.
+        """
+        if self.run is None or self.checkpoint is not None:
+            return self
+        exported = Path(self.config.model.path)
+        damage = exchange_rows([damage_of(exported)] if world.is_main else [], world)[0]
+        if not damage:
+            return self
+        if self.spare is None:
+            raise CheckpointError(f"{exported} is damaged: {damage}; copy it again; the run has no checkpoint to use")
+        path, checkpoint = self.spare
+        if world.is_main:
+            print(
+                f"warning: {exported} is damaged: {damage}; {checkpoint} is used; to write the model anew: "
+                f"hark export {self.run} --to {exported}", flush=True,
+            )  # fmt: skip
+        config = replace(self.config, model=replace(self.config.model, path=path))
+        return replace(self, config=config, checkpoint=checkpoint, spare=None)
 
     def load(self, world: World) -> Policy:
         """The policy, sharded over the world."""
@@ -81,9 +106,11 @@ def find_trained(directory: Path, overrides: list[str], *, step: int | None = No
     config = read_run(directory, [f"run.directory={place}", *overrides])
     exported = directory / "model"
     if step is None and not best and _is_last(exported, config):
+        kept = checkpoints(directory / "checkpoints")
+        spare = (config.model.path, kept[-1]) if kept else None
         model = replace(config.model, path=str(exported))
         config = replace(config, model=model, lora=replace(config.lora, rank=0, path=None))
-        return of_run(directory, config, config.optim.steps, None)
+        return replace(of_run(directory, config, config.optim.steps, None), spare=spare)
     found = saved(directory)
     step = best_step(directory) if best else max(found) if step is None else step
     if best and step not in found:
