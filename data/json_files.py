@@ -89,7 +89,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict | DataError:
     found = dict(pairs)
     if len(found) == len(pairs):
         return found
-    repeated = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
+    seen: set[str] = set()
+    for repeated, _ in pairs:
+        if repeated in seen:
+            break
+        seen.add(repeated)
     return DataError(f"repeats the key {repeated!r}; expected each key once; remove one of them")
 
 

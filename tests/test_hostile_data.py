@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import struct
+import time
 from functools import partial
 
 import numpy as np
@@ -107,6 +108,15 @@ def test_in_an_array_too_only_the_row_with_a_repeated_key_or_a_huge_number_is_ba
     path.write_text(f"[{','.join(rows)}]")
     good, bad = load_examples(path, skip_bad=True)
     assert len(good) == 1 and len(bad) == 2
+
+
+def test_a_repeated_key_among_many_is_found_in_one_pass(tmp_path):
+    keys = [f"k{n}" for n in range(40_000)]
+    path = write(tmp_path, "{" + ", ".join(f'"{key}": 0' for key in [*keys, keys[-1]]) + "}")
+    started = time.monotonic()
+    with pytest.raises(DataError, match="repeats the key 'k39999'"):
+        load_examples(path)
+    assert time.monotonic() - started < 20, "a tenth of a second; a pass for each key would take minutes"
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "train.parquet"])
