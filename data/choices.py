@@ -22,13 +22,15 @@ def extract_answer(completion: str) -> str | None:
 def normalise(text: str) -> str:
     """The text in lower case, without surrounding quotes and trailing dots, and with single spaces."""
     text = " ".join(text.casefold().split())
+    start, end = 0, len(text)  # of what is left: a text of many quotes or dots is not copied for each of them
     while True:
-        bare = text.rstrip(".").strip()
-        if len(bare) >= 2 and bare[0] + bare[-1] in QUOTES:
-            bare = bare[1:-1].strip()
-        if bare == text:
-            return text
-        text = bare
+        while start < end and text[end - 1] in ". ":
+            end -= 1
+        while start < end and text[start] == " ":
+            start += 1
+        if end - start < 2 or text[start] + text[end - 1] not in QUOTES:
+            return text[start:end]
+        start, end = start + 1, end - 1
 
 
 def choice_of(completion: str, choices: Sequence[str]) -> int | None:

@@ -1,5 +1,7 @@
 """data/rewards: rewards are what they say, one column each, and a broken one is never swallowed."""
 
+import time
+
 import pytest
 import torch
 
@@ -67,8 +69,30 @@ def test_what_sft_trains_on_earns_every_reward(template):
     assert (rewards == 1).all()
 
 
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        (["format"], " " * 100_000),
+        (["format"], "a" + " " * 100_000 + "<answer>"),
+        (["consistency", "format"], "<think>" * 15_000),
+        (["accuracy"], '"' * 1_000_000),
+        (["accuracy"], ". " * 500_000),
+    ],
+    ids=["blanks", "blanks before a tag", "tags that are not closed", "quotes", "dots"],
+)
+def test_a_long_completion_takes_a_time_in_proportion_to_its_length(names, text):
+    started = time.monotonic()
+    for template in ("plain", "answer", "think"):
+        columns_of([EXAMPLE], [text], names, template)
+    assert time.monotonic() - started < 20, "less than 2 seconds; in proportion to the square it takes minutes"
+
+
 def test_a_long_completion_does_not_make_the_format_slow():
     assert well_formed("<think>" + "<a " * 50_000, "think") == 0
+
+
+def test_blanks_around_the_elements_and_the_text_do_not_matter():
+    assert well_formed(" \n<answer> Car </answer>\u3000", "answer") == well_formed("\x1c Car \t", "plain") == 1
 
 
 def test_a_users_reward_is_one_line(monkeypatch):

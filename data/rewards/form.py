@@ -14,7 +14,7 @@ def format(group: Group) -> list[float]:
     For a template without tags: 1 if the completion is not blank and has no tag of the formats.
     """
     form = _form(group.template.tags, ("think", "answer", *group.template.tags))
-    return [float(form.fullmatch(text) is not None) for text in group.texts]
+    return [float(form.fullmatch(text.strip()) is not None) for text in group.texts]
 
 
 def tags(group: Group, *, tags: list[str]) -> list[float]:
@@ -24,12 +24,16 @@ def tags(group: Group, *, tags: list[str]) -> list[float]:
     and SUMMARY.
     """
     form = _form(tags, tags)
-    return [float(form.fullmatch(text) is not None) for text in group.texts]
+    return [float(form.fullmatch(text.strip()) is not None) for text in group.texts]
 
 
 def _form(names: Sequence[str], known: Sequence[str]) -> re.Pattern[str]:
-    """Matches elements in this order; the content of one is not blank, and has no tag among `known`."""
+    """Matches elements in this order; the content of one is not blank, and has no tag among `known`.
+
+    It matches a text without blanks at its ends: without tags, the content may begin and end with blanks, and a pattern
+    for more of them would try each way to divide them, in a time in proportion to the square of their number.
+    """
     either = "|".join(map(re.escape, dict.fromkeys(known)))
     inside = rf"(?=\s*[^\s<]|\s*<(?!/?(?:{either})>))(?:(?!</?(?:{either})>).)*"
     elements = [rf"<{re.escape(name)}>{inside}</{re.escape(name)}>" for name in names] or [inside]
-    return re.compile(r"\s*" + r"\s*".join(elements) + r"\s*", re.DOTALL)
+    return re.compile(r"\s*".join(elements), re.DOTALL)

@@ -19,9 +19,9 @@ def consistency(group: Group) -> list[float | None]:
 
 
 def _agrees(text: str, choices: tuple[str, ...]) -> float | None:
-    thought = re.search(r"<think>(.*?)</think>", text, re.DOTALL)
+    thought, closed, _ = text.partition("<think>")[2].partition("</think>")
     given = choice_of(text, choices)
-    named = last_choice(thought[1], choices) if thought else None
+    named = last_choice(thought, choices) if closed else None
     return None if given is None or named is None else float(named == given)
 
 
