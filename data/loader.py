@@ -304,9 +304,10 @@ class BadLog:
 
 
 def _listed(line: bytes) -> tuple[str, str] | None:
-    """File and id of a line of the log; None for one that a crash cut short."""
+    """File and id of a line of the log; None for one that a crash cut short, or that this log did not write."""
     try:
         record = json.loads(line)
-        return record["file"], record["id"]
-    except (ValueError, KeyError, TypeError):
+        found = record["file"], record["id"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
+    return found if all(isinstance(text, str) for text in found) else None

@@ -53,7 +53,7 @@ class MicroBatch:
 
     def __init__(self, path: Path, configured: int):
         self._path, self._configured, self.size = path, configured, configured
-        if path.is_file() and (kept := NOTE.fullmatch(path.read_text(encoding="utf-8"))):
+        if path.is_file() and (kept := NOTE.fullmatch(path.read_text(encoding="utf-8", errors="replace"))):
             size, of = map(int, kept.groups())
             self.size = size if of == configured and 1 <= size <= configured else configured
 

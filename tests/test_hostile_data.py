@@ -79,6 +79,16 @@ def test_a_line_of_the_list_that_a_crash_cut_short_spoils_no_other(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "line", [b"[" * 200_000, b'{"file": [1], "id": "x"}', b'{"file": "a", "id": {}}', b"[1]", b"\xff"]
+)
+def test_a_line_of_the_list_that_no_run_writes_is_ignored(tmp_path, line):
+    bad = BadExample("train.jsonl:2", "x", "why")
+    (tmp_path / "bad.jsonl").write_bytes(line + b"\n")
+    BadLog(tmp_path / "bad.jsonl").add(bad)
+    assert (tmp_path / "bad.jsonl").read_bytes() == line + b"\n" + bad.json_line().encode()
+
+
+@pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"id": 2, "question_text": "a\ud800"}, "half of a surrogate pair"),

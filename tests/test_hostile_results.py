@@ -16,6 +16,7 @@ from hark.data.benchmarks.answer_files import BENCHMARKS
 from hark.data.benchmarks.grading import grade_file
 from hark.data.errors import DataError
 from hark.grpo.instruments.metrics import LogError, read_metrics
+from hark.grpo.learner import MicroBatch
 from hark.launch import compare
 from hark.launch.common import row_file
 from hark.launch.common.evaluation_file import read_evaluation
@@ -114,6 +115,21 @@ def test_a_log_that_is_no_file_of_a_sensible_size_is_one_line_and_its_incomplete
     os.mkfifo(log)
     with pytest.raises(LogError, match="not a file of at most 1024 MB"):
         read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("note", "size"),
+    [
+        (b"2 instead of 8\n", 2),
+        (b"\xff\xfe", 8),
+        (b"2 instead of 8", 8),
+        (b"0 instead of 8\n", 8),
+        (b"2 instead of 4\n", 8),
+    ],
+)
+def test_a_note_of_the_micro_batch_that_no_run_writes_is_ignored(tmp_path, note, size):
+    (tmp_path / "micro_batch.txt").write_bytes(note)
+    assert MicroBatch(tmp_path / "micro_batch.txt", 8).size == size
 
 
 def test_a_choice_that_names_no_step_is_one_line(tmp_path):
