@@ -17,6 +17,8 @@ def limit_memory(more: int) -> None:
         import resource
 
         most = int(statm.read_text().split()[5]) * resource.getpagesize() + more
+        before = resource.getrlimit(resource.RLIMIT_DATA)[1]  # which no process may raise
+        most = most if before == resource.RLIM_INFINITY else min(most, before)
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 

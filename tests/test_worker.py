@@ -22,6 +22,7 @@ from hark.data.clips import Rules, inspect, inspect_all, usable
 from hark.data.errors import AudioError
 from hark.data.examples import Example
 from hark.data.worker import LateError, Worker, WorkerError
+from hark.limits import limit_memory
 from tests import decoders
 from tests.clips import waveform
 
@@ -101,6 +102,13 @@ def test_addresses_that_are_reserved_and_files_that_are_mapped_to_be_read_are_no
         file.truncate(1 << 30)
     worker.call(decoders.reserves, 1 << 34, timeout=60)
     worker.call(decoders.maps, str(file.name), timeout=60)
+
+
+@LINUX
+def test_a_bound_of_memory_within_a_smaller_one_is_the_smaller_one(worker):
+    worker.call(limit_memory, 1 << 40, timeout=60)
+    with pytest.raises(MemoryError):
+        worker.call(bytearray, 1 << 29, timeout=60)
 
 
 def test_what_cannot_be_sent_is_an_error_of_the_call_alone(worker):
