@@ -77,7 +77,8 @@ same on every number of processes.""",
 
 def measure(subject: Subject, options: argparse.Namespace) -> None:
     """Measure the pass rates of all questions of data.train that are not measured yet, and print the figures."""
-    if subject.config.data.train is None:
+    files = subject.config.data.train
+    if files is None:
         raise ConfigError("data.train is missing; it names the questions to answer: data.train=FILE")
     with joined_world(threads=subject.config.run.threads) as world, ExitStack() as stack:
         for path in filter(None, (options.out, options.keep)):
@@ -86,7 +87,7 @@ def measure(subject: Subject, options: argparse.Namespace) -> None:
         config = graded_by(subject.config, options.reward)
         announce(config, world)
         family = read_family(config.model.path, config.model.policy)
-        examples = checked_examples(config, world, family, weighted(config.data.train)[0])[0]
+        examples = checked_examples(config, world, family, weighted(files)[0])[0]
         check(config, examples, options.reward)
         done = begun(subject, options, world)
         left = [example for example in examples if example.id not in done]

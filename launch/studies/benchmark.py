@@ -121,8 +121,9 @@ def compare(
     """The figures of a step for each number of threads; with `busy` also beside a process that computes."""
     torch.set_num_threads(max(threads))
     with joined_world() as world:
-        sides = {"baseline": BaselineSide(directory, work), "hark": TrainerSide(directory, work, world)}
-        drawn = sides["hark"].rollout()  # both sides score these completions
+        hark = TrainerSide(directory, work, world)
+        sides = {"baseline": BaselineSide(directory, work), "hark": hark}
+        drawn = hark.rollout()  # both sides score these completions
         memory = {name: peak_memory(side, drawn) for name, side in sides.items()}
         parity = differences(sides, drawn)
         for count, beside in itertools.product(threads, [False, True] if busy else [False]):
@@ -138,7 +139,7 @@ def compare(
                     "work": asdict(work),
                 }
             )
-        sides["hark"].close()
+        hark.close()
 
 
 @contextmanager
