@@ -85,6 +85,7 @@ def measure(subject: Subject, options: argparse.Namespace) -> None:
             stack.enter_context(locked_file(path, world))
         subject = subject.intact(world)
         config = graded_by(subject.config, options.reward)
+        assert config.data.train is not None
         announce(config, world)
         family = read_family(config.model.path, config.model.policy)
         examples = checked_examples(config, world, family, weighted(files)[0])[0]
