@@ -34,6 +34,7 @@ from hark.grpo.shared_data import SharedData, TrainingData
 from hark.grpo.types import Batch
 from hark.models.experts import RouterLoad
 from hark.models.policy import Policy, Prompt
+from hark.shown import say
 
 Kind = TypeVar("Kind", bound=Batch)
 AnyBatch = TypeVar("AnyBatch", bound=Batch)
@@ -160,7 +161,7 @@ class Learner(Generic[Kind]):
             self.skipped += 1
             if self.skipped <= self.config.optim.skip_nonfinite:
                 if error is not None:
-                    print(f"warning: {error}; it is left out (optim.skip_nonfinite)", flush=True)
+                    say(f"warning: {error}; it is left out (optim.skip_nonfinite)")
                 return False
         if error is not None:
             raise error
@@ -179,11 +180,11 @@ class Learner(Generic[Kind]):
                 if not is_out_of_memory(error) or not self.micro_batch.halve():
                     raise
                 rest = "" if self.world.size == 1 else "; the same command with run.resume=true goes on with them"
-                print(
+                say(
                     f"warning: out of memory on rank {self.world.rank} ({reason(error)}); from now on micro-batches "
                     f"have {self.micro_batch.size} prompts instead of {self.config.optim.micro_batch}, and the updates "
-                    f"are the same{rest}", flush=True,
-                )  # fmt: skip
+                    f"are the same{rest}"
+                )
                 if self.world.size > 1:
                     raise
             self.optimizer.zero_grad()

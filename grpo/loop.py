@@ -31,6 +31,7 @@ from hark.grpo.runtime.sharding import gathered
 from hark.grpo.runtime.shards import allocate_moments
 from hark.grpo.sampler import sample
 from hark.models.policy import Prompt
+from hark.shown import say
 
 
 class MemoryProbeError(UserError, RuntimeError):
@@ -65,7 +66,7 @@ def train(
             set_aside(learner.directory / "checkpoints", after=start)
             write_whole(learner.directory / "config.yaml", to_yaml(config).encode())
             save_own_files(learner.directory / "own_files")
-            print(f"all settings are in {learner.directory / 'config.yaml'}", flush=True)
+            say(f"all settings are in {learner.directory / 'config.yaml'}")
         metrics.truncate(start + 1 if start else 0)
         learner.recorder.truncate(start)
         learner.prepare(start)
@@ -102,10 +103,10 @@ def resumed(learner: Learner, changes: Callable[[Manifest], Sequence[str]]) -> i
     if manifest is not None:
         learner.restore(manifest.state)
         for text in changes(manifest) if learner.world.is_main else ():
-            print(f"since the checkpoint of step {manifest.step} {text}", flush=True)
+            say(f"since the checkpoint of step {manifest.step} {text}")
     if learner.world.is_main:
         found = f"step {manifest.step}" if manifest else "the beginning: there is no checkpoint yet"
-        print(f"continuing from {found}", flush=True)
+        say(f"continuing from {found}")
     return manifest.step if manifest else 0
 
 
@@ -195,10 +196,10 @@ def recorded(learner: Learner) -> Iterator[None]:
         try:
             steps = learner.recorder.write_last(error)
         except RecordError as failure:
-            print(f"warning: the steps before the error are not recorded: {failure}", flush=True)
+            say(f"warning: the steps before the error are not recorded: {failure}")
         else:
             if steps and learner.world.is_main:
-                print(f"steps {steps[0]} to {steps[-1]} are in {learner.recorder.place.parent}", flush=True)
+                say(f"steps {steps[0]} to {steps[-1]} are in {learner.recorder.place.parent}")
         raise
 
 
@@ -227,10 +228,9 @@ def probe(learner: Learner) -> None:
     learner.optimizer.state.clear()
     if world.is_main:
         size, tokens = batch.group_size, batch.tokens.shape[1]
-        print(
+        say(
             f"the longest step fits: {len(prompts)} prompts of {len(prompt.ids)} tokens on each rank, {size} x "
             f"{tokens} new tokens; peak {peak_gib(world.device):.2f} GiB on rank 0",
-            flush=True,
         )
 
 

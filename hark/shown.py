@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import TextIO
+
 GAP = " ... "
+LONGEST, LONGEST_NAME = 2000, 200  # characters of a printed line, and of a name or a reason in one
 
 
 def shown(text: object, longest: int) -> str:
@@ -16,3 +19,11 @@ def shown(text: object, longest: int) -> str:
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
     half = (longest - len(GAP)) // 2
     return line if len(line) <= longest else line[:half] + GAP + line[-half:]
+
+
+def say(*lines: object, file: TextIO | None = None) -> None:
+    """Print each text on a line of its own, as `shown` gives it: a line break in a text is escaped too.
+
+    They are written in one piece, as other processes may print too.
+    """
+    print("\n".join(shown(line, LONGEST) for line in lines) + "\n", end="", file=file, flush=True)

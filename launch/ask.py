@@ -31,6 +31,7 @@ from hark.launch.common.questions import prepare_of
 from hark.launch.common.trained import Subject, find_trained, is_run
 from hark.models.loading import read_family
 from hark.models.policy import Policy, Prompt
+from hark.shown import say
 
 NO_CLIP = "-"
 WIDTH, COLUMN = 32, 16  # characters of a name, and of a column of figures
@@ -64,14 +65,15 @@ def main(argv: list[str]) -> None:
         prompts = {name: prepare(text, *sound) for name, sound in sounds.items()}
         temperature = arguments.temperature or config.rollout.temperature
         for name, prompt in prompts.items():
-            print(f"{'answer ' + name:{WIDTH}}{drawn(policy, prompt, limit=limit)[0]}")
+            first, *rest = drawn(policy, prompt, limit=limit)[0].split("\n")
+            say(f"{'answer ' + name:{WIDTH}}{first}", *(f"{'':{WIDTH}}{line}" for line in rest))
         if example.choices:
             columns = {name: probabilities(policy, p, example, template) for name, p in prompts.items()}
-            print(choice_table(example.choices, columns))
+            say(*choice_table(example.choices, columns).split("\n"))
         for name, prompt in prompts.items():
             if arguments.samples:
                 texts = drawn(policy, prompt, limit=limit, count=arguments.samples, temperature=temperature)
-                print(sample_table(texts, f"{len(texts)} samples {name}".rstrip()))
+                say(*sample_lines(texts, f"{len(texts)} samples {name}".rstrip()))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -147,10 +149,9 @@ def choice_table(choices: tuple[str, ...], columns: dict[str, torch.Tensor]) -> 
     return "\n".join(["", *lines])
 
 
-def sample_table(texts: list[str], title: str) -> str:
-    """How often each text occurs, the most frequent first."""
-    lines = [f"  {count:4} x {text}" for text, count in Counter(texts).most_common()]
-    return "\n".join(["", title, *lines])
+def sample_lines(texts: list[str], title: str) -> list[str]:
+    """How often each text occurs, the most frequent first, under a title."""
+    return ["", title, *(f"  {count:4} x {text}" for text, count in Counter(texts).most_common())]
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from hark.models.codec_tokens import CODEC_TOKEN, add_codec
 from hark.models.compose import language_model
 from hark.models.loading import load_tokenizer
 from hark.models.mini import SIZES, build_mini_speaker
+from hark.shown import say
 
 MAX_SECONDS = 30.0
 
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> None:
     codec.save(out / "codec")
     for split, examples in parts.items():
         write_tokens(out / "data" / f"{split}.jsonl", examples, codec)
-    print(f"wrote {out}: a codec of {arguments.codes} codes of {1000 * codec.seconds:.0f} ms, data and model")
+    say(f"wrote {out}: a codec of {arguments.codes} codes of {1000 * codec.seconds:.0f} ms, data and model")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -66,7 +67,7 @@ def checked(examples: Sequence[Example]) -> list[Example]:
     found = decoded(clips_in(examples), Rules(Settings.sample_rate, MAX_SECONDS), workers=os.cpu_count() or 1)
     good, bad = usable(examples, found, long_clips="error", skip_bad=True)
     for one in bad:
-        print(f"left out: {one.line}: {one.reason}")
+        say(f"left out: {one.line}: {one.reason}")
     return good
 
 

@@ -25,9 +25,11 @@ from hark.data.examples import load_examples
 from hark.data.sources.survey import survey
 from hark.launch.common.clips import decoded
 from hark.launch.common.entry import run
+from hark.shown import LONGEST_NAME, say, shown
 
 SAMPLE_RATE = 16_000  # Hz, of all supported models
 SHOWN = 5  # questions that the console names for each fault; the JSON file has all
+LONGEST_REASON = 600  # characters of what is wrong with one of them
 WIDTH = 27  # characters of a figure's name
 
 
@@ -53,7 +55,7 @@ def main(argv: list[str]) -> None:
         raise DataError(
             f"{arguments.file}: {unusable} of {count} questions cannot be used; data.skip_bad=true leaves them out"
         )
-    print("all questions can be used")
+    say("all questions can be used")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -115,18 +117,20 @@ def show(figures: dict, file: str) -> None:
     for name, faults in figures["faults"].items():
         line(name, str(len(faults)))
         for fault in faults[:SHOWN]:
-            print(f"  {fault['file']}: {fault['reason']}")
+            say(f"  {shown(fault['file'], LONGEST_NAME)}: {shown(fault['reason'], LONGEST_REASON)}")
         if len(faults) > SHOWN:
-            print(f"  and {len(faults) - SHOWN} more")
+            say(f"  and {len(faults) - SHOWN} more")
 
 
 def line(name: str, text: str) -> None:
-    print(f"{name:{WIDTH}}{text}")
+    say(f"{name:{WIDTH}}{text}")
 
 
 def listed(counts: dict[str, int], unit: str = "") -> str:
     """The counts on one line: "16000 Hz: 12, 44100 Hz: 3"."""
-    return ", ".join(f"{name or 'none'}{unit if name else ''}: {count}" for name, count in counts.items())
+    return ", ".join(
+        f"{shown(name or 'none', LONGEST_NAME)}{unit if name else ''}: {count}" for name, count in counts.items()
+    )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from hark.launch.common.contract import check, table
 from hark.launch.common.entry import run
 from hark.models.loading import load_policy
 from hark.models.policy import PolicyError
+from hark.shown import say
 
 
 def main(argv: list[str]) -> None:
@@ -25,9 +26,9 @@ def main(argv: list[str]) -> None:
         raise PolicyError(f"{kind.__name__}: is no model of transformers, so there is nothing to compare with")
     native = kind.from_pretrained(policy.directory, dtype=torch.float32, use_safetensors=True).eval()
     count = sum(parameter.numel() for parameter in policy.parameters())
-    print(f"{arguments.model}: {kind.__name__} with {count / 1e6:.4g} M parameters, as {type(policy).__name__}")
+    say(f"{arguments.model}: {kind.__name__} with {count / 1e6:.4g} M parameters, as {type(policy).__name__}")
     findings = list(check(policy, native, gradients=not arguments.without_gradients))
-    print(table(findings))
+    say(*table(findings).split("\n"))
     if not all(finding.holds for finding in findings):
         sys.exit(1)
 

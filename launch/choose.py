@@ -24,6 +24,7 @@ from hark.launch.common.run_directory import left_out_by
 from hark.launch.common.trained import CHOSEN, highest, of_run, read_run, saved
 from hark.launch.common.training import announce
 from hark.models.loading import read_family
+from hark.shown import say
 
 WIDTH = 8  # of the column of steps
 
@@ -56,8 +57,8 @@ def main(argv: list[str]) -> None:
         if world.is_main:
             record = {str(step): s._asdict() | {"accuracy": s.accuracy} for step, s in shares.items()}
             write_json(directory / "choice.json", {"step": chosen, "validation": record})
-            print(table(shares, chosen))
-            print(f"to export it: hark export {directory} --step {chosen}", flush=True)
+            say(*table(shares, chosen).split("\n"))
+            say(f"to export it: hark export {directory} --step {chosen}")
         if asked is not None:
             load_weights(found[chosen], policy, world)
             answer_test(of_run(directory, final, chosen, found[chosen]), world, policy, *asked)

@@ -18,7 +18,7 @@ from hark.data.json_files import write_json
 from hark.grpo.runtime.checkpoint import checkpoints, step_of
 from hark.launch.common.entry import run
 from hark.launch.common.evaluation_file import NAME, read_evaluation
-from hark.shown import shown
+from hark.shown import say, shown
 
 SETTINGS = ("rollout.max_new_tokens", "data.template", "data.max_seconds")  # that change answers
 WIDTH = 22  # of the column of names
@@ -49,7 +49,7 @@ def read(path: Path) -> dict:
     evaluation = read_evaluation(file)
     newest = max(map(step_of, checkpoints(file.parent / "checkpoints")), default=None)
     if newest is not None and newest != evaluation.get("step"):
-        print(f"note: {file} is that of step {evaluation.get('step')}, and the run has step {newest} by now")
+        say(f"note: {file} is that of step {evaluation.get('step')}, and the run has step {newest} by now")
     return evaluation | {"path": str(path)}
 
 
@@ -64,22 +64,22 @@ def compared(first: dict, second: dict) -> dict:
     pairs = pairs_of(first["rows"], second["rows"])
     if not pairs:
         raise DataError(f"{names} have no graded question in common; compare evaluations of one data.test")
-    print(f"A: {title(first)}\nB: {title(second)}")
+    say(f"A: {title(first)}", f"B: {title(second)}")
     for name in SETTINGS:
         section, _, key = name.partition(".")
         values = [(evaluation.get("config") or {}).get(section, {}).get(key) for evaluation in (first, second)]
         if values[0] != values[1]:
             one, other = (shown(value, LONGEST) for value in values)
-            print(f"note: they were asked with another {name}: {one} and {other}")
+            say(f"note: they were asked with another {name}: {one} and {other}")
     alone = max(len(first["rows"]), len(second["rows"])) - len(pairs)
     if alone:
-        print(f"{alone} questions are not graded in both and are left out")
-    print(heading())
+        say(f"{alone} questions are not graded in both and are left out")
+    say(heading())
     parts = {"all": paired(pairs)} | {f"  {task}": part for task, part in by_column(pairs, "task").items()}
     for name, part in parts.items():
-        print(line(name, part))
+        say(line(name, part))
     both, first_only, second_only, neither = parts["all"]
-    print(f"right in both {both}, only in A {first_only}, only in B {second_only}, in neither {neither}\n")
+    say(f"right in both {both}, only in A {first_only}, only in B {second_only}, in neither {neither}", "")
     return {"second": second["path"]} | {name.strip(): figures(part) for name, part in parts.items()}
 
 

@@ -19,6 +19,7 @@ from hark.data.order import hold_out
 from hark.data.sources import SOURCES, find_source
 from hark.data.sources.conversion import Conversion, convert, write, write_bad
 from hark.launch.common.entry import run
+from hark.shown import LONGEST_NAME, say, shown
 
 SHOWN = 5  # missing clips named on the console
 
@@ -50,12 +51,12 @@ def main(argv: list[str]) -> None:
         parts = dict(zip((output, test), split(result.records, arguments.test_share, output.parent), strict=True))
     for path, records in parts.items():
         write(replace(result, records=records), path, benchmark=source.benchmark)
-        print(f"wrote {path}: {len(records)} questions")
+        say(f"wrote {path}: {len(records)} questions")
     if not audio.resolve().is_relative_to(output.parent.resolve()):
-        print(f"the clips are outside of {output.parent}; to read them there, set data.audio_root={audio}")
+        say(f"the clips are outside of {output.parent}; to read them there, set data.audio_root={audio}")
     left = output.with_name("test.jsonl")
     if left.exists() and left not in parts:
-        print(f"{left} is as it was before; --test-share 0.2 would write it from a part of these questions")
+        say(f"{left} is as it was before; --test-share 0.2 would write it from a part of these questions")
 
 
 def test_part(output: Path, share: float | None, *, force: bool, benchmark: bool) -> Path | None:
@@ -101,24 +102,24 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def report(result: Conversion, listed: Path) -> None:
-    print(f"{result.read:8} rows read")
-    print(f"{len(result.records):8} questions")
+    say(f"{result.read:8} rows read")
+    say(f"{len(result.records):8} questions")
     if result.visual:
-        print(f"{result.visual:8} about the picture or a colour, dropped")
+        say(f"{result.visual:8} about the picture or a colour, dropped")
     for kind, count in result.kinds.most_common():
-        print(f"{count:8} left out: {kind}")
+        say(f"{count:8} left out: {kind}")
     if result.missing:
-        first = ", ".join(list(result.missing)[:SHOWN])
-        print(f"{len(result.missing):8} clips are missing, first {first}")
+        first = ", ".join(shown(name, LONGEST_NAME) for name in list(result.missing)[:SHOWN])
+        say(f"{len(result.missing):8} clips are missing, first {first}")
     if result.renamed:
-        print(f"{result.renamed:8} repeated ids have a number added, as in id#2")
+        say(f"{result.renamed:8} repeated ids have a number added, as in id#2")
     if opened := sum(not record["multi_choice"] for record in result.records):
-        print(f"{opened:8} of the questions are open: they have no choices")
+        say(f"{opened:8} of the questions are open: they have no choices")
     unanswered = sum(record["answer"] is None for record in result.records)
     if unanswered:
-        print(f"{unanswered:8} of the questions have no known answer")
+        say(f"{unanswered:8} of the questions have no known answer")
     if result.bad:
-        print(f"rows that were left out are listed in {listed}")
+        say(f"rows that were left out are listed in {listed}")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from hark.launch.common.config_file import load_config
 from hark.launch.common.entry import run
 from hark.launch.common.torchrun import environment, torchrun
 from hark.models.mini_families import FAMILIES
+from hark.shown import say
 
 ROOT = Path("runs/mini")
 LAUNCH = Path(__file__).parent
@@ -44,10 +45,10 @@ def main(argv: list[str]) -> None:
         on_two_ranks("evaluate.py", ROOT / name, f"data.test={grpo.data.test}", "--silent", "--shuffled-audio")
     summary = summarise(grpo, seconds=time.monotonic() - started)
     (ROOT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(table(summary))
+    say(*table(summary).split("\n"))
     if find_spec("matplotlib") is not None:
         show(sys.executable, LAUNCH / "studies" / "pictures.py", "curves", ROOT, ROOT / "curves.svg")
-    print(next_commands())
+    say(*next_commands().split("\n"))
     show(sys.executable, LAUNCH / "report.py", *(ROOT / name for name in STAGES), "--out", ROOT / "report.html")
 
 
@@ -78,7 +79,7 @@ def on_two_ranks(script: str, *words: str | Path) -> None:
 def show(*command: str | Path) -> None:
     """Print a command and run it; if it fails, exit with its status."""
     words = [os.path.relpath(word) if isinstance(word, Path) else str(word) for word in command]
-    print("\n$", " ".join(["python", *words[1:]]), flush=True)
+    say("", " ".join(["$", "python", *words[1:]]))
     result = subprocess.run(words, env=environment())
     if result.returncode:
         sys.exit(result.returncode)

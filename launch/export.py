@@ -17,6 +17,7 @@ from hark.grpo.runtime.export import export, export_adapters
 from hark.launch.common.entry import run
 from hark.launch.common.exports import announce_export
 from hark.launch.common.trained import find_trained
+from hark.shown import say
 
 
 def main(argv: list[str]) -> None:
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> None:
         else:
             export(policy, target, world, dtype=getattr(torch, arguments.dtype))
         if world.is_main:
-            print(f"{trained.checkpoint} -> {target}")
+            say(f"{trained.checkpoint} -> {target}")
             if not arguments.adapters:
                 announce_export(target)
 

@@ -15,6 +15,7 @@ from hark.launch.common.entry import run
 from hark.launch.common.new_directory import check_new
 from hark.models.ctranslate2 import import_whisper
 from hark.models.gguf import import_gguf, is_gguf
+from hark.shown import say
 
 
 def main(argv: list[str]) -> None:
@@ -27,7 +28,7 @@ def main(argv: list[str]) -> None:
         parameters = import_whisper(source, out)
     else:
         raise DataError(f"{source}: expected a GGUF file, or the directory of a CTranslate2 model, with a model.bin")
-    print(f"wrote {out}: {parameters / 1e6:.1f} M parameters")
+    say(f"wrote {out}: {parameters / 1e6:.1f} M parameters")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

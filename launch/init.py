@@ -17,6 +17,7 @@ from hark.data.mini.build import build
 from hark.grpo.config import flow
 from hark.launch.common.config_file import COMMENT, SECTIONS
 from hark.launch.common.entry import run
+from hark.shown import say
 
 # What a first user sets in both files.
 SHARED: dict[str, dict[str, Any]] = {
@@ -81,8 +82,8 @@ def main(argv: list[str]) -> None:
     (directory / "sft.yaml").write_text(configuration("The warm start, by `hark sft`.", SFT, directory), "utf-8")
     (directory / "train.yaml").write_text(configuration("GRPO, by `hark train`.", GRPO, directory), "utf-8")
     (directory / "README.md").write_text(readme(directory), encoding="utf-8")
-    print(readme(directory).partition("\n\n")[2].partition("\n\nFor your own")[0])
-    print(f"\n{directory / 'README.md'} says how to put your own clips there.")
+    say(*readme(directory).partition("\n\n")[2].partition("\n\nFor your own")[0].split("\n"))
+    say("", f"{directory / 'README.md'} says how to put your own clips there.")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -34,6 +34,7 @@ from hark.launch.common.questions import check_answers, check_lengths, checked_e
 from hark.launch.common.trained import Subject
 from hark.launch.common.training import announce
 from hark.models.loading import read_family
+from hark.shown import say
 
 BAND = (0.375, 0.75)  # 3 to 6 of 8 right, which data.band usually keeps
 WIDTH = 40  # characters of the longest bar
@@ -85,7 +86,6 @@ def measure(subject: Subject, options: argparse.Namespace) -> None:
             stack.enter_context(locked_file(path, world))
         subject = subject.intact(world)
         config = graded_by(subject.config, options.reward)
-        assert config.data.train is not None
         announce(config, world)
         family = read_family(config.model.path, config.model.policy)
         examples = checked_examples(config, world, family, weighted(files)[0])[0]
@@ -101,8 +101,8 @@ def measure(subject: Subject, options: argparse.Namespace) -> None:
                         write(config, options, by_id, drawn)
         if world.is_main:
             rates = [row["pass_rate"] for row in rows_of(subject, options)]
-            print(report(rates, config), flush=True)
-            print(f"written to {options.out}" + (f" and {options.keep}" if options.keep else ""), flush=True)
+            say(*report(rates, config).split("\n"))
+            say(f"written to {options.out}" + (f" and {options.keep}" if options.keep else ""))
 
 
 def check(config: Config, examples: Sequence[Example], reward: str) -> None:

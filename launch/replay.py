@@ -32,6 +32,7 @@ from hark.launch.common.questions import rewards_of
 from hark.launch.common.rerun import prepared_trainer, rerun, restore
 from hark.launch.common.trained import read_run
 from hark.models.policy import completion_ids
+from hark.shown import say
 
 SETTABLE = ("loss.", "reward.")  # settings that a record alone can be computed with again
 
@@ -43,7 +44,8 @@ def main(argv: list[str]) -> None:
     elif arguments.set:
         config = read_run(arguments.run, checked(arguments.set))
         for step in steps_of(arguments):
-            print(side_by_side(read_step(arguments.run, step), read_run(arguments.run, []), config, arguments.set))
+            before = read_run(arguments.run, [])
+            say(*side_by_side(read_step(arguments.run, step), before, config, arguments.set).split("\n"))
         return
     elif arguments.model:
         parted = rerun_steps(arguments.run, steps_of(arguments))
@@ -157,9 +159,9 @@ def compare_runs(first: Path, second: Path) -> bool:
         found = differences(one, other, dtype=one.values["config"]["model"]["dtype"])
         parted = first_difference(found)
         if parted is not None:
-            print(f"{first} and {second} part at step {step}, in {parted.quantity}: {explained(parted)}")
+            say(f"{first} and {second} part at step {step}, in {parted.quantity}: {explained(parted)}")
             return True
-    print(f"{first} and {second} are equal, to rounding, in {len(shared)} recorded steps, {shared[0]} to {shared[-1]}")
+    say(f"{first} and {second} are equal, to rounding, in {len(shared)} recorded steps, {shared[0]} to {shared[-1]}")
     return False
 
 
@@ -176,15 +178,15 @@ def report(directory: Path, kind: str, found: Iterator[tuple[StepRecord, list[Di
             before = shown.get(one.quantity)
             if before is None or _excess(before[1]) <= 1 and _excess(one) > _excess(before[1]):
                 shown[one.quantity] = record.step, one
-    print(f"{numbered(steps[0], steps[-1])} of {directory}, {kind}")
-    print(f"{'quantity':20}{'values':>8}  difference")
+    say(f"{numbered(steps[0], steps[-1])} of {directory}, {kind}")
+    say(f"{'quantity':20}{'values':>8}  difference")
     for quantity, (step, one) in shown.items():
         where = f" (step {step})" if one.largest and len(steps) > 1 else ""
-        print(f"{quantity:20}{one.values:8}  {explained(one)}{where}")
+        say(f"{quantity:20}{one.values:8}  {explained(one)}{where}")
     equal, rounded = (sum(getattr(one, kind) for _, one in shown.values()) for kind in ("is_equal", "is_rounding"))
     agree = "the record agrees" if len(steps) == 1 else f"all {len(steps)} records agree"
     differing = len(shown) - equal - rounded
-    print(
+    say(
         f"{differing} quantities differ; the first is {first}"
         if first
         else f"{agree}: {equal} quantities are equal, {rounded} differ by rounding"

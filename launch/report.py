@@ -18,6 +18,7 @@ from hark.data.errors import DataError
 from hark.launch.common.entry import run
 from hark.launch.page.collect import Bounds, Collection, all_parts
 from hark.launch.page.document import as_json, document
+from hark.shown import say
 
 MIB = 2**20
 
@@ -31,9 +32,9 @@ def main(argv: list[str]) -> None:
     twin = arguments.out.with_suffix(".json")
     write(twin, as_json(twin_of(main, parts)) + "\n")
     for line in main["left_out"]:
-        print(f"left out: {line}")
+        say(f"left out: {line}")
     size = arguments.out.stat().st_size / MIB
-    print(f"{arguments.out} ({size:.1f} MiB) opens in a browser; {twin} holds its data")
+    say(f"{arguments.out} ({size:.1f} MiB) opens in a browser; {twin} holds its data")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -25,10 +25,9 @@ from hark.grpo.instruments.console import excerpt
 from hark.grpo.instruments.record import RecordError, StepRecord, read_step
 from hark.grpo.rewards import weights_at
 from hark.launch.common.entry import run
-from hark.shown import shown
+from hark.shown import say
 
 WIDTH = 60  # characters of a text in a table
-LONGEST = 2000  # characters of a line
 
 
 def main(argv: list[str]) -> None:
@@ -41,7 +40,7 @@ def main(argv: list[str]) -> None:
         row = prompt * record.values["group_size"] + find_completion(record, arguments.completion)
         lines = {None: group, "loss": arithmetic, "likeliest": likeliest}[arguments.show](record, row)
     for line in lines:
-        print(shown(line, LONGEST))
+        say(line)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -34,6 +34,7 @@ from hark.launch.common.intervals import mean_interval
 from hark.launch.common.plain_yaml import read_options
 from hark.launch.common.run_directory import changed
 from hark.launch.common.torchrun import environment
+from hark.shown import say
 
 SEED = "run.seed"
 
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> None:
         check(one)
     arguments.out.mkdir(parents=True, exist_ok=True)
     failed = do_all(runs, arguments)
-    print(save(runs, arguments.out))
+    say(*save(runs, arguments.out).split("\n"))
     if failed:
         raise SystemExit(f"error: {len(failed)} of {len(runs)} runs failed: {', '.join(failed)}")
 
@@ -182,7 +183,7 @@ def do_all(runs: Sequence[Run], arguments: argparse.Namespace) -> list[str]:
                 working.remove((one, child))
                 if child.returncode:
                     failed.append(one.directory.name)
-                    print(f"{one.directory.name}: failed: {last_line(log_of(one))} (all of it in {log_of(one)})")
+                    say(f"{one.directory.name}: failed: {last_line(log_of(one))} (all of it in {log_of(one)})")
                 else:
                     start_next(one, working, arguments)
             if ended:
@@ -201,11 +202,11 @@ def start_next(one: Run, working: list[tuple[Run, subprocess.Popen]], arguments:
     """Start the next program of a run, if it has one left: training, then its test."""
     words = next_command(one, sft=arguments.sft)
     if words is None:
-        print(f"{one.directory.name}: done", flush=True)
+        say(f"{one.directory.name}: done")
         return
     command, *rest = words
     parallel = ["--processes", str(arguments.processes)] if arguments.processes > 1 else []
-    print(f"{one.directory.name}: {command}", flush=True)
+    say(f"{one.directory.name}: {command}")
     with log_of(one).open("a", encoding="utf-8") as log:
         child = subprocess.Popen(
             [sys.executable, "-m", "hark.launch", command, *parallel, *rest],

@@ -23,6 +23,7 @@ from hark.launch.common.entry import run
 from hark.launch.page.collect import Bounds, Collection
 from hark.launch.page.document import as_json, document, policy
 from hark.launch.report import add_bounds
+from hark.shown import say
 
 # Names by which a browser may ask; another would be that of a foreign page. A forwarded port may be another.
 HOSTS = ("localhost", "127.0.0.1")
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(1)  # the run needs the others
     bounds = Bounds(arguments.steps, arguments.groups, arguments.clips, arguments.questions)
     with server(Collection(arguments.runs, bounds), arguments.port) as serving:
-        print(f"http://localhost:{serving.server_address[1]}/ follows the run; Ctrl-C ends it", flush=True)
+        say(f"http://localhost:{serving.server_address[1]}/ follows the run; Ctrl-C ends it")
         serving.serve_forever()
 
 

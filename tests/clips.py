@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+HOSTILE = "\x1b[2J\x1b]0;gone\x07\u202e\n" + "x" * 10_000  # as a name: steers a terminal, breaks the line, is long
 WORDS = ("rain", "a bell", "a dog", "wind")
 
 

@@ -13,7 +13,7 @@ import soundfile
 from hark.data import clips
 from hark.data.errors import DataError
 from hark.launch import check_data
-from tests.clips import write_questions
+from tests.clips import HOSTILE, write_questions
 
 LONG = ("a choice much longer than any other", "rain", "a bell", "wind")
 
@@ -146,3 +146,17 @@ def test_the_command_says_what_it_found_and_exits_by_it(tmp_path):
         bad.returncode == 1
         and bad.stderr == f"error: {path}: 4 of 8 questions cannot be used; data.skip_bad=true leaves them out\n"
     )
+
+
+def test_names_in_the_data_cannot_steer_the_terminal_and_are_cut(tmp_path, capsys):
+    path = write(
+        tmp_path,
+        line1={"dataset_name": HOSTILE, "task": HOSTILE},
+        line2={"audio_path": HOSTILE + ".wav"},
+        line3={"id": HOSTILE, "answer": 9},
+        line4={HOSTILE: 1},
+    )
+    check(path)
+    lines = capsys.readouterr().out.split("\n")[:-1]
+    assert len(lines) > 10 and all(line.isprintable() and len(line) < 1000 for line in lines)
+    assert sum(r"\x1b[2J" in line for line in lines) >= 4

@@ -32,7 +32,7 @@ from hark.launch.common.config_file import load_config
 from hark.launch.common.policies import make_policy
 from hark.launch.common.run_directory import check_changes, digest_of, facts
 from hark.models.policy import PolicyError
-from tests.clips import write_questions
+from tests.clips import HOSTILE, write_questions
 from tests.ranks import on_ranks
 from tests.runs import ROUNDING, build, computed, largest_difference, read_metrics, train
 
@@ -183,14 +183,16 @@ def test_a_pickle_in_a_checkpoint_is_not_run(name, settings, run, tmp_path):
     [
         (lambda body: body["files"].update({"../../outside.safetensors": {"size": 1, "sha256": ""}}), "no manifest"),
         (lambda body: body["tensors"]["weights"].popitem(), "has other tensors"),
+        (lambda body: body["tensors"]["weights"].update({HOSTILE: {"shape": [0], "pieces": []}}), "has other tensors"),
         (lambda body: body["model"].popitem(), None),
+        (lambda body: body["model"].update({HOSTILE: [1]}), None),
         (lambda body: body["files"].clear(), "no manifest"),
         (lambda body: body.update(step=-1), "no manifest"),
         (lambda body: next(iter(body["tensors"]["weights"].values()))["pieces"][0]["offset"].append(0), "no manifest"),
         (lambda body: next(iter(body["tensors"]["weights"].values()))["pieces"].clear(), "no manifest"),
     ],
 )
-def test_a_manifest_with_a_right_digest_is_checked_all_the_same(change, said, settings, run):
+def test_a_manifest_with_a_right_digest_is_checked_all_the_same(change, said, settings, run, capsys):
     """As one that somebody has made: its own digest is right, and what it says is not."""
     path = run / "step-000002"
     body = dataclasses.asdict(Manifest.read(path))
@@ -198,8 +200,11 @@ def test_a_manifest_with_a_right_digest_is_checked_all_the_same(change, said, se
     change(body)
     (path / "hark.json").write_bytes(signed(body))
     shutil.rmtree(run / "step-000001")
-    with pytest.raises(CheckpointError, match=said or "checkpoint of another model"):
+    capsys.readouterr()
+    with pytest.raises(CheckpointError, match=said or "checkpoint of another model") as error:
         loaded(settings, run)
+    for line in (str(error.value), *capsys.readouterr().out.split("\n")):
+        assert line == "" or line.isprintable() and len(line) < 1000
 
 
 def test_one_rank_resumes_what_two_saved_and_the_other_way_round(settings, tmp_path):

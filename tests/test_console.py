@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
 from hark.grpo.instruments import console as console_module
 from hark.grpo.instruments.console import PACE, Completion, Console, excerpt
 from hark.grpo.trainer import Trainer
+from hark.shown import LONGEST, say
+from tests.clips import HOSTILE
 
 # A step of the demo.
 VALUES = {
@@ -192,3 +196,39 @@ def test_an_excerpt_is_one_line_with_both_ends_and_no_control_characters(text, l
 def test_what_stdout_cannot_encode_is_escaped(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     assert excerpt("Grüße", 40) == r"Gr\xfc\xdfe"
+
+
+# What is printed at all -----------------------------------------------------------------------------------------------
+
+PRINTS = {
+    "print", "sys.stdout.write", "sys.stderr.write", "sys.stdout.writelines", "sys.stderr.writelines", "os.write",
+    "warnings.warn", "traceback.print_exc", "traceback.print_exception", "logging.warning", "logging.error",
+}  # fmt: skip
+
+
+def test_everything_is_printed_by_one_function_that_escapes_and_cuts():
+    """But the console's line of a step, which steers the terminal itself, and what studies print of their own."""
+    root = Path(__file__).parents[1]
+    files = [file for name in ("data", "grpo", "hark", "launch", "models") for file in (root / name).rglob("*.py")]
+    calls = [
+        (file.relative_to(root).as_posix(), ast.unparse(node))
+        for file in sorted(files)
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in PRINTS and "studies" not in file.parts
+    ]
+    assert [file for file, _ in calls] == ["grpo/instruments/console.py", "hark/shown.py"]
+    assert calls[0][1].startswith(r"print(f'\r\x1b[K{self._pending}'")
+
+
+def test_a_printed_text_is_one_line_of_bounded_length_without_control_characters(capsys):
+    say(HOSTILE, "next")
+    first, second = capsys.readouterr().out.split("\n")[:-1]
+    assert first.isprintable() and len(first) <= LONGEST and second == "next"
+
+
+def test_names_in_the_data_cannot_steer_the_terminal_by_a_line_of_the_console(capsys):
+    console = Console(10, (f"accuracy/task/{HOSTILE}", "loss"))
+    console.event("evaluation", 3, {f"accuracy/task/{HOSTILE}": 0.5, "loss": 1.0})
+    console.step(10, {f"accuracy/task/{HOSTILE}": 0.5, "loss": 1.0})
+    for line in capsys.readouterr().out.split("\n")[:-1]:
+        assert line.isprintable() and len(line) < 400 and "loss 1" in line

@@ -9,6 +9,7 @@ from hark.data.errors import DataError
 from hark.data.examples import load_examples
 from hark.data.sources.conversion import Conversion, write
 from hark.launch import convert
+from tests.clips import HOSTILE
 from tests.test_sources import AUDIOMCQ, AVQA, AVQA_PROCESSED, FLAMINGO, MMAR, MMAU, MMSU
 
 RECORDS = {
@@ -224,6 +225,14 @@ def test_a_benchmarks_question_stays_without_its_clip_so_that_it_is_counted(tmp_
     assert [record["id"] for record in records] == ["3fe64f3d", "gone"] and bad == []
     assert records[1]["audio_path"] == "clips/test-mini-audios/gone.wav"
     assert "1 clips are missing, first ./test-mini-audios/gone.wav" in capsys.readouterr().out
+
+
+def test_names_of_missing_clips_cannot_steer_the_terminal_and_are_cut(tmp_path, capsys):
+    clip(tmp_path, "test-mini-audios/3fe64f3d.wav")
+    run(tmp_path, "mmau", MMAU, *({**MMAU, "id": str(n), "audio_id": f"{n}{HOSTILE}.wav"} for n in range(9)))
+    lines = capsys.readouterr().out.split("\n")[:-1]
+    assert all(line.isprintable() and len(line) < 1200 for line in lines)
+    assert any(r"9 clips are missing, first 0\x1b[2J" in line for line in lines)
 
 
 @pytest.mark.parametrize("name", ["../secret.wav", "{0}/secret.wav", "audio/../../secret.wav"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import math
@@ -25,6 +26,7 @@ from hark.grpo.types import Rollout
 from hark.launch.common.config_file import load_config
 from hark.launch.common.entry import sentence
 from hark.launch.common.questions import rewards_of
+from tests.clips import HOSTILE
 from tests.ranks import on_ranks
 from tests.runs import build
 
@@ -107,6 +109,19 @@ def test_what_is_no_number_is_none_and_one_failure(kind, values, said, monkeypat
         else:
             with pytest.raises(RewardError, match=said):
                 judge(example, [kind, "b"], *rest)
+
+
+def test_the_warning_of_a_failing_reward_cannot_steer_the_terminal_and_is_cut(monkeypatch, capsys):
+    def raises(completions: list[str], **_) -> list[float]:
+        raise ValueError(completions[0])
+
+    monkeypatch.setitem(REWARDS, "odd", raises)
+    examples = [dataclasses.replace(EXAMPLES[0], id=f"{n}{HOSTILE}") for n in range(4)]
+    with Judge(["odd"], "plain", on_error="none") as judge:
+        judge(examples, [HOSTILE] * 4, [[1]] * 4, [True] * 4, 0)
+    lines = capsys.readouterr().err.split("\n")[:-1]
+    assert len(lines) == 4 and lines[3] == "... and 1 more"
+    assert all(line.isprintable() and len(line) < 1000 for line in lines)
 
 
 def test_a_process_says_what_its_reward_returned_or_raised(own):

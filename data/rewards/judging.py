@@ -19,9 +19,10 @@ from hark.data.rewards.group import Failure, Group, Judged, RewardError
 from hark.data.rewards.serving import Reply, run_reward
 from hark.data.rewards.table import check_rewards, is_foreign
 from hark.data.worker import LateError, Worker, WorkerError
+from hark.shown import say, shown
 
 FIGURES = ("judge/prompt_tokens", "judge/completion_tokens")  # the same on every rank, also where calls fail
-SHOWN = 3  # failures that a step prints
+SHOWN, LONGEST = 3, 800  # failures that a step prints, and characters of each
 MEMORY = 8 << 30  # bytes of a process, beyond those at its start; an own reward may load a model of 5e8 parameters
 
 
@@ -149,11 +150,12 @@ class Judge:
         ]
 
     def _report(self, failures: Sequence[Failure]) -> None:
-        more = f"\n... and {len(failures) - SHOWN} more" if len(failures) > SHOWN else ""
-        text = "\n".join(failure.reason for failure in failures[:SHOWN]) + more
+        reasons = [shown(failure.reason, LONGEST) for failure in failures[:SHOWN]]
+        if len(failures) > SHOWN:
+            reasons.append(f"... and {len(failures) - SHOWN} more")
         if self._on_error == "stop":
-            raise RewardError(text)
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+            raise RewardError("\n".join(reasons))
+        say(f"warning: {reasons[0]}", *reasons[1:], file=sys.stderr)
 
 
 def failure(name: str, group: Group, index: int | None, reason: str) -> Failure:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from itertools import starmap
 from typing import NamedTuple
 
-from hark.shown import shown
+from hark.shown import LONGEST_NAME, say, shown
 
 PLAIN_INTERVAL = 5.0  # seconds between lines where stdout is not a terminal
 PACE_STEPS = 20  # the pace, and with it the time left, is the mean over this many steps
@@ -81,23 +81,21 @@ class Console:
         self.print(f"completions of step {step}: {', '.join(columns)}")
         for before, one in zip([None, *shown], shown, strict=False):
             if before is None or before.id != one.id:
-                print("  " + excerpt(one.question, min(LONGEST_QUESTION, self._width() - 2)))
+                say("  " + excerpt(one.question, min(LONGEST_QUESTION, self._width() - 2)))
             numbers = (one.advantage, one.reward, *one.rewards.values())
             head = INDENT + " ".join(f"{_number(number):>5}" for number in numbers) + "  "
             text = excerpt(one.text, LONGEST_COMPLETION) or "(empty)"
-            print(
-                textwrap.fill(text, self._width(), initial_indent=head, subsequent_indent=" " * len(head)), flush=True
-            )
+            say(*textwrap.wrap(text, self._width(), initial_indent=head, subsequent_indent=" " * len(head)))
 
     def print(self, text: str) -> None:
         """Print a line of its own, after the line of the latest step."""
         self.flush()
-        print(text, flush=True)
+        say(text)
 
     def flush(self) -> None:
         """Print the line of the latest step if it is not printed yet, and end it."""
         if self._pending is not None:
-            print("" if self._is_terminal else self._pending, flush=True)
+            say("" if self._is_terminal else self._pending)
         self._pending = None
 
     def _width(self) -> int:
@@ -128,7 +126,7 @@ def excerpt(text: str, longest: int) -> str:
 
 
 def _field(label: str, value: float) -> str:
-    return f"{label} {_number(value)}"
+    return f"{shown(label, LONGEST_NAME)} {_number(value)}"
 
 
 def _number(value: float) -> str:

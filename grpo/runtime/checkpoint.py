@@ -38,6 +38,7 @@ from hark.grpo.runtime.shards import (
     write_shards,
 )
 from hark.models.policy import Policy
+from hark.shown import LONGEST_NAME, say, shown
 
 MARGIN = 2**26  # bytes that must remain free on the disk after a checkpoint is written
 SCORE = "accuracy"  # of a validation, by which the best checkpoint is kept
@@ -131,7 +132,7 @@ class Saver:
         checkpoint = self._directory / name_of(step)
         if self._world.is_main and step and step == self.saved:
             for error in _error_of(lambda: _amend(checkpoint, {"validation": dict(figures)})):
-                print(f"warning: the validation is not noted in {checkpoint / manifests.NAME}: {error}", flush=True)
+                say(f"warning: the validation is not noted in {checkpoint / manifests.NAME}: {error}")
 
     def take_figures(self) -> dict[str, float]:
         """Seconds for which training waited for checkpoints, and for which a thread wrote them, since the last call."""
@@ -196,7 +197,7 @@ class Saver:
         if self._required:
             raise CheckpointError(f"{text}; the same command with run.resume=true goes on")
         if self._world.is_main:
-            print(f"warning: {text}; training goes on without it (checkpoint.required=false)", flush=True)
+            say(f"warning: {text}; training goes on without it (checkpoint.required=false)")
 
 
 class _Writing:
@@ -253,7 +254,7 @@ def set_aside(directory: Path, *, after: int) -> None:
             aside = path.with_name(f"{path.name}.aside")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
-            print(f"warning: {path} is later than step {after}; renamed to {aside.name}; it can be deleted", flush=True)
+            say(f"warning: {path} is later than step {after}; renamed to {aside.name}; it can be deleted")
 
 
 def prune(directory: Path, *, keep: int, keep_weights: bool) -> None:
@@ -332,7 +333,7 @@ def load_checkpoint(
             return manifest
         damaged.append(f"{checkpoint} is damaged: {damage}")
         if world.is_main:
-            print(f"warning: {damaged[-1]}; the checkpoint before it is tried", flush=True)
+            say(f"warning: {damaged[-1]}; the checkpoint before it is tried")
     if damaged:
         raise CheckpointError(
             f"{directory}: no checkpoint is intact; {'; '.join(damaged[:3])}; to start again from the model, choose "
@@ -449,7 +450,7 @@ def _compare(path: Path, saved: Mapping[str, Sequence[int]], policy: Policy) -> 
     if differing:
         name = differing[0]
         raise CheckpointError(
-            f"{path} is a checkpoint of another model: {len(differing)} tensors differ, the first is {name}, "
-            f"{saved.get(name, 'absent')} in the checkpoint and {own.get(name, 'absent')} in model.path; "
-            "use the model.path of that run, or another run.directory"
+            f"{path} is a checkpoint of another model: {len(differing)} tensors differ, the first is "
+            f"{shown(name, LONGEST_NAME)}, {saved.get(name, 'absent')} in the checkpoint and "
+            f"{own.get(name, 'absent')} in model.path; use the model.path of that run, or another run.directory"
         )

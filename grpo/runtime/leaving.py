@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 from hark.parent import when_parent_ends
+from hark.shown import say
 
 ORPHANED = (
     "error: the launcher of this process has died; give the same command again, for a training run with run.resume=true"
@@ -34,7 +35,7 @@ def claim_report() -> bool:
 def report(text: str) -> None:
     """Print an error unless another process of this run has printed one: the first error causes the others."""
     if claim_report():
-        print(text, file=sys.stderr, flush=True)
+        say(*text.split("\n"), file=sys.stderr)
 
 
 def leave(text: str, status: int) -> None:

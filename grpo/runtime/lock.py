@@ -13,6 +13,7 @@ from typing import IO
 
 from hark.grpo.config import ConfigError
 from hark.grpo.runtime.collectives import World, exchange_rows
+from hark.shown import say
 
 NAME = "run.lock"
 PATIENCE = 15.0  # seconds until the processes of an earlier run have ended, whose launcher was killed
@@ -56,7 +57,7 @@ def _locked(place: Path, lock: Path, instead: str, world: World, patience: float
             fcntl.flock(file, fcntl.LOCK_SH)
         except OSError as error:
             if world.is_main:
-                print(f"warning: {place} cannot be locked ({error.strerror}); start no other run with it", flush=True)
+                say(f"warning: {place} cannot be locked ({error.strerror}); start no other run with it")
         if world.is_main:
             file.truncate(0)
             file.write(f"{os.getpid()} on {os.uname().nodename}: {' '.join(sys.argv)[:500]}\n")

@@ -22,6 +22,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from hark.files import sync
 from hark.grpo.runtime.manifest import DamageError, File, Manifest, Piece, Shape, Tensor
 from hark.models.policy import Policy
+from hark.shown import LONGEST_NAME, shown
 
 WEIGHTS, MOMENTS, FURTHER = "weights", "optimizer", "further"
 
@@ -107,7 +108,7 @@ def read_parts(checkpoint: Path, manifest: Manifest, parts: Parts) -> None:
     for part, tensors in parts.items():
         saved = manifest.tensors.get(part, {})
         if saved.keys() != tensors.keys():
-            differing = min(saved.keys() ^ tensors.keys())
+            differing = shown(min(saved.keys() ^ tensors.keys()), LONGEST_NAME)
             raise DamageError(f"the part {part} has other tensors than the policy; the first is {differing}")
         with ExitStack() as stack:
             opened = cache(partial(_opened, checkpoint, stack))

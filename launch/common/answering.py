@@ -37,6 +37,7 @@ from hark.launch.common.trained import Subject, find_trained, is_run
 from hark.launch.common.training import announce
 from hark.models.loading import read_family
 from hark.models.policy import Policy
+from hark.shown import say
 
 Question = Example | BadExample
 
@@ -219,19 +220,17 @@ def report(
     record = result | {"config": dataclasses.asdict(config), "rows": with_controls(rows, again)}
     write_json(directory / "evaluation.json", record)
     path = write_answers(directory / "answers", pairs, BENCHMARKS[name])
-    print(f"{subject.name} on {len(rows)} questions of {config.data.test}, by the rule of {name}:")
+    say(f"{subject.name} on {len(rows)} questions of {config.data.test}, by the rule of {name}:")
     unknown, blank = (sum(row[key] is None for row in rows) for key in ("correct", "stopped"))
     if blank:
-        print(f"{blank} could not be asked; their predictions are empty and count as wrong")
+        say(f"{blank} could not be asked; their predictions are empty and count as wrong")
     if unknown < len(rows):
-        print(table(rows, examples, others))
+        say(*table(rows, examples, others).split("\n"))
         for line in below_chance(result, again):
-            print(line)
+            say(line)
     if unknown:
-        print(
-            f"{unknown} of {len(rows)} questions have no known answer and are not graded; they are in the answer file"
-        )
-    print(f"answers in {path}, all figures in {directory / 'evaluation.json'}", flush=True)
+        say(f"{unknown} of {len(rows)} questions have no known answer and are not graded; they are in the answer file")
+    say(f"answers in {path}, all figures in {directory / 'evaluation.json'}")
 
 
 def with_controls(rows: Sequence[dict], controls: dict[str, list[dict]]) -> list[dict]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from hark.data.clip import Clip
 from hark.data.clips import Finding, Rules, inspect_all, memory_of
 from hark.launch.common.progress import counted
+from hark.shown import say
 
 
 def decoded(
@@ -20,5 +21,5 @@ def decoded(
     inspected = inspect_all(clips, rules, workers=workers, memory=memory)
     found = dict(counted(inspected, len(clips), what, show=show))
     if memory.problem and show:
-        print(memory.advice(), flush=True)
+        say(memory.advice())
     return found

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from hark import UserError
 from hark.grpo.runtime.leaving import claim_report, report
 from hark.grpo.runtime.out_of_memory import is_out_of_memory, reason
-from hark.shown import shown
+from hark.shown import say, shown
 
 # Seconds until one of several processes reports an unexpected error. If the cause is that another process has ended,
 # the launcher ends this one before that.
@@ -35,7 +35,7 @@ def run(main: Callable[[list[str]], None]) -> None:
         status = 128 + getattr(interrupt, "signal", signal.SIGINT)
         if os.environ.get("RANK", "0") == "0":
             claim_report()
-            print(str(interrupt) or "interrupted", file=sys.stderr)
+            say(str(interrupt) or "interrupted", file=sys.stderr)
     except BrokenPipeError:  # the reader of the output has ended, as `head` does
         status = 1
         claim_report()

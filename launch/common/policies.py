@@ -21,6 +21,7 @@ from hark.models.families.automatic import AutomaticPolicy
 from hark.models.loading import load_policy
 from hark.models.lora import WithoutAdapters, read_lora
 from hark.models.policy import Lora, Policy
+from hark.shown import say
 
 
 def make_policy(config: Config, world: World, *, train: bool = True) -> Policy:
@@ -28,10 +29,10 @@ def make_policy(config: Config, world: World, *, train: bool = True) -> Policy:
     lora = lora_of(config) if train or config.lora.path else None  # new adapters change nothing before training
     mesh = device_mesh(world, config.sharding.replicas)
     if world.is_main and emulates(world.device, getattr(torch, config.model.dtype)):
-        print(
+        say(
             f"warning: this processor has no instructions for {config.model.dtype}, in which products take many times "
-            "as long; model.dtype=float32 is faster here", flush=True,
-        )  # fmt: skip
+            "as long; model.dtype=float32 is faster here"
+        )
     policy = _load(config, world, config.model.path, mesh, lora=lora, offload=config.sharding.offload, train=train)
     if isinstance(policy, AutomaticPolicy):
         verify(policy)
@@ -104,8 +105,7 @@ def _report_loading(policy: Policy, path: str, kind: str, increase: float, world
     if peaks is not None:
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in policy.parameters()]
         count, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
-        print(
+        say(
             f"{kind} {path}: {count / 1e6:.4g} M parameters, {trained / 1e6:.3g} M to train; the peak of host memory "
             f"rose by {', '.join(f'{peak:.2f}' for peak in peaks)} GiB while loading on {world.size} ranks",
-            flush=True,
         )

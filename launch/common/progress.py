@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+from hark.shown import say
+
 Item = TypeVar("Item")
 
 PATIENCE = 3.0  # seconds before the first line
@@ -25,7 +27,7 @@ def counted(
         now = time.monotonic()
         if show and now >= due and done < total:
             left = (now - began) * (total - done) / done
-            print(f"{done} of {total} {what}, {left:.0f} s left", flush=True)
+            say(f"{done} of {total} {what}, {left:.0f} s left")
             due = now + PAUSE
     if show and (seconds := time.monotonic() - began) >= PATIENCE:
-        print(f"all {total} {what}, in {seconds:.0f} s", flush=True)
+        say(f"all {total} {what}, in {seconds:.0f} s")

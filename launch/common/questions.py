@@ -30,6 +30,7 @@ from hark.grpo.shared_data import check_lost
 from hark.launch.common.clips import decoded
 from hark.models.loading import FAMILIES, load_tokenizer
 from hark.models.policy import Policy, Prompt, completion_lengths
+from hark.shown import say
 
 # How many times evaluation.batch prompts the sampler gets in one call; as answers end, it starts the next prompts.
 ROUNDS = 4
@@ -262,7 +263,7 @@ def checked_questions(
     # No error: a benchmark's figures count every question, and the rules of some accept a part of an answer.
     too_long = long_answers(config, usable)
     if too_long and world.is_main:
-        print(f"warning: {too_long}", flush=True)
+        say(f"warning: {too_long}")
     return questions, usable
 
 
@@ -321,7 +322,7 @@ def list_bad(config: Config, world: World, path: str, bad: Sequence[BadExample],
         log = bad_log(config)
         for example in bad:
             log.add(example)
-        print(f"{path}: {len(bad)} {what}, listed in {log.path}", flush=True)
+        say(f"{path}: {len(bad)} {what}, listed in {log.path}")
 
 
 def bad_log(config: Config) -> BadLog:

@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 
+from hark.shown import say
+
 
 def torchrun(processes: int) -> list[str]:
     """The words of a command line that run a script, or a module after "-m", on so many processes."""
@@ -39,6 +41,6 @@ def launch(processes: int, words: list[str]) -> int:
             return failure.exitcode
         name = signal.Signals(-failure.exitcode).name
         reason = "; the system does this when memory runs out, see `hark plan`" if name == "SIGKILL" else ""
-        print(f"error: process {rank} was ended by {name}{reason}", file=sys.stderr)
+        say(f"error: process {rank} was ended by {name}{reason}", file=sys.stderr)
         return 128 - failure.exitcode
     return 0

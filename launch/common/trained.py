@@ -14,6 +14,7 @@ from hark.grpo.runtime.export import damage_of
 from hark.launch.common.config_file import load_config
 from hark.launch.common.policies import make_policy
 from hark.models.policy import Policy
+from hark.shown import say
 
 CHOSEN = "chosen"  # the directory in a run's for what is written about its best model
 
@@ -48,10 +49,10 @@ class Subject:
             raise CheckpointError(f"{exported} is damaged: {damage}; copy it again; the run has no checkpoint to use")
         path, checkpoint = self.spare
         if world.is_main:
-            print(
+            say(
                 f"warning: {exported} is damaged: {damage}; {checkpoint} is used; to write the model anew: "
-                f"hark export {self.run} --to {exported}", flush=True,
-            )  # fmt: skip
+                f"hark export {self.run} --to {exported}"
+            )
         config = replace(self.config, model=replace(self.config.model, path=path))
         return replace(self, config=config, checkpoint=checkpoint, spare=None)
 
@@ -61,7 +62,7 @@ class Subject:
         if self.checkpoint is not None:
             load_weights(self.checkpoint, policy, world)
             if world.is_main:
-                print(f"now with the weights of {self.name}", flush=True)
+                say(f"now with the weights of {self.name}")
         return policy
 
 

@@ -44,6 +44,7 @@ from hark.launch.common.run_directory import (
     left_out_before,
 )
 from hark.models.loading import read_family
+from hark.shown import say
 
 
 def train(config: Config, make_trainer: Callable[..., Learner], *, judged: bool, answered: str) -> None:
@@ -91,7 +92,7 @@ def train(config: Config, make_trainer: Callable[..., Learner], *, judged: bool,
             if config.checkpoint.export and world.is_main:
                 announce_export(directory / "model")
             if loader.bad:
-                print(f"{len(loader.bad)} more bad examples skipped, listed in {bad_log(config).path}", flush=True)
+                say(f"{len(loader.bad)} more bad examples skipped, listed in {bad_log(config).path}")
 
 
 def restarted(config: Config, world: World) -> Config:
@@ -126,8 +127,7 @@ def announce(config: Config, world: World) -> None:
     find_advantage(config.loss.advantage)
     find_own_loss(config.loss.kind)
     if world.is_main:
-        lines = ["settings that differ from the defaults:", *(f"  {line}" for line in differences(config))]
-        print("\n".join(lines) + "\n", end="", flush=True)  # in one piece, as other processes may print too
+        say("settings that differ from the defaults:", *(f"  {line}" for line in differences(config)))
 
 
 def check_training(config: Config, world: World) -> None:
