@@ -36,6 +36,7 @@ from hark.models.experts import RouterLoad
 from hark.models.policy import Policy, Prompt
 from hark.shown import say
 
+Result = TypeVar("Result")
 Kind = TypeVar("Kind", bound=Batch)
 AnyBatch = TypeVar("AnyBatch", bound=Batch)
 NOTE = re.compile(r"(\d{1,9}) instead of (\d{1,9})\n")  # in the file of a MicroBatch
@@ -168,14 +169,18 @@ class Learner(Generic[Kind]):
         return True
 
     def accumulate(self, batch: Kind) -> dict[str, float]:
-        """Sum the gradients of a batch's micro-batches; returns this rank's term of each metric.
+        """Sum the gradients of a batch's micro-batches; returns this rank's term of each metric."""
+        return self.in_memory(lambda: self.accumulated(batch))
 
-        Out of memory, the micro-batches are halved and the gradients summed anew: the update is the same. Several ranks
+    def in_memory(self, compute: Callable[[], Result]) -> Result:
+        """What `compute` returns, which scores micro-batches of the present size.
+
+        Out of memory, the micro-batches are halved and all is computed anew: the update is the same. Several ranks
         cannot do that in the middle of a step, because the others wait in a collective; they do it at their next start.
         """
         while True:
             try:
-                return self.accumulated(batch)
+                return compute()
             except Exception as error:
                 if not is_out_of_memory(error) or not self.micro_batch.halve():
                     raise

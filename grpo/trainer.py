@@ -198,8 +198,10 @@ class Trainer(Learner[PolicyBatch]):
         return self._logprobs(self.policy, rollout) if self.config.loss.importance_cap else rollout.logprobs
 
     def _logprobs(self, policy: Policy | WithoutAdapters, rollout: Rollout) -> torch.Tensor:
-        size, temperature = self.micro_batch.size, self.config.rollout.temperature
-        return rollout_logprobs(policy, rollout, micro_batch=size, temperature=temperature)
+        temperature = self.config.rollout.temperature
+        return self.in_memory(
+            lambda: rollout_logprobs(policy, rollout, micro_batch=self.micro_batch.size, temperature=temperature)
+        )
 
     def advantages(
         self, columns: torch.Tensor, weights: Sequence[float], mask: torch.Tensor, penalties: torch.Tensor | None

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 from hark.grpo import learner as learner_module
 from hark.grpo import loop
+from hark.grpo import reference as reference_module
 from hark.grpo.config import ConfigError
 from hark.grpo.instruments.metrics import LogError, Metrics
 from hark.grpo.instruments.nonfinite import NonFiniteError
@@ -295,10 +296,14 @@ def test_a_second_run_in_a_directory_or_with_a_file_is_refused_until_the_first_i
 # Updates --------------------------------------------------------------------------------------------------------------
 
 
-def test_out_of_memory_halves_the_micro_batches_and_the_updates_are_the_same(settings, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("module", [learner_module, reference_module])
+def test_out_of_memory_halves_the_micro_batches_and_the_updates_are_the_same(
+    module, settings, tmp_path, monkeypatch, capsys
+):
+    """In the forward and backward passes, and in those of the reference."""
     words = [*settings, "optim.micro_batch=4", "optim.steps=2"]
     on_ranks(1, train, [*words, f"run.directory={tmp_path}/plain"])
-    score, calls = learner_module.score, []
+    score, calls = module.score, []
 
     def scarce(policy, prompts, *rest, **more):
         calls.append(len(prompts))
@@ -306,7 +311,7 @@ def test_out_of_memory_halves_the_micro_batches_and_the_updates_are_the_same(set
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 7 bytes.")
         return score(policy, prompts, *rest, **more)
 
-    monkeypatch.setattr(learner_module, "score", scarce)
+    monkeypatch.setattr(module, "score", scarce)
     on_ranks(1, train, [*words, f"run.directory={tmp_path}/scarce"])
     assert calls[:3] == [4, 2, 1] and set(calls[3:]) == {1}
     assert capsys.readouterr().out.count("out of memory on rank 0") == 2, "once for each size"
