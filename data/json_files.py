@@ -12,6 +12,7 @@ from hark.data.errors import DataError
 HALF_A_PAIR = re.compile("[\ud800-\udfff]")
 DEPTH = 64  # levels of lists and objects in a row
 DIGITS = 20  # of an integer of 64 bits, with its sign
+LARGEST_ROW = 8 << 20  # bytes of a row; those of real data sets have some kilobytes
 LARGEST_VALUE = 256 << 20  # bytes of a file that holds one object or array, or of a line
 
 

@@ -6,9 +6,9 @@ The column of clips is `audio`, `audio_path` or `audio_paths`. It holds encoded 
 
 import functools
 import os
+import pickle
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,16 +16,22 @@ from typing import Any
 
 from hark.data.errors import AudioError, DataError
 from hark.data.json_files import check_regular
+from hark.data.worker import Worker, WorkerError
 
 AUDIO = ("audio", "audio_path", "audio_paths")  # names of the column of clips; the first that a table has counts
 PREFIX = "hf:"
-# Of the library, beside its own errors. ValueError: a text that is no UTF-8. The last three: a damaged schema.
-DAMAGE = (OSError, ValueError, NotImplementedError, KeyError, MemoryError)
-BATCH = 256  # rows that are converted at a time
 OLDEST_DATASETS = 4  # the first release of `datasets` that runs no script beside the data
-GROUPS = 2  # row groups of parquet files that are kept in memory, since neighbours are often read together
+BATCH = 256  # rows of a data set that are converted at a time
+MEMORY = 4 << 30  # bytes that the process may take which reads parquet files
+MOST_SECONDS = 300.0  # to read some rows, or a row group, also from a slow disk
+# Bytes that the rows of a file may have for each byte of the file, and in any file.
+RATIO, SMALL = 1000, 64 << 20
 
-_reading = threading.Lock()  # so that threads that need the same row group read it once
+_reading = threading.Lock()  # so that threads that need the same row group or data set read it once
+
+
+class UnreadableError(DataError):
+    """The process that read a table crashed, did not end, or needed too much memory."""
 
 
 def is_table(path: str | Path) -> bool:
@@ -34,31 +40,17 @@ def is_table(path: str | Path) -> bool:
     return text.startswith(PREFIX) or text.endswith(".parquet") or bool(_parquet_files(Path(text)))
 
 
-def read_table(path: str, root: Path | None, audio: Sequence[str] = ()) -> Iterator[tuple[str, Path, dict]]:
+def read_table(path: str, root: Path | None, audio: Sequence[str] = ()) -> Iterator[tuple[str, Path, dict | DataError]]:
     """(where, directory of relative paths, row) of each row, "train.parquet[17]" counted from 0.
 
-    Without a column `id`, it is the number of the row. root: replaces the directory of the file. audio: other names of
-    the column of clips.
+    Without a column `id`, it is the number of the row. A row that cannot be read is a DataError whose message does not
+    say where. root: replaces the directory of the file. audio: other names of the column of clips.
     """
     names = (*audio, *AUDIO)
     if path.startswith(PREFIX):
         return _hub_rows(path, root, names)
     files = _parquet_files(Path(path)) or [Path(path)]
     return (row for file in files for row in _parquet_rows(file, root, names, numbered=len(files) > 1))
-
-
-@contextmanager
-def _damage_named(file: Path) -> Iterator[None]:
-    """What the library raises where the content of a parquet file is damaged becomes a DataError."""
-    import pyarrow
-
-    try:
-        yield
-    except (*DAMAGE, pyarrow.ArrowException) as error:
-        if isinstance(error, DataError):
-            raise
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{file}: is damaged ({reason}); expected a parquet file; copy it again") from None
 
 
 def _parquet_files(directory: Path) -> list[Path]:
@@ -93,64 +85,62 @@ class ParquetCell:
         return f"{os.path.abspath(self.file.parent)}/{str(self)[len(str(self.file.parent)) :].lstrip('/')}"
 
     def read(self) -> bytes:
-        with _reading:
-            column = row_group(self.file, self.group, self.column)
-        return _content(self, column[self.place].as_py())
+        from hark.data import arrow
+
+        place = (self.group, self.place, self.column, self.item)
+        return _content(self, lambda: _asked(self.file, arrow.clip, *place))
 
 
-@functools.lru_cache(maxsize=GROUPS)
-def row_group(file: Path, group: int, column: str) -> Any:
-    """A column of a row group of a parquet file, as pyarrow's; the latest GROUPS of them are kept."""
-    with _parquet(file) as table, _damage_named(file):
-        return table.read_row_group(group, columns=[column]).column(0)
+@functools.cache
+def _reader() -> Worker:
+    """The process that reads parquet files for this one."""
+    from hark.data import arrow
+
+    return Worker(arrow.__name__, memory=MEMORY)
 
 
-def _parquet(file: Path) -> Any:
-    need("pyarrow", "parquet", file)
-    check_regular(file)
-    import pyarrow
-    from pyarrow.parquet import ParquetFile
-
+def _asked(file: Path, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function of arrow.py returns about a file, or its DataError, from the process that reads parquet files."""
     try:
-        return ParquetFile(file)
-    except (*DAMAGE, pyarrow.ArrowException) as error:
-        reason = "no such file" if not file.exists() else " ".join(str(error).split())[:200]
-        raise DataError(f"{file}: cannot be read ({reason}); expected a parquet file") from None
+        with _reading:
+            return _reader().call(function, os.path.abspath(file), *arguments, timeout=MOST_SECONDS)
+    except MemoryError:
+        reason = f"needed more than {MEMORY >> 30} GiB"
+    except WorkerError as error:
+        reason = str(error)
+    raise UnreadableError(
+        f"{file}: cannot be read: its process {reason}; write it again, with row groups of 100 rows if it holds clips"
+    )
 
 
 def _parquet_rows(
     file: Path, root: Path | None, names: Sequence[str], *, numbered: bool
-) -> Iterator[tuple[str, Path, dict]]:
-    folder = root or file.parent
-    with _parquet(file) as table, _damage_named(file):
-        audio = _audio_column(table.schema_arrow.names, names)
-        holds_bytes = audio is not None and _is_binary(table.schema_arrow.field(audio).type)
-        wanted = [leaf for leaf in map(table.schema.column, range(len(table.schema.names))) if _is_read(leaf, audio)]
-        row = 0
-        for group in range(table.num_row_groups):
-            place = 0
-            for batch in table.iter_batches(BATCH, row_groups=[group], columns=[leaf.path for leaf in wanted]):
-                for record in batch.to_pylist():
-                    if audio is not None:
-                        content = record.pop(audio, b"" if holds_bytes else {})
-                        cell = functools.partial(ParquetCell, file, row, group, place, audio)
-                        record |= _clips_of(content, cell, folder)
-                    record.setdefault("id", f"{file.stem}[{row}]" if numbered else str(row))
-                    yield f"{file}[{row}]", folder, record
-                    row, place = row + 1, place + 1
+) -> Iterator[tuple[str, Path, dict | DataError]]:
+    need("pyarrow", "parquet", file)
+    check_regular(file)
+    from hark.data import arrow
 
-
-def _is_binary(kind: Any) -> bool:
-    import pyarrow
-
-    return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
-
-
-def _is_read(leaf: Any, audio: str | None) -> bool:
-    """Whether a column is read with the rows: all but bytes, of which only lists of clips are, to count them."""
-    is_bytes = leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type == "NONE"
-    parts = leaf.path.split(".")
-    return not is_bytes or parts[0] == audio and len(parts) > 1 and parts[-1] != "bytes"
+    folder, number, size = root or file.parent, 0, 0
+    while True:
+        try:
+            found = _asked(file, arrow.rows, tuple(names), number)
+        except UnreadableError:
+            raise
+        except DataError as error:
+            raise DataError(f"{file}: {error}") from None
+        if not found:
+            return
+        for group, place, audio, packed in found:
+            record = pickle.loads(packed)
+            if isinstance(record, dict):
+                if audio is not None:
+                    cell = functools.partial(ParquetCell, file, number, group, place, audio)
+                    record |= _clips_of(record.pop(audio), cell, folder)
+                record.setdefault("id", f"{file.stem}[{number}]" if numbered else str(number))
+            yield f"{file}[{number}]", folder, record
+            number, size = number + 1, size + len(packed)
+        if size > max(SMALL, RATIO * file.stat().st_size):
+            raise DataError(f"{file}: its rows are over {RATIO} times as large as the file; write them as JSON lines")
 
 
 # Hugging Face data sets -----------------------------------------------------------------------------------------------
@@ -180,7 +170,9 @@ class HubCell:
     def read(self) -> bytes:
         with _reading:
             table = _dataset(self.name)
-        return _content(self, table[self.row : self.row + 1].column(self.column)[0].as_py())
+        from hark.data import arrow
+
+        return _content(self, lambda: arrow.content(table[self.row : self.row + 1].column(self.column), 0, self.item))
 
 
 @functools.lru_cache(maxsize=8)
@@ -211,48 +203,28 @@ def _dataset(name: str) -> Any:
     return found.with_format("arrow")
 
 
-def _hub_rows(name: str, root: Path | None, names: Sequence[str]) -> Iterator[tuple[str, Path, dict]]:
+def _hub_rows(name: str, root: Path | None, names: Sequence[str]) -> Iterator[tuple[str, Path, dict | DataError]]:
     table = _dataset(name)
+    from hark.data import arrow
+
+    for column, kind in zip(table.column_names, table.data.schema.types, strict=True):
+        if arrow.repeats(kind):
+            raise DataError(f"{name}: its column {column!r} is of the type {kind}; expected string; cast it")
     place = Path(name.removeprefix(PREFIX).rpartition(":")[0])
     folder = root or (place if place.is_dir() else Path())
-    audio = _audio_column(table.column_names, names)
+    audio = arrow.audio_column(table.column_names, names)
     row = 0
     for batch in table.iter(BATCH):
-        for record in _plain(batch, audio):
-            if audio is not None:
-                record |= _clips_of(record.pop(audio), functools.partial(HubCell, name, row, audio), folder)
-            record.setdefault("id", str(row))
+        for record in arrow.converted(batch, audio):
+            if isinstance(record, dict):
+                if audio is not None:
+                    record |= _clips_of(record.pop(audio), functools.partial(HubCell, name, row, audio), folder)
+                record.setdefault("id", str(row))
             yield f"{name}[{row}]", folder, record
             row += 1
 
 
-def _plain(batch: Any, audio: str | None) -> list[dict]:
-    """The rows of an Arrow table. Bytes of clips are left out, and so are other columns of bytes."""
-    import pyarrow
-    import pyarrow.compute
-
-    columns: dict[str, list] = {}
-    for name in batch.column_names:
-        column = batch.column(name).combine_chunks()
-        if _is_binary(column.type):
-            if name == audio:
-                columns[name] = [b"" if valid else None for valid in column.is_valid().to_pylist()]
-        elif pyarrow.types.is_struct(column.type):
-            kept = [field.name for field in column.type if not _is_binary(field.type)]
-            fields = [pyarrow.compute.struct_field(column, part).to_pylist() for part in kept]
-            values = [dict(zip(kept, row, strict=True)) for row in zip(*fields, strict=True)] or [{}] * len(column)
-            valid = column.is_valid().to_pylist()
-            columns[name] = [value if there else None for value, there in zip(values, valid, strict=True)]
-        else:
-            columns[name] = column.to_pylist()
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-
 # Both -----------------------------------------------------------------------------------------------------------------
-
-
-def _audio_column(columns: Sequence[str], names: Sequence[str]) -> str | None:
-    return next((name for name in names if name in columns), None)
 
 
 def _clips_of(content: Any, cell: Any, folder: Path) -> dict:
@@ -268,15 +240,27 @@ def _clip_of(content: Any, cell: Any, folder: Path) -> Any:
     """The path of a file, where there is one; else the cell, which holds the clip's bytes."""
     if isinstance(content, dict):
         path = content.get("path")
-        return path if path and (folder / path).is_file() else cell()
+        return path if _is_file(folder, path) else cell()
     return cell() if isinstance(content, bytes) else content
 
 
-def _content(cell: Any, value: Any) -> bytes:
-    """The bytes in a cell of a table."""
-    value = value if cell.item is None else value[cell.item]
-    content, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+def _is_file(folder: Path, path: object) -> bool:
+    """Whether a path names a file; one that is too long, or of another kind, does not."""
+    try:
+        return isinstance(path, str) and bool(path) and (folder / path).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _content(cell: Any, read: Callable[[], tuple[bytes | None, str | None]]) -> bytes:
+    """The bytes in a cell of a table, from which `read` takes them and the path; AudioError if there are none."""
+    try:
+        content, path = read()
+    except UnreadableError:
+        raise
+    except DataError as error:
+        raise AudioError(f"{cell}: {error}") from None
     if not content:
-        where = f", and its path {path!r} names no file; set data.audio_root" if path else ""
+        where = f", and its path {path!r} names no file; set data.audio_root" if path and content is None else ""
         raise AudioError(f"{cell}: holds no bytes{where}; expected an encoded clip")
     return content

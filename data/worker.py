@@ -32,6 +32,8 @@ ONE_THREAD = {
     "OPENBLAS_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+# pyarrow's own allocator takes addresses by the GiB, which count for the bound of memory.
+OF_ARROW = {"ARROW_DEFAULT_MEMORY_POOL": "system"}
 # A worker needs no ranks of its own, and no GPU unless a file of the user's asks for one.
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 PR_SET_PDEATHSIG = 1  # of prctl, on Linux: the signal that a process gets when the thread that started it ends
@@ -78,7 +80,7 @@ class Worker:
     def _start(self) -> None:
         own, other = socket.socketpair()
         with other:
-            environment = {k: v for k, v in os.environ.items() if k not in RANKS} | ONE_THREAD
+            environment = {k: v for k, v in os.environ.items() if k not in RANKS} | ONE_THREAD | OF_ARROW
             start = partial(
                 subprocess.Popen,
                 [sys.executable, "-m", "hark.data.worker", str(other.fileno())],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -37,3 +38,10 @@ def write_questions(directory: Path, count: int, *, name: str = "train", **chang
     path = directory / f"{name}.jsonl"
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def grown_by(work):
+    """The bytes by which the largest size of this process grows."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    work()
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import resource
 import struct
 import time
 from functools import partial
@@ -22,7 +21,7 @@ from hark.launch import check_data, new_model
 from hark.launch.common.config_file import config_of
 from hark.launch.page.evaluated import _questions
 from hark.launch.plan import planned_examples
-from tests.clips import waveform
+from tests.clips import grown_by, waveform
 
 GOOD = {"id": "good", "audio_path": "a.wav", "question_text": "Which?", "multi_choice": ["a", "b"], "answer": 0}
 
@@ -47,13 +46,6 @@ def wav(path, *, channels=1, rate=16_000, samples=None, promised=None):
     head = b"RIFF" + struct.pack("<I", length + 36 & 0xFFFFFFFF) + b"WAVEfmt " + struct.pack("<I", 16) + form
     path.write_bytes(head + b"data" + struct.pack("<I", length) + content)
     return path
-
-
-def grown_by(work):
-    """The bytes by which the largest size of this process grows."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    work()
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 # Rows ----------------------------------------------------------------------------------------------------------------

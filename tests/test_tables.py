@@ -6,6 +6,7 @@ import dataclasses
 import json
 import pickle
 import re
+from datetime import datetime
 from pathlib import Path
 
 import datasets
@@ -15,7 +16,7 @@ import pyarrow.parquet
 import pytest
 import soundfile
 
-from hark.data import tables
+from hark.data import arrow, tables
 from hark.data.audio import load_waveform
 from hark.data.clip import Clip
 from hark.data.clip_memory import ClipMemory
@@ -24,9 +25,11 @@ from hark.data.errors import AudioError, DataError
 from hark.data.examples import load_examples
 from hark.data.order import hold_out
 from hark.launch import check_data, evaluate, train
-from tests.clips import write_questions
+from tests import decoders
+from tests.clips import grown_by, write_questions
 from tests.runs import largest_difference
 
+LINUX = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is bounded on Linux only")
 COUNT = 7
 PATHS, BYTES = pyarrow.string(), pyarrow.binary()
 STRUCT = pyarrow.struct([("bytes", BYTES), ("path", PATHS)])
@@ -122,33 +125,23 @@ def test_clips_stay_in_the_table_until_they_are_decoded(tmp_path, jsonl, kind):
     assert all(pickle.loads(pickle.dumps(example.clips)) == example.clips for example in examples)
     for example in examples:
         load_waveform(*example.clips, sample_rate=16_000, max_seconds=5)
-    assert tables.row_group.cache_info().currsize <= tables.GROUPS
     assert sorted(tmp_path.rglob("*")) == before, "nothing is written"
 
 
 def test_a_row_group_is_read_once_for_neighbours_and_only_for_the_clips(tmp_path, jsonl, monkeypatch):
     path = in_bytes(jsonl, tmp_path / "a.parquet")
-    read, open_file = [], tables._parquet
+    read, read_row_group = [], pyarrow.parquet.ParquetFile.read_row_group
 
-    class Counted:
-        def __init__(self, file):
-            self.table = open_file(file)
+    def counted(table, group, columns):
+        read.append((group, columns))
+        return read_row_group(table, group, columns=columns)
 
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.table.close()
-
-        def read_row_group(self, group, columns):
-            read.append((group, columns))
-            return self.table.read_row_group(group, columns=columns)
-
-    tables.row_group.cache_clear()
-    examples, _ = load_examples(path)
-    monkeypatch.setattr(tables, "_parquet", Counted)
-    dict(inspect_all(clips_in(examples), Rules(16_000, 5.0), workers=1, memory=ClipMemory("r", tmp_path / "memory")))
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "read_row_group", counted)
+    for source in (clip.source for clip in clips_in(load_examples(path)[0])):
+        found, _ = arrow.clip(str(path), source.group, source.place, source.column, source.item)
+        assert found == source.read()
     assert read == [(0, ["audio"]), (1, ["audio"]), (2, ["audio"])]
+    assert arrow.row_group.cache_info().currsize <= arrow.GROUPS
 
 
 def test_a_list_of_clips_is_a_question_about_several(tmp_path, jsonl):
@@ -317,6 +310,169 @@ def test_data_sets_are_loaded_in_the_one_place_that_looks_at_the_version_of_the_
     assert loads == ["found = datasets.load_dataset(place, split=split)", "found = datasets.load_from_disk(place)"]
 
 
+# What takes memory, or is a fault of one row ------------------------------------------------------------------------
+
+
+def questions(count: int, **columns: pyarrow.Array) -> pyarrow.Table:
+    """Questions that differ in their number alone, with more columns."""
+    row = {"audio_path": "a.wav", "question_text": "Which?", "multi_choice": ["a", "b"], "answer": 0}
+    table = pyarrow.Table.from_pylist([row | {"id": str(n)} for n in range(count)])
+    for name, values in columns.items():
+        place = table.schema.get_field_index(name)
+        table = table.append_column(name, values) if place < 0 else table.set_column(place, name, values)
+    return table
+
+
+def repeated(value: str | bytes, count: int) -> pyarrow.Array:
+    """A column of one value, which is in the file once."""
+    return pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * count, pyarrow.int32()), pyarrow.array([value]))
+
+
+def stored(path: Path, table: pyarrow.Table, kind: str) -> str:
+    """The table as a parquet file, or as a data set in a directory."""
+    if kind == "hf":
+        datasets.Dataset(table).save_to_disk(path)
+        return f"hf:{path}:train"
+    pyarrow.parquet.write_table(table, path, compression="zstd", store_schema=False, dictionary_pagesize_limit=1 << 30)
+    return str(path)
+
+
+@pytest.fixture
+def small_reader(monkeypatch):
+    """The process that reads parquet files, with 1 GiB of memory."""
+    monkeypatch.setattr(tables, "MEMORY", 1 << 30)
+    tables._reader.cache_clear()
+    yield
+    tables._reader.cache_clear()
+
+
+@LINUX
+def test_a_file_of_kilobytes_that_holds_gigabytes_is_an_error_of_one_line(tmp_path, small_reader):
+    path = stored(tmp_path / "a.parquet", questions(256, own=repeated("x" * 30_000_000, 256)), "parquet")
+    assert Path(path).stat().st_size < 20_000
+
+    def use():
+        with pytest.raises(DataError, match=r"a.parquet: cannot be read: its process needed more than 1 GiB; write it"):
+            load_examples(path, skip_bad=True)
+
+    assert grown_by(use) < 64 << 20
+
+
+@LINUX
+def test_clips_of_kilobytes_that_hold_gigabytes_are_an_error_of_one_line(tmp_path, small_reader):
+    table = questions(64).drop_columns("audio_path").append_column("audio", repeated(b"x" * 30_000_000, 64))
+    path = stored(tmp_path / "a.parquet", table, "parquet")
+    examples, _ = load_examples(path)
+    with pytest.raises(DataError, match=r"a.parquet: cannot be read: .* more than 1 GiB; .* row groups of 100 rows"):
+        inspect(examples[0].clips[0], Rules(16_000, 5.0))
+
+
+def test_a_process_that_dies_while_it_reads_a_table_is_an_error_of_one_line(tmp_path, jsonl, monkeypatch):
+    path = in_bytes(jsonl, tmp_path / "a.parquet")
+    with monkeypatch.context() as patched:
+        patched.setattr(arrow, "rows", decoders.exits)
+        with pytest.raises(DataError, match=r"a.parquet: cannot be read: its process died with status 3; write it"):
+            load_examples(path)
+    assert len(load_examples(path)[0]) == COUNT, "by a new process"
+
+
+@pytest.mark.parametrize("kind", ["parquet", "hf"])
+@pytest.mark.parametrize(
+    "large",
+    [
+        "x" * (arrow.LARGEST_ROW + 1),
+        [0] * (arrow.LARGEST_ROW // 8),
+        [None] * (arrow.LARGEST_ROW // 8),
+        [[{"a": None}]] * (arrow.LARGEST_ROW // 16),
+    ],
+    ids=["text", "numbers", "nulls", "structs"],
+)
+def test_only_the_row_that_is_too_large_is_bad(tmp_path, kind, large):
+    own = pyarrow.array([None, large, None])
+    good, bad = load_examples(stored(tmp_path / "a.parquet", questions(3, own=own), kind), skip_bad=True)
+    assert [example.id for example in good] == ["0", "2"]
+    assert [one.line[-3:] for one in bad] == ["[1]"]
+    assert bad[0].reason == "has more than 8 MB beside its clips; expected texts and numbers"
+
+
+def test_rows_that_are_too_large_together_are_good(tmp_path):
+    own = pyarrow.array(["x" * (arrow.LARGEST_ROW // 2)] * 4)
+    for kind in ("parquet", "hf"):
+        examples, _ = load_examples(stored(tmp_path / f"{kind}.parquet", questions(4, own=own), kind))
+        assert [len(example.extra["own"]) for example in examples] == [arrow.LARGEST_ROW // 2] * 4
+
+
+def test_a_row_that_arrow_holds_once_is_measured_as_python_holds_it():
+    assert isinstance(pickle.loads(arrow._packed({"a": ["x" * 3_000_000 + str(n) for n in range(3)]})), DataError)
+    assert pickle.loads(arrow._packed({"a": "x" * 3_000_000})) == {"a": "x" * 3_000_000}
+
+
+def test_a_data_set_whose_values_may_share_bytes_is_refused(tmp_path):
+    for own in (
+        pyarrow.array(["x"], pyarrow.string_view()),
+        pyarrow.array([["x"]], pyarrow.list_(pyarrow.string_view())),
+    ):
+        assert arrow.repeats(own.type)
+    name = stored(tmp_path / "a", questions(1, own=pyarrow.array(["x"], pyarrow.string_view())), "hf")
+    with pytest.raises(DataError, match="its column 'own' is of the type string_view; expected string; cast it"):
+        load_examples(name)
+
+
+def test_rows_out_of_proportion_to_their_file_are_an_error(tmp_path, monkeypatch):
+    path = stored(tmp_path / "a.parquet", questions(3000, question_text=repeated("Which? " * 50, 3000)), "parquet")
+    assert len(load_examples(path)[0]) == 3000
+    monkeypatch.setattr(tables, "SMALL", 1000)
+    monkeypatch.setattr(tables, "RATIO", 10)
+    with pytest.raises(
+        DataError, match="a.parquet: its rows are over 10 times as large as the file; write them as JSON"
+    ):
+        load_examples(path)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "hf"])
+def test_only_the_row_whose_text_is_no_utf8_or_whose_time_python_has_not_is_bad(tmp_path, kind):
+    texts = pyarrow.array([b"Which?", b"\xff\xfe", b"Which?", b"Which?"]).view(pyarrow.string())
+    times = pyarrow.array([0, 0, 2**62, 10**6], pyarrow.timestamp("us"))
+    path = stored(tmp_path / "a.parquet", questions(4, question_text=texts, when=times), kind)
+    good, bad = load_examples(path, skip_bad=True)
+    assert [example.extra["when"] for example in good] == [datetime(1970, 1, 1), datetime(1970, 1, 1, 0, 0, 1)]
+    assert [one.line[-3:] for one in bad] == ["[1]", "[2]"]
+    assert "its 'question_text' cannot be read (" in bad[0].reason and "its 'when' cannot be read (" in bad[1].reason
+    with pytest.raises(DataError, match=r"\[1\]: its 'question_text' cannot be read \(.*UTF"):
+        load_examples(path)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "hf"])
+@pytest.mark.parametrize("path", ["a" * 5000, "a\0b"])
+def test_a_path_that_no_file_can_have_is_one_that_names_no_file(tmp_path, jsonl, kind, path):
+    whole = content(jsonl, rows_of(jsonl)[0])
+    clips = pyarrow.array([{"bytes": whole, "path": path}, {"bytes": None, "path": path}], STRUCT)
+    name = stored(tmp_path / "a.parquet", questions(2).drop_columns("audio_path").append_column("audio", clips), kind)
+    good, bad = (example.clips[0] for example in load_examples(name, skip_bad=True)[0])
+    assert load_waveform(good, sample_rate=16_000, max_seconds=5).any()
+    assert inspect(bad, Rules(16_000, 5.0)).reason.startswith("holds no bytes, and its path")
+
+
+def test_a_clip_in_a_cell_has_a_bound(monkeypatch):
+    column = pyarrow.chunked_array([pyarrow.array([b"12345", b"1234"])])
+    monkeypatch.setattr(arrow, "LARGEST_CLIP", 4)
+    assert arrow.content(column, 1, None) == (b"1234", None)
+    with pytest.raises(DataError, match="holds more than 0 MB; expected a clip; keep longer ones as files"):
+        arrow.content(column, 0, None)
+
+
+def test_rows_are_read_on_wherever_another_reader_has_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(arrow, "REPLY", 1)
+    path = stored(tmp_path / "a.parquet", questions(5), "parquet")
+    asked = [0, 1, 0, 1, 2, 4, 3]
+
+    def number(start: int) -> str:
+        return pickle.loads(arrow.rows(path, tables.AUDIO, start)[0][-1])["id"]
+
+    assert [number(start) for start in asked] == list(map(str, asked))
+    assert arrow.rows(path, tables.AUDIO, 5) == [] and len(arrow._streams) <= arrow.STREAMS
+
+
 # Held out, remembered, run --------------------------------------------------------------------------------------------
 
 
@@ -343,7 +499,6 @@ def test_clips_in_a_table_are_decoded_once_until_they_change(tmp_path, jsonl, ki
         dict(inspect_all(clips_in(load_examples(path)[0]), Rules(16_000, 5.0), workers=2, memory=memory))
         assert len(decoded) == expected
     (jsonl.parent / "train-0.wav").write_bytes((jsonl.parent / "train-6.wav").read_bytes())
-    tables.row_group.cache_clear()
     tables._dataset.cache_clear()
     again = in_bytes(jsonl, Path(path)) if kind == "bytes" else saved(jsonl, tmp_path / "hf2")
     if kind == "hf":

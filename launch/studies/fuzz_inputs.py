@@ -194,9 +194,6 @@ def begin_tables(project: Path, place: Path) -> None:
 
 
 def read_tables(one: Input) -> None:
-    from hark.data.tables import row_group
-
-    row_group.cache_clear()  # of the file of another input
     for question in load_questions(one.path, skip_bad=one.chance.random() < 0.7):
         if isinstance(question, Example):
             check_example(question, one.place)
