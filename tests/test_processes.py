@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +26,7 @@ from hark.grpo.config import ConfigError
 from hark.grpo.instruments.metrics import LogError, Metrics
 from hark.grpo.instruments.nonfinite import NonFiniteError
 from hark.grpo.runtime import export as export_module
+from hark.grpo.runtime import leaving
 from hark.grpo.runtime.checkpoint import checkpoints
 from hark.grpo.runtime.collectives import World
 from hark.grpo.runtime.export import ExportError
@@ -33,6 +35,7 @@ from hark.grpo.runtime.lock import locked, locked_file
 from hark.grpo.runtime.manifest import Manifest
 from hark.grpo.runtime.watchdog import Watchdog
 from hark.launch import train as train_program
+from hark.launch.common import training
 from hark.launch.common.config_file import load_config
 from hark.launch.common.entry import sentence
 from hark.launch.studies import chaos, faults
@@ -159,7 +162,8 @@ with Interruption().noted(grace=float(sys.argv[1])):
 
 
 @pytest.mark.parametrize(
-    ("grace", "signals", "said"), [(1, 1, "not left within run.grace, 1 s"), (60, 2, "by a second")]
+    ("grace", "signals", "said"),
+    [(1, 1, "not left within run.grace, 1 s"), (60, 2, "by a second"), (0, 1, "SIGTERM: ended at once; the same")],
 )
 def test_a_run_that_does_not_leave_is_ended_after_the_grace_or_by_a_second_signal(grace, signals, said):
     """Even while its main thread is in a call of the system that no handler of Python interrupts."""
@@ -174,6 +178,31 @@ def test_a_run_that_does_not_leave_is_ended_after_the_grace_or_by_a_second_signa
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 143 and "SIGTERM" in errors and said in errors and errors.count("\n") == 1
     assert time.monotonic() - began < 20
+
+
+def test_sigterm_before_the_first_step_ends_a_run_at_once_with_a_line(settings, tmp_path, monkeypatch):
+    """It arrives before the data are checked. Ctrl-C is raised there, as everywhere else."""
+    said = threading.Event()
+    left: list[tuple[str, int]] = []
+    monkeypatch.setattr(leaving, "leave", lambda *words: left.append(words) or said.set())
+
+    def signalled(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert said.wait(30)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+
+    monkeypatch.setattr(training, "announce", signalled)
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: lambda *_: None}  # which would end the tests
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train_program.main([*settings, f"run.directory={tmp_path}/run"])
+        assert signal.getsignal(signal.SIGTERM) == usual[signal.SIGTERM], "handled as before"
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert len(left) == 1 and left[0][0].startswith("SIGTERM: ended at once; the same command") and left[0][1] == 143
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a collective failed")])

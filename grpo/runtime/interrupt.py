@@ -6,7 +6,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 from hark.grpo.runtime.leaving import leave, leave_within
@@ -30,17 +30,19 @@ class Interruption:
     """The signal that this process has received; 0 is none."""
 
     signal = 0
+    _since = 0.0  # when it came
 
     def received(self) -> bool:
         """Whether there was one."""
         return self.signal > 0
 
     @contextmanager
-    def noted(self, *, grace: float) -> Iterator[None]:
+    def noted(self, *, grace: float, signals: Collection[int] = SIGNALS) -> Iterator[None]:
         """Note SIGTERM and SIGINT in the block, whose code must look at `signal` and leave.
 
-        grace: seconds after the signal until the process ends, if it has not left before. Where the block is not run by
-        the main thread, signals are left alone.
+        grace: seconds after the signal until the process ends, if it has not left before. signals: which are noted; the
+        others are left alone, and all of them where the block is not run by the main thread. Within a block another may
+        note them instead.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -49,8 +51,8 @@ class Interruption:
         other.setblocking(False)
         # The descriptor is written to while the main thread waits in a library, when no handler of Python can run.
         before = signal.set_wakeup_fd(other.fileno(), warn_on_full_buffer=False)
-        handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
-        thread = threading.Thread(target=self._listen, args=(own, grace), name="signals", daemon=True)
+        handlers = {number: signal.signal(number, lambda *_: None) for number in signals}
+        thread = threading.Thread(target=self._listen, args=(own, grace, signals), name="signals", daemon=True)
         thread.start()
         try:
             yield
@@ -62,18 +64,18 @@ class Interruption:
             thread.join()
             own.close()
 
-    def _listen(self, pipe: socket.socket, grace: float) -> None:
-        timer, since = None, 0.0
+    def _listen(self, pipe: socket.socket, grace: float, signals: Collection[int]) -> None:
+        timer = None
         while received := pipe.recv(1):
             number = received[0]
-            if number not in SIGNALS:
+            if number not in signals:
                 continue
             name = signal.Signals(number).name
             if not self.signal:
-                self.signal, since = number, time.monotonic()
-                late = f"{name}: not left within run.grace, {grace:g} s; ended at once; {GO_ON}"
-                timer = leave_within(grace, late, 128 + number)
-            elif time.monotonic() - since > ONE:
+                self.signal, self._since = number, time.monotonic()
+                late = f"not left within run.grace, {grace:g} s; " if grace else ""
+                timer = leave_within(grace, f"{name}: {late}ended at once; {GO_ON}", 128 + number)
+            elif time.monotonic() - self._since > ONE:
                 leave(f"{name}: ended at once by a second signal; {GO_ON}", 128 + number)
         if timer is not None:
             timer.cancel()

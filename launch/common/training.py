@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from signal import SIGTERM
 
 from hark.data.described import described
 from hark.data.prompts import find_template
@@ -56,6 +57,7 @@ def train(config: Config, make_trainer: Callable[..., Learner], *, judged: bool,
     directory, patience = Path(config.run.directory), config.run.patience
     with (
         joined_world(threads=config.run.threads, patience=patience) as world,
+        world.interruption.noted(grace=0.0, signals=[SIGTERM]),  # until the loop, which saves; Ctrl-C is raised
         watched(world, patience=patience),
         locked(directory, world),
     ):
