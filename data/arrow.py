@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.compute
@@ -103,30 +104,44 @@ def _reason(error: Exception) -> str:
 def _stream(file: str, names: tuple[str, ...]) -> Iterator[Placed]:
     with _damage_named(), _parquet(file) as table:
         audio = audio_column(table.schema_arrow.names, names)
-        leaves, size = _leaves(table, audio)
         for group in range(table.num_row_groups):
+            leaves, there, size = _leaves(table, group, audio)
             place = 0
             for batch in table.iter_batches(size, row_groups=[group], columns=leaves, use_threads=False):
                 for row in converted(pyarrow.Table.from_batches([batch]), audio):
                     if audio is not None and isinstance(row, dict):
-                        row.setdefault(audio, b"")
+                        row[audio] = _marked(row.get(audio, b""), there)
                     yield group, place, audio, _packed(row)
                     place += 1
 
 
-def _leaves(table: pyarrow.parquet.ParquetFile, audio: str | None) -> tuple[list[str], int]:
-    """The columns that are read with the rows, and how many rows are read at a time.
+def _leaves(table: pyarrow.parquet.ParquetFile, group: int, audio: str | None) -> tuple[list[str], bytes | None, int]:
+    """How the rows of a row group are read: which columns, what stands for bytes that are not, and how many at a time.
 
-    All columns are read but bytes, of which only lists of clips are, to count them.
+    All columns are read but bytes, of which only two kinds are: lists of clips, to count them; and bytes beside a path,
+    where some are not there.
     """
-    leaves, size = [], BATCH
-    for leaf in map(table.schema.column, range(len(table.schema.names))):
+    leaves, there, size = [], None, BATCH
+    for index in range(len(table.schema.names)):
+        leaf, chunk = table.schema.column(index), table.metadata.row_group(group).column(index)
         parts = leaf.path.split(".")
         is_bytes = leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type == "NONE"
-        if not is_bytes or parts[0] == audio and len(parts) > 1 and parts[-1] != "bytes":
-            leaves.append(leaf.path)
-            size = FEW if is_bytes else size
-    return leaves, size
+        if is_bytes and (parts[0] != audio or len(parts) == 1):
+            continue
+        known = chunk.statistics if is_bytes and parts[-1] == "bytes" else None
+        if known is not None and known.has_null_count and known.null_count == 0:
+            there = b""
+            continue
+        leaves.append(leaf.path)
+        size = FEW if is_bytes else size
+    return leaves, there, size
+
+
+def _marked(clips: Any, there: bytes | None) -> Any:
+    """A clip, or a list of them, each with an entry for its bytes."""
+    if isinstance(clips, list):
+        return [_marked(one, there) for one in clips]
+    return {"bytes": there} | clips if isinstance(clips, dict) else clips
 
 
 def _packed(row: dict | DataError) -> bytes:

@@ -237,10 +237,10 @@ def _clips_of(content: Any, cell: Any, folder: Path) -> dict:
 
 
 def _clip_of(content: Any, cell: Any, folder: Path) -> Any:
-    """The path of a file, where there is one; else the cell, which holds the clip's bytes."""
+    """The cell, which holds the clip's bytes; where it has none, the path if it names a file."""
     if isinstance(content, dict):
         path = content.get("path")
-        return path if _is_file(folder, path) else cell()
+        return path if content.get("bytes") is None and _is_file(folder, path) else cell()
     return cell() if isinstance(content, bytes) else content
 
 

@@ -520,8 +520,10 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
             "            place = 0 if not group else place\n",
             "test_tables",
         ),
+        ("bytes that are there are not told", 'there = b""', "there = None", "test_tables"),
         ("sizes of lists alone", "own + (_size(array.flatten()) if", "own + (0 if", "test_tables"),
     ),
+    "data/tables.py": (("a file beats the bytes", 'if content.get("bytes") is None and', "if", "test_tables"),),
     "data/benchmarks/report.py": (
         ("open answers are no choice", 'if not row.get("open"))', "if row)", "test_open_questions"),
     ),

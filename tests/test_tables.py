@@ -329,11 +329,14 @@ def repeated(value: str | bytes, count: int) -> pyarrow.Array:
 
 
 def stored(path: Path, table: pyarrow.Table, kind: str) -> str:
-    """The table as a parquet file, or as a data set in a directory."""
+    """The table as a parquet file, with or without figures of its columns, or as a data set in a directory."""
     if kind == "hf":
         datasets.Dataset(table).save_to_disk(path)
         return f"hf:{path}:train"
-    pyarrow.parquet.write_table(table, path, compression="zstd", store_schema=False, dictionary_pagesize_limit=1 << 30)
+    pyarrow.parquet.write_table(
+        table, path, compression="zstd", store_schema=False, dictionary_pagesize_limit=1 << 30,
+        write_statistics=kind != "bare parquet",
+    )  # fmt: skip
     return str(path)
 
 
@@ -451,6 +454,23 @@ def test_a_path_that_no_file_can_have_is_one_that_names_no_file(tmp_path, jsonl,
     good, bad = (example.clips[0] for example in load_examples(name, skip_bad=True)[0])
     assert load_waveform(good, sample_rate=16_000, max_seconds=5).any()
     assert inspect(bad, Rules(16_000, 5.0)).reason.startswith("holds no bytes, and its path")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "bare parquet", "hf"])
+@pytest.mark.parametrize("several", [False, True])
+def test_a_file_of_the_name_beside_the_bytes_of_a_clip_is_not_read(tmp_path, jsonl, kind, several):
+    rows = rows_of(jsonl)[:4]
+    clips = [{"bytes": content(jsonl, row), "path": "other.wav"} for row in rows]
+    soundfile.write(tmp_path / "other.wav", np.zeros(16_000), 16_000)
+    for absent in ([], [2], [0, 1, 2, 3]):
+        values = [clip | ({"bytes": None} if n in absent else {}) for n, clip in enumerate(clips)]
+        column = pyarrow.array([[value] for value in values] if several else values)
+        table = questions(4).drop_columns("audio_path").append_column("audio", column)
+        name = stored(tmp_path / f"{len(absent)}.parquet", table, kind)
+        sources = [example.clips[0].source for example in load_examples(name, audio_root=tmp_path)[0]]
+        assert [n for n, source in enumerate(sources) if source == tmp_path / "other.wav"] == absent
+        read = [source.read() for n, source in enumerate(sources) if n not in absent]
+        assert read == [clip["bytes"] for n, clip in enumerate(clips) if n not in absent]
 
 
 def test_a_clip_in_a_cell_has_a_bound(monkeypatch):
