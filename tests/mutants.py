@@ -585,8 +585,14 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "grpo/runtime/interrupt.py": (
         ("an interrupted run without a word", "say()", "", "test_processes"),
         ("an interrupt that torch hides", "if received or isinstance", "if isinstance", "test_processes"),
-        ("a second signal is ignored", "elif time.monotonic() - since > ONE:", "elif False:", "test_processes"),
-        ("no end of grace", "timer = leave_within(grace, late, 128 + number)", "timer = None", "test_processes"),
+        ("a second signal is ignored", "elif time.monotonic() - self._since > ONE:", "elif False:", "test_processes"),
+        (
+            "no end of grace",
+            'timer = leave_within(grace, f"{name}: {late}ended at once; {GO_ON}", 128 + number)',
+            "timer = None",
+            "test_processes",
+        ),
+        ("SIGTERM before the steps", "if number not in signals:", "if number not in SIGNALS:", "test_processes"),
     ),
     "grpo/runtime/out_of_memory.py": (
         (
