@@ -68,7 +68,7 @@ class Interruption:
         timer = None
         while received := pipe.recv(1):
             number = received[0]
-            if number not in SIGNALS:
+            if number not in signals:
                 continue
             name = signal.Signals(number).name
             if not self.signal:
