@@ -421,6 +421,14 @@ def test_a_data_set_whose_values_may_share_bytes_is_refused(tmp_path):
         load_examples(name)
 
 
+def test_a_text_that_ends_before_it_begins_is_a_bad_row():
+    places = pyarrow.py_buffer(np.array([0, 4, 2, 8, 8], np.int32).tobytes())
+    own = pyarrow.StringArray.from_buffers(4, places, pyarrow.py_buffer(b"12345678"))
+    rows = arrow.converted(pyarrow.table({"own": own}), None)
+    assert [rows[0], *rows[2:]] == [{"own": "1234"}, {"own": "345678"}, {"own": ""}]
+    assert "its 'own' cannot be read (" in str(rows[1])
+
+
 def test_rows_out_of_proportion_to_their_file_are_an_error(tmp_path, monkeypatch):
     path = stored(tmp_path / "a.parquet", questions(3000, question_text=repeated("Which? " * 50, 3000)), "parquet")
     assert len(load_examples(path)[0]) == 3000
