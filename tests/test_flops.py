@@ -23,7 +23,7 @@ from hark.grpo.sft import SupervisedTrainer
 from hark.grpo.trainer import Trainer
 from hark.grpo.tree import branches_layout, prompt_layout, tree_mask
 from hark.launch.common.config_file import load_config
-from hark.launch.studies.benchmark import HarkSide, Size, Work, build_model
+from hark.launch.studies.sides import HarkSide, Size, Work, build_model
 from hark.models import split_attention
 from hark.models.loading import load_policy
 from hark.models.lora import WithoutAdapters

@@ -17,8 +17,11 @@ from hark.threads import helper_threads
 from tests.conftest import Case
 
 ROOT = Path(__file__).parents[1]
-# Pools whose threads wait for processes or compute digests, and never a tensor.
-WITHOUT_TENSORS = {"data/rewards/judging.py", "launch/common/run_directory.py", "grpo/runtime/checkpoint.py"}
+# Pools whose threads start processes, wait for them or compute digests, and never a tensor.
+WITHOUT_TENSORS = {
+    "data/rewards/judging.py", "data/worker.py", "launch/common/run_directory.py", "grpo/runtime/checkpoint.py",
+    "grpo/runtime/export.py",
+}  # fmt: skip
 
 
 @pytest.fixture
