@@ -27,3 +27,8 @@ def say(*lines: object, file: TextIO | None = None) -> None:
     They are written in one piece, as other processes may print too.
     """
     print("\n".join(shown(line, LONGEST) for line in lines) + "\n", end="", file=file, flush=True)
+
+
+def say_text(text: str, file: TextIO | None = None) -> None:
+    """Print a text of several lines, such as a table, each line as `say` prints it."""
+    say(*text.split("\n"), file=file)

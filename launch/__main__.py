@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from hark.launch.common.entry import run
 from hark.launch.common.torchrun import launch
-from hark.shown import say
+from hark.shown import say_text
 
 
 class Command(NamedTuple):
@@ -72,7 +72,7 @@ def main() -> None:
 def command(argv: list[str]) -> None:
     """Run the command that the arguments name."""
     if not argv or argv[0] in ("-h", "--help"):
-        say(*overview().split("\n"))
+        say_text(overview())
         return
     name, processes, rest = parse(argv)
     if processes is not None and not {"-h", "--help"} & set(rest):

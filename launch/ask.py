@@ -31,7 +31,7 @@ from hark.launch.common.questions import prepare_of
 from hark.launch.common.trained import Subject, find_trained, is_run
 from hark.models.loading import read_family
 from hark.models.policy import Policy, Prompt
-from hark.shown import say
+from hark.shown import say, say_text
 
 NO_CLIP = "-"
 WIDTH, COLUMN = 32, 16  # characters of a name, and of a column of figures
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
             say(f"{'answer ' + name:{WIDTH}}{first}", *(f"{'':{WIDTH}}{line}" for line in rest))
         if example.choices:
             columns = {name: probabilities(policy, p, example, template) for name, p in prompts.items()}
-            say(*choice_table(example.choices, columns).split("\n"))
+            say_text(choice_table(example.choices, columns))
         for name, prompt in prompts.items():
             if arguments.samples:
                 texts = drawn(policy, prompt, limit=limit, count=arguments.samples, temperature=temperature)

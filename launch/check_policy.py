@@ -15,7 +15,7 @@ from hark.launch.common.contract import check, table
 from hark.launch.common.entry import run
 from hark.models.loading import load_policy
 from hark.models.policy import PolicyError
-from hark.shown import say
+from hark.shown import say, say_text
 
 
 def main(argv: list[str]) -> None:
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     count = sum(parameter.numel() for parameter in policy.parameters())
     say(f"{arguments.model}: {kind.__name__} with {count / 1e6:.4g} M parameters, as {type(policy).__name__}")
     findings = list(check(policy, native, gradients=not arguments.without_gradients))
-    say(*table(findings).split("\n"))
+    say_text(table(findings))
     if not all(finding.holds for finding in findings):
         sys.exit(1)
 

@@ -24,7 +24,7 @@ from hark.launch.common.run_directory import left_out_by
 from hark.launch.common.trained import CHOSEN, highest, of_run, read_run, saved
 from hark.launch.common.training import announce
 from hark.models.loading import read_family
-from hark.shown import say
+from hark.shown import say, say_text
 
 WIDTH = 8  # of the column of steps
 
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
         if world.is_main:
             record = {str(step): s._asdict() | {"accuracy": s.accuracy} for step, s in shares.items()}
             write_json(directory / "choice.json", {"step": chosen, "validation": record})
-            say(*table(shares, chosen).split("\n"))
+            say_text(table(shares, chosen))
             say(f"to export it: hark export {directory} --step {chosen}")
         if asked is not None:
             load_weights(found[chosen], policy, world)

@@ -13,7 +13,7 @@ from pathlib import Path
 from hark.launch.common.entry import run
 from hark.launch.common.new_directory import check_new
 from hark.models.compose import Composed, compose
-from hark.shown import say
+from hark.shown import say_text
 
 
 def main(argv: list[str]) -> None:
@@ -21,8 +21,8 @@ def main(argv: list[str]) -> None:
     out = arguments.out
     check_new(out)
     composed = compose(arguments.audio, arguments.text, out, seconds=arguments.seconds, seed=arguments.seed)
-    say(*report(composed, out).split("\n"))
-    say(*next_commands(out).split("\n"))
+    say_text(report(composed, out))
+    say_text(next_commands(out))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

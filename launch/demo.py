@@ -24,7 +24,7 @@ from hark.launch.common.config_file import load_config
 from hark.launch.common.entry import run
 from hark.launch.common.torchrun import environment, torchrun
 from hark.models.mini_families import FAMILIES
-from hark.shown import say
+from hark.shown import say, say_text
 
 ROOT = Path("runs/mini")
 LAUNCH = Path(__file__).parent
@@ -45,10 +45,10 @@ def main(argv: list[str]) -> None:
         on_two_ranks("evaluate.py", ROOT / name, f"data.test={grpo.data.test}", "--silent", "--shuffled-audio")
     summary = summarise(grpo, seconds=time.monotonic() - started)
     (ROOT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    say(*table(summary).split("\n"))
+    say_text(table(summary))
     if find_spec("matplotlib") is not None:
         show(sys.executable, LAUNCH / "studies" / "pictures.py", "curves", ROOT, ROOT / "curves.svg")
-    say(*next_commands().split("\n"))
+    say_text(next_commands())
     show(sys.executable, LAUNCH / "report.py", *(ROOT / name for name in STAGES), "--out", ROOT / "report.html")
 
 

@@ -17,7 +17,7 @@ from hark.data.mini.build import build
 from hark.grpo.config import flow
 from hark.launch.common.config_file import COMMENT, SECTIONS
 from hark.launch.common.entry import run
-from hark.shown import say
+from hark.shown import say, say_text
 
 # What a first user sets in both files.
 SHARED: dict[str, dict[str, Any]] = {
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
     (directory / "sft.yaml").write_text(configuration("The warm start, by `hark sft`.", SFT, directory), "utf-8")
     (directory / "train.yaml").write_text(configuration("GRPO, by `hark train`.", GRPO, directory), "utf-8")
     (directory / "README.md").write_text(readme(directory), encoding="utf-8")
-    say(*readme(directory).partition("\n\n")[2].partition("\n\nFor your own")[0].split("\n"))
+    say_text(readme(directory).partition("\n\n")[2].partition("\n\nFor your own")[0])
     say("", f"{directory / 'README.md'} says how to put your own clips there.")
 
 

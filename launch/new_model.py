@@ -28,7 +28,7 @@ from hark.models.loading import build_policy
 from hark.models.mini import SIZES, build_mini, check_whisper
 from hark.models.mini_families import FAMILIES
 from hark.models.policy import Policy, completion_lengths
-from hark.shown import say
+from hark.shown import say_text
 
 MAX_NEW_TOKENS = 12  # rollout.max_new_tokens in the configurations that are named as the next ones
 
@@ -54,8 +54,8 @@ def main(argv: list[str]) -> None:
     build_mini(out, texts_of(examples, template), family=family, tower_from=tower, **SIZES[arguments.size])
     policy = build_policy(out)
     lengths = longest(policy, examples_with_clips, template)
-    say(*report(policy, lengths, out).split("\n"))
-    say(*next_commands(out, arguments.data, template, lengths).split("\n"))
+    say_text(report(policy, lengths, out))
+    say_text(next_commands(out, arguments.data, template, lengths))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -34,7 +34,7 @@ from hark.launch.common.questions import check_answers, check_lengths, checked_e
 from hark.launch.common.trained import Subject
 from hark.launch.common.training import announce
 from hark.models.loading import read_family
-from hark.shown import say
+from hark.shown import say, say_text
 
 BAND = (0.375, 0.75)  # 3 to 6 of 8 right, which data.band usually keeps
 WIDTH = 40  # characters of the longest bar
@@ -101,7 +101,7 @@ def measure(subject: Subject, options: argparse.Namespace) -> None:
                         write(config, options, by_id, drawn)
         if world.is_main:
             rates = [row["pass_rate"] for row in rows_of(subject, options)]
-            say(*report(rates, config).split("\n"))
+            say_text(report(rates, config))
             say(f"written to {options.out}" + (f" and {options.keep}" if options.keep else ""))
 
 

@@ -36,7 +36,7 @@ from hark.launch.common.questions import weighted
 from hark.models.families.qwen2_audio import QWEN2_AUDIO_7B
 from hark.models.loading import build_from_config, load_tokenizer, read_config
 from hark.models.policy import PolicyError, text_ids
-from hark.shown import say
+from hark.shown import say_text
 
 GIB, MIB = 2**30, 2**20
 USABLE = 0.95  # share of the device memory; the CUDA context, workspaces and fragmentation take the rest
@@ -70,10 +70,10 @@ def main(argv: list[str]) -> None:
     lora = lora_of(config) or config.lora  # needed without adapters too, because adding them is one of the changes
     shape = shape_of(policy, targets=lora.targets)
     result, limit = predict(shape, planned), USABLE * options.memory * GIB
-    say(*describe(shape, planned, result, options.memory).split("\n"))
+    say_text(describe(shape, planned, result, options.memory))
     changes = [] if result.peak <= limit else remedies(shape, planned, limit)
     if result.peak > limit:
-        say(*advice(changes, limit).split("\n"))
+        say_text(advice(changes, limit))
     if options.json:
         record = {"phases": result.phases, "peak": result.peak, "host": result.host, "fits": result.peak <= limit}
         write_json(Path(options.json), record | {"changes": changes})

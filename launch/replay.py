@@ -32,7 +32,7 @@ from hark.launch.common.questions import rewards_of
 from hark.launch.common.rerun import prepared_trainer, rerun, restore
 from hark.launch.common.trained import read_run
 from hark.models.policy import completion_ids
-from hark.shown import say
+from hark.shown import say, say_text
 
 SETTABLE = ("loss.", "reward.")  # settings that a record alone can be computed with again
 
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
         config = read_run(arguments.run, checked(arguments.set))
         for step in steps_of(arguments):
             before = read_run(arguments.run, [])
-            say(*side_by_side(read_step(arguments.run, step), before, config, arguments.set).split("\n"))
+            say_text(side_by_side(read_step(arguments.run, step), before, config, arguments.set))
         return
     elif arguments.model:
         parted = rerun_steps(arguments.run, steps_of(arguments))

@@ -34,7 +34,7 @@ from hark.launch.common.intervals import mean_interval
 from hark.launch.common.plain_yaml import read_options
 from hark.launch.common.run_directory import changed
 from hark.launch.common.torchrun import environment
-from hark.shown import say
+from hark.shown import say, say_text
 
 SEED = "run.seed"
 
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
         check(one)
     arguments.out.mkdir(parents=True, exist_ok=True)
     failed = do_all(runs, arguments)
-    say(*save(runs, arguments.out).split("\n"))
+    say_text(save(runs, arguments.out))
     if failed:
         raise SystemExit(f"error: {len(failed)} of {len(runs)} runs failed: {', '.join(failed)}")
 

@@ -13,7 +13,7 @@ from hark.data.choices import is_accepted
 from hark.data.errors import DataError
 from hark.data.examples import Example
 from hark.data.json_files import as_text, read_rows, write_json
-from hark.shown import say
+from hark.shown import say, say_text
 
 PREDICTIONS = ("model_prediction", "model_output", "answer_prediction", "prediction", "response")  # the first counts
 SHOWN = 5  # rows that the console names; the JSON file has all
@@ -58,7 +58,7 @@ def grade_file(path: str, *, benchmark: str, out: str | None) -> None:
     if others:
         _name(answers, rows, lambda answer, row: row["official"] is None, f"are left out by the script of {benchmark}")
     graded = table(rows, examples, others) if share(rows).total else "no row has a right answer: nothing can be graded"
-    say(*graded.split("\n"))
+    say_text(graded)
     if out is not None:
         result = {"file": path, "benchmark": benchmark} | figures(rows, examples, others)
         write_json(out, result | {"missing_predictions": missing, "rows": rows})

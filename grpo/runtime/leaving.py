@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 from hark.parent import when_parent_ends
-from hark.shown import say
+from hark.shown import say_text
 
 ORPHANED = (
     "error: the launcher of this process has died; give the same command again, for a training run with run.resume=true"
@@ -35,7 +35,7 @@ def claim_report() -> bool:
 def report(text: str) -> None:
     """Print an error unless another process of this run has printed one: the first error causes the others."""
     if claim_report():
-        say(*text.split("\n"), file=sys.stderr)
+        say_text(text, file=sys.stderr)
 
 
 def leave(text: str, status: int) -> None:

@@ -37,7 +37,7 @@ from hark.launch.common.trained import Subject, find_trained, is_run
 from hark.launch.common.training import announce
 from hark.models.loading import read_family
 from hark.models.policy import Policy
-from hark.shown import say
+from hark.shown import say, say_text
 
 Question = Example | BadExample
 
@@ -225,7 +225,7 @@ def report(
     if blank:
         say(f"{blank} could not be asked; their predictions are empty and count as wrong")
     if unknown < len(rows):
-        say(*table(rows, examples, others).split("\n"))
+        say_text(table(rows, examples, others))
         for line in below_chance(result, again):
             say(line)
     if unknown:

@@ -23,7 +23,7 @@ from hark.grpo.algorithms import ALGORITHMS, AlgorithmError, named_values
 from hark.grpo.config import Bound, Config, ConfigError, Files, LossConfig, default_of, flow
 from hark.launch.common.nearest import nearest
 from hark.launch.common.plain_yaml import BROKEN, PlainLoader, plain_loader, plain_yaml, said, text_of
-from hark.shown import say, shown
+from hark.shown import say_text, shown
 
 LONGEST = 200  # characters of a value in a message
 CONFIGS = Path(__file__).parents[1] / "configs"  # configurations of the package, found by their names
@@ -92,7 +92,7 @@ def config_names() -> list[str]:
 def help_if_asked(argv: list[str], text: str | None) -> None:
     """With `--help`, print the help of a program whose arguments are a configuration, and end it."""
     if {"-h", "--help"} & set(argv):
-        say(*usage(text).split("\n"))
+        say_text(usage(text))
         raise SystemExit(0)
 
 
