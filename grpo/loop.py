@@ -112,23 +112,12 @@ def resumed(learner: Learner, changes: Callable[[Manifest], Sequence[str]]) -> i
 
 def do_steps(learner: Learner, metrics: Metrics, saver: Saver, *, start: int, rate: float) -> None:
     """The steps from `start` on, each with what is due after it; `rate` is multiply-adds per second of all ranks."""
-    config, world, optimizer = learner.config, learner.world, learner.optimizer
+    config, world = learner.config, learner.world
     due = _is_due(start, config.evaluation.every, config.optim.steps) if start else config.evaluation.before
     if due and not reduce_max(metrics.has_event("evaluation", start), world):
         evaluated(learner, metrics, saver, done=start)
     for step in range(start, config.optim.steps):
-        learner.clock.start(step + 1)
-        world.meter.start()
-        restart_peak(world.device)
-        learner.recorder.begin(step + 1)
-        learner.clock.lap("record")
-        learner.updates = 0
-        values = learner.step(step)
-        learner.clock.lap("report")
-        values |= learner.recorder.end()
-        learner.clock.lap("record")
-        values |= {"lr": optimizer.param_groups[0]["lr"], "memory/peak_gib": peak_gib(world.device)}
-        values |= learner.clock.seconds() | world.meter.measured() | saver.take_figures()
+        values = measured_step(learner, step) | saver.take_figures()
         done = step + 1
         metrics.log(done, values | speed(values, rate=rate))
         if _is_due(done, config.log.completions, config.optim.steps):
@@ -141,6 +130,23 @@ def do_steps(learner: Learner, metrics: Metrics, saver: Saver, *, start: int, ra
         if _is_due(done, config.checkpoint.every, config.optim.steps):
             save(learner, metrics, saver, done, validation=validation)
     saver.finish()
+
+
+def measured_step(learner: Learner, step: int) -> dict[str, float]:
+    """Do a step with its record; returns its metrics, and what the run's meters say of it."""
+    clock, world = learner.clock, learner.world
+    clock.start(step + 1)
+    world.meter.start()
+    restart_peak(world.device)
+    learner.recorder.begin(step + 1)
+    clock.lap("record")
+    learner.updates = 0
+    values = learner.step(step)
+    clock.lap("report")
+    values |= learner.recorder.end()
+    clock.lap("record")
+    values |= {"lr": learner.optimizer.param_groups[0]["lr"], "memory/peak_gib": peak_gib(world.device)}
+    return values | clock.seconds() | world.meter.measured()
 
 
 def evaluated(learner: Learner, metrics: Metrics, saver: Saver, *, done: int) -> dict[str, float]:

@@ -71,7 +71,7 @@ def test_a_run_reports_every_target_and_writes_it_as_json(tmp_path, capsys):
         assert 0 < result["parity"] < 1e-4 and 0 < result["limit_share"] < 1
         assert set(result["seconds"]["baseline"]) == phases
         ours = result["seconds"]["hark"]  # all that the trainer's step consists of
-        assert set(ours) == phases | {"load", "reward", "report"}
+        assert set(ours) == phases | {"load", "reward", "report", "record"}
         assert sum(ours.values()) - ours["step"] == pytest.approx(ours["step"], rel=0.1)
     heading, targets, *figures, machine = capsys.readouterr().out.splitlines()
     assert {len(line) for line in (targets, *figures)} == {len(heading)} and "1 + busy" in figures[1]

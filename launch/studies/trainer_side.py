@@ -10,6 +10,7 @@ from pathlib import Path
 import soundfile
 
 from hark.grpo.config import Config
+from hark.grpo.loop import measured_step
 from hark.grpo.runtime.collectives import World
 from hark.launch.common.config_file import load_config
 from hark.launch.common.policies import make_policy
@@ -48,15 +49,9 @@ class TrainerSide(HarkSide):
 
     def step(self) -> dict[str, float]:
         """Seconds of each phase of the next step, and of the whole."""
-        trainer = self.trainer
-        trainer.clock.start(self._done + 1)
-        trainer.recorder.begin(self._done + 1)
-        trainer.updates = 0
-        trainer.step(self._done)
-        trainer.clock.lap("report")
-        trainer.recorder.end()
+        measured_step(self.trainer, self._done)
         self._done += 1
-        seconds = {name.removeprefix("seconds/"): value for name, value in trainer.clock.seconds().items()}
+        seconds = {name.removeprefix("seconds/"): value for name, value in self.trainer.clock.seconds().items()}
         return {PHASES.get(name, name): value for name, value in seconds.items()}
 
     def close(self) -> None:
