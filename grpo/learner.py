@@ -264,15 +264,14 @@ class Learner(Generic[Kind]):
         """
         parts = batch.split_by_length(self.micro_batch.size, batch.groups_with_gradient())
         count = max(1, reduce_max(len(parts), self.world)) if batch.skips_groups else len(parts)
-        for number in range(1, count + 1):
+        own = len(parts)
+        parts += [batch.split_by_length(1)[-1] for _ in range(count - own)]
+        for number, groups in enumerate(parts, start=1):
             reduce_between_replicas(self.policy, now=last and number == count)
-            if number <= len(parts):
-                groups = parts[number - 1]
-                yield groups, batch.select(groups)
-            else:
-                groups = batch.split_by_length(1)[-1]
-                shortest = batch.select(groups)
-                yield groups, dataclasses.replace(shortest, weights=torch.zeros_like(shortest.weights))
+            micro = batch.select(groups)
+            if number > own:
+                micro = dataclasses.replace(micro, weights=torch.zeros_like(micro.weights))
+            yield groups, micro
 
 
 def _metrics(micro: Batch, terms: TokenTerms) -> dict[str, torch.Tensor]:
