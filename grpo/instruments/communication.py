@@ -14,9 +14,9 @@ those of the reference's weights if it has its own. trained: elements with a gra
 of `shards` rows, and the padding counts. d: bytes per element of the compute dtype; gradients are reduced in float32.
 
 passes: inner epochs times micro-batches, fewer if groups are skipped. Between replicas only the last micro-batch of an
-epoch reduces gradients. The rollout gathers all weights once. copy: 1 if
-the reference has weights of its own, whose root is gathered once; else 0. With copy 0 the reference pass gathers the
-policy's root, and the policy's first micro-batch uses it without gathering it again.
+epoch reduces gradients. The rollout gathers all weights once. copy: 1 if the reference has weights of its own, whose
+root is gathered once; else 0. With copy 0 the reference pass gathers the policy's root, and the policy's first
+micro-batch uses it without gathering it again.
 """
 
 from __future__ import annotations

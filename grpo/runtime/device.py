@@ -9,6 +9,7 @@ import torch
 
 from hark.grpo.config import ConfigError
 
+ALLOCATOR, OLDER = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"  # settings of the GPU's memory; a user may use both
 ENVIRONMENT = {
     # On the CPU, oneDNN and torch's layer above it each keep the code of an operation for each shape that it meets,
     # 1024 of them unless they are told otherwise. Lengths of audio differ from step to step: a rank of the demo grew by
@@ -18,9 +19,8 @@ ENVIRONMENT = {
     "LRU_CACHE_CAPACITY": "64",
     # On a GPU, freed pieces of a block of memory cannot be joined with those of another block, and tensors of ever new
     # lengths leave pieces that are too small. Such segments grow instead, and have no borders between blocks.
-    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    ALLOCATOR: "expandable_segments:True",
 }
-OLDER = {"PYTORCH_ALLOC_CONF": "PYTORCH_CUDA_ALLOC_CONF"}  # names by which a user may have set the same
 DEVICES = Path("/dev")  # where the driver lists the GPUs that this process may use
 
 
@@ -31,7 +31,7 @@ def set_up(threads: int = 0) -> torch.device:
     torch cannot use, or fewer GPUs than processes.
     """
     for name, value in ENVIRONMENT.items():
-        if OLDER.get(name) not in {*os.environ}:
+        if name != ALLOCATOR or OLDER not in os.environ:
             os.environ.setdefault(name, value)
     if threads:
         torch.set_num_threads(threads)
