@@ -290,7 +290,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
             "test_training.py::test_the_update_is_the_same_for_any_micro_batch_and_on_one_or_two_ranks",
         ),
         ("no update without a gradient", "max(1, reduce_max", "max(0, reduce_max", "test_skipping"),
-        ("repeated group counts", "torch.zeros_like(shortest.weights)", "shortest.weights", "test_skipping"),
+        ("repeated group counts", "torch.zeros_like(micro.weights)", "micro.weights", "test_skipping"),
         (
             "completions of this rank",
             "len(mask) * self.world.size",
