@@ -13,7 +13,7 @@ HALF_A_PAIR = re.compile("[\ud800-\udfff]")
 DEPTH = 64  # levels of lists and objects in a row
 DIGITS = 20  # of an integer of 64 bits, with its sign
 LARGEST_ROW = 8 << 20  # bytes of a row; those of real data sets have some kilobytes
-LARGEST_VALUE = 256 << 20  # bytes of a file that holds one object or array, or of a line
+LARGEST_VALUE = 128 << 20  # bytes of a file that holds one object or array; in memory they can be thirty times as large
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict | DataError]]:
@@ -53,7 +53,7 @@ def _problem(path: Path, error: OSError) -> str:
 
 def _array_rows(path: Path) -> Iterator[tuple[str, dict | DataError]]:
     try:
-        rows = _decoded(path.read_bytes())
+        rows = _decoded(path.read_bytes(), LARGEST_VALUE)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     for index, row in enumerate(rows):
@@ -62,11 +62,9 @@ def _array_rows(path: Path) -> Iterator[tuple[str, dict | DataError]]:
 
 def _line_rows(path: Path) -> Iterator[tuple[str, dict | DataError]]:
     with path.open("rb") as file:
-        for number, raw in enumerate(iter(lambda: file.readline(LARGEST_VALUE), b""), start=1):
-            if len(raw) == LARGEST_VALUE:
-                raise DataError(
-                    f"{path}:{number}: a line of more than {LARGEST_VALUE >> 20} MB; expected a JSON object"
-                )
+        for number, raw in enumerate(iter(lambda: file.readline(LARGEST_VALUE + 1), b""), start=1):
+            if len(raw) > LARGEST_VALUE:
+                raise DataError(f"{path}:{number}: no end of the line in {LARGEST_VALUE >> 20} MB; expected JSON lines")
             if not raw.strip():
                 continue
             try:
@@ -76,7 +74,9 @@ def _line_rows(path: Path) -> Iterator[tuple[str, dict | DataError]]:
             yield f"{path.name}:{number}", row
 
 
-def _decoded(raw: bytes) -> Any:
+def _decoded(raw: bytes, most: int = LARGEST_ROW) -> Any:
+    if len(raw) > most:
+        raise DataError(f"has more than {most >> 20} MB; expected texts and numbers")
     try:
         return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_object, parse_int=_integer)
     # ValueError: no JSON, or no UTF-8. RecursionError: nested too deeply.
@@ -141,7 +141,7 @@ def read_object(path: str | Path) -> dict:
     except OSError as error:
         raise DataError(f"{path}: {_problem(path, error)}; expected a file with one JSON object") from None
     try:
-        row = _row(_decoded(raw))
+        row = _row(_decoded(raw, LARGEST_VALUE))
     except DataError as error:
         row = error
     if isinstance(row, DataError):

@@ -669,7 +669,7 @@ def test_a_pipe_a_device_or_a_hole_of_gigabytes_in_place_of_a_manifest_is_damage
     path = tmp_path / "step-000001" / "hark.json"
     path.parent.mkdir()
     put(path)
-    with pytest.raises(DamageError, match="hark.json is not a file of at most 1024 MB"):
+    with pytest.raises(DamageError, match="hark.json is not a file of at most 64 MB"):
         Manifest.read(path.parent)
 
 

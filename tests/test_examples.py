@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from hark.data import json_files
 from hark.data.clip import Clip
 from hark.data.errors import DataError
 from hark.data.examples import load_examples
@@ -92,6 +93,24 @@ def test_what_is_nested_deeply_or_too_long_is_an_error_of_one_short_line(tmp_pat
     assert "\n" not in str(error.value) and len(str(error.value).partition("train.jsonl")[2]) < 300
     examples, bad = load_examples(write(tmp_path, GOOD, line), skip_bad=True)
     assert len(examples) == len(bad) == 1
+
+
+def test_a_row_of_megabytes_is_a_bad_one_and_a_line_or_an_array_without_an_end_is_an_error_of_the_file(
+    tmp_path, monkeypatch
+):
+    """A row takes up to thirty times its size in memory: a pair of brackets is a list of 56 bytes."""
+    row = {**GOOD, "id": 7, "more": "[]" * (json_files.LARGEST_ROW // 2)}
+    examples, bad = load_examples(write(tmp_path, GOOD, row, {**GOOD, "id": 8}), skip_bad=True)
+    assert [example.id for example in examples] == ["183", "8"]
+    assert [(Path(one.line).name, one.reason) for one in bad] == [
+        ("train.jsonl:2", "has more than 8 MB; expected texts and numbers")
+    ]
+    monkeypatch.setattr(json_files, "LARGEST_VALUE", 2 << 20)
+    with pytest.raises(DataError, match="train.jsonl:2: no end of the line in 2 MB; expected JSON lines"):
+        load_examples(write(tmp_path, GOOD, row), skip_bad=True)
+    (tmp_path / "train.json").write_text(json.dumps([GOOD, row]))
+    with pytest.raises(DataError, match="train.json: an array of more than 2 MB; write it as JSON lines"):
+        load_examples(tmp_path / "train.json", skip_bad=True)
 
 
 def test_bytes_that_are_not_utf8_are_an_error_of_their_line(tmp_path):

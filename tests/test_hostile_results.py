@@ -175,7 +175,7 @@ def test_answer_files_of_other_kinds_are_one_line_and_never_steer_the_terminal(t
 
 
 def test_an_answer_file_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(grading, "LARGEST", 10)
+    monkeypatch.setattr(grading, "LARGEST_VALUE", 10)
     (tmp_path / "answers.json").write_text("[" + " " * 20 + "]")
     with pytest.raises(DataError, match="has more than"):
         grade_file(str(tmp_path / "answers.json"), benchmark="mmau", out=None)

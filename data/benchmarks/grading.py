@@ -12,12 +12,11 @@ from hark.data.benchmarks.rules import LETTERS, Value, index_of
 from hark.data.choices import is_accepted
 from hark.data.errors import DataError
 from hark.data.examples import Example
-from hark.data.json_files import as_text, read_rows, write_json
+from hark.data.json_files import LARGEST_VALUE, as_text, read_rows, write_json
 from hark.shown import say, say_text
 
 PREDICTIONS = ("model_prediction", "model_output", "answer_prediction", "prediction", "response")  # the first counts
 SHOWN = 5  # rows that the console names; the JSON file has all
-LARGEST = 1 << 30  # bytes of an answer file; those of the benchmarks have at most 5 MB
 
 
 @dataclass(frozen=True)
@@ -117,8 +116,8 @@ def _is_no_choice(answer: AnswerRow) -> bool:
 def read_answers(path: str | Path, benchmark: Benchmark) -> list[AnswerRow]:
     """The rows of a JSON array or of JSON lines; DataError that says where, what and how to fix it."""
     records = []
-    if Path(path).is_file() and Path(path).stat().st_size > LARGEST:
-        raise DataError(f"{path}: has more than {LARGEST >> 20} MB; expected the answers to a benchmark")
+    if Path(path).is_file() and Path(path).stat().st_size > LARGEST_VALUE:
+        raise DataError(f"{path}: has more than {LARGEST_VALUE >> 20} MB; expected the answers to a benchmark")
     for where, record in read_rows(path):
         if isinstance(record, DataError):
             raise DataError(f"{where}: {record}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hark.data.errors import DataError
-from hark.data.json_files import LARGEST_VALUE, check_regular, read_object, read_rows, write_json
+from hark.data.json_files import LARGEST_ROW, check_regular, read_object, read_rows, write_json
 from hark.grpo.config import ConfigError
 from hark.shown import shown
 
@@ -58,10 +58,10 @@ def _cut(path: Path) -> None:
     try:
         with path.open("r+b") as file:
             size = file.seek(0, os.SEEK_END)
-            file.seek(max(size - LARGEST_VALUE, 0))
+            file.seek(max(size - LARGEST_ROW, 0))
             *whole, rest = file.read().rsplit(b"\n", 1)
-            if not whole and size > LARGEST_VALUE:
-                raise DataError(f"{path}: its last line has more than {LARGEST_VALUE >> 20} MB; choose another file")
+            if not whole and size > LARGEST_ROW:
+                raise DataError(f"{path}: its last line has more than {LARGEST_ROW >> 20} MB; choose another file")
             file.truncate(size - len(rest))
     except OSError as error:
         raise DataError(f"{path}: cannot be used ({error.strerror}); choose another file") from None
