@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from hark.grpo.distribution import draw_tokens, log_distribution
+from hark.grpo.prefill import Prefill, Prefix
 from hark.grpo.runtime.cuda import DelayedFlags, recorder, round_up, send
 from hark.grpo.runtime.threads import paying_threads
 from hark.grpo.tree import Layout, branches_layout, prompt_layout, tree_masks
@@ -66,6 +67,7 @@ class Branches:
 
     uniforms: (B, T) float64 in [0, 1), from which tokens are drawn; None takes the most likely token.
     graphs: record the decode step as CUDA graphs, on a GPU, which saves the time of launching its kernels.
+    keep_prefill: keep the graph of the prompts' forward, if all are prefilled together.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Branches:
         rows: int,
         stop: bool,
         graphs: bool,
+        keep_prefill: bool,
     ):
         self.policy, self.prompts, self.group_size, self.limit = policy, tuple(prompts), group_size, limit
         self.temperature, self.rows = temperature or 1.0, rows
@@ -96,6 +99,8 @@ class Branches:
         self.cache = GroupCache(rows, longest, rows * group_size, limit - 1)
         self._read_running = DelayedFlags(self.running)
         self._graphs = recorder(device) if graphs else None
+        self._keep_prefill = keep_prefill
+        self._prefill: Prefill | None = None
         self._branches: list[Branch] = []  # in the order of the cache
         self._prompt_of_row: list[int | None] = []  # None where the row is free
 
@@ -111,15 +116,19 @@ class Branches:
 
     def prefill(self, chosen: Sequence[int]) -> None:
         """Prefill prompts, given by index, and draw the first token of each of their completions."""
-        embeddings, lengths = self.policy.embed([self.prompts[n] for n in chosen])  # (N, P, D), (N,)
-        prompt = prompt_layout(lengths, embeddings.shape[1])
-        masks = tree_masks(self.policy.windows, prompt, prompt, prompt=embeddings.shape[1])
-        attention = PrefillAttention(self.cache, self._assign_rows(chosen))
-        hidden = self.policy.decode(embeddings, masks, prompt.position, attention)
-        last = hidden[torch.arange(len(chosen), device=hidden.device), lengths - 1]  # (N, D)
+        with torch.set_grad_enabled(self._keep_prefill):
+            embeddings, lengths = self.policy.embed([self.prompts[n] for n in chosen])  # (N, P, D), (N,)
+            prompt = prompt_layout(lengths, embeddings.shape[1])
+            masks = tree_masks(self.policy.windows, prompt, prompt, prompt=embeddings.shape[1])
+            attention = PrefillAttention(self.cache, self._assign_rows(chosen))
+            hidden = self.policy.decode(embeddings, masks, prompt.position, attention)
+            last = hidden[torch.arange(len(chosen), device=hidden.device), lengths - 1]  # (N, D)
+        if self._keep_prefill:
+            tokens = [len(self.prompts[n].ids) for n in chosen]
+            self._prefill = Prefill(Prefix(last, attention.layers), chosen, tokens)
         first = torch.tensor(chosen, device=hidden.device)[:, None] * self.group_size
         completion = first + torch.arange(self.group_size, device=hidden.device)  # (N, G)
-        self._draw(last, completion, torch.zeros_like(completion))
+        self._draw(last.detach(), completion, torch.zeros_like(completion))
 
     def decode_step(self) -> None:
         """Feed every branch its last token, and draw its next one."""
@@ -158,7 +167,9 @@ class Branches:
         """All completions, in the order of the prompts."""
         used = slice(self.count), slice(int(self.mask.sum(dim=1).max()))
         tokens, mask, logprobs = (tensor[used] for tensor in (self.tokens, self.mask, self.logprobs))
-        return Rollout(self.prompts, self.group_size, tokens, mask, logprobs, self.stopped[: self.count])
+        return Rollout(
+            self.prompts, self.group_size, tokens, mask, logprobs, self.stopped[: self.count], prefill=self._prefill
+        )
 
     def _sizes(self) -> Sizes:
         device, capacity = self.tokens.device, self.rows * self.group_size

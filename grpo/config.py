@@ -122,6 +122,9 @@ class RolloutConfig:
         0  # groups of equal rewards are replaced by at most this many times prompts_per_step further prompts
     )
     batch: Count | None = None  # prompts decoded at a time on one rank; the next starts when one finishes; null is all
+    keep_prefill: bool = (
+        False  # keep the rollout's forward over the prompts, with its activations, for the first update
+    )
     cuda_graphs: bool = False  # on a GPU, record decode steps as CUDA graphs in each rollout; for long completions
 
 

@@ -28,7 +28,7 @@ from hark.grpo.objective import Objective
 from hark.grpo.optimizer import build_optimizer, clip_gradients, learning_rate
 from hark.grpo.runtime.collectives import World, check_interrupted, reduce_max, reduce_sums
 from hark.grpo.runtime.out_of_memory import is_out_of_memory, reason
-from hark.grpo.runtime.sharding import reduce_between_replicas
+from hark.grpo.runtime.sharding import gather_root, reduce_between_replicas
 from hark.grpo.scorer import score
 from hark.grpo.shared_data import SharedData, TrainingData
 from hark.grpo.types import Batch
@@ -199,11 +199,13 @@ class Learner(Generic[Kind]):
         """The same with micro-batches of the present size. last: whether no further gradients belong to the update."""
         sums: dict[str, Any] = {}
         likeliest = self.config.record.likeliest if self.recorder.is_due else 0
+        prefill = batch.prefill.take() if batch.prefill else None
         for groups, micro in self.micro_batches(batch, last=last):
             logprobs, spread = score(
                 self.policy, micro.prompts, micro.tokens, micro.mask, group_size=micro.group_size,
                 temperature=self.config.rollout.temperature, likeliest=likeliest,
                 entropy_gradient=self.config.loss.entropy > 0,
+                prefix=prefill.select(groups) if prefill else None,
             )  # fmt: skip
             loss, terms = self.loss(micro, logprobs, spread.entropy)
             loss.backward()
@@ -214,6 +216,9 @@ class Learner(Generic[Kind]):
             self.world.progress.mark()
             if not self.updates:  # between two updates of a step the weights are those of no step
                 check_interrupted(self.world)
+        if prefill:
+            gather_root(self.policy)
+            prefill.backward()
         return {name: float(value) for name, value in sums.items()}  # only at the end, because float() waits for a GPU
 
     def learning_rate(self, step: int) -> float:

@@ -30,6 +30,7 @@ def sample(
     batch: int | None = None,
     graphs: bool = False,
     stop: bool = True,
+    keep_prefill: bool = False,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> Rollout:
     """Draw `group_size` completions of each prompt from the policy at `temperature`; 0 takes the most likely token.
@@ -39,12 +40,15 @@ def sample(
     batch: how many prompts are decoded at a time, which bounds the memory; None is all.
     graphs: record the decode step as CUDA graphs, on a GPU.
     stop: False decodes every completion to the limit, to test whether that fits in memory.
+    keep_prefill: keep the prompts' forward with its graph, from which the scorer goes on; they are decoded together.
     interrupted: where it becomes true, completions end as they are, those of prompts that wait without a token.
     A sharded policy must be `gathered`, because ranks may do different numbers of steps. Raises PolicyError if `graphs`
     is set and the policy does not support it.
     """
     if graphs:
         _check_recordable(policy)
+    if keep_prefill and batch is not None and batch < len(prompts):
+        raise ValueError(f"keep_prefill needs all {len(prompts)} prompts at once; batch is {batch}")
     uniforms = None
     if temperature > 0:
         if keys is None:
@@ -53,6 +57,7 @@ def sample(
     branches = Branches(
         policy, prompts, group_size=group_size, limit=max_new_tokens, temperature=temperature, uniforms=uniforms,
         rows=min(batch or len(prompts), len(prompts)), stop=stop, graphs=graphs,
+        keep_prefill=keep_prefill,
     )  # fmt: skip
     # The longest first, so that prompts decoded together have similar lengths and the memory peak comes early.
     waiting = deque(sorted(range(len(prompts)), key=lambda n: -len(prompts[n].ids)))

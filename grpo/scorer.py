@@ -9,10 +9,11 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from hark.grpo.distribution import entropy, log_distribution
+from hark.grpo.prefill import Prefix
 from hark.grpo.tree import Layout, branches_layout, prompt_layout, tree_mask, tree_masks, tree_rule
-from hark.models.attention import AttentionFunction, BlockAttention, block_mask
+from hark.models.attention import AfterPrompt, AttentionFunction, BlockAttention, block_mask
 from hark.models.policy import Policy, Prompt, on_policy
-from hark.models.split_attention import SplitAttention
+from hark.models.split_attention import SplitAfterPrompt, SplitAttention
 
 CHUNK = 2048  # scored tokens whose logits over the vocabulary exist at the same time
 
@@ -40,13 +41,15 @@ def score(
     temperature: float = 1.0,
     likeliest: int = 0,
     entropy_gradient: bool = False,
+    prefix: Prefix | None = None,
 ) -> tuple[torch.Tensor, Spread]:
     """Logprobs (B, T) of completions (B, T) under `log_distribution`, and figures of these distributions.
 
     The logprobs have a gradient for every trained parameter, those of the audio tower included. likeliest: how many of
     the likeliest tokens the figures have. entropy_gradient: whether the entropy has a gradient too.
+    prefix: what is known of the prompts; None computes it.
     """
-    hidden = _predicting_states(policy, prompts, tokens, group_size)[mask]  # (scored, D)
+    hidden = _predicting_states(policy, prompts, tokens, group_size, prefix)[mask]  # (scored, D)
     chosen = tokens[mask]
     chunks = list(zip(hidden.split(CHUNK), chosen.split(CHUNK), strict=True))
     settings = temperature, likeliest, entropy_gradient
@@ -67,13 +70,15 @@ def tree_blocks(policy: Policy, row: Layout) -> BlockAttention:
 
 
 def _predicting_states(
-    policy: Policy, prompts: Sequence[Prompt], tokens: torch.Tensor, group_size: int
+    policy: Policy, prompts: Sequence[Prompt], tokens: torch.Tensor, group_size: int, prefix: Prefix | None
 ) -> torch.Tensor:
     """Hidden states (B, T, D) that predict the completion tokens; each is that of the token before.
 
     The prompt's last token predicts a branch's first. A branch's last token predicts nothing, so T - 1 tokens are fed.
     """
     policy.check_length(max(len(prompt.ids) for prompt in prompts) + tokens.shape[1] - 1)
+    if prefix is not None:
+        return _after_prompts(policy, prompts, tokens, group_size, prefix)
     embeddings, lengths = policy.embed(prompts)  # (N, P, D), (N,)
     count, longest, width = embeddings.shape
     steps = tokens.shape[1] - 1
@@ -82,9 +87,43 @@ def _predicting_states(
     masks, attention = row_attention(policy, row, longest, group_size)
     hidden = policy.decode(torch.cat([embeddings, fed], dim=1), masks, row.position, attention)
     first = hidden[torch.arange(count, device=lengths.device), lengths - 1]
-    first = first[:, None, None].expand(-1, group_size, -1, -1)  # (N, G, 1, D)
-    rest = hidden[:, longest:].unflatten(1, (group_size, steps)) if steps else first[:, :, :0]
-    return torch.cat([first, rest], dim=2).flatten(0, 1)
+    rest = hidden[:, longest:].unflatten(1, (group_size, steps)) if steps else first[:, None, None][:, :, :0]
+    return _followed(first, rest, group_size)
+
+
+def _after_prompts(
+    policy: Policy, prompts: Sequence[Prompt], tokens: torch.Tensor, group_size: int, prefix: Prefix
+) -> torch.Tensor:
+    """The same, with the branches alone as input."""
+    counts = [len(prompt.ids) for prompt in prompts]
+    lengths = torch.tensor(counts, device=policy.device)
+    steps = max(tokens.shape[1] - 1, 1)  # with none, the layers would have no gradient, for which other ranks wait
+    fed = policy.embed_tokens(tokens[:, :steps]).reshape(len(prompts), group_size * steps, -1)
+    branches = branches_layout(lengths, group_size, steps)
+    row = prompt_layout(lengths, max(counts)) + branches
+    masks, attention = attention_after_prompt(policy, row, branches, group_size, prefix)
+    hidden = policy.decode(fed, masks, branches.position, attention).unflatten(1, (group_size, steps))
+    return _followed(prefix.last, hidden[:, :, : tokens.shape[1] - 1], group_size)
+
+
+def _followed(last: torch.Tensor, rest: torch.Tensor, group_size: int) -> torch.Tensor:
+    """States (B, T, D): those (N, D) that predict the first tokens of all branches, and the rest, (N, G, T - 1, D)."""
+    first = last[:, None, None].expand(-1, group_size, -1, -1)  # (N, G, 1, D)
+    return torch.cat([first, rest.expand(-1, group_size, -1, -1)], dim=2).flatten(0, 1)
+
+
+def attention_after_prompt(
+    policy: Policy, row: Layout, branches: Layout, group_size: int, prefix: Prefix
+) -> tuple[dict[str, torch.Tensor], AttentionFunction]:
+    """The masks and the attention function of branches after prompts whose keys and values are known."""
+    if policy.device.type != "cpu":
+        return tree_masks(policy.windows, branches, row), AfterPrompt(prefix.layers)
+    prompt = row.real.shape[1] - branches.real.shape[1]
+    real = row.real[:, None, None, :prompt]
+    masks = {
+        kind: real if window is None else tree_mask(branches, row, window) for kind, window in policy.windows.items()
+    }
+    return masks, SplitAfterPrompt(prefix.layers, group_size)
 
 
 def row_attention(

@@ -167,6 +167,7 @@ class Trainer(Learner[PolicyBatch]):
             return sample(
                 self.policy, prompts, keys=keys, group_size=rollout.group_size, max_new_tokens=rollout.max_new_tokens,
                 temperature=rollout.temperature, batch=rollout.batch, graphs=rollout.cuda_graphs, stop=stop,
+                keep_prefill=rollout.keep_prefill,
                 interrupted=self.world.interruption.received,
             )  # fmt: skip
 
@@ -240,6 +241,7 @@ class Trainer(Learner[PolicyBatch]):
             beta=self.reference.beta,
             regularised=self.reference.in_loss or self.config.loss.entropy > 0,
             sampled_logprobs=None if old_logprobs is rollout.logprobs else rollout.logprobs,
+            prefill=rollout.prefill,
         )
 
     def with_answers(self, batch: PolicyBatch, examples: Sequence[Any]) -> PolicyBatch:
@@ -299,7 +301,10 @@ class Trainer(Learner[PolicyBatch]):
         """The metrics of a step over all ranks, by one all-reduce."""
         completions = len(rewards) * self.world.size
         groups = completions // self.group_size
-        macs = self.macs(batch).step(reference=self.reference.policy is not None, updates=self.config.loss.inner_epochs)
+        macs = self.macs(batch).step(
+            reference=self.reference.policy is not None, updates=self.config.loss.inner_epochs,
+            keep_prefill=self.config.rollout.keep_prefill,
+        )  # fmt: skip
         if batch.given is not None:
             macs += self.macs(batch.given).step(rollout=False, reference=False, updates=self.config.loss.inner_epochs)
         own: dict[str, Any] = {

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch.nn.functional import pad
 
+from hark.grpo.prefill import Prefill
 from hark.models.policy import Prompt
 
 AnyGroups = TypeVar("AnyGroups", bound="Groups")
@@ -81,10 +82,12 @@ class Rollout(Groups):
 
     logprobs: (B, T) float32 of each token under the distribution it was drawn from.
     stopped: (B,) bool, False where the completion has no stop token because it reached the token limit.
+    prefill: the prompts' forward with its graph, if it was kept.
     """
 
     logprobs: torch.Tensor
     stopped: torch.Tensor
+    prefill: Prefill | None = None
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,11 @@ class Batch(Groups):
     """This rank's completions to train on.
 
     weights: (B, T), the weight of each token in the loss, normalised over the whole step and all ranks.
+    prefill: the prompts' forward with its graph, which the first update of a step uses; None computes it.
     """
 
     weights: torch.Tensor
+    prefill: Prefill | None = field(default=None, kw_only=True)
 
     @property
     def skips_groups(self) -> bool:

@@ -205,6 +205,7 @@ def predict(shape: Shape, planned: Run) -> Plan:
         reference="none" if config.loss.beta == 0 or planned.sft else reference,
         offload=config.sharding.offload,
         offload_reference=config.sharding.offload_reference,
+        keep_prefill=config.rollout.keep_prefill and not planned.sft,
     )
     return plan(shape, work, setting)
 
@@ -270,6 +271,7 @@ def _candidates(planned: Run) -> Iterator[Change]:
     """All changes that are tried, cheapest first; the first ones cost time or precision, the last is more GPUs."""
     config, gpus = planned.config, planned.gpus
     for section, key, value in (
+        ("rollout", "keep_prefill", False),
         ("sharding", "reshard", True),
         ("sharding", "replicas", 1),
         ("model", "recompute", True),
@@ -311,7 +313,8 @@ def _changed(planned: Run, chosen: Iterable[Change]) -> Run | None:
         else:
             gpus = value
     dtypes_conflict = config.model.master_dtype == "bfloat16" and config.model.dtype != "bfloat16"
-    compatible = not dtypes_conflict and config.optim.prompts_per_step % gpus == 0
+    prefill_conflicts = config.rollout.keep_prefill and (config.model.recompute or config.rollout.batch is not None)
+    compatible = not dtypes_conflict and not prefill_conflicts and config.optim.prompts_per_step % gpus == 0
     return dataclasses.replace(planned, config=config, gpus=gpus) if compatible else None
 
 

@@ -180,13 +180,35 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
 
 @dataclass(frozen=True)
 class PrefillAttention:
-    """Causal self-attention of N prompts that also stores their keys and values in rows of a cache."""
+    """Causal self-attention of N prompts that also stores their keys and values in rows of a cache.
+
+    layers: takes the keys and values (N, heads, P, head size) of each layer with their graph, if they have one.
+    """
 
     cache: GroupCache
     rows: Sequence[int]
+    layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def __call__(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **kwargs: Any) -> Tensor:
-        self.cache.fill(module.layer_idx, self.rows, key, value)
+        self.cache.fill(module.layer_idx, self.rows, key.detach(), value.detach())
+        if torch.is_grad_enabled():
+            self.layers.append((key, value))
+        return sdpa_attention(module, query, key, value, mask, **kwargs)
+
+
+@dataclass(frozen=True)
+class AfterPrompt:
+    """Attention of branches to prompts whose keys and values are known, and to one another.
+
+    layers: the prompts' keys and values, (N, heads, P, head size), of each layer.
+    """
+
+    layers: Sequence[tuple[Tensor, Tensor]]
+
+    def __call__(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **kwargs: Any) -> Tensor:
+        """mask: additive, (N, 1, L, P + L), of L tokens of branches; returns (N, L, heads, head size)."""
+        both = zip(self.layers[module.layer_idx], (key, value), strict=True)
+        key, value = (torch.cat(pair, dim=2) for pair in both)
         return sdpa_attention(module, query, key, value, mask, **kwargs)
 
 

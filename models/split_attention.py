@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hark.models.attention import sdpa_attention
+from hark.models.attention import AfterPrompt, sdpa_attention
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -36,18 +36,41 @@ class SplitAttention:
         """
         if mask.shape[-1] == key.shape[2]:
             return sdpa_attention(module, query, key, value, mask, scaling=scaling, **kwargs)
-        size, widest = value.shape[-1], max(value.shape[-1], key.shape[-1])
-        # The kernel requires one head size. Appended zeros change no product, and the last line cuts them off again.
-        query, key, value = (F.pad(t, (0, widest - t.shape[-1])) for t in (query, key, value))
-        shared = query.shape[1] // key.shape[1]  # query heads per key head; these are adjacent
-        if shared > 1:
-            key, value = (t.repeat_interleave(shared, dim=1) for t in (key, value))
+        size = value.shape[-1]
+        query, key, value = _alike(query, key, value)
         sections = [t.tensor_split((self.prompt,), dim=2) for t in (query, key, value)]
         (prompt_query, query), (keys, branch_keys), (values, branch_values) = sections
         in_prompt = F.scaled_dot_product_attention(prompt_query, keys, values, is_causal=True, scale=scaling)
         parts = query, keys, values, branch_keys, branch_values
         in_branches = _BranchAttention.apply(*parts, mask, self.group_size, scaling)
         return torch.cat([in_prompt, in_branches], dim=2)[..., :size].transpose(1, 2).contiguous()
+
+
+@dataclass(frozen=True)
+class SplitAfterPrompt(AfterPrompt):
+    """The same for branches alone, after prompts whose keys and values are known."""
+
+    group_size: int
+
+    def __call__(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **kwargs: Any) -> Tensor:
+        """mask: additive, (N, 1, 1, P), over the prompts' padding; or (N, 1, L, P + L), left to `AfterPrompt`."""
+        keys, values = self.layers[module.layer_idx]
+        if mask.shape[-1] != keys.shape[2]:
+            return super().__call__(module, query, key, value, mask, **kwargs)
+        parts = _alike(query, keys, values, key, value)
+        out = _BranchAttention.apply(*parts, mask, self.group_size, kwargs["scaling"])
+        return out[..., : value.shape[-1]].transpose(1, 2).contiguous()
+
+
+def _alike(query: Tensor, *others: Tensor) -> list[Tensor]:
+    """Queries, keys and values with one head size and a key head for each query head, as the kernel requires.
+
+    Appended zeros change no product; they are cut off from the output.
+    """
+    widest = max(t.shape[-1] for t in (query, *others))
+    wide = [F.pad(t, (0, widest - t.shape[-1])) for t in (query, *others)]
+    shared = query.shape[1] // others[0].shape[1]  # query heads per key head; these are adjacent
+    return [wide[0], *(t.repeat_interleave(shared, dim=1) if shared > 1 else t for t in wide[1:])]
 
 
 class _BranchAttention(torch.autograd.Function):

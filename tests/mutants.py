@@ -212,6 +212,17 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ),
         ("last chunk lost", "for h, c in chunks[:-1]", "for h, c in chunks[1:]", "test_sampler test_parity"),
     ),
+    "grpo/prefill.py": (
+        ("a prompt's own part of the gradient alone", "_of(gradient, row,", "_of(gradient, 0,", "test_prefill"),
+        ("prompts in the order of the rollout", "self._rows[group] for", "group for", "test_prefill"),
+        (
+            "kept for the second update",
+            "self._outputs, self._leaves = [], []\n        return taken",
+            "return taken",
+            "test_prefill",
+        ),
+        ("keys in the place of values", "others[first::2]", "others[::2]", "test_prefill"),
+    ),
     "grpo/sampler.py": (
         ("draws without the example", "list(key)", "list(key)[:-1]", "test_sampler"),
         ("shortest prompt first", "-len(prompts[n].ids)", "len(prompts[n].ids)", "test_sampler"),

@@ -24,10 +24,13 @@ from hark.grpo.instruments.memory import Setting, Work, plan
 from hark.grpo.instruments.memory_tracker import MemoryTracker
 from hark.grpo.instruments.shape import shape_of
 from hark.grpo.optimizer import build_optimizer
-from hark.grpo.runtime.sharding import gathered, release, shard
+from hark.grpo.prefill import Prefix
+from hark.grpo.runtime.sharding import gather_root, gathered, release, shard
 from hark.grpo.sampler import sample
 from hark.grpo.scorer import score
 from hark.grpo.tree import Layout, tree_masks
+from hark.grpo.types import Rollout
+from hark.models.attention import AfterPrompt
 from hark.models.cache import GroupCache, TowerCache
 from hark.models.families.qwen2_audio import QWEN2_AUDIO_7B, Qwen2AudioPolicy
 from hark.models.loading import build_from_config, meta_parameters
@@ -102,22 +105,38 @@ def simulate(
             for parameter in policy.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
             _update(policy, optimizer)
-            _step(policy, reference, optimizer, prompts, work, tracker, fixed, decoding_steps or work.max_new_tokens)
+            steps = decoding_steps or work.max_new_tokens
+            _step(policy, reference, optimizer, prompts, work, tracker, fixed, steps, setting.keep_prefill)
             return tracker.peaks
     finally:
         dist.destroy_process_group()
 
 
 def _step(
-    policy, reference, optimizer, prompts, work: Work, tracker: MemoryTracker, fixed: FixedValues, steps: int
+    policy,
+    reference,
+    optimizer,
+    prompts,
+    work: Work,
+    tracker: MemoryTracker,
+    fixed: FixedValues,
+    steps: int,
+    keep_prefill: bool,
 ) -> None:
-    """The hops of Trainer.step that hold memory. The rollout comes last, so that it finds what a step leaves behind."""
-    fixed.placeholders = work.micro_batch * audio_tokens(work.frames)
+    """The hops of Trainer.step that hold memory. The rollout comes last, so that it finds what a step leaves behind;
+    one whose prompts are kept for the others comes first.
+    """
     rows = work.micro_batch * work.group_size
     tokens = torch.zeros(rows, work.max_new_tokens, dtype=torch.long)
     mask = torch.ones(rows, work.max_new_tokens, dtype=torch.bool)
     parts = [prompts[first : first + work.micro_batch] for first in range(0, work.prompts, work.micro_batch)]
-    as_on_a_gpu = mock.patch("hark.grpo.scorer.row_attention", whole_rows)
+    as_on_a_gpu = mock.patch.multiple(
+        "hark.grpo.scorer", row_attention=whole_rows, attention_after_prompt=whole_rows_after_prompt
+    )
+    prefill = None
+    if keep_prefill:
+        prefill = _rollout(policy, prompts, work, tracker, fixed, steps, keep_prefill=True).prefill.take()
+    fixed.placeholders = work.micro_batch * audio_tokens(work.frames)
     if reference is not None:
         with tracker.phase("reference"), torch.no_grad(), as_on_a_gpu:
             for part in parts:
@@ -125,11 +144,23 @@ def _step(
         if reference is not policy:
             release(reference)
     with tracker.phase("backward"), as_on_a_gpu:
-        for part in parts:
-            logprobs, _ = score(policy, part, tokens, mask, group_size=work.group_size)
-            logprobs.sum().backward()
+        for first, part in zip(range(0, work.prompts, work.micro_batch), parts, strict=True):
+            score(
+                policy, part, tokens, mask, group_size=work.group_size,
+                prefix=prefill.select(range(first, first + len(part))) if prefill else None,
+            )[0].sum().backward()  # fmt: skip
+        if prefill:
+            gather_root(policy)
+            prefill.backward()
     with tracker.phase("optimizer"):
         _update(policy, optimizer)
+    if not keep_prefill:
+        _rollout(policy, prompts, work, tracker, fixed, steps)
+
+
+def _rollout(
+    policy, prompts, work: Work, tracker: MemoryTracker, fixed: FixedValues, steps: int, *, keep_prefill: bool = False
+) -> Rollout:
     fixed.placeholders = (work.decoded or work.prompts) * audio_tokens(work.frames)
     full_cache = mock.patch(
         "hark.grpo.branches.GroupCache", lambda *sizes: GroupCache(*sizes[:3], work.max_new_tokens - 1)
@@ -137,14 +168,19 @@ def _step(
     at_once = mock.patch("hark.models.cache.STEPS", work.max_new_tokens)
     never_stopped = mock.patch("hark.grpo.branches.DelayedFlags", lambda flags: lambda: [True] * flags.numel())
     with tracker.phase("rollout"), gathered(policy), torch.no_grad(), full_cache, at_once, never_stopped:
-        sample(
+        return sample(
             policy, prompts, group_size=work.group_size, max_new_tokens=steps, temperature=1.0,
             keys=[(n,) for n in range(work.prompts)], batch=work.decoded or None,
+            keep_prefill=keep_prefill,
         )  # fmt: skip
 
 
 def whole_rows(policy: Policy, row: Layout, prompt: int, group_size: int):
     return tree_masks(policy.windows, row, row, prompt=prompt), None
+
+
+def whole_rows_after_prompt(policy: Policy, row: Layout, branches: Layout, group_size: int, prefix: Prefix):
+    return tree_masks(policy.windows, branches, row), AfterPrompt(prefix.layers)
 
 
 def _update(policy: Policy, optimizer: torch.optim.Optimizer) -> None:

@@ -12,12 +12,17 @@ from hark.launch.common.config_file import load_config
 from tests.ranks import on_ranks
 from tests.runs import build, read_metrics, train
 
+KEEP = "rollout.keep_prefill=true"
 CASES = (
     [],
     ["sharding.reshard=false", "optim.micro_batch=1", "model.recompute=true"],
     ["model.dtype=bfloat16", "model.train=no-tower", "loss.beta=0", "loss.inner_epochs=2"],
     ["lora.rank=3", "optim.micro_batch=1"],  # a first dimension that two ranks do not divide
     ["lora.rank=3", "optim.micro_batch=1", "sharding.reshard=false"],
+    [KEEP, "optim.micro_batch=1"],
+    [KEEP, "optim.micro_batch=1", "sharding.reshard=false", "loss.beta=0"],
+    [KEEP, "model.dtype=bfloat16", "model.train=no-tower", "loss.beta=0", "loss.inner_epochs=2"],
+    [KEEP, "lora.rank=3", "optim.micro_batch=1"],
 )
 HYBRID = (["sharding.replicas=2", "optim.micro_batch=1", "optim.prompts_per_step=8"],)  # two micro-batches on a rank
 
@@ -35,6 +40,7 @@ def check_bytes(world: World, settings: list[str]) -> None:
             reshard=config.sharding.reshard,
             micro_batches=config.optim.prompts_per_step // world.size // config.optim.micro_batch,
             inner_epochs=config.loss.inner_epochs,
+            keep_prefill=config.rollout.keep_prefill,
         )
         for step in range(2):  # the second must not find what the first has gathered
             began = time.perf_counter()
@@ -42,7 +48,7 @@ def check_bytes(world: World, settings: list[str]) -> None:
             trainer.step(step)
             measured = world.meter.measured()
             assert 0 < measured["seconds/communication"] < time.perf_counter() - began
-            assert measured["communication/gib"] == foreseen / GIB, case
+            assert measured["communication/gib"] == foreseen / GIB, (case, step)
 
 
 def test_a_step_sends_what_the_formula_says_to_the_byte(settings, tmp_path):

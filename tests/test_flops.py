@@ -124,6 +124,10 @@ def test_a_whole_step_is_five_forwards_less_the_gradient_of_the_mel_frames_and_t
     assert passes.step() == 5 * passes.forward - first_convolution - first_tokens
     assert passes.step(reference=False, updates=2) == 7 * passes.forward - 2 * first_convolution - first_tokens
     assert passes.step(reference=False, rollout=False) == 3 * passes.forward - first_convolution
+    prompts = sum(cost.tokens(0, len(prompt.ids)) + prompt.clips[0].tokens * cost.projector for prompt in side.prompts)
+    prompts += 2 * cost.tower(400)  # of one of the five forwards
+    for updates in (1, 2):
+        assert passes.step(updates=updates) - passes.step(updates=updates, keep_prefill=True) == prompts
 
 
 def test_a_frozen_tower_counts_once_however_many_passes_use_it(side, directory):

@@ -64,6 +64,13 @@ CASES = {
     "adapters on four ranks": (HEAVY, work(), dataclasses.replace(FOUR, lora_rank=8, reference="adapters")),
     "adapters on one rank": (HEAVY, work(), dataclasses.replace(ONE, lora_rank=8, reference="adapters")),
     "draws dominate": (WIDE, work(seconds=2, prompts=4, group_size=16, max_new_tokens=4), FOUR),
+    "prompts kept": (LIGHT, LONG, dataclasses.replace(FOUR, keep_prefill=True)),
+    "prompts kept on one rank": (HEAVY, work(prompts=4), dataclasses.replace(ONE, keep_prefill=True)),
+    "prompts kept for adapters": (
+        LIGHT,
+        LONG,
+        dataclasses.replace(ONE, lora_rank=8, reference="adapters", keep_prefill=True),
+    ),
     "bfloat16 weights on one rank": (HEAVY, work(), dataclasses.replace(ONE, master=2, recompute=True)),
 }
 

@@ -61,6 +61,19 @@ def test_each_change_that_is_offered_makes_it_fit_when_it_is_made(config, capsys
             assert peak == change["peak"] <= plan.USABLE * 40 * 2**30, words
 
 
+def test_a_kept_prefill_is_counted_and_the_first_to_be_left_out(config, capsys):
+    words = config, "optim.micro_batch=1", "evaluation.every=10", "--memory"
+    plain, kept = (planned(capsys, *words, 50, f"rollout.keep_prefill={on}") for on in ("false", "true"))
+    tables = [dict(line.split(maxsplit=1) for line in text.splitlines()[4:11]) for text in (plain, kept)]
+    before, after = ([float(value) for value in table["activations"].split()] for table in tables)
+    # Rollout, evaluation, reference, backward: two prompts of 810 tokens are kept, one was in a micro-batch.
+    assert after[1] == before[1] and after[0] > before[0] + 10 and after[2] > before[2] + 10
+    assert 5 < after[3] - before[3] < 10
+    offered = planned(capsys, *words, 45, "rollout.keep_prefill=true").partition("cheapest first:")[2].splitlines()
+    assert offered[1].split()[0] == "rollout.keep_prefill=false"
+    assert not any("recompute=true" in line for line in offered if "keep_prefill=false" not in line)
+
+
 def test_what_fits_comes_without_advice_and_offloading_with_host_memory(config, capsys):
     printed = planned(capsys, config, "model.recompute=true", "sharding.offload=true", "--memory", 80)
     assert "fits in 76.00 GiB (95 % of 80 GiB)" in printed and "->" not in printed

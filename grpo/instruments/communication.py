@@ -17,6 +17,10 @@ passes: inner epochs times micro-batches, fewer if groups are skipped. Between r
 epoch reduces gradients. The rollout gathers all weights once. copy: 1 if the reference has weights of its own, whose
 root is gathered once; else 0. With copy 0 the reference pass gathers the policy's root, and the policy's first
 micro-batch uses it without gathering it again.
+
+With rollout.keep_prefill the micro-batches of the first epoch neither gather the layers of the tower nor reduce
+gradients of tower and projector. The backward through the prompts gathers all once, and reduces all gradients but those
+of the LM head.
 """
 
 from __future__ import annotations
@@ -39,6 +43,9 @@ class Sharded:
     root: int
     layers: int
     trained: int
+    tower_layers: int  # of `layers`
+    of_prompts: int  # of `trained`, in tower and projector
+    head: int  # of `trained`, if it has weights of its own
 
 
 def sharded_elements(policy: Policy, shards: int) -> Sharded:
@@ -46,10 +53,18 @@ def sharded_elements(policy: Policy, shards: int) -> Sharded:
     unsharded = whole_weights(policy)
     padded = {p: _padded(p.shape, shards) for p in policy.parameters() if p not in unsharded}
     in_layers = {p for layer in policy.layers() for p in layer.parameters()}
+    in_tower = {p for layer in policy.tower_layers for p in layer.parameters()}
+    hearing = [policy.tower, *policy.projectors] if policy.tower is not None else []
+    of_prompts = {p for module in hearing for p in module.parameters()}
+    head = policy.model.get_output_embeddings().weight
+    own_head = head.requires_grad and head is not policy.decoder.get_input_embeddings().weight
     return Sharded(
         root=sum(size for p, size in padded.items() if p not in in_layers),
         layers=sum(size for p, size in padded.items() if p in in_layers),
         trained=sum(size for p, size in padded.items() if p.requires_grad),
+        tower_layers=sum(size for p, size in padded.items() if p in in_tower),
+        of_prompts=sum(size for p, size in padded.items() if p in of_prompts and p.requires_grad),
+        head=padded[head] if own_head else 0,
     )
 
 
@@ -63,20 +78,26 @@ def step_bytes(
     reshard: bool = True,
     micro_batches: int,
     inner_epochs: int = 1,
+    keep_prefill: bool = False,
 ) -> float:
     """Bytes that a rank receives in a step of GRPO, by the formula of this module.
 
     reference: a policy with weights of its own, the policy with its adapters disabled, or None.
-    dtype: of the computation. reshard: whether layers are gathered again for the backward.
+    dtype: of the computation. reshard: whether layers are gathered again for the backward. keep_prefill: whether the
+    rollout's forward over the prompts is kept.
     """
     own, passes = sharded_elements(policy, shards), inner_epochs * micro_batches
-    gathered = own.root * (1 + passes) + own.layers * (1 + passes * (2 if reshard else 1))
+    times = 2 if reshard else 1
+    gathered = own.root * (1 + passes) + own.layers * (1 + passes * times)
+    reduced = own.trained * passes
+    if keep_prefill:
+        gathered += own.root + own.layers - own.tower_layers * times * micro_batches
+        reduced += own.trained - own.head - own.of_prompts * micro_batches
     if reference is not None:
         theirs = sharded_elements(reference, shards) if isinstance(reference, Policy) else own
         copy = theirs is not own
         gathered += copy * theirs.root + (micro_batches if reshard else copy) * theirs.layers
-    reduced = FLOAT * own.trained * passes
-    within = (dtype.itemsize * gathered + reduced) * (shards - 1) / shards
+    within = (dtype.itemsize * gathered + FLOAT * reduced) * (shards - 1) / shards
     between = FLOAT * own.trained * inner_epochs / shards
     return within + 2 * between * (replicas - 1) / replicas
 

@@ -18,6 +18,7 @@ embeddings of the prompt. P: prompt tokens. T: tokens of one completion. The oth
   projector's input if the tower is frozen.
 - A frozen tower runs once per step and has no backward. The reference has no adapters. A group without a gradient
   has neither forward nor backward of the policy.
+- With rollout.keep_prefill the forward over the prompts of the first update is that of the rollout.
 - Norms, activation functions and softmax count 0. One multiply-add is two floating-point operations.
 """
 
@@ -96,7 +97,8 @@ class Macs:
     """Multiply-adds of the passes over a step's prompts and completions.
 
     tower: of a frozen tower, which runs once for all passes; 0 for a trained one, which is part of each pass.
-    rollout, reference: over all groups. forward, backward: over the groups that have a gradient.
+    rollout, reference: over all groups. forward, backward: over the groups that have a gradient. prompts: the part of
+    `forward` that is over their prompts.
     """
 
     tower: int = 0
@@ -104,10 +106,16 @@ class Macs:
     reference: int = 0
     forward: int = 0
     backward: int = 0
+    prompts: int = 0
 
-    def step(self, *, rollout: bool = True, reference: bool = True, updates: int = 1) -> int:
-        """The step's total. rollout, reference: whether it has these passes. updates: its forward-backward passes."""
-        once = self.tower + rollout * self.rollout + reference * self.reference
+    def step(
+        self, *, rollout: bool = True, reference: bool = True, updates: int = 1, keep_prefill: bool = False
+    ) -> int:
+        """The step's total. rollout, reference: whether it has these passes. updates: its forward-backward passes.
+
+        keep_prefill: whether the first of these begins with what the rollout computed of the prompts.
+        """
+        once = self.tower + rollout * self.rollout + reference * self.reference - keep_prefill * self.prompts
         return once + updates * (self.forward + self.backward)
 
 
@@ -145,7 +153,10 @@ def macs(
     groups = lengths.unflatten(0, (len(prompts), -1)).tolist()
     passes = [_group(cost, *group, audio_id) for group in zip(prompts, groups, strict=True)]
     if groups_with_gradient is not None:
-        passes = [p if n in groups_with_gradient else replace(p, forward=0, backward=0) for n, p in enumerate(passes)]
+        passes = [
+            p if n in groups_with_gradient else replace(p, forward=0, backward=0, prompts=0)
+            for n, p in enumerate(passes)
+        ]
     return Macs(*map(sum, zip(*map(astuple, passes), strict=True)))
 
 
@@ -182,18 +193,19 @@ def _group(cost: Cost, prompt: Prompt, lengths: Sequence[int], audio_id: int | N
     audio = 0 if audio_id is None else int((prompt.ids == audio_id).sum())
     tower = sum(cost.tower(clip.frames) for clip in prompt.clips)
     skipped = sum(cost.skipped_tower(clip.frames) for clip in prompt.clips)
-    forward = cost.tokens(0, start) + sum(cost.tokens(start, start + length - 1) for length in lengths)
-    forward += sampled * cost.head + audio * cost.projector
+    prompts = cost.tokens(0, start) + audio * cost.projector
+    forward = prompts + sum(cost.tokens(start, start + length - 1) for length in lengths) + sampled * cost.head
     backward = 2 * forward
     backward -= fed * cost.skipped_token + sampled * cost.skipped_head + audio * cost.skipped_projector
     if not cost.frozen_tower:
-        forward, backward = forward + tower, backward + 2 * tower - skipped
+        prompts, forward, backward = prompts + tower, forward + tower, backward + 2 * tower - skipped
     return Macs(
         tower=tower if cost.frozen_tower else 0,
         rollout=forward - (len(lengths) - 1) * cost.head,
         reference=forward - fed * cost.adapters,
         forward=forward,
         backward=backward,
+        prompts=prompts,
     )
 
 

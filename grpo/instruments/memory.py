@@ -64,6 +64,7 @@ class Setting:
 
     shards: ranks that share one copy of the weights. dtype: bytes per element of the computation and of frozen weights.
     master: bytes per element of trained weights. tower_cache: bytes for the outputs of a frozen tower.
+    keep_prefill: whether the rollout's forward over all prompts of a step is kept for its first update.
     reference: "none", "adapters" (the policy with its adapters disabled), "copy" (weights of its own) or "moving" (the
     same, which change and are stored as those of the policy).
     """
@@ -79,6 +80,7 @@ class Setting:
     reference: str = "copy"
     offload: bool = False
     offload_reference: bool = False
+    keep_prefill: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,10 +121,12 @@ def plan(shape: Shape, work: Work, setting: Setting) -> Plan:
         "rollout": replace(work, prompts=work.decoded or work.prompts) if work.samples else None,
         "evaluation": replace(work, prompts=work.evaluated, group_size=1) if work.evaluated else None,
     }
-    phases = {name: _add(constant, _peak(_rollout(shape, w, units))) for name, w in sampling.items() if w}
+    kept = {"rollout": _kept(shape, work, units), "evaluation": 0}
+    phases = {name: _add(constant, _peak(_rollout(shape, w, units, kept[name]))) for name, w in sampling.items() if w}
     if s.reference != "none":
         phases["reference"] = _add(constant, _peak(_reference(shape, work, units)))
-    phases["backward"] = _add(constant, {"gradients": sharded}, _peak(_backward(shape, work, units)))
+    backward = _backward_after_prefill if s.keep_prefill else _backward
+    phases["backward"] = _add(constant, {"gradients": sharded}, _peak(backward(shape, work, units)))
     phases["optimizer"] = _add(constant, {"gradients": sharded})
     host = 4 * s.master * units.trained // s.shards + units.frozen_host if s.offload else 0
     return Plan(phases, host + (units.reference if s.offload_reference else 0))
@@ -188,8 +192,10 @@ class UnitSizes:
         return self.setting.dtype * weights + self.gather_buffer
 
 
-def _rollout(shape: Shape, work: Work, units: UnitSizes) -> Iterator[dict[str, int]]:
+def _rollout(shape: Shape, work: Work, units: UnitSizes, kept: int) -> Iterator[dict[str, int]]:
     """Candidates for the peak of a rollout: prefill, decoding, the audio tower, gathering all weights.
+
+    kept: bytes of the prompts' forward that stay for the update.
 
     KV cache: layers * 2 * kv_heads * head_size * d * N * (P + G (T - 1)).
     Decoding: one layer's attention scores, three float32 copies and the weights in d bytes, (B, heads, P + T - 1).
@@ -198,14 +204,27 @@ def _rollout(shape: Shape, work: Work, units: UnitSizes) -> Iterator[dict[str, i
     d, n, gathered = units.setting.dtype, work.prompts, units.setting.dtype * units.total
     cache = shape.layers * 2 * shape.kv_heads * shape.head_size * d * n * work.length
     prompt = n * work.prompt
-    prefill = prompt * (shape.forward_peak(d) + d * shape.hidden)
-    decode = n * work.group_size * (work.prompt + work.max_new_tokens - 1) * shape.heads * (3 * FLOAT + d)
+    prefill = kept + prompt * (shape.forward_peak(d) + d * shape.hidden)
+    decode = kept + n * work.group_size * (work.prompt + work.max_new_tokens - 1) * shape.heads * (3 * FLOAT + d)
     sampling = 20 * n * work.group_size * shape.vocabulary
     yield {"gathered": gathered, "KV cache": cache, "activations": prefill}
     yield {"gathered": gathered, "KV cache": cache, "activations": decode, "logits": sampling}
-    if shape.tower:
+    if shape.tower and not kept:
         yield {"gathered": gathered, "activations": shape.tower.forward_peak(n, work.frames, d)}
     yield {"gathered": gathered + units.gather_buffer}
+
+
+def _kept(shape: Shape, work: Work, units: UnitSizes) -> int:
+    """Bytes that the forward over all prompts of a step saves for its backward, where it is kept."""
+    d, n = units.setting.dtype, work.prompts
+    if not units.setting.keep_prefill:
+        return 0
+    decoder = n * work.prompt * (shape.layers * shape.saved(d) + d * shape.hidden)
+    return decoder + (_saved_by_tower(shape.tower, n, work.frames, d) if shape.tower and units.tower_layer else 0)
+
+
+def _saved_by_tower(tower: Tower, clips: int, frames: int, d: int) -> int:
+    return tower.layers * tower.saved(clips, frames, d) + tower.convolutions(clips, frames, d)
 
 
 def _reference(shape: Shape, work: Work, units: UnitSizes) -> Iterator[dict[str, int]]:
@@ -213,15 +232,17 @@ def _reference(shape: Shape, work: Work, units: UnitSizes) -> Iterator[dict[str,
     s, d = units.setting, units.setting.dtype
     gathered = units.gathered() if s.reference == "adapters" else units.reference_gathered
     tokens = work.micro_batch * work.length
-    layer = tokens * shape.forward_peak(d) + work.mask(d)
+    kept = _kept(shape, work, units)
+    layer = kept + tokens * shape.forward_peak(d) + work.mask(d)
+    head = kept + 2 * d * work.scored * shape.hidden
     yield {"gathered": gathered, "activations": layer}
-    yield {"gathered": gathered, "activations": 2 * d * work.scored * shape.hidden, "logits": _head(shape, work)}
+    yield {"gathered": gathered, "activations": head, "logits": _head(shape, work)}
     if shape.tower:
-        yield {"gathered": gathered, "activations": shape.tower.forward_peak(work.micro_batch, work.frames, d)}
+        yield {"gathered": gathered, "activations": kept + shape.tower.forward_peak(work.micro_batch, work.frames, d)}
     if s.reference != "adapters":
-        yield {"gathered": units.reference_first_layer}
+        yield {"gathered": units.reference_first_layer, "activations": kept}
     else:
-        yield {"gathered": d * units.root + units.first_layer}
+        yield {"gathered": d * units.root + units.first_layer, "activations": kept}
 
 
 def _backward(shape: Shape, work: Work, units: UnitSizes) -> Iterator[dict[str, int]]:
@@ -237,8 +258,10 @@ def _backward(shape: Shape, work: Work, units: UnitSizes) -> Iterator[dict[str, 
     recomputed = layer if s.recompute else 0
     clips, tower = (work.micro_batch, work.frames, d), shape.tower if units.tower_layer else None
     tower_layer = tower.saved(*clips) if tower else 0
-    if tower:
-        decoder += tower.layers * (tower.inputs(*clips) if s.recompute else tower_layer) + tower.convolutions(*clips)
+    if tower and s.recompute:
+        decoder += tower.layers * tower.inputs(*clips) + tower.convolutions(*clips)
+    elif tower:
+        decoder += _saved_by_tower(tower, *clips)
     in_tower = decoder - shape.layers * (inputs if s.recompute else layer) - work.mask(d)
     embedding, accumulates = d * units.embedding_trained, work.prompts > work.micro_batch
     missing = 0 if accumulates else units.sharded(units.trained)
@@ -266,17 +289,54 @@ def _backward(shape: Shape, work: Work, units: UnitSizes) -> Iterator[dict[str, 
             "gradients": (1 if shape.tied else 2) * embedding + (d + FLOAT) * units.tower_layer - missing_outside,
             "activations": in_tower + (tower_layer if s.recompute else 0) + tower.gradients(*clips),
         }
-    yield {"gradients": _root_reduction(work, units)}
+    yield {"gradients": _root_reduction(units, accumulates)}
 
 
-def _root_reduction(work: Work, units: UnitSizes) -> int:
+def _backward_after_prefill(shape: Shape, work: Work, units: UnitSizes) -> Iterator[dict[str, int]]:
+    """The same with the prompts' forward kept: over branches, micro-batch by micro-batch, then over all prompts."""
+    d, n, m, layers = units.setting.dtype, work.prompts, work.micro_batch, shape.layers
+    kept, tokens = _kept(shape, work, units), m * (work.length - work.prompt)
+    gradients = n * work.prompt * layers * 2 * shape.kv_heads * shape.head_size * d  # of the prompts' keys and values
+    copied = (
+        m * work.prompt * layers * 2 * shape.attention * d
+    )  # the same before those of branches, for each query head
+    branches = kept + layers * tokens * shape.saved(d) + work.mask(d) + copied
+    embedding, missing = d * units.embedding_trained, 0 if n > m else units.sharded(units.trained)
+    yield {  # the LM head, on one chunk of tokens
+        "gathered": units.gathered(),
+        "gradients": (embedding if work.scored > CHUNK else 0) - missing,
+        "activations": branches + tokens * shape.hidden * (FLOAT + 2 * d) + 2 * d * work.scored * shape.hidden,
+        "logits": _head(shape, work),
+    }
+    reduced = embedding + (d + FLOAT) * units.layer_trained  # while gradients of the layer after it are reduced
+    yield {  # a decoder layer, over the branches
+        "gathered": units.gathered(),
+        "gradients": reduced - missing,
+        "activations": branches + gradients + tokens * shape.gradients(d),
+    }
+    yield {  # a decoder layer, over the prompts
+        "gathered": units.gathered(),
+        "gradients": reduced,
+        "activations": kept + gradients + n * work.prompt * shape.gradients(d),
+    }
+    if shape.tower and units.tower_layer:
+        clips = n, work.frames, d
+        yield {  # a layer of the tower
+            "gathered": d * (units.root + 2 * units.tower_layer),
+            "gradients": embedding + (d + FLOAT) * units.tower_layer,
+            "activations": _saved_by_tower(shape.tower, *clips) + shape.tower.gradients(*clips),
+        }
+    yield {"gradients": _root_reduction(units, accumulates=True)}
+
+
+def _root_reduction(units: UnitSizes, accumulates: bool) -> int:
     """Bytes in addition to the sharded gradients while the root unit's gradients are reduced in float32.
 
-    First the unsharded gradient (d bytes) and its float32 copy; then that copy and this rank's shard of the sum. With
-    one micro-batch the shard is the gradient that `plan` counts; with several it is added to that of earlier ones.
+    First the unsharded gradient (d bytes) and its float32 copy; then that copy and this rank's shard of the sum. After
+    one backward the shard is the gradient that `plan` counts; after several it is added to that of earlier ones.
     """
     s, root = units.setting, units.root_trained
-    counted = 0 if work.prompts > work.micro_batch else units.sharded(root)
+    counted = 0 if accumulates else units.sharded(root)
     shard = FLOAT * root // s.shards - counted
     return max((s.dtype + FLOAT) * root, FLOAT * root + shard)
 

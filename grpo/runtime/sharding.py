@@ -112,6 +112,12 @@ def reduce_between_replicas(policy: Policy, *, now: bool) -> None:
                 module.set_requires_all_reduce(now, recurse=False)
 
 
+def gather_root(policy: Policy) -> None:
+    """Gather the weights outside of the layers for a backward that follows no forward; the backward frees them."""
+    if isinstance(policy, FSDPModule):
+        policy.unshard()
+
+
 def release(policy: Policy) -> None:
     """Free gathered weights after a forward without a backward: those of the root, and of layers with reshard=False."""
     for module in policy.modules():

@@ -166,6 +166,7 @@ def _check_together(config: Config, *, source: str) -> None:
             "would not take part when the others reduce their gradients"
         )
     _check_refill(config, source)
+    _check_keep_prefill(config, source)
     if config.lora.path is not None and config.lora.rank:
         raise ConfigError(f"{source}: lora.rank and lora.path are both set; saved adapters have a rank already")
     if not config.lora.targets:
@@ -193,6 +194,21 @@ def _check_refill(config: Config, source: str) -> None:
         raise ConfigError(
             f"{source}: rollout.refill is set, and rollout.group_size is 1: a group of one completion has no spread "
             "of rewards; set rollout.group_size to 2 or more, or rollout.refill=0"
+        )
+
+
+def _check_keep_prefill(config: Config, source: str) -> None:
+    others = {
+        "rollout.refill": config.rollout.refill > 0,
+        "rollout.batch": config.rollout.batch is not None,
+        "model.recompute": config.model.recompute,
+        "model.attention=flex": config.model.attention == "flex",
+        "sharding.replicas": config.sharding.replicas > 1,
+    }
+    for name in (name for name, is_set in others.items() if is_set and config.rollout.keep_prefill):
+        raise ConfigError(
+            f"{source}: rollout.keep_prefill and {name} are both set; it keeps one forward over all prompts of a step, "
+            "with its activations, and needs a backward of its own; leave one of the two out"
         )
 
 

@@ -92,7 +92,9 @@ def check(policy: Policy, native: Any, *, gradients: bool = True) -> Iterator[Fi
     expected = _native(policy, native, questions, rollout, backward=gradients)
     yield _within("a row of branches = separate forwards", _largest(scored, expected, rollout.mask), _values(policy))
     if gradients:
-        yield _gradients(policy, native)
+        yield _gradients("gradients of every parameter", policy, native)
+        _score_after_prefill(policy, questions)
+        yield _gradients("the same with rollout.keep_prefill", policy, native)
     yield _within("stepwise decoding = one forward", _largest(rollout.logprobs, scored, rollout.mask), _values(policy))
     yield _within("a batch of prompts = one by one", _alone(policy, rollout, scored), _values(policy))
     if _values(policy) == VALUES:  # in bfloat16 the likeliest of two close tokens depends on the order of sums
@@ -124,10 +126,12 @@ def _two_clips(policy: Policy, native: Any) -> Finding:
     return _within(name, _largest(_scored(policy, drawn, drawn.prompts), expected, drawn.mask), _values(policy))
 
 
-def _draw(policy: Policy, questions: Sequence[Question]) -> Rollout:
+def _draw(policy: Policy, questions: Sequence[Question], *, keep_prefill: bool = False) -> Rollout:
     keys = [(n,) for n in range(len(questions))]
     prompts = [question.prompt for question in questions]
-    return sample(policy, prompts, group_size=GROUP, max_new_tokens=STEPS, temperature=1.0, keys=keys)
+    return sample(
+        policy, prompts, group_size=GROUP, max_new_tokens=STEPS, temperature=1.0, keys=keys, keep_prefill=keep_prefill
+    )
 
 
 def _scored(policy: Policy, rollout: Rollout, prompts: Sequence[Prompt], *, backward: bool = False) -> torch.Tensor:
@@ -138,6 +142,18 @@ def _scored(policy: Policy, rollout: Rollout, prompts: Sequence[Prompt], *, back
         policy.zero_grad()
         _objective(logprobs, rollout.mask).backward()
     return logprobs.detach()
+
+
+def _score_after_prefill(policy: Policy, questions: Sequence[Question]) -> None:
+    """Fill in the gradients of `_objective`, with the prompts' part of them from the rollout's forward."""
+    rollout = _draw(policy, questions, keep_prefill=True)
+    prefill = rollout.prefill.take() if rollout.prefill else None
+    assert prefill is not None
+    prefix = prefill.select(range(len(questions)))
+    policy.zero_grad()
+    logprobs, _ = score(policy, rollout.prompts, rollout.tokens, rollout.mask, group_size=GROUP, prefix=prefix)
+    _objective(logprobs, rollout.mask).backward()
+    prefill.backward()
 
 
 def _native(
@@ -228,7 +244,7 @@ def _same_ids(policy: Policy, questions: Sequence[Question]) -> Finding:
     return Finding("a prompt's ids = its processor's", differ, 0.0, not differ)
 
 
-def _gradients(policy: Policy, native: Any) -> Finding:
+def _gradients(name: str, policy: Policy, native: Any) -> Finding:
     """The largest difference of a gradient, relative to the largest gradient of all."""
     trained = {name for name, parameter in policy.model.named_parameters() if parameter.requires_grad}
     own, other = (
@@ -239,7 +255,7 @@ def _gradients(policy: Policy, native: Any) -> Finding:
     largest = max(float(gradient.abs().max()) for gradient in other.values())
     worst, where = max((float((own[n] - other[n]).abs().max()) / largest, n) for n in own.keys() & other.keys())
     note = f"one side has none for {missing[0]}" if missing else f"of {len(own)} tensors, most in {where}"
-    return Finding("gradients of every parameter", worst, GRADIENTS, worst <= GRADIENTS and not missing, note)
+    return Finding(name, worst, GRADIENTS, worst <= GRADIENTS and not missing, note)
 
 
 def _alone(policy: Policy, rollout: Rollout, scored: torch.Tensor) -> float:

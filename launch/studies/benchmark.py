@@ -160,9 +160,12 @@ def peak_memory(side: Any, drawn: Rollout) -> int:
         for parameter in side.model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         side.optimizer_step()  # the first step allocates AdamW's moments
-        side.rollout()
-        side.score(drawn, side.reference(drawn))
-        side.optimizer_step()
+        if isinstance(side, TrainerSide):
+            side.step()
+        else:
+            side.rollout()
+            side.score(drawn, side.reference(drawn))
+            side.optimizer_step()
     return tracker.peak
 
 
@@ -176,7 +179,8 @@ def measure(sides: dict[str, Any], drawn: Rollout, repeat: int) -> dict[str, Any
         turns["hark"].append(hark.step())
     seconds = {name: medians(taken) for name, taken in turns.items()}
     speedups = {f"{phase}_speedup": seconds["baseline"][phase] / seconds["hark"][phase] for phase in PHASES}
-    needed = macs(cost_of(hark.policy), hark.prompts, drawn.mask.sum(dim=1), audio_id=hark.policy.audio_id).step()
+    passes = macs(cost_of(hark.policy), hark.prompts, drawn.mask.sum(dim=1), audio_id=hark.policy.audio_id)
+    needed = passes.step(keep_prefill=True)
     return speedups | {
         "limit_share": needed / rate / seconds["hark"]["step"],
         "seconds": seconds,

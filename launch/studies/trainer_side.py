@@ -79,5 +79,6 @@ def write_run(place: Path, model: Path, work: Work) -> Config:
             f"rollout.group_size={work.group_size}", f"rollout.max_new_tokens={work.new_tokens}",
             f"optim.prompts_per_step={work.prompts}", f"optim.micro_batch={work.micro_batch}", f"optim.steps={EVER}",
             "optim.lr=0", f"loss.clip_low={CLIP}", f"loss.clip_high={CLIP}", f"loss.beta={BETA}",
+            "rollout.keep_prefill=true",
         ]
     )  # fmt: skip
