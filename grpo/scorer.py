@@ -118,11 +118,7 @@ def attention_after_prompt(
     """The masks and the attention function of branches after prompts whose keys and values are known."""
     if policy.device.type != "cpu":
         return tree_masks(policy.windows, branches, row), AfterPrompt(prefix.layers)
-    prompt = row.real.shape[1] - branches.real.shape[1]
-    real = row.real[:, None, None, :prompt]
-    masks = {
-        kind: real if window is None else tree_mask(branches, row, window) for kind, window in policy.windows.items()
-    }
+    masks = _padding_masks(policy, branches, row, row.real.shape[1] - branches.real.shape[1])
     return masks, SplitAfterPrompt(prefix.layers, group_size)
 
 
@@ -137,9 +133,14 @@ def row_attention(
         return None, tree_blocks(policy, row)
     if policy.device.type != "cpu" or row.real.shape[1] == prompt:
         return tree_masks(policy.windows, row, row, prompt=prompt), None
+    return _padding_masks(policy, row, row, prompt), SplitAttention(prompt, group_size)
+
+
+def _padding_masks(policy: Policy, queries: Layout, row: Layout, prompt: int) -> dict[str, torch.Tensor]:
+    """For each type of layer the prompts' padding, (N, 1, 1, P), or with a window the tree mask, (N, 1, L, S)."""
     real = row.real[:, None, None, :prompt]
-    masks = {kind: real if window is None else tree_mask(row, row, window) for kind, window in policy.windows.items()}
-    return masks, SplitAttention(prompt, group_size)
+    windows = policy.windows.items()
+    return {kind: real if window is None else tree_mask(queries, row, window) for kind, window in windows}
 
 
 def _chosen(
