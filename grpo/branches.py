@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 
 from hark.grpo.distribution import draw_tokens, log_distribution
-from hark.grpo.prefill import Prefill, Prefix
+from hark.grpo.prefill import Prefill, Prefix, last_states
 from hark.grpo.runtime.cuda import DelayedFlags, recorder, round_up, send
 from hark.grpo.runtime.threads import paying_threads
 from hark.grpo.tree import Layout, branches_layout, prompt_layout, tree_masks
 from hark.grpo.types import Rollout
-from hark.models.attention import DecodeAttention, PrefillAttention
+from hark.models.attention import DecodeAttention, PrefillAttention, PromptAttention
 from hark.models.cache import GroupCache
 from hark.models.policy import Policy, Prompt
 
@@ -116,18 +116,13 @@ class Branches:
 
     def prefill(self, chosen: Sequence[int]) -> None:
         """Prefill prompts, given by index, and draw the first token of each of their completions."""
+        prompts, kept = [self.prompts[n] for n in chosen], PromptAttention() if self._keep_prefill else None
         with torch.set_grad_enabled(self._keep_prefill):
-            embeddings, lengths = self.policy.embed([self.prompts[n] for n in chosen])  # (N, P, D), (N,)
-            prompt = prompt_layout(lengths, embeddings.shape[1])
-            masks = tree_masks(self.policy.windows, prompt, prompt, prompt=embeddings.shape[1])
-            attention = PrefillAttention(self.cache, self._assign_rows(chosen))
-            hidden = self.policy.decode(embeddings, masks, prompt.position, attention)
-            last = hidden[torch.arange(len(chosen), device=hidden.device), lengths - 1]  # (N, D)
-        if self._keep_prefill:
-            tokens = [len(self.prompts[n].ids) for n in chosen]
-            self._prefill = Prefill(Prefix(last, attention.layers), chosen, tokens)
-        first = torch.tensor(chosen, device=hidden.device)[:, None] * self.group_size
-        completion = first + torch.arange(self.group_size, device=hidden.device)  # (N, G)
+            last = last_states(self.policy, prompts, PrefillAttention(self.cache, self._assign_rows(chosen), kept))
+        if kept is not None:
+            self._prefill = Prefill(Prefix(last, kept.layers), chosen, [len(prompt.ids) for prompt in prompts])
+        first = torch.tensor(chosen, device=last.device)[:, None] * self.group_size
+        completion = first + torch.arange(self.group_size, device=last.device)  # (N, G)
         self._draw(last.detach(), completion, torch.zeros_like(completion))
 
     def decode_step(self) -> None:

@@ -189,6 +189,7 @@ class OptimConfig:
     steps: Count = 500  # training steps in the whole run
     prompts_per_step: Count = 8  # prompts over all ranks
     micro_batch: Count = 1  # prompts per forward and backward on one rank
+    micro_branches: Count | None = None  # completions of each of these prompts per forward and backward; null is all
     lr: PositiveOrZero = 1e-6  # peak learning rate
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # of the learning rate after warm-up
     lr_floor: Share = 0.0  # share of the peak learning rate to which the schedule falls

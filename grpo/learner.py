@@ -26,6 +26,7 @@ from hark.grpo.instruments.trackers import Audio
 from hark.grpo.loss import TokenTerms
 from hark.grpo.objective import Objective
 from hark.grpo.optimizer import build_optimizer, clip_gradients, learning_rate
+from hark.grpo.prefill import Prefill, Prefix, prefilled
 from hark.grpo.runtime.collectives import World, check_interrupted, reduce_max, reduce_sums
 from hark.grpo.runtime.out_of_memory import is_out_of_memory, reason
 from hark.grpo.runtime.sharding import gather_root, reduce_between_replicas
@@ -199,26 +200,23 @@ class Learner(Generic[Kind]):
         """The same with micro-batches of the present size. last: whether no further gradients belong to the update."""
         sums: dict[str, Any] = {}
         likeliest = self.config.record.likeliest if self.recorder.is_due else 0
-        prefill = batch.prefill.take() if batch.prefill else None
-        for groups, micro in self.micro_batches(batch, last=last):
+        kept = batch.prefill.take() if batch.prefill else None
+        for rows, micro, prefix in self.micro_batches(batch, kept, last=last):
             logprobs, spread = score(
                 self.policy, micro.prompts, micro.tokens, micro.mask, group_size=micro.group_size,
                 temperature=self.config.rollout.temperature, likeliest=likeliest,
                 entropy_gradient=self.config.loss.entropy > 0,
-                prefix=prefill.select(groups) if prefill else None,
+                prefix=prefix,
             )  # fmt: skip
             loss, terms = self.loss(micro, logprobs, spread.entropy)
             loss.backward()
             terms |= {name: value.detach() for name, value in (spread._asdict() | {"logprobs": logprobs}).items()}
-            self.recorder.note_terms(batch.rows(groups), terms)
+            self.recorder.note_terms(rows, terms)
             for name, value in _metrics(micro, terms).items():
                 sums[name] = sums.get(name, 0.0) + value
             self.world.progress.mark()
             if not self.updates:  # between two updates of a step the weights are those of no step
                 check_interrupted(self.world)
-        if prefill:
-            gather_root(self.policy)
-            prefill.backward()
         return {name: float(value) for name, value in sums.items()}  # only at the end, because float() waits for a GPU
 
     def learning_rate(self, step: int) -> float:
@@ -259,7 +257,32 @@ class Learner(Generic[Kind]):
             audio_id=self.policy.audio_id, groups_with_gradient=batch.groups_with_gradient(),
         )  # fmt: skip
 
-    def micro_batches(self, batch: AnyBatch, *, last: bool = True) -> Iterator[tuple[list[int], AnyBatch]]:
+    def micro_batches(
+        self, batch: AnyBatch, kept: Prefill | None = None, *, last: bool = True
+    ) -> Iterator[tuple[torch.Tensor, AnyBatch, Prefix | None]]:
+        """The parts of a batch to score, one after the other: the indices of their completions, the completions, and
+        what is known of the prompts. Each must have had its backward before the next.
+
+        kept: the prompts' forward of the rollout. Without it the prompts are part of the rows, or, with
+        optim.micro_branches, have a forward and a backward of their own around the parts of their groups.
+        """
+        for groups, micro in self._groups(batch, last=last):
+            parts = micro.branches(self.config.optim.micro_branches)
+            own = kept is None and len(parts) > 1
+            prefill = prefilled(self.policy, micro.prompts) if own else kept
+            for branches in parts:
+                prefix = prefill.select(range(len(groups)) if own else groups) if prefill else None
+                yield batch.rows(groups, branches), micro.select(range(len(groups)), branches), prefix
+            if own and prefill:
+                self._through_prompts(prefill)
+        if kept:
+            self._through_prompts(kept)
+
+    def _through_prompts(self, prefill: Prefill) -> None:
+        gather_root(self.policy)
+        prefill.backward()
+
+    def _groups(self, batch: AnyBatch, *, last: bool) -> Iterator[tuple[list[int], AnyBatch]]:
         """The groups of a batch that have a gradient, `optim.micro_batch` at a time: their indices, and the groups.
 
         Every rank must issue the same collectives, so all ranks do as many micro-batches as the one with the most. A

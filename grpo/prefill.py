@@ -1,8 +1,9 @@
-"""The forward over a step's prompts, kept from the rollout with its graph (rollout.keep_prefill).
+"""The forward over prompts with its graph, on which the scorer computes their completions apart.
 
-The first update of a step scores with the weights that sampled, and a prompt attends to none of its completions. So the
-rollout has computed of the prompts what the scorer needs, and its micro-batches compute the completions alone. They add
-up the gradients of the prompts' keys, values and last hidden states; then one backward goes through the prompts.
+A prompt attends to none of its completions. So these can be computed alone, in as many parts as one likes, from the
+prompts' keys, values and last hidden states. The parts add up the gradients of these, and one backward goes through the
+prompts. With rollout.keep_prefill the forward is that of the rollout, whose weights the first update of a step has too.
+With optim.micro_branches a group is scored in parts because its row does not fit in memory.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-Layers = list[tuple[torch.Tensor, torch.Tensor]]
+from hark.grpo.tree import prompt_layout, tree_masks
+from hark.models.attention import AttentionFunction, PromptAttention
+from hark.models.policy import Policy, Prompt, on_policy
 
 
 @dataclass(frozen=True)
@@ -26,13 +29,22 @@ class Prefix:
     """
 
     last: torch.Tensor
-    layers: Layers
+    layers: list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def last_states(policy: Policy, prompts: Sequence[Prompt], attention: AttentionFunction) -> torch.Tensor:
+    """Hidden states (N, D) of the prompts' last tokens."""
+    embeddings, lengths = policy.embed(prompts)  # (N, P, D), (N,)
+    layout = prompt_layout(lengths, embeddings.shape[1])
+    masks = tree_masks(policy.windows, layout, layout, prompt=embeddings.shape[1])
+    hidden = policy.decode(embeddings, masks, layout.position, attention)
+    return hidden[torch.arange(len(prompts), device=hidden.device), lengths - 1]
 
 
 class Prefill:
-    """The prefix of a step's prompts, with its graph.
+    """The prefix of prompts, with its graph.
 
-    prefix: of all prompts. order: the index of each of them. lengths: their tokens.
+    order: the index of each of the prompts. lengths: their tokens.
     """
 
     def __init__(self, prefix: Prefix, order: Sequence[int], lengths: Sequence[int]):
@@ -74,6 +86,14 @@ class Prefill:
                 _of(gradient, row, self._lengths[row]).copy_(own)
                 leaves[index].grad = None
         return gradient
+
+
+@on_policy
+def prefilled(policy: Policy, prompts: Sequence[Prompt]) -> Prefill:
+    """The prefix of prompts, with its graph if gradients are on."""
+    attention = PromptAttention()
+    prefix = Prefix(last_states(policy, prompts, attention), attention.layers)
+    return Prefill(prefix, range(len(prompts)), [len(prompt.ids) for prompt in prompts])
 
 
 def _of(output: torch.Tensor, row: int, length: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 
 from hark.grpo.config import LossConfig
 from hark.grpo.loss import adapted_beta
+from hark.grpo.prefill import prefilled
 from hark.grpo.runtime.sharding import mix_weights, release
 from hark.grpo.scorer import score
 from hark.grpo.types import Rollout
@@ -60,16 +61,25 @@ class Reference:
 
 @torch.no_grad()
 def rollout_logprobs(
-    policy: Policy | WithoutAdapters, rollout: Rollout, *, micro_batch: int, temperature: float
+    policy: Policy | WithoutAdapters,
+    rollout: Rollout,
+    *,
+    micro_batch: int,
+    temperature: float,
+    micro_branches: int | None = None,
 ) -> torch.Tensor:
-    """Logprobs (B, T) of the completions under a policy, `micro_batch` groups at a time."""
-    logprobs = torch.zeros_like(rollout.logprobs)
+    """Logprobs (B, T) of the completions under a policy, `micro_batch` groups at a time, `micro_branches` of each."""
+    logprobs, parts = torch.zeros_like(rollout.logprobs), rollout.branches(micro_branches)
     for groups in rollout.split_by_length(micro_batch):
-        micro = rollout.select(groups)
-        part, _ = score(
-            policy, micro.prompts, micro.tokens, micro.mask, group_size=micro.group_size, temperature=temperature
-        )
-        logprobs[rollout.rows(groups), : part.shape[1]] = part
+        prompts = [rollout.prompts[group] for group in groups]
+        prefix = prefilled(policy, prompts).select(range(len(prompts))) if len(parts) > 1 else None
+        for branches in parts:
+            micro = rollout.select(groups, branches)
+            part, _ = score(
+                policy, prompts, micro.tokens, micro.mask, group_size=micro.group_size, temperature=temperature,
+                prefix=prefix,
+            )  # fmt: skip
+            logprobs[rollout.rows(groups, branches), : part.shape[1]] = part
     if isinstance(policy, Policy):
         release(policy)
     return logprobs

@@ -21,7 +21,7 @@ from hark.models.policy import Policy, Prompt, completion_lengths
 def add_supervised(learner: Learner, batch: Batch, *, weight: float) -> float:
     """Add the gradient of `weight` times the supervised loss of a batch; returns this rank's part of that loss."""
     total: Any = 0.0
-    for _, micro in learner.micro_batches(batch):
+    for _, micro, _ in learner.micro_batches(batch):
         logprobs, _ = score(
             learner.policy, micro.prompts, micro.tokens, micro.mask, group_size=micro.group_size,
             temperature=learner.config.rollout.temperature,

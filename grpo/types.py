@@ -46,14 +46,19 @@ class Groups:
     tokens: torch.Tensor
     mask: torch.Tensor
 
-    def rows(self, groups: Sequence[int]) -> torch.Tensor:
-        """Indices of the completions of the given groups, in the order of `groups`."""
+    def rows(self, groups: Sequence[int], branches: range | None = None) -> torch.Tensor:
+        """Indices of the completions of the given groups, in the order of `groups`; of each the given ones or all."""
         first = torch.tensor(groups, device=self.mask.device)[:, None] * self.group_size
-        return (first + torch.arange(self.group_size, device=self.mask.device)).flatten()
+        return (first + torch.tensor(branches or range(self.group_size), device=self.mask.device)).flatten()
 
-    def select(self: AnyGroups, groups: Sequence[int]) -> AnyGroups:
-        """The groups with the given indices, with T cut to their longest completion."""
-        rows = self.rows(groups)
+    def branches(self, size: int | None) -> list[range]:
+        """The completions of a group, `size` at a time; None is all."""
+        size = size or self.group_size
+        return [range(n, min(n + size, self.group_size)) for n in range(0, self.group_size, size)]
+
+    def select(self: AnyGroups, groups: Sequence[int], branches: range | None = None) -> AnyGroups:
+        """The groups with the given indices, with T cut to their longest completion; of each the given completions."""
+        rows = self.rows(groups, branches)
         steps = int(self.mask[rows].sum(dim=1).max())
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         selected: dict[str, Any] = {
@@ -61,7 +66,9 @@ class Groups:
             for name, value in values.items()
             if torch.is_tensor(value)
         }
-        return dataclasses.replace(self, prompts=tuple(self.prompts[group] for group in groups), **selected)
+        size = len(branches or range(self.group_size))
+        prompts = tuple(self.prompts[group] for group in groups)
+        return dataclasses.replace(self, prompts=prompts, group_size=size, **selected)
 
     def split_by_length(self, size: int, groups: Sequence[int] | None = None) -> list[list[int]]:
         """Split all groups, or the given ones, into lists of up to `size` indices of groups of similar length.

@@ -189,6 +189,7 @@ def predict(shape: Shape, planned: Run) -> Plan:
         evaluated=config.evaluation.batch if config.evaluation.every else 0,
         decoded=min(config.rollout.batch or prompts, prompts),
         samples=not planned.sft,
+        micro_branches=config.optim.micro_branches or 0,
     )
     lora = lora_of(config)
     copy = lora is None or config.model.reference not in (None, config.model.path)
@@ -297,6 +298,8 @@ def _candidates(planned: Run) -> Iterator[Change]:
 def _smaller_batches(config: Config, prompts: int) -> Iterator[Change]:
     if config.optim.micro_batch > 1:
         yield "optim", "micro_batch", 1
+    if (branches := config.optim.micro_branches or config.rollout.group_size) > 1:
+        yield "optim", "micro_branches", max(branches // 4, 1)
     if (config.rollout.batch or prompts) > 1:
         yield "rollout", "batch", max((config.rollout.batch or prompts) // 4, 1)
     if config.evaluation.every and config.evaluation.batch > 1:

@@ -179,21 +179,34 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
 
 
 @dataclass(frozen=True)
+class PromptAttention:
+    """Causal self-attention of N prompts that also puts their keys and values, with their graph, into a list.
+
+    layers: takes the keys and values (N, heads, P, head size) of each layer.
+    """
+
+    layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def __call__(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **kwargs: Any) -> Tensor:
+        if module.layer_idx == len(self.layers):  # else a layer is computed again, in the backward
+            self.layers.append((key, value))
+        return sdpa_attention(module, query, key, value, mask, **kwargs)
+
+
+@dataclass(frozen=True)
 class PrefillAttention:
     """Causal self-attention of N prompts that also stores their keys and values in rows of a cache.
 
-    layers: takes the keys and values (N, heads, P, head size) of each layer with their graph, if they have one.
+    kept: takes them with their graph too; None without one.
     """
 
     cache: GroupCache
     rows: Sequence[int]
-    layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    kept: PromptAttention | None = None
 
     def __call__(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **kwargs: Any) -> Tensor:
         self.cache.fill(module.layer_idx, self.rows, key.detach(), value.detach())
-        if torch.is_grad_enabled():
-            self.layers.append((key, value))
-        return sdpa_attention(module, query, key, value, mask, **kwargs)
+        return (self.kept or sdpa_attention)(module, query, key, value, mask, **kwargs)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from hark.grpo.instruments.memory import Setting, Work, plan
 from hark.grpo.instruments.memory_tracker import MemoryTracker
 from hark.grpo.instruments.shape import shape_of
 from hark.grpo.optimizer import build_optimizer
-from hark.grpo.prefill import Prefix
+from hark.grpo.prefill import Prefix, prefilled
 from hark.grpo.runtime.sharding import gather_root, gathered, release, shard
 from hark.grpo.sampler import sample
 from hark.grpo.scorer import score
@@ -126,7 +126,7 @@ def _step(
     """The hops of Trainer.step that hold memory. The rollout comes last, so that it finds what a step leaves behind;
     one whose prompts are kept for the others comes first.
     """
-    rows = work.micro_batch * work.group_size
+    rows = work.micro_batch * work.branches
     tokens = torch.zeros(rows, work.max_new_tokens, dtype=torch.long)
     mask = torch.ones(rows, work.max_new_tokens, dtype=torch.bool)
     parts = [prompts[first : first + work.micro_batch] for first in range(0, work.prompts, work.micro_batch)]
@@ -140,15 +140,23 @@ def _step(
     if reference is not None:
         with tracker.phase("reference"), torch.no_grad(), as_on_a_gpu:
             for part in parts:
-                score(reference, part, tokens, mask, group_size=work.group_size)
+                prefix = prefilled(reference, part).select(range(len(part))) if work.splits else None
+                for _ in range(work.group_size // work.branches):
+                    score(reference, part, tokens, mask, group_size=work.branches, prefix=prefix)
+            prefix = None
         if reference is not policy:
             release(reference)
     with tracker.phase("backward"), as_on_a_gpu:
         for first, part in zip(range(0, work.prompts, work.micro_batch), parts, strict=True):
-            score(
-                policy, part, tokens, mask, group_size=work.group_size,
-                prefix=prefill.select(range(first, first + len(part))) if prefill else None,
-            )[0].sum().backward()  # fmt: skip
+            own = prefilled(policy, part) if work.splits and not prefill else None
+            for _ in range(work.group_size // work.branches):
+                prefix = own.select(range(len(part))) if own else None
+                prefix = prefill.select(range(first, first + len(part))) if prefill else prefix
+                score(policy, part, tokens, mask, group_size=work.branches, prefix=prefix)[0].sum().backward()
+                prefix = None
+            if own:
+                gather_root(policy)
+                own.backward()
         if prefill:
             gather_root(policy)
             prefill.backward()

@@ -13,6 +13,7 @@ from tests.ranks import on_ranks
 from tests.runs import build, read_metrics, train
 
 KEEP = "rollout.keep_prefill=true"
+SPLIT = "optim.micro_branches=2"  # of four
 CASES = (
     [],
     ["sharding.reshard=false", "optim.micro_batch=1", "model.recompute=true"],
@@ -23,6 +24,9 @@ CASES = (
     [KEEP, "optim.micro_batch=1", "sharding.reshard=false", "loss.beta=0"],
     [KEEP, "model.dtype=bfloat16", "model.train=no-tower", "loss.beta=0", "loss.inner_epochs=2"],
     [KEEP, "lora.rank=3", "optim.micro_batch=1"],
+    [SPLIT, "optim.micro_batch=1"],
+    [SPLIT, "optim.micro_batch=1", "sharding.reshard=false"],
+    [SPLIT, KEEP, "loss.inner_epochs=2", "loss.beta=0"],
 )
 HYBRID = (["sharding.replicas=2", "optim.micro_batch=1", "optim.prompts_per_step=8"],)  # two micro-batches on a rank
 
@@ -41,6 +45,7 @@ def check_bytes(world: World, settings: list[str]) -> None:
             micro_batches=config.optim.prompts_per_step // world.size // config.optim.micro_batch,
             inner_epochs=config.loss.inner_epochs,
             keep_prefill=config.rollout.keep_prefill,
+            parts=len(range(0, config.rollout.group_size, config.optim.micro_branches or config.rollout.group_size)),
         )
         for step in range(2):  # the second must not find what the first has gathered
             began = time.perf_counter()

@@ -71,6 +71,17 @@ CASES = {
         LONG,
         dataclasses.replace(ONE, lora_rank=8, reference="adapters", keep_prefill=True),
     ),
+    "groups in parts": (LIGHT, dataclasses.replace(LONG, micro_branches=2), FOUR),
+    "groups in parts, recomputed": (
+        LIGHT,
+        dataclasses.replace(LONG, micro_branches=4),
+        dataclasses.replace(FOUR, recompute=True),
+    ),
+    "groups in parts after kept prompts": (
+        LIGHT,
+        dataclasses.replace(LONG, micro_branches=2),
+        dataclasses.replace(ONE, keep_prefill=True),
+    ),
     "bfloat16 weights on one rank": (HEAVY, work(), dataclasses.replace(ONE, master=2, recompute=True)),
 }
 

@@ -1,6 +1,6 @@
-"""rollout.keep_prefill: the update is the same, and prompts are computed once for the rollout and the first update.
+"""rollout.keep_prefill and optim.micro_branches: the update is the same, and what is fed is what each says.
 
-launch/common/contract.py compares its gradients with those of transformers' own models, for every family.
+launch/common/contract.py compares the gradients with those of transformers' own models, for every family.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from hark.grpo import learner as learner_module
+from hark.grpo import reference as reference_module
 from hark.grpo.config import ConfigError
 from hark.grpo.runtime.collectives import World
 from hark.grpo.sampler import sample
@@ -20,15 +21,16 @@ from tests.ranks import on_ranks
 from tests.runs import ROUNDING, build
 
 KEEP = "rollout.keep_prefill=true"
+SPLIT = "optim.micro_branches=3"  # of four: parts of three and of one
 ADAPTERS = ["lora.rank=4", "lora.targets=[q_proj, o_proj, gate_proj]"]  # the first layer's keys have no gradient
-OPTIONS = {
-    "plain": [],
-    "two epochs": ["loss.inner_epochs=2", "optim.micro_batch=1"],
-    "frozen tower": ["model.train=no-tower", "optim.micro_batch=4"],
-    "skipped groups": ["loss.beta=0", "loss.advantage=none", "optim.micro_batch=1"],
-    "adapters": [*ADAPTERS, "optim.micro_batch=1"],
-    "one token": ["rollout.max_new_tokens=1"],
-    "gathered layers": ["sharding.reshard=false"],
+CASES = {  # what is trained, and how prompts are computed apart
+    "plain": ([], [KEEP], [SPLIT], [SPLIT, "model.recompute=true"], [KEEP, SPLIT, "optim.micro_batch=1"]),
+    "two epochs": (["loss.inner_epochs=2", "optim.micro_batch=1"], [KEEP], [KEEP, SPLIT]),
+    "frozen tower": (["model.train=no-tower", "optim.micro_batch=4"], [KEEP]),
+    "skipped groups": (["loss.beta=0", "loss.advantage=none", "optim.micro_batch=1"], [KEEP], [SPLIT]),
+    "adapters": ([*ADAPTERS, "optim.micro_batch=1"], [KEEP], [SPLIT]),
+    "one token": (["rollout.max_new_tokens=1"], [KEEP]),
+    "gathered layers": (["sharding.reshard=false"], [KEEP], [SPLIT]),
 }
 
 
@@ -47,14 +49,15 @@ def gradients(world: World, words: list[str]) -> list[dict[str, torch.Tensor]]:
 
 
 def compare(world: World, words: list[str]) -> None:
-    for name, options in OPTIONS.items():
-        plain, kept = (gradients(world, [*words, *options, *more]) for more in ([], [KEEP]))
-        assert len(plain) == len(kept) == (2 if name == "two epochs" else 1)
-        for one, other in zip(plain, kept, strict=True):
-            assert one.keys() == other.keys(), name
-            largest = max(float(gradient.abs().max()) for gradient in one.values())
-            differences = {key: float((one[key] - other[key]).abs().max()) / largest for key in one}
-            assert largest > 1e-3 and max(differences.values()) < ROUNDING, (name, differences)
+    for name, (options, *ways) in CASES.items():
+        plain = gradients(world, [*words, *options])
+        assert len(plain) == (2 if name == "two epochs" else 1)
+        for more in ways:
+            for one, other in zip(plain, gradients(world, [*words, *options, *more]), strict=True):
+                assert one.keys() == other.keys(), (name, more)
+                largest = max(float(gradient.abs().max()) for gradient in one.values())
+                differences = {key: float((one[key] - other[key]).abs().max()) / largest for key in one}
+                assert largest > 1e-3 and max(differences.values()) < ROUNDING, (name, more, differences)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -117,11 +120,43 @@ def test_an_update_that_runs_out_of_memory_is_done_without_what_was_kept(setting
     assert [prefix is not None for prefix in prefixes] == [True, True, False, False, False, False]
 
 
-def test_what_excludes_it_is_said(settings, case):
-    for other in (
-        "rollout.refill=1", "rollout.batch=2", "model.recompute=true", "model.attention=flex", "sharding.replicas=2"
-    ):  # fmt: skip
-        with pytest.raises(ConfigError, match=f"rollout.keep_prefill and {other.partition('=')[0]}.* are both set"):
-            load_config([*settings, "run.directory=x", KEEP, other])
+def test_what_excludes_them_is_said(settings, case):
+    rollout = "rollout.refill=1", "rollout.batch=2", "model.recompute=true"
+    both = "model.attention=flex", "sharding.replicas=2"
+    for setting, others in ((KEEP, [*rollout, *both]), (SPLIT, both)):
+        for other in others:
+            named = f"{setting.partition('=')[0]} and {other.partition('=')[0]}.* are both set"
+            with pytest.raises(ConfigError, match=named):
+                load_config([*settings, "run.directory=x", setting, other])
     with pytest.raises(ValueError, match="needs all 3 prompts at once; batch is 2"):
         sample(case.policy, case.prompts[:3], group_size=2, max_new_tokens=2, temperature=0, batch=2, keep_prefill=True)
+
+
+def test_no_more_branches_are_fed_at_a_time_than_were_asked_for(settings, tmp_path, monkeypatch):
+    """In the update and in the reference pass, whose logprobs are the same."""
+    shapes: list[tuple[int, int]] = []
+
+    def scored(policy, prompts, tokens, mask, *, group_size, **kwargs):
+        shapes.append((len(prompts), group_size))
+        return score(policy, prompts, tokens, mask, group_size=group_size, **kwargs)
+
+    def logprobs(*more: str) -> list[torch.Tensor]:
+        found = []
+
+        def run(world: World) -> None:
+            trainer = build(world, load_config([*settings, f"run.directory={tmp_path}/run", *more]))
+            of_reference = trainer.reference_logprobs
+            trainer.reference_logprobs = lambda rollout: found.append(of_reference(rollout)) or found[-1]
+            trainer.step(0)
+
+        shapes.clear()
+        on_ranks(1, run)
+        return found
+
+    monkeypatch.setattr(learner_module, "score", scored)
+    monkeypatch.setattr(reference_module, "score", scored)
+    (whole,) = logprobs("optim.micro_batch=2")
+    assert shapes == [(2, 4)] * 4
+    (parts,) = logprobs("optim.micro_batch=2", SPLIT)
+    assert shapes == [(2, 3), (2, 1)] * 4
+    torch.testing.assert_close(parts, whole, atol=ROUNDING, rtol=0)

@@ -20,7 +20,8 @@ micro-batch uses it without gathering it again.
 
 With rollout.keep_prefill the micro-batches of the first epoch neither gather the layers of the tower nor reduce
 gradients of tower and projector. The backward through the prompts gathers all once, and reduces all gradients but those
-of the LM head.
+of the LM head. With optim.micro_branches the same holds for each part of a micro-batch, in every epoch, and each
+micro-batch has a forward over its prompts too, and a backward through them.
 """
 
 from __future__ import annotations
@@ -79,27 +80,38 @@ def step_bytes(
     micro_batches: int,
     inner_epochs: int = 1,
     keep_prefill: bool = False,
+    parts: int = 1,
 ) -> float:
     """Bytes that a rank receives in a step of GRPO, by the formula of this module.
 
     reference: a policy with weights of its own, the policy with its adapters disabled, or None.
     dtype: of the computation. reshard: whether layers are gathered again for the backward. keep_prefill: whether the
-    rollout's forward over the prompts is kept.
+    rollout's forward over the prompts is kept. parts: in which a group is scored.
     """
-    own, passes = sharded_elements(policy, shards), inner_epochs * micro_batches
-    times = 2 if reshard else 1
-    gathered = own.root * (1 + passes) + own.layers * (1 + passes * times)
-    reduced = own.trained * passes
-    if keep_prefill:
-        gathered += own.root + own.layers - own.tower_layers * times * micro_batches
-        reduced += own.trained - own.head - own.of_prompts * micro_batches
+    own = sharded_elements(policy, shards)
+    gathered, reduced = own.root + own.layers, 0  # in the rollout
+    for epoch in range(inner_epochs):
+        more = _epoch(own, micro_batches, parts, kept=keep_prefill and not epoch, times=2 if reshard else 1)
+        gathered, reduced = gathered + more[0], reduced + more[1]
     if reference is not None:
         theirs = sharded_elements(reference, shards) if isinstance(reference, Policy) else own
         copy = theirs is not own
-        gathered += copy * theirs.root + (micro_batches if reshard else copy) * theirs.layers
+        layers = theirs.layers + (theirs.layers - theirs.tower_layers) * (parts if parts > 1 else 0)
+        gathered += copy * theirs.root + (micro_batches * layers if reshard else copy * theirs.layers)
     within = (dtype.itemsize * gathered + FLOAT * reduced) * (shards - 1) / shards
     between = FLOAT * own.trained * inner_epochs / shards
     return within + 2 * between * (replicas - 1) / replicas
+
+
+def _epoch(own: Sharded, micro_batches: int, parts: int, *, kept: bool, times: int) -> tuple[int, int]:
+    """Elements that an epoch gathers and reduces. times: how often a forward and a backward gather a layer."""
+    if parts == 1 and not kept:
+        return micro_batches * (own.root + own.layers * times), micro_batches * own.trained
+    decoder, scored, backwards = own.layers - own.tower_layers, micro_batches * parts, 1 if kept else micro_batches
+    gathered = scored * (own.root + decoder * times)
+    # A forward over prompts apart gathers the tower too, whose weights no part of the group needs in between.
+    gathered += backwards * (own.root + (own.layers if kept else decoder * times + 2 * own.tower_layers))
+    return gathered, scored * (own.trained - own.of_prompts) + backwards * (own.trained - own.head)
 
 
 def _padded(shape: torch.Size, shards: int) -> int:

@@ -30,6 +30,7 @@ class Work:
     prompts: in a step. micro_batch: prompts at a time in scoring. prompt: tokens of a prompt, audio included.
     frames: mel frames of a prompt's clip, 0 without audio. evaluated: prompts at a time in an evaluation, 0 without
     one. decoded: prompts at a time in the rollout, 0 for all. samples: False if there is no rollout, as in SFT.
+    micro_branches: completions of each prompt at a time in scoring, 0 for all.
     """
 
     prompts: int
@@ -41,21 +42,37 @@ class Work:
     evaluated: int = 0
     decoded: int = 0
     samples: bool = True
+    micro_branches: int = 0
 
     @property
     def length(self) -> int:
         """Tokens of a row: the prompt, and G branches without their last tokens, which are not fed to the decoder."""
         return self.prompt + self.group_size * (self.max_new_tokens - 1)
 
+    @property
+    def branches(self) -> int:
+        """Completions of a group that are scored at a time."""
+        return min(self.micro_branches or self.group_size, self.group_size)
+
+    @property
+    def splits(self) -> bool:
+        """Whether a group is scored in parts, apart from its prompt."""
+        return self.branches < self.group_size
+
+    @property
+    def fed(self) -> int:
+        """Tokens of the branches of a row that are scored at a time."""
+        return self.branches * (self.max_new_tokens - 1)
+
     def mask(self, d: int) -> int:
         """Bytes of the branches' mask in scoring, once for all layers: in boolean and in additive form (d bytes)."""
-        branches = self.length - self.prompt
-        return self.micro_batch * branches * (self.length + d * mask_row(self.length))
+        length = self.prompt + self.fed
+        return self.micro_batch * self.fed * (length + d * mask_row(length))
 
     @property
     def scored(self) -> int:
-        """Completion tokens of a micro-batch."""
-        return self.micro_batch * self.group_size * self.max_new_tokens
+        """Completion tokens of a micro-batch that are scored at a time."""
+        return self.micro_batch * self.branches * self.max_new_tokens
 
 
 @dataclass(frozen=True)
@@ -125,7 +142,7 @@ def plan(shape: Shape, work: Work, setting: Setting) -> Plan:
     phases = {name: _add(constant, _peak(_rollout(shape, w, units, kept[name]))) for name, w in sampling.items() if w}
     if s.reference != "none":
         phases["reference"] = _add(constant, _peak(_reference(shape, work, units)))
-    backward = _backward_after_prefill if s.keep_prefill else _backward
+    backward = _backward_after_prompts if s.keep_prefill or work.splits else _backward
     phases["backward"] = _add(constant, {"gradients": sharded}, _peak(backward(shape, work, units)))
     phases["optimizer"] = _add(constant, {"gradients": sharded})
     host = 4 * s.master * units.trained // s.shards + units.frozen_host if s.offload else 0
@@ -216,23 +233,36 @@ def _rollout(shape: Shape, work: Work, units: UnitSizes, kept: int) -> Iterator[
 
 def _kept(shape: Shape, work: Work, units: UnitSizes) -> int:
     """Bytes that the forward over all prompts of a step saves for its backward, where it is kept."""
-    d, n = units.setting.dtype, work.prompts
-    if not units.setting.keep_prefill:
-        return 0
-    decoder = n * work.prompt * (shape.layers * shape.saved(d) + d * shape.hidden)
-    return decoder + (_saved_by_tower(shape.tower, n, work.frames, d) if shape.tower and units.tower_layer else 0)
+    return _prompts(shape, work, units, work.prompts) if units.setting.keep_prefill else 0
 
 
-def _saved_by_tower(tower: Tower, clips: int, frames: int, d: int) -> int:
-    return tower.layers * tower.saved(clips, frames, d) + tower.convolutions(clips, frames, d)
+def _prompts(shape: Shape, work: Work, units: UnitSizes, count: int) -> int:
+    """Bytes that a forward over so many prompts saves for its backward, with the keys and values of all layers."""
+    d, recompute = units.setting.dtype, units.setting.recompute
+    layer = d * shape.hidden + _keys(shape, d) if recompute else shape.saved(d)
+    tower = _tower_saved(shape.tower, units, count, work.frames) if shape.tower and units.tower_layer else 0
+    return count * work.prompt * (shape.layers * layer + d * shape.hidden) + tower
+
+
+def _keys(shape: Shape, d: int) -> int:
+    """Bytes of the keys and values of a token in one layer."""
+    return 2 * shape.kv_heads * shape.head_size * d
+
+
+def _tower_saved(tower: Tower, units: UnitSizes, clips: int, frames: int) -> int:
+    d, recompute = units.setting.dtype, units.setting.recompute
+    layer = tower.inputs(clips, frames, d) if recompute else tower.saved(clips, frames, d)
+    return tower.layers * layer + tower.convolutions(clips, frames, d)
 
 
 def _reference(shape: Shape, work: Work, units: UnitSizes) -> Iterator[dict[str, int]]:
     """Candidates for the peak of the reference's forward: a layer, the LM head, the audio tower, the first layer."""
     s, d = units.setting, units.setting.dtype
     gathered = units.gathered() if s.reference == "adapters" else units.reference_gathered
-    tokens = work.micro_batch * work.length
+    tokens = work.micro_batch * (max(work.prompt, work.fed) if work.splits else work.length)
     kept = _kept(shape, work, units)
+    if work.splits:
+        kept += work.micro_batch * work.prompt * shape.layers * _keys(shape, d)
     layer = kept + tokens * shape.forward_peak(d) + work.mask(d)
     head = kept + 2 * d * work.scored * shape.hidden
     yield {"gathered": gathered, "activations": layer}
@@ -258,10 +288,8 @@ def _backward(shape: Shape, work: Work, units: UnitSizes) -> Iterator[dict[str, 
     recomputed = layer if s.recompute else 0
     clips, tower = (work.micro_batch, work.frames, d), shape.tower if units.tower_layer else None
     tower_layer = tower.saved(*clips) if tower else 0
-    if tower and s.recompute:
-        decoder += tower.layers * tower.inputs(*clips) + tower.convolutions(*clips)
-    elif tower:
-        decoder += _saved_by_tower(tower, *clips)
+    if tower:
+        decoder += _tower_saved(tower, units, work.micro_batch, work.frames)
     in_tower = decoder - shape.layers * (inputs if s.recompute else layer) - work.mask(d)
     embedding, accumulates = d * units.embedding_trained, work.prompts > work.micro_batch
     missing = 0 if accumulates else units.sharded(units.trained)
@@ -292,16 +320,22 @@ def _backward(shape: Shape, work: Work, units: UnitSizes) -> Iterator[dict[str, 
     yield {"gradients": _root_reduction(units, accumulates)}
 
 
-def _backward_after_prefill(shape: Shape, work: Work, units: UnitSizes) -> Iterator[dict[str, int]]:
-    """The same with the prompts' forward kept: over branches, micro-batch by micro-batch, then over all prompts."""
-    d, n, m, layers = units.setting.dtype, work.prompts, work.micro_batch, shape.layers
-    kept, tokens = _kept(shape, work, units), m * (work.length - work.prompt)
-    gradients = n * work.prompt * layers * 2 * shape.kv_heads * shape.head_size * d  # of the prompts' keys and values
-    copied = (
-        m * work.prompt * layers * 2 * shape.attention * d
-    )  # the same before those of branches, for each query head
-    branches = kept + layers * tokens * shape.saved(d) + work.mask(d) + copied
-    embedding, missing = d * units.embedding_trained, 0 if n > m else units.sharded(units.trained)
+def _backward_after_prompts(shape: Shape, work: Work, units: UnitSizes) -> Iterator[dict[str, int]]:
+    """The same with a forward over prompts apart: over branches, part by part, then over the prompts.
+
+    These are all of a step, whose forward the rollout has kept, or those of a micro-batch.
+    """
+    s, d, m, layers = units.setting, units.setting.dtype, work.micro_batch, shape.layers
+    n = work.prompts if s.keep_prefill else m
+    kept, tokens = _prompts(shape, work, units, n), m * work.fed
+    gradients = n * work.prompt * layers * _keys(shape, d)  # of the prompts' keys and values
+    copied = m * work.prompt * 2 * shape.attention * d  # the same in front of those of branches, for each query head
+    saved, recomputed = tokens * shape.saved(d) + copied, 0
+    if s.recompute:
+        saved, recomputed = d * tokens * shape.hidden, saved
+    branches = kept + layers * saved + work.mask(d)
+    accumulates = work.prompts > m or work.splits
+    embedding, missing = d * units.embedding_trained, 0 if accumulates else units.sharded(units.trained)
     yield {  # the LM head, on one chunk of tokens
         "gathered": units.gathered(),
         "gradients": (embedding if work.scored > CHUNK else 0) - missing,
@@ -312,19 +346,21 @@ def _backward_after_prefill(shape: Shape, work: Work, units: UnitSizes) -> Itera
     yield {  # a decoder layer, over the branches
         "gathered": units.gathered(),
         "gradients": reduced - missing,
-        "activations": branches + gradients + tokens * shape.gradients(d),
+        "activations": branches + recomputed + gradients + tokens * shape.gradients(d),
     }
-    yield {  # a decoder layer, over the prompts
+    of_layer = n * work.prompt * (shape.gradients(d) + (shape.saved(d) if s.recompute else 0))
+    yield {
         "gathered": units.gathered(),
         "gradients": reduced,
-        "activations": kept + gradients + n * work.prompt * shape.gradients(d),
-    }
+        "activations": kept + gradients + of_layer,
+    }  # the prompts
     if shape.tower and units.tower_layer:
         clips = n, work.frames, d
+        in_tower = _tower_saved(shape.tower, units, n, work.frames) + shape.tower.gradients(*clips)
         yield {  # a layer of the tower
             "gathered": d * (units.root + 2 * units.tower_layer),
             "gradients": embedding + (d + FLOAT) * units.tower_layer,
-            "activations": _saved_by_tower(shape.tower, *clips) + shape.tower.gradients(*clips),
+            "activations": in_tower + (shape.tower.saved(*clips) if s.recompute else 0),
         }
     yield {"gradients": _root_reduction(units, accumulates=True)}
 

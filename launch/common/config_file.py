@@ -166,7 +166,7 @@ def _check_together(config: Config, *, source: str) -> None:
             "would not take part when the others reduce their gradients"
         )
     _check_refill(config, source)
-    _check_keep_prefill(config, source)
+    _check_prompts_apart(config, source)
     if config.lora.path is not None and config.lora.rank:
         raise ConfigError(f"{source}: lora.rank and lora.path are both set; saved adapters have a rank already")
     if not config.lora.targets:
@@ -197,19 +197,27 @@ def _check_refill(config: Config, source: str) -> None:
         )
 
 
-def _check_keep_prefill(config: Config, source: str) -> None:
-    others = {
-        "rollout.refill": config.rollout.refill > 0,
-        "rollout.batch": config.rollout.batch is not None,
-        "model.recompute": config.model.recompute,
+def _check_prompts_apart(config: Config, source: str) -> None:
+    """What excludes a forward and a backward over prompts alone."""
+    always = {
         "model.attention=flex": config.model.attention == "flex",
         "sharding.replicas": config.sharding.replicas > 1,
     }
-    for name in (name for name, is_set in others.items() if is_set and config.rollout.keep_prefill):
-        raise ConfigError(
-            f"{source}: rollout.keep_prefill and {name} are both set; it keeps one forward over all prompts of a step, "
-            "with its activations, and needs a backward of its own; leave one of the two out"
-        )
+    of_rollout = {
+        "rollout.refill": config.rollout.refill > 0,
+        "rollout.batch": config.rollout.batch is not None,
+        "model.recompute": config.model.recompute,
+    }
+    settings = {
+        "rollout.keep_prefill": always | of_rollout if config.rollout.keep_prefill else {},
+        "optim.micro_branches": always if config.optim.micro_branches else {},
+    }
+    for setting, others in settings.items():
+        for other in (name for name, is_set in others.items() if is_set):
+            raise ConfigError(
+                f"{source}: {setting} and {other} are both set, which are not supported together (docs/memory.md); "
+                "leave one of the two out"
+            )
 
 
 def _check_loss(config: Config, source: str) -> None:

@@ -67,9 +67,11 @@ FREE = (
     ("data", "workers"),
     ("data", "audio_root"),  # what clips hold is compared
     ("rollout", "batch"),
+    ("rollout", "keep_prefill"),
     ("rollout", "cuda_graphs"),
     ("reward", "workers"),
     ("optim", "micro_batch"),
+    ("optim", "micro_branches"),
 )
 # Names in run.allow_changed that are no options, and the facts of a checkpoint that they are about.
 RANKS, DATA, CLIPS, MODEL, OWN_FILES = "ranks", "data", "clips", "model", "own_files"
