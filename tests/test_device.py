@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -84,3 +89,20 @@ def test_a_dtype_without_instructions_is_said_to_be_emulated(environment):
     known = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     assert emulates(cpu, torch.bfloat16) is not known
     assert not emulates(cpu, torch.float32) and not emulates(gpu, torch.bfloat16)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc")
+@pytest.mark.parametrize("own", [False, True])
+def test_freed_memory_is_kept_unless_the_user_has_settings_of_their_own(own):
+    """Faults of the pages of twenty blocks of 16 MB, one after the other: 4096 in each that is mapped anew."""
+    code = (
+        "import resource, torch; from hark.grpo.runtime.device import set_up; set_up()\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for n in range(21): torch.ones(2**22); before = before if n else faults()\n"
+        "print(faults() - before)"
+    )
+    setting = {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"} if own else {}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | setting
+    output = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    faults = int(output.stdout)
+    assert faults > 60_000 if own else faults < 10_000, faults

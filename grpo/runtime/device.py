@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -21,6 +23,8 @@ ENVIRONMENT = {
     # lengths leave pieces that are too small. Such segments grow instead, and have no borders between blocks.
     ALLOCATOR: "expandable_segments:True",
 }
+# Options of glibc's mallopt: M_MMAP_THRESHOLD at its largest, M_TRIM_THRESHOLD, and M_TOP_PAD.
+KEPT = ((-3, 32 << 20), (-1, 2**31 - 1), (-2, 64 << 20))
 DEVICES = Path("/dev")  # where the driver lists the GPUs that this process may use
 
 
@@ -41,6 +45,7 @@ def set_up(threads: int = 0) -> torch.device:
     torch.backends.cuda.enable_cudnn_sdp(False)
     if not torch.cuda.is_available():
         _check_no_gpu()
+        _keep_freed_memory()
         return torch.device("cpu")
     local = int(os.environ.get("LOCAL_RANK", 0))
     if local >= torch.cuda.device_count():
@@ -50,6 +55,18 @@ def set_up(threads: int = 0) -> torch.device:
         )
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what is freed, on the CPU, where each layer allocates its tensors anew.
+
+    It would give blocks of megabytes back at once, and the next ones would be mapped page by page: 76,000 page faults
+    in a step of the benchmark, which takes 3 to 7 % less time without them. The memory stays at the step's peak.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None and not any(name.startswith("MALLOC_") for name in os.environ):
+        for option, value in KEPT:
+            mallopt(option, value)
 
 
 def emulates(device: torch.device, dtype: torch.dtype) -> bool:
