@@ -13,13 +13,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.nn.functional import pad
 
-from hark.grpo.prefill import Prefill
 from hark.models.policy import Prompt
+
+if TYPE_CHECKING:
+    from hark.grpo.prefill import Prefill
 
 AnyGroups = TypeVar("AnyGroups", bound="Groups")
 

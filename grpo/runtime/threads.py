@@ -1,8 +1,8 @@
 """As many threads as pay for the many small products of decoding, on the CPU.
 
 OpenMP's threads wait for one another after each product. Where another program takes one of their cores, each wait
-lasts until the scheduler gives it back: beside one busy process, decoding on two threads took 2.8 times as long as on
-one, while on an idle machine it takes less.
+lasts until the scheduler gives it back: beside one busy process, decoding on two threads takes several times as long as
+on one, while on an idle machine it takes less (`hark benchmark --busy`).
 """
 
 from __future__ import annotations
