@@ -19,8 +19,8 @@ from hark.data.examples import BadExample, load_examples
 from hark.data.loader import BadLog
 from hark.launch import check_data, new_model
 from hark.launch.common.config_file import config_of
+from hark.launch.common.prompt_lengths import planned_examples
 from hark.launch.page.evaluated import _questions
-from hark.launch.plan import planned_examples
 from tests.clips import grown_by, waveform
 
 GOOD = {"id": "good", "audio_path": "a.wav", "question_text": "Which?", "multi_choice": ["a", "b"], "answer": 0}

@@ -14,6 +14,8 @@ from hark.grpo.config import ConfigError
 from hark.grpo.instruments.shape import shape_of
 from hark.launch import plan
 from hark.launch.common.config_file import load_config
+from hark.launch.common.planned import USABLE, Run, predict
+from hark.launch.common.prompt_lengths import CHAT
 from hark.models.families.qwen2_audio import QWEN2_AUDIO_7B
 from hark.models.loading import build_from_config, load_policy
 from hark.models.policy import PolicyError
@@ -57,8 +59,8 @@ def test_each_change_that_is_offered_makes_it_fit_when_it_is_made(config, capsys
         overrides = [word for word in change["change"] if not word.startswith("--")]
         remade = load_config([str(config), "evaluation.every=10", *overrides])
         if remade.lora.rank == 0:  # the shape above has fewer adapters
-            peak = plan.predict(shape, plan.Run(remade, gpus, 30.0, 60, 750)).peak
-            assert peak == change["peak"] <= plan.USABLE * 40 * 2**30, words
+            peak = predict(shape, Run(remade, gpus, 30.0, 60, 750)).peak
+            assert peak == change["peak"] <= USABLE * 40 * 2**30, words
 
 
 def test_a_kept_prefill_is_counted_and_the_first_to_be_left_out(config, capsys):
@@ -113,7 +115,7 @@ def test_the_lengths_are_those_of_the_data_unless_they_are_given(small, capsys, 
     policy = load_policy(qwen2_audio_dir)
     text = "What is making this sound, and how often? Please choose the answer from the following options: "
     longest = text + "['rain', 'a bell', 'a dog', 'wind']. Output the final answer in <answer> </answer>."
-    tokens = len(policy.tokenizer(longest, add_special_tokens=False)["input_ids"]) + plan.CHAT
+    tokens = len(policy.tokenizer(longest, add_special_tokens=False)["input_ids"]) + CHAT
     file = f"{tmp_path}/data/train.jsonl"
     second = [planned(capsys, *small, *words).splitlines()[1] for words in ([], ["--seconds", 4], ["--text", 9])]
     assert second == [
