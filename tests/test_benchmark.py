@@ -149,7 +149,7 @@ def test_each_study_has_its_own_flags(capsys):
     """Flags for a GPU are unknown to the study on the CPU, and the defaults of the GPU's are those of the 7B."""
     with pytest.raises(SystemExit):
         benchmark.parse(["--dtype", "bfloat16"])
-    assert "unrecognized arguments: --dtype bfloat16" in capsys.readouterr().err
+    assert "unrecognized arguments: --dtype" in capsys.readouterr().err
     chosen = benchmark_gpu.parse(["--attention", "flex"])
     assert (chosen.model, chosen.dtype, chosen.attention) == ("qwen2-audio-7b", "bfloat16", "flex")
     works = benchmark_gpu.works_of(chosen)

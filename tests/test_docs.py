@@ -233,7 +233,7 @@ def test_every_page_is_linked_from_the_readme_which_stays_short():
         ("`hark export RUN [--steps N]`", "unrecognized arguments: --steps 1"),
         ("`hark plan CONFIG [--gpu-count 8]`", "override --gpu-count: an override is written"),
         ("`hark check-data FILE --seconds 3`", "unrecognized arguments: --seconds 3"),
-        ("`hark benchmark --attention flex`", "unrecognized arguments: --attention flex"),
+        ("`hark benchmark --attention flex`", "unrecognized arguments: --attention"),
         ("#   torchrun --nproc-per-node 8 launch/sft.py launch/configs/sft_ful.yaml", "no such file"),
     ],
 )

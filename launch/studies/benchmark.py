@@ -1,6 +1,7 @@
 """Compare a step of Hark's trainer with the R1-AQA procedure (launch/studies/baseline.py), on the CPU.
 
-    python launch/studies/benchmark.py [--shape A|B|both] [--prompts 1 4] [--group 8] [--new-tokens 24]
+    python launch/studies/benchmark.py [section.key=value ...]
+                                       [--shape A|B|both] [--prompts 1 4] [--group 8] [--new-tokens 24]
                                        [--threads 1 2] [--repeat 3] [--micro-batch 1] [--busy] [--quick] [--json FILE]
 
 Hark's side is what `hark train` runs: the trainer of a configuration, with its loader, rewards, reference, FSDP and
@@ -9,6 +10,7 @@ Baseline and Hark run alternately; one step of each is a turn, and the medians o
 the same weights, and score the same tokens before the turns. If a logprob or gradient differs by more than 1e-4, the
 program fails. --micro-batch is the number of prompts that both sides score at a time. --busy measures each row once
 more beside a process that computes. --quick measures shape A with one prompt in one turn and takes less than a minute.
+`planned` is the time of a step that `hark plan CONFIG --speed here` predicts, divided by Hark's.
 
 Memory is the peak of the bytes of all tensors in one step, with weights, reference, gradients and optimizer state but
 without temporary buffers inside kernels. It is measured in a separate step before the timed ones.
@@ -25,7 +27,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -76,7 +78,7 @@ def main(argv: list[str], size: Size | None = None) -> None:
             for prompts in arguments.prompts:
                 sizes = arguments.group, arguments.new_tokens, arguments.micro_batch
                 work = Work(SECONDS[shape], prompts, *sizes)
-                for result in compare(directory, work, arguments.threads, arguments.repeat, busy=arguments.busy):
+                for result in compare(directory, work, arguments):
                     results.append({"shape": shape} | result)
                     print(result_line(results[-1]), flush=True)
         rates = [result["matmul_gmacs_per_second"] for result in results]
@@ -93,6 +95,7 @@ def main(argv: list[str], size: Size | None = None) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", nargs="*", metavar="section.key=value", help="of the trainer's configuration")
     parser.add_argument("--shape", choices=("A", "B", "both"), default="both")
     parser.add_argument("--prompts", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--group", type=int, default=8, help="completions of each prompt")
@@ -115,13 +118,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def compare(
-    directory: Path, work: Work, threads: Sequence[int], repeat: int, *, busy: bool
-) -> Iterator[dict[str, Any]]:
+def compare(directory: Path, work: Work, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The figures of a step for each number of threads; with `busy` also beside a process that computes."""
+    threads, busy = arguments.threads, arguments.busy
     torch.set_num_threads(max(threads))
     with joined_world() as world:
-        hark = TrainerSide(directory, work, world)
+        hark = TrainerSide(directory, work, world, arguments.settings)
         sides = {"baseline": BaselineSide(directory, work), "hark": hark}
         drawn = hark.rollout()  # both sides score these completions
         memory = {name: peak_memory(side, drawn) for name, side in sides.items()}
@@ -129,7 +131,7 @@ def compare(
         for count, beside in itertools.product(threads, [False, True] if busy else [False]):
             torch.set_num_threads(count)
             with busy_process() if beside else nullcontext():
-                figures = measure(sides, drawn, repeat)
+                figures = measure(sides, drawn, arguments.repeat)
             yield (
                 {"prompts": work.prompts, "threads": count, "busy": beside, "parity": max(parity)}
                 | figures
@@ -180,13 +182,14 @@ def measure(sides: dict[str, Any], drawn: Rollout, repeat: int) -> dict[str, Any
     seconds = {name: medians(taken) for name, taken in turns.items()}
     speedups = {f"{phase}_speedup": seconds["baseline"][phase] / seconds["hark"][phase] for phase in PHASES}
     passes = macs(cost_of(hark.policy), hark.prompts, drawn.mask.sum(dim=1), audio_id=hark.policy.audio_id)
-    needed = passes.step(keep_prefill=True)
+    needed = passes.step(keep_prefill=hark.trainer.config.rollout.keep_prefill)
     return speedups | {
         "limit_share": needed / rate / seconds["hark"]["step"],
         "seconds": seconds,
         "necessary_gmacs": needed / 1e9,
         "matmul_gmacs_per_second": rate / 1e9,
         "prompt_tokens": len(hark.prompts[0].ids),
+        "planned_share": hark.planned_seconds() / seconds["hark"]["step"],
     }
 
 
@@ -212,6 +215,7 @@ COLUMNS = (
     ("optimizer_speedup", "optimizer", "{:.2f} x"),
     ("step_speedup", "step", "{:.2f} x"),
     ("limit_share", "of limit", "{:.2f}"),
+    ("planned_share", "planned", "{:.2f}"),
     ("memory_ratio", "memory", "{:.2f}"),
     ("parity", "parity", "{:.0e}"),
 )

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import soundfile
 
 from hark.grpo.config import Config
+from hark.grpo.instruments.shape import shape_of
 from hark.grpo.loop import measured_step
 from hark.grpo.runtime.collectives import World
 from hark.launch.common.config_file import load_config
+from hark.launch.common.planned import Run
+from hark.launch.common.planned_speed import HERE, rates_of, seconds_of
 from hark.launch.common.policies import make_policy
 from hark.launch.common.questions import training_examples, training_loader
 from hark.launch.studies.sides import BETA, CLIP, QUESTION, HarkSide, Work
@@ -30,9 +34,9 @@ class TrainerSide(HarkSide):
     world: of this process. Questions, clips, configuration and run are written beside the model.
     """
 
-    def __init__(self, directory: Path, work: Work, world: World):
+    def __init__(self, directory: Path, work: Work, world: World, settings: Sequence[str] = ()):
         place = directory / f"{work.seconds:g}-seconds-{work.prompts}-prompts"
-        config = write_run(place, directory, work)
+        config = write_run(place, directory, work, settings)
         self.work, self._done = work, 0
         with redirect_stdout(io.StringIO()):  # what a run says of itself
             self.policy = make_policy(config, world)
@@ -54,12 +58,20 @@ class TrainerSide(HarkSide):
         seconds = {name.removeprefix("seconds/"): value for name, value in self.trainer.clock.seconds().items()}
         return {PHASES.get(name, name): value for name, value in seconds.items()}
 
+    def planned_seconds(self) -> float:
+        """Seconds of a step by the model of grpo/instruments/speed.py, with the rates that this machine has now."""
+        shape, prompt = shape_of(self.policy), self.prompts[0]
+        audio = sum(clip.tokens for clip in prompt.clips)
+        planned = Run(self.trainer.config, 1, self.work.seconds, len(prompt.ids) - audio, audio)
+        rates = rates_of(HERE, shape, planned)
+        return sum(seconds_of(self.policy, shape, planned, rates, self.work.new_tokens).values())
+
     def close(self) -> None:
         """End the threads of the loader."""
         self._loader.close()
 
 
-def write_run(place: Path, model: Path, work: Work) -> Config:
+def write_run(place: Path, model: Path, work: Work, settings: Sequence[str]) -> Config:
     """Write the questions of a step with their clips, and a configuration that trains on them.
 
     With learning rate 0 an update takes the same time, and the weights are the same in all turns.
@@ -79,6 +91,6 @@ def write_run(place: Path, model: Path, work: Work) -> Config:
             f"rollout.group_size={work.group_size}", f"rollout.max_new_tokens={work.new_tokens}",
             f"optim.prompts_per_step={work.prompts}", f"optim.micro_batch={work.micro_batch}", f"optim.steps={EVER}",
             "optim.lr=0", f"loss.clip_low={CLIP}", f"loss.clip_high={CLIP}", f"loss.beta={BETA}",
-            "rollout.keep_prefill=true",
+            *settings,
         ]
     )  # fmt: skip
