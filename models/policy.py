@@ -28,6 +28,7 @@ from hark.models.attention import (
 )
 from hark.models.cache import TowerCache
 from hark.models.linear import linear_to_float32
+from hark.models.norms import use_fused_norms
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -120,6 +121,7 @@ class Policy(nn.Module):
     def __init__(self, model: nn.Module, tokenizer: Any):
         super().__init__()
         self.model = model.eval()  # no dropout or layer-drop: sampler and scorer must agree
+        use_fused_norms(self.model)
         self.tokenizer = tokenizer
         self._check_decoder()
         use_tree_attention(self.decoder.config)

@@ -245,7 +245,7 @@ def test_a_policy_of_ones_own_is_used_and_checked(directories, tmp_path, capsys)
     assert type(load_policy(directory, own=f"{file}:Mine")).__name__ == "Mine"
     check_policy.main([str(directory), "--policy", f"{file}:Mine"])
     said = capsys.readouterr().out
-    assert "as Mine" in said and said.count("\nok ") == 9
+    assert "as Mine" in said and said.count("\nok ") == 10
     with pytest.raises(SystemExit) as stopped:
         check_policy.main([str(directory), "--policy", f"{file}:Louder", "--without-gradients"])
     said = capsys.readouterr().out
