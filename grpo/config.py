@@ -218,7 +218,9 @@ class CheckpointConfig:
     weights: bool = False  # keep the weights of older checkpoints too, for launch/choose.py
     export: bool = True  # write a Hugging Face directory at the end
     background: bool = True  # train on while a copy in host memory is written
-    required: bool = True  # whether a checkpoint that cannot be written, as on a full disk, ends the run
+    required: bool = (
+        True  # whether a checkpoint or a line of the log that cannot be written, as on a full disk, ends the run
+    )
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def train(
         rate = reduce_sums({"rate": rate}, world)["rate"]  # the sum over ranks, measured at the same time on all
         metrics = Metrics(
             learner.directory, rank=world.rank, total_steps=config.optim.steps, show=learner.shown,
-            dtype=config.model.dtype,
+            dtype=config.model.dtype, required=config.checkpoint.required,
             trackers=partial(open_trackers, config.log.trackers, learner.directory, dataclasses.asdict(config)),
         )  # fmt: skip
         start = resumed(learner, changes) if config.run.resume else 0

@@ -772,7 +772,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "models/norms.py": (
         ("any norm is one operator", "return torch.allclose(", "return True or torch.allclose(", "test_norms"),
-        ("another epsilon", "self.weight, _epsilon(self))", "self.weight, 1e-5)", "test_norms"),
+        ("another epsilon of norms", "self.weight, _epsilon(self))", "self.weight, 1e-5)", "test_norms"),
     ),
     "models/attention.py": (
         ("scores unscaled", "alpha=scaling", "alpha=1.0", "test_parity"),

@@ -18,7 +18,7 @@ import torch
 from hark.from_file import from_file
 from hark.grpo import loop
 from hark.grpo.config import Config, ConfigError
-from hark.grpo.instruments import metrics as metrics_module
+from hark.grpo.instruments import log_file as log_module
 from hark.grpo.runtime import checkpoint as module
 from hark.grpo.runtime.checkpoint import CheckpointError, Saver, best_of, checkpoints, load_checkpoint, newest_intact
 from hark.grpo.runtime.collectives import World
@@ -235,7 +235,7 @@ def test_the_best_by_validation_is_kept_beside_the_newest(settings, tmp_path):
 def test_the_log_is_on_the_disk_before_a_checkpoint_has_its_name(settings, tmp_path, monkeypatch):
     """A machine that crashes later must not leave a checkpoint of steps that the log lacks."""
     synced, named = [0], []
-    sync, name = metrics_module.sync, Saver._name
+    sync, name = log_module.sync, Saver._name
 
     def noted(path: Path) -> None:
         sync(path)
@@ -246,7 +246,7 @@ def test_the_log_is_on_the_disk_before_a_checkpoint_has_its_name(settings, tmp_p
         named.append((writing.manifest.step, synced[-1]))
         name(saver, writing, written)
 
-    monkeypatch.setattr(metrics_module, "sync", noted)
+    monkeypatch.setattr(log_module, "sync", noted)
     monkeypatch.setattr(Saver, "_name", recorded)
     on_ranks(1, train, [*settings, "optim.steps=3", "checkpoint.every=1", f"run.directory={tmp_path}/run"])
     assert [step for step, _ in named] == [1, 2, 3] and all(lines >= step for step, lines in named)

@@ -15,7 +15,8 @@ from hark.data.benchmarks import grading
 from hark.data.benchmarks.answer_files import BENCHMARKS
 from hark.data.benchmarks.grading import grade_file
 from hark.data.errors import DataError
-from hark.grpo.instruments.metrics import LogError, read_metrics
+from hark.grpo.instruments.log_file import LogError
+from hark.grpo.instruments.metrics import read_metrics
 from hark.grpo.learner import MicroBatch
 from hark.launch import compare
 from hark.launch.common import row_file

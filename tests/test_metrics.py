@@ -1,16 +1,20 @@
 """grpo.metrics: every step stands once in the file, only rank 0 writes, and sums over ranks are exact."""
 
+import errno
 import json
 import math
 import os
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from hark.grpo.instruments.console import Completion
-from hark.grpo.instruments.metrics import LogError, Metrics
+from hark.grpo.instruments.log_file import LogError
+from hark.grpo.instruments.metrics import Metrics
 from hark.grpo.runtime.collectives import World, reduce_max, reduce_sums
 from tests.ranks import on_ranks
 
@@ -113,6 +117,57 @@ def test_a_pipe_or_a_hole_of_gigabytes_in_place_of_a_log_is_an_error_at_once(put
     put(tmp_path / name)
     with pytest.raises(LogError, match=f"{name}: not a file of at most 1024 MB; expected the log of a run"):
         Metrics(tmp_path, rank=0, total_steps=10).truncate(3)
+
+
+class FullDisk:
+    """A file that takes a few bytes of what is written, and then has no room; it may be switched off."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.full, opened = True, Path.open
+
+        def limited(path: Path, mode: str = "r", **options):
+            file = opened(path, mode, **options)
+            if "a" in mode and self.full:
+                write = file.write
+                file = SimpleNamespace(
+                    write=lambda data: (write(data[:7]), file.close(), self.fail()), close=file.close
+                )
+                return closing(file)
+            return file
+
+        monkeypatch.setattr(Path, "open", limited)
+
+    def fail(self) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_lines_that_a_full_disk_refuses_are_kept_until_there_is_room(tmp_path, capsys, monkeypatch):
+    metrics = logged(tmp_path, [1], required=False)
+    disk = FullDisk(monkeypatch)
+    for step in (2, 3):
+        metrics.log(step, {"reward": step / 10})
+    assert lines(tmp_path) == [{"step": 1, "reward": 0.1}], "no part of a line"
+    metrics.sync()
+    disk.full = False
+    metrics.log(4, {"reward": 0.4})
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+    disk.full = True
+    metrics.log(5, {"reward": 0.5})
+    metrics.close()
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert [line.rpartition("; ")[2] for line in warnings] == [
+        "its lines are kept until they can be (checkpoint.required=false)",
+        "its lines are kept until they can be (checkpoint.required=false)",
+        "lines that are lost: 1",
+    ]
+
+
+def test_a_line_that_a_full_disk_refuses_ends_the_run_and_leaves_no_part(tmp_path, monkeypatch):
+    metrics = logged(tmp_path, [1])
+    FullDisk(monkeypatch)
+    with pytest.raises(LogError, match=r"metrics.jsonl cannot be written \(No space left on device\); make room"):
+        metrics.log(2, {"reward": 0.2})
+    assert lines(tmp_path) == [{"step": 1, "reward": 0.1}]
 
 
 def test_truncate_at_0_starts_afresh_and_needs_no_file(tmp_path):

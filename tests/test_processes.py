@@ -23,7 +23,8 @@ from hark.grpo import learner as learner_module
 from hark.grpo import loop
 from hark.grpo import reference as reference_module
 from hark.grpo.config import ConfigError
-from hark.grpo.instruments.metrics import LogError, Metrics
+from hark.grpo.instruments.log_file import LogError
+from hark.grpo.instruments.metrics import Metrics
 from hark.grpo.instruments.nonfinite import NonFiniteError
 from hark.grpo.runtime import export as export_module
 from hark.grpo.runtime import leaving

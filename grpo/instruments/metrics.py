@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from hark import UserError
-from hark.files import sync, write_whole
+from hark.files import write_whole
 from hark.grpo.instruments.console import Completion, Console
 from hark.grpo.instruments.diagnosis import Diagnosis
+from hark.grpo.instruments.log_file import LogError, LogFile
 from hark.grpo.instruments.trackers import Audio, Tracker
 from hark.grpo.runtime.collectives import Progress
 from hark.limits import is_plain
@@ -29,15 +29,12 @@ MOST_SPANS = 10  # of steps without a line, in a message
 MEASURED = ("accuracy", "silent_accuracy", "questions")  # what others read of an evaluation
 
 
-class LogError(UserError, RuntimeError):
-    """The log of a run cannot be written, or is not what was written."""
-
-
 class Metrics:
     """The log of one run in `directory`. Rank 0 writes it; on other ranks each method does nothing.
 
     show: names of the values on the console line, the most important first; one that a step does not have is left out.
-    dtype: that of the computation, on which a rule of the diagnosis depends. trackers: opens the trackers, given the
+    dtype: that of the computation, on which a rule of the diagnosis depends. required: whether a line that cannot be
+    written ends the run; else it is kept until it can be. trackers: opens the trackers, given the
     first step of a resumed run, or 0.
     """
 
@@ -49,10 +46,13 @@ class Metrics:
         total_steps: int,
         show: tuple[str, ...] = (),
         dtype: str = "float32",
+        required: bool = True,
         trackers: Callable[[int], list[Tracker]] = lambda start: [],
     ):
         self._writes = rank == 0
-        self._path, self._completions = (Path(directory) / f"{name}.jsonl" for name in ("metrics", "completions"))
+        self._path = Path(directory) / "metrics.jsonl"
+        self._file = LogFile(self._path, required=required)
+        self._completions = LogFile(Path(directory) / "completions.jsonl", required=required)
         self.step = 0  # the latest that is logged
         self._diagnosis = Diagnosis(dtype)
         self._open_trackers = trackers
@@ -73,7 +73,7 @@ class Metrics:
             return
         self._console.start()
         self._trackers = self._open_trackers(step)
-        for path in (self._path, self._completions):
+        for path in (self._path, self._completions.path):
             if path.exists():
                 _truncate(path, step)
         lines = read_metrics(self._path.parent)
@@ -111,12 +111,8 @@ class Metrics:
         """Have on the disk what is logged, as a checkpoint is: after a crash of the machine its steps are there."""
         if not self._writes:
             return
-        for path in (self._path, self._completions, self._path.parent):
-            try:
-                if path.exists():
-                    sync(path)
-            except OSError as error:
-                raise _unwritten(path, error) from error
+        for file in (self._file, self._completions):
+            file.sync()
 
     def has_event(self, name: str, step: int) -> bool:
         """Whether an event of a step is logged; on other ranks than 0, False."""
@@ -145,20 +141,16 @@ class Metrics:
         """Print the last step if it is not printed yet, and close the trackers."""
         if self._writes:
             self._console.flush()
+            self._file.close()
+            self._completions.close()
         for tracker in self._trackers:
             tracker.close()
         self._trackers = []
 
-    def _append(self, record: dict[str, Any], path: Path | None = None) -> dict[str, Any]:
+    def _append(self, record: dict[str, Any], file: LogFile | None = None) -> dict[str, Any]:
         """Add a line to a file, metrics.jsonl by default; returns what the file holds."""
         record = finite(record)
-        path = path or self._path
-        try:
-            # Opened and closed for each line, so that a later crash does not lose it.
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record, allow_nan=False) + "\n")
-        except OSError as error:
-            raise _unwritten(path, error) from error
+        (file or self._file).append(record)
         return record
 
     def _track(self, step: int, values: dict[str, float]) -> None:
@@ -273,13 +265,6 @@ def _line(path: Path, number: int, text: bytes) -> dict[str, Any]:
     if not good:
         raise LogError(f"{path}:{number}: is not a line that a run writes; delete it, or copy the file again")
     return line
-
-
-def _unwritten(path: Path, error: OSError) -> LogError:
-    return LogError(
-        f"{path} cannot be written ({error.strerror}); make room, or the directory again; the same command with "
-        "run.resume=true goes on from the last checkpoint"
-    )
 
 
 def _spans(steps: Sequence[int]) -> str:
