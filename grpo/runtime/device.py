@@ -61,7 +61,7 @@ def _keep_freed_memory() -> None:
     """Let glibc keep what is freed, on the CPU, where each layer allocates its tensors anew.
 
     It would give blocks of megabytes back at once, and the next ones would be mapped page by page: 76,000 page faults
-    in a step of the benchmark, which takes 3 to 7 % less time without them. The memory stays at the step's peak.
+    in a step of the benchmark, which takes some 3 % less time without them. The memory stays at the step's peak.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None and not any(name.startswith("MALLOC_") for name in os.environ):
