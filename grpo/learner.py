@@ -267,14 +267,13 @@ class Learner(Generic[Kind]):
         optim.micro_branches, have a forward and a backward of their own around the parts of their groups.
         """
         for groups, micro in self._groups(batch, last=last):
-            parts = micro.branches(self.config.optim.micro_branches)
-            own = kept is None and len(parts) > 1
-            prefill = prefilled(self.policy, micro.prompts) if own else kept
+            parts, every = micro.branches(self.config.optim.micro_branches), range(len(groups))
+            own = prefilled(self.policy, micro.prompts) if kept is None and len(parts) > 1 else None
             for branches in parts:
-                prefix = prefill.select(range(len(groups)) if own else groups) if prefill else None
-                yield batch.rows(groups, branches), micro.select(range(len(groups)), branches), prefix
-            if own and prefill:
-                self._through_prompts(prefill)
+                prefix = kept.select(groups) if kept else own.select(every) if own else None
+                yield batch.rows(groups, branches), micro.select(every, branches), prefix
+            if own:
+                self._through_prompts(own)
         if kept:
             self._through_prompts(kept)
 

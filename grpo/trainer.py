@@ -200,14 +200,11 @@ class Trainer(Learner[PolicyBatch]):
 
     def _logprobs(self, policy: Policy | WithoutAdapters, rollout: Rollout) -> torch.Tensor:
         temperature = self.config.rollout.temperature
+        branches = self.config.optim.micro_branches
         return self.in_memory(
             lambda: rollout_logprobs(
-                policy,
-                rollout,
-                micro_batch=self.micro_batch.size,
-                temperature=temperature,
-                micro_branches=self.config.optim.micro_branches,
-            )  # fmt: skip
+                policy, rollout, micro_batch=self.micro_batch.size, micro_branches=branches, temperature=temperature
+            )
         )
 
     def advantages(
