@@ -133,7 +133,7 @@ def _build(entries: dict[str, Entry], *, source: str) -> Config:
                 raise ConfigError(f"{source}: {name} is missing; set it there or as {name}=VALUE")
     values["loss"] = _named_loss(values["loss"].get("kind", LossConfig.kind), entries) | values["loss"]
     config = Config(**{section: kind(**values[section]) for section, kind in SECTIONS.items()})
-    _check_together(config, source=source)
+    check_together(config, source=source)
     return config
 
 
@@ -149,7 +149,8 @@ def _is_required(f: dataclasses.Field) -> bool:
     return default_of(f) is dataclasses.MISSING
 
 
-def _check_together(config: Config, *, source: str) -> None:
+def check_together(config: Config, *, source: str) -> None:
+    """Raise ConfigError, which names the source, if options exclude one another."""
     if config.optim.warmup_steps > config.optim.steps:
         raise ConfigError(
             f"{source}: optim.warmup_steps must be at most optim.steps ({config.optim.steps}), "

@@ -7,6 +7,7 @@ from typing import Any
 from hark.grpo.config import Config, ConfigError
 from hark.grpo.instruments.memory import Plan, Setting, Work, plan
 from hark.grpo.instruments.shape import Shape
+from hark.launch.common.config_file import check_together
 from hark.launch.common.policies import lora_of
 
 USABLE = 0.95  # share of the device memory; the CUDA context, workspaces and fragmentation take the rest
@@ -91,15 +92,11 @@ def changed(planned: Run, chosen: Iterable[Change]) -> Run | None:
             config = dataclasses.replace(config, **{section: part})
         else:
             gpus = value
-    dtypes_conflict = config.model.master_dtype == "bfloat16" and config.model.dtype != "bfloat16"
-    keeps, replicas = config.rollout.keep_prefill, config.sharding.replicas
-    prefill_conflicts = keeps and (config.model.recompute or config.rollout.batch is not None)
-    apart_conflicts = (keeps or config.optim.micro_branches is not None) and (
-        replicas > 1 or config.model.attention == "flex"
-    )
-    compatible = not dtypes_conflict and not prefill_conflicts and not apart_conflicts
-    compatible = compatible and config.optim.prompts_per_step % gpus == 0
-    return dataclasses.replace(planned, config=config, gpus=gpus) if compatible else None
+    try:
+        check_together(config, source="a changed run")
+    except ConfigError:
+        return None
+    return None if config.optim.prompts_per_step % gpus else dataclasses.replace(planned, config=config, gpus=gpus)
 
 
 def in_words(change: Change) -> str:
