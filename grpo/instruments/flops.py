@@ -25,7 +25,7 @@ embeddings of the prompt. P: prompt tokens. T: tokens of one completion. The oth
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
@@ -169,21 +169,26 @@ def best_matmul_rate(device: torch.device | str = "cpu", dtype: torch.dtype = to
     for size in SIZES:
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         linear(a, b)
-        seconds = min(_seconds(a, b) for _ in range(repeat))
+        seconds = fastest(torch.device(device), linear, a, b, repeat=repeat)
         rates.append(size**3 / seconds)
         if 2**3 * seconds > MAX_SECONDS:
             break
     return max(rates)
 
 
-def _seconds(a: torch.Tensor, b: torch.Tensor) -> float:
-    if a.device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    linear(a, b)
-    if a.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def fastest(device: torch.device, call: Callable[..., object], *args: Any, repeat: int = 5) -> float:
+    """Seconds of the fastest of some calls, each until the device has finished its work."""
+
+    def seconds() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        call(*args)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    return min(seconds() for _ in range(repeat))
 
 
 def _group(cost: Cost, prompt: Prompt, lengths: Sequence[int], audio_id: int | None) -> Macs:

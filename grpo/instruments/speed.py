@@ -13,15 +13,13 @@ reference and update, as far as these are longer.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from hark.grpo.instruments.flops import Macs
+from hark.grpo.instruments.flops import Macs, fastest
 from hark.grpo.instruments.memory import Setting, Work
 from hark.grpo.instruments.shape import FLOAT, Shape
 from hark.models.linear import linear
@@ -153,6 +151,7 @@ def _saved(shape: Shape, work: Work, d: int, tokens: float) -> float:
     return shape.layers * shape.saved(d) * tokens + of_tower
 
 
+@torch.inference_mode()
 def measured(device: torch.device, dtype: torch.dtype, shape: Shape, tokens: int, rows: int) -> Rates:
     """The rates of a device, in a few seconds: of products and attention over so many tokens with a layer's sizes, and
     of reading weights for so many rows.
@@ -162,25 +161,12 @@ def measured(device: torch.device, dtype: torch.dtype, shape: Shape, tokens: int
     weights = [torch.randn(shape.inner, shape.hidden, device=device, dtype=dtype) for _ in range(count)]
     query = torch.randn(1, shape.heads, tokens, shape.head_size, device=device, dtype=dtype)
     small = torch.zeros(8, device=device)
+    pairs = 2 * query.numel() * tokens
     return Rates(
-        products=x.numel() * shape.inner / _best(device, lambda: linear(x, weights[0])),
-        attention=2 * query.numel() * tokens / _best(device, lambda: scaled_dot_product_attention(query, query, query)),
-        memory=count * weights[0].nbytes / _best(device, lambda: [linear(x[:rows], weight) for weight in weights]),
-        launch=_best(device, lambda: [small.add(1.0) for _ in range(1000)]) / 1000,
+        products=x.numel() * shape.inner / fastest(device, linear, x, weights[0]),
+        attention=pairs / fastest(device, scaled_dot_product_attention, query, query, query),
+        memory=count * weights[0].nbytes / fastest(device, lambda: [linear(x[:rows], weight) for weight in weights]),
+        launch=fastest(device, lambda: [small.add(1.0) for _ in range(1000)]) / 1000,
         link=float("inf"),
         overlaps=device.type == "cuda",
     )
-
-
-def _best(device: torch.device, call: Callable[[], object], repeat: int = 5) -> float:
-    """Seconds of the fastest of some calls."""
-
-    def seconds() -> float:
-        began = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - began
-
-    with torch.inference_mode():
-        return min(seconds() for _ in range(repeat))

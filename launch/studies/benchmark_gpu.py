@@ -35,7 +35,7 @@ from typing import Any
 import torch
 
 from hark.grpo.config import ConfigError
-from hark.grpo.instruments.flops import Cost, best_matmul_rate, cost_of, macs
+from hark.grpo.instruments.flops import Cost, best_matmul_rate, cost_of, fastest, macs
 from hark.grpo.instruments.memory_tracker import MemoryTracker
 from hark.grpo.optimizer import build_optimizer, clip_gradients
 from hark.grpo.runtime.shards import allocate_moments
@@ -326,7 +326,7 @@ def copy_rate(device: torch.device, repeat: int = 5) -> float:
     source = torch.zeros(COPIED[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
-    return 2 * source.nbytes / min(timed(device, target.copy_, source)[0] for _ in range(repeat))
+    return 2 * source.nbytes / fastest(device, target.copy_, source, repeat=repeat)
 
 
 def random_policy(setting: Setting, seed: int) -> Qwen2AudioPolicy:
