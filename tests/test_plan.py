@@ -15,6 +15,7 @@ from hark.grpo.instruments.shape import shape_of
 from hark.launch import plan
 from hark.launch.common.config_file import load_config
 from hark.launch.common.planned import USABLE, Run, predict
+from hark.launch.common.planned_speed import prepare, rates_of, seconds_of
 from hark.launch.common.prompt_lengths import CHAT
 from hark.models.families.qwen2_audio import QWEN2_AUDIO_7B
 from hark.models.loading import build_from_config, load_policy
@@ -145,3 +146,28 @@ def test_a_small_model_and_little_memory_are_told_in_mebibytes(small, capsys):
     assert "does not fit in 0.973 MiB (95 % of 0.001 GiB)" in printed
     assert "brings the peak to 0.973 MiB or less; choose a smaller model" in printed
     assert not re.search(r"\b0\.0+ GiB", printed)
+
+
+def test_what_is_offered_fits_and_is_faster_when_it_is_made(config, capsys, tmp_path):
+    settings = ["model.recompute=true", "optim.micro_batch=1"]
+    words = "--speed", "h100", "--tokens", 20, "--seconds", 10, "--text", 60, "--memory", 60
+    printed = planned(capsys, config, *settings, *words, "--json", tmp_path / "plan.json")
+    record = json.loads((tmp_path / "plan.json").read_text())
+    total = sum(record["seconds"].values())
+    assert f"total {total:.3g}, {128 / total:.3g} completions per second\nfaster, and fits:" in printed
+    assert len(record["faster"]) == 3
+    for one in record["faster"]:
+        remade = load_config([str(config), *settings, *one["change"]])
+        policy = build_from_config(AutoConfig.for_model(**QWEN2_AUDIO_7B))
+        run = Run(remade, 8, 10.0, 60, 250)
+        prepare(policy, run)
+        shape = shape_of(policy, targets=remade.lora.targets)
+        assert predict(shape, run).peak == one["peak"] <= USABLE * 60 * 2**30
+        again = seconds_of(policy, shape, run, rates_of("h100", shape, run), 20)
+        assert sum(again.values()) == pytest.approx(one["seconds"]) and one["seconds"] < total
+
+
+def test_adapters_on_one_gpu_send_nothing(config, capsys):
+    words = "--gpus", 1, "--speed", "a100", "lora.rank=8", "model.recompute=true", "--seconds", 10, "--text", 60
+    line = next(line for line in planned(capsys, config, *words).splitlines() if line.startswith("rollout "))
+    assert "communication" not in line

@@ -1,26 +1,18 @@
-"""The time of a step by its formula, worked by hand, and what `hark plan --speed` makes of it."""
+"""The time of a step by its formula, worked by hand."""
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoConfig
 
 from hark.grpo.instruments import speed
 from hark.grpo.instruments.flops import Macs
 from hark.grpo.instruments.memory import Setting, Work
 from hark.grpo.instruments.shape import Shape, Tower
 from hark.grpo.instruments.speed import LAUNCHES, OVERHEAD, Counts, Rates, measured, step_seconds
-from hark.launch import plan
-from hark.launch.common.config_file import load_config
-from hark.launch.common.planned import USABLE, Run, predict
-from hark.launch.common.planned_speed import prepare, seconds_of
-from hark.models.families.qwen2_audio import QWEN2_AUDIO_7B
-from hark.models.loading import build_from_config
 
 SHAPE = Shape(
     layers=3, hidden=4, inner=8, heads=2, kv_heads=1, head_size=2, vocabulary=10, tied=True, layer=100, root=50,
@@ -104,39 +96,3 @@ def test_the_rates_of_this_machine_are_those_of_its_layers(monkeypatch):
     rates = measured(torch.device("cpu"), torch.float32, SHAPE, 7, 3)
     assert 0 < rates.launch < 1e-3 and min(rates.memory, rates.products, rates.attention) > 1e3
     assert not rates.overlaps and rates.link == math.inf
-
-
-@pytest.fixture
-def config(tmp_path):
-    AutoConfig.for_model(**QWEN2_AUDIO_7B).save_pretrained(tmp_path / "model")
-    path = tmp_path / "full.yaml"
-    path.write_text(
-        f"run: {{directory: {tmp_path}/run}}\n"
-        f"model: {{path: {tmp_path}/model, dtype: bfloat16, recompute: true}}\n"
-        "optim: {prompts_per_step: 16}\n"
-    )
-    return path
-
-
-def test_what_is_offered_fits_and_is_faster_when_it_is_made(config, capsys, tmp_path):
-    words = [str(config), "--speed", "h100", "--tokens", "20", "--seconds", "10", "--text", "60", "--memory", "60"]
-    plan.main([*words, "--json", str(tmp_path / "plan.json")])
-    printed, record = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
-    total = sum(record["seconds"].values())
-    assert f"total {total:.3g}, {128 / total:.3g} completions per second\nfaster, and fits:" in printed
-    assert len(record["faster"]) == 3
-    for one in record["faster"]:
-        remade = load_config([str(config), *one["change"]])
-        policy = build_from_config(AutoConfig.for_model(**QWEN2_AUDIO_7B))
-        run = Run(remade, 8, 10.0, 60, 250)
-        prepare(policy, run)
-        shape = plan.shape_of(policy, targets=remade.lora.targets)
-        assert predict(shape, run).peak == one["peak"] <= USABLE * 60 * 2**30
-        again = seconds_of(policy, shape, run, plan.rates_of("h100", shape, run), 20)
-        assert sum(again.values()) == pytest.approx(one["seconds"]) and one["seconds"] < total
-
-
-def test_adapters_on_one_gpu_send_nothing(config, capsys):
-    plan.main([str(config), "--gpus", "1", "--speed", "a100", "lora.rank=8", "--seconds", "10", "--text", "60"])
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("rollout"))
-    assert "communication" not in line
