@@ -21,6 +21,14 @@ __all__ = ["UserError", "group_advantages", "load_policy", "policy_loss", "sampl
 # This process and the one that started it. Noted now, because that may end while torch is imported, for seconds.
 STARTED = os.getpid(), os.getppid()
 
+# How often a thread of GNU's OpenMP looks for the next product before it sleeps: for some tenths of a millisecond,
+# longer than between two products of a decode step. The default, 300000, is longer than the scheduler's time slice:
+# beside a busy process a thread spends its slice on looking and has no core when the product comes, and a step on two
+# threads took more than twice as long as on one. No sum depends on it. libgomp reads it when torch is imported: by
+# the command `hark` and by the programs that train, after this module.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 
 class UserError(Exception):
     """An error that the user can correct. A command prints its message as one line, without a traceback."""

@@ -422,6 +422,20 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
             "test_rewards_table",
         ),
     ),
+    "hark/__init__.py": (
+        (
+            "waiting threads stay awake",
+            '"GOMP_SPINCOUNT", "10000"',
+            '"GOMP_SPINCOUNT", "300000"',
+            "test_library.py::test_threads_that_wait_for_a_product_sleep_soon_unless_the_user_says_otherwise",
+        ),
+        (
+            "the user's waiting ignored",
+            'if "OMP_WAIT_POLICY" not in os.environ:',
+            "if True:",
+            "test_library.py::test_threads_that_wait_for_a_product_sleep_soon_unless_the_user_says_otherwise",
+        ),
+    ),
     "hark/from_file.py": (
         ("a lock for one", "threading.RLock", "threading.Lock", "test_from_file"),
         (

@@ -1,5 +1,6 @@
 """`from hark import ...`: the step of docs/library.md runs as printed, and importing the package stays light."""
 
+import os
 import re
 import subprocess
 import sys
@@ -60,3 +61,20 @@ def test_a_type_checker_sees_the_module_of_every_name():
 def test_importing_the_package_loads_no_torch(tmp_path):
     code = "import sys, hark, hark.data.examples; assert not {'torch', 'transformers'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "0")],
+)
+def test_threads_that_wait_for_a_product_sleep_soon_unless_the_user_says_otherwise(chosen, expected, tmp_path):
+    """OpenMP prints what it has read, when a program imports torch."""
+    program = Path(hark.__file__).parents[1] / "launch" / "train.py"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    printed = subprocess.run(
+        [sys.executable, program, "--help"], cwd=tmp_path, env=environment | chosen | {"OMP_DISPLAY_ENV": "VERBOSE"},
+        capture_output=True, text=True,
+    ).stderr  # fmt: skip
+    if not (found := re.findall(r"GOMP_SPINCOUNT = '(\d+)'", printed)):
+        pytest.skip("torch has another OpenMP here")
+    assert set(found) == {expected}

@@ -3,6 +3,10 @@
 OpenMP's threads wait for one another after each product. Where another program takes one of their cores, each wait
 lasts until the scheduler gives it back: beside one busy process, decoding on two threads takes several times as long as
 on one, while on an idle machine it takes less (`hark benchmark --busy`).
+
+The passes of the reference and of the update take all threads, because a resumed run has to have the same bits: the
+gradient of a LayerNorm is summed by thread, and on some numbers of threads the products have other bits too. Beside a
+busy process it helps them that threads which wait sleep soon (hark/__init__.py).
 """
 
 from __future__ import annotations

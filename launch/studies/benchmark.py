@@ -1,8 +1,7 @@
 """Compare a step of Hark's trainer with the R1-AQA procedure (launch/studies/baseline.py), on the CPU.
 
-    python launch/studies/benchmark.py [section.key=value ...]
-                                       [--shape A|B|both] [--prompts 1 4] [--group 8] [--new-tokens 24]
-                                       [--threads 1 2] [--repeat 3] [--micro-batch 1] [--busy] [--quick] [--json FILE]
+    hark benchmark [section.key=value ...] [--shape A|B|both] [--prompts 1 4] [--group 8] [--new-tokens 24]
+                   [--threads 1 2] [--repeat 3] [--micro-batch 1] [--busy] [--quick] [--json FILE]
 
 Hark's side is what `hark train` runs: the trainer of a configuration, with its loader, rewards, reference, FSDP and
 log of phases. The model is a Qwen2-Audio with 42 M random float32 weights. Clips last 10 s (shape A) or 30 s (shape B).
