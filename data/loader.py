@@ -23,11 +23,12 @@ from hark.data.order import (
     SHUFFLED,
     Curriculum,
     completion_key,
+    dealt,
     digest,
+    expected_tokens,
     occurrences,
     order_of,
     parts_of,
-    rank_slice,
     shuffle_choices,
 )
 from hark.data.parallel import in_threads
@@ -137,6 +138,16 @@ class Loader(Generic[Prompt]):
         self._cancel()
         self._ahead = self._submit(step, positions, since)
 
+    def share(self, positions: Sequence[int]) -> list[int]:
+        """This rank's of some positions of the run's order, in their order; all ranks get equally many.
+
+        See `order.dealt`. The lengths are those of the examples that are drawn there, not of what replaces a bad one:
+        which ones are bad, a rank only knows of its own.
+        """
+        indices = [self._order(position) for position in positions]
+        lengths = [expected_tokens(self.examples[index].seconds or 0.0, self._text_length(index)) for index in indices]
+        return [positions[index] for index in dealt(lengths, self._world)[self._rank]]
+
     def longest(self) -> tuple[Example, Prompt]:
         """The example with the longest prompt, among those with the longest clips and those with the longest texts."""
         indices = range(len(self.examples))
@@ -167,7 +178,7 @@ class Loader(Generic[Prompt]):
     def _positions(self, step: int) -> tuple[int, list[int]]:
         """The first position of a step in the run's order, and the positions of this rank's prompts."""
         first = step * self._prompts_per_step
-        return first, rank_slice(range(first, first + self._prompts_per_step), self._rank, self._world)
+        return first, self.share(range(first, first + self._prompts_per_step))
 
     def _submit(self, step: int, positions: Sequence[int], since: int) -> dict[Draw, Future[_Slot[Prompt]]]:
         """The prompts at these positions: those that were started, and the others, which are started now."""

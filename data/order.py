@@ -1,6 +1,7 @@
 """Which examples a step uses, the order of their choices, the keys of their completions, and which are held out.
 
-All are pure functions of the seed, the step and the examples; the number of ranks does not matter.
+All are pure functions of the seed, the step and the examples; the number of ranks only decides which rank has which
+prompts of a step.
 """
 
 import functools
@@ -11,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
@@ -19,10 +19,11 @@ from hark.data.difficulty import easy_to_hard
 from hark.data.errors import DataError
 from hark.data.examples import Example
 
-T = TypeVar("T")
 Order = Callable[[int], int]  # a prompt of the run, counted from 0 over all steps and ranks -> the index of its example
 
 BLOCK = 1000  # prompts in which the shares of a mixture are exact
+TOKENS_PER_SECOND = 25  # of audio in Qwen2-Audio; other families have fewer
+LETTERS_PER_TOKEN = 4  # of English text
 MIXING = 2**32 - 1  # a seed that no part has, for the order of the parts
 
 
@@ -200,16 +201,36 @@ def digest(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
-def rank_slice(draws: Sequence[T], rank: int, world: int) -> list[T]:
-    """The part of a step's draws that a rank takes: contiguous, and of equal length on all ranks."""
-    if len(draws) % world:
+def expected_tokens(seconds: float, letters: int) -> float:
+    """Tokens of a prompt, estimated before it is prepared: the same for all families, as only proportions matter.
+
+    The completions are left out. Their lengths are not known, so each prompt would get the same, and `dealt` gives the
+    same result with a constant added to all lengths.
+    """
+    return TOKENS_PER_SECOND * seconds + letters / LETTERS_PER_TOKEN
+
+
+def dealt(lengths: Sequence[float], world: int) -> list[list[int]]:
+    """For each rank the indices of its prompts, ascending: equally many, of nearly equal sums of `lengths`.
+
+    Longest processing time first (LPT), in rounds: from the longest to the shortest, each `world` prompts in a row go
+    to different ranks, the longest of them to the rank with the smallest sum so far. Equal lengths are taken by their
+    index, equal sums by their rank. The rounds give the k-th longest prompts of all ranks similar lengths, because the
+    ranks compute their k-th micro-batches at the same time. ValueError if the ranks cannot have equally many.
+    """
+    if len(lengths) % world:
         raise ValueError(
-            f"{len(draws)} prompts per step cannot be split over {world} ranks; expected a multiple of {world}"
+            f"{len(lengths)} prompts per step cannot be split over {world} ranks; expected a multiple of {world}"
         )
-    if not 0 <= rank < world:
-        raise ValueError(f"rank {rank} of {world}; expected 0 to {world - 1}")
-    size = len(draws) // world
-    return list(draws[rank * size : (rank + 1) * size])
+    descending = sorted(range(len(lengths)), key=lambda index: -lengths[index])  # a stable sort
+    ranks: list[list[int]] = [[] for _ in range(world)]
+    sums = [0.0] * world
+    for first in range(0, len(lengths), world):
+        free = sorted(range(world), key=lambda rank: sums[rank])
+        for rank, index in zip(free, descending[first : first + world], strict=True):
+            ranks[rank].append(index)
+            sums[rank] += lengths[index]
+    return [sorted(own) for own in ranks]
 
 
 def shuffle_choices(example: Example, *, seed: int, step: int) -> Example:

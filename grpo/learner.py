@@ -219,6 +219,14 @@ class Learner(Generic[Kind]):
                 check_interrupted(self.world)
         return {name: float(value) for name, value in sums.items()}  # only at the end, because float() waits for a GPU
 
+    def positions(self, step: int) -> tuple[int, list[int]]:
+        """The first position of a step in the run's order, and those of this rank's prompts.
+
+        With rollout.refill a step has others.
+        """
+        count = self.config.optim.prompts_per_step
+        return step * count, self.data.share(range(step * count, (step + 1) * count))
+
     def learning_rate(self, step: int) -> float:
         optim = self.config.optim
         return learning_rate(

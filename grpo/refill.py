@@ -24,18 +24,17 @@ from hark.models.policy import Prompt
 class Drawn:
     """This rank's groups of a step: N examples with their completions, and where they are in the run's order.
 
-    columns: (B, K) reward columns; None where they are not computed yet. since, cursor: the positions at which this
-    step and the next one begin. figures: metrics of the draws, the same on all ranks. waited: seconds of waiting for
-    other ranks.
+    positions: of the examples, ascending. columns: (B, K) reward columns; None where they are not computed yet.
+    cursor: with rollout.refill, the position at which the next step begins. figures: metrics of the draws, the same on
+    all ranks. waited: seconds of waiting for other ranks.
     """
 
     examples: tuple[Any, ...]
     prompts: tuple[Prompt, ...]
     keys: tuple[Key, ...]
     rollout: Rollout
+    positions: tuple[int, ...]
     columns: torch.Tensor | None = None
-    positions: tuple[int, ...] = ()
-    since: int | None = None
     cursor: int | None = None
     figures: dict[str, float] = dataclasses.field(default_factory=dict)
     waited: float = 0.0
@@ -84,14 +83,14 @@ def draw_with_spread(
     further: int,
     world: World,
     pad_id: int,
-    draw: Callable[[Sequence[tuple[Any, Prompt, Key]]], tuple[Rollout, torch.Tensor, float]],
+    draw: Callable[[Sequence[tuple[Any, Prompt, Key]], Sequence[int]], tuple[Rollout, torch.Tensor, float]],
     spread: Callable[[torch.Tensor], Sequence[bool]],
 ) -> Drawn:
     """Draw candidates from `cursor` on until `prompts` groups have spread, at most (1 + `further`) * `prompts`.
 
-    draw: returns the completions of this rank's candidates, their reward columns (B, K), and the seconds for which it
-    waited for other ranks. spread: says for each group whether its rewards differ. pad_id: fills up the tokens of
-    shorter completions.
+    draw: returns the completions of this rank's candidates, whose positions it gets too, their reward columns (B, K),
+    and the seconds for which it waited for other ranks. spread: says for each group whether its rewards differ.
+    pad_id: fills up the tokens of shorter completions.
     """
     flags: list[bool] = []
     known: dict[int, tuple[Any, Prompt, Key]] = {}
@@ -99,30 +98,31 @@ def draw_with_spread(
     waited = 0.0
     while size := next_draw(flags, prompts, further=further, ranks=world.size):
         first = cursor + len(flags)
-        positions = share(range(first, first + size), world)
+        positions = data.share(range(first, first + size))
         candidates = data.at(step, positions, since=cursor)
-        rollout, columns, seconds = draw(candidates)
+        rollout, columns, seconds = draw(candidates, positions)
         waited += seconds
-        flags += exchange_rows(list(spread(columns)), world)  # the ranks have consecutive shares
+        found = exchange_rows(list(zip(positions, spread(columns), strict=True)), world)
+        flags += [has for _, has in sorted(found)]
         known |= zip(positions, candidates, strict=True)
         groups |= {
             position: _Group(rollout.select([n]), columns[rollout.rows([n])]) for n, position in enumerate(positions)
         }
     kept, used = chosen(flags, prompts)
     every, after = [cursor + n for n in kept], cursor + used
-    positions, groups = share(every, world), _moved(groups, every, world)
+    positions = data.share(every)
+    groups = _moved(groups, every, positions, world)
     missing = [position for position in positions if position not in known]
     known |= zip(missing, data.at(step, missing, since=cursor), strict=True)
-    data.prepare_at(step + 1, share(range(after, after + prompts), world), since=after)
+    data.prepare_at(step + 1, data.share(range(after, after + prompts)), since=after)
     examples, asked, keys = zip(*(known[position] for position in positions), strict=True)
     return Drawn(
         examples,
         asked,
         keys,
         _joined([groups[position].rollout for position in positions], asked, pad_id),
+        tuple(positions),
         columns=torch.cat([groups[position].columns for position in positions]),
-        positions=tuple(positions),
-        since=cursor,
         cursor=after,
         figures={
             "drawn_prompts": len(flags),
@@ -133,19 +133,12 @@ def draw_with_spread(
     )
 
 
-def share(positions: Sequence[int], world: World) -> list[int]:
-    """This rank's share: the ranks have consecutive ones of equal length."""
-    size = len(positions) // world.size
-    return list(positions[world.rank * size : (world.rank + 1) * size])
-
-
-def _moved(groups: dict[int, _Group], kept: Sequence[int], world: World) -> dict[int, _Group]:
-    """This rank's groups with those that others drew and this rank trains on.
+def _moved(groups: dict[int, _Group], kept: Sequence[int], own: Sequence[int], world: World) -> dict[int, _Group]:
+    """This rank's groups with those that others drew and this rank trains on, at the positions `own` of those `kept`.
 
     A prompt is not sent: its rank prepares it again.
     """
-    own = set(share(kept, world))
-    sent = [(position, _on(group, "cpu")) for position, group in groups.items() if position in {*kept} - own]
+    sent = [(position, _on(group, "cpu")) for position, group in groups.items() if position in {*kept} - {*own}]
     received = [(position, group) for position, group in exchange_rows(sent, world) if position in own]
     return groups | {position: _on(group, world.device) for position, group in received}
 

@@ -61,7 +61,8 @@ class SupervisedTrainer(Learner[Batch]):
 
     def step(self, step: int) -> dict[str, float]:
         examples, prompts, _ = zip(*self.data.step(step), strict=True)
-        self.recorder.note(examples=examples, prompts=prompts)
+        since, positions = self.positions(step)
+        self.recorder.note(examples=examples, prompts=prompts, positions=positions, since=since)
         self.clock.lap("load")
         batch, tokens = self.given_batch([self.target(example) for example in examples], prompts)
         sums = self.update(batch, step, examples)

@@ -28,6 +28,12 @@ class TrainingData(Protocol):
     def prepare(self, step: int) -> None:
         """Start to prepare a step."""
 
+    def share(self, positions: Sequence[int]) -> list[int]:
+        """This rank's of some positions of the run's order, in their order; all ranks get equally many.
+
+        A pure function of the positions and the number of ranks.
+        """
+
     def at(self, step: int, positions: Sequence[int], *, since: int) -> Sequence[tuple[Any, Prompt, Key]]:
         """Examples at any positions of the run's order, for a step that begins at position `since`."""
 
@@ -55,7 +61,8 @@ class SharedData:
         self._data, self._world = data, world
         self._counted = 0  # of the examples that this rank has skipped
         self._max_lost = max_lost
-        self.examples, self.prepare, self.prepare_at = data.examples, data.prepare, data.prepare_at
+        self.examples, self.share = data.examples, data.share
+        self.prepare, self.prepare_at = data.prepare, data.prepare_at
         self.lost: list[str] = []
 
     @property

@@ -20,7 +20,7 @@ from hark.grpo.instruments.trackers import Audio
 from hark.grpo.learner import MEANS, Learner
 from hark.grpo.loss import TokenTerms
 from hark.grpo.reference import Reference, rollout_logprobs
-from hark.grpo.refill import Drawn, draw_with_spread, share
+from hark.grpo.refill import Drawn, draw_with_spread
 from hark.grpo.rewards import Rewards, StepRewards
 from hark.grpo.runtime.collectives import World, check_interrupted, exchange_rows, reduce_sums
 from hark.grpo.runtime.sharding import gathered
@@ -73,11 +73,15 @@ class Trainer(Learner[PolicyBatch]):
         self._latest: tuple[Any, ...] = ()  # of the latest step: examples, completions, columns, rewards, advantages
 
     def step(self, step: int) -> dict[str, float]:
-        drawn = self.refilled(step) if self.config.rollout.refill else self.drawn(self.data.step(step))
+        drawn = (
+            self.refilled(step)
+            if self.config.rollout.refill
+            else self.drawn(self.data.step(step), *self.positions(step))
+        )
         examples, prompts, rollout = drawn.examples, drawn.prompts, drawn.rollout
         counted = self.objective.counted(rollout.mask, rollout.stopped)
         totals = reduce_sums({"tokens": rollout.mask.sum(), "counted": counted.sum()}, self.world)
-        self.recorder.note(rollout=rollout, positions=drawn.positions, since=drawn.since)
+        self.recorder.note(rollout=rollout)
         self.clock.lap("rollout")
         if self.recorder.is_due:
             self.recorder.note(answers=self.answers(examples, prompts, step))
@@ -119,17 +123,17 @@ class Trainer(Learner[PolicyBatch]):
         self.cursor = drawn.cursor
         return metrics
 
-    def drawn(self, candidates: Sequence[tuple[Any, Prompt, Key]]) -> Drawn:
-        """Completions of examples."""
+    def drawn(self, candidates: Sequence[tuple[Any, Prompt, Key]], since: int, positions: Sequence[int]) -> Drawn:
+        """Completions of examples at these positions of the run's order, for a step that begins at position `since`."""
         examples, prompts, keys = zip(*candidates, strict=True)
-        self.recorder.note(examples=examples, prompts=prompts, keys=keys)
+        self.recorder.note(examples=examples, prompts=prompts, keys=keys, positions=positions, since=since)
         self.clock.lap("load")
         rollout = self.draw(prompts, keys)
         began = time.perf_counter()
         check_interrupted(self.world)  # waits for the slowest rank
         waited = time.perf_counter() - began
         self.clock.lap("rollout")
-        return Drawn(examples, prompts, keys, rollout, waited=waited)
+        return Drawn(examples, prompts, keys, rollout, tuple(positions), waited=waited)
 
     def repeated(self, examples: Sequence[Any]) -> list[Any]:
         """The example of each completion (B) of N examples."""
@@ -137,9 +141,13 @@ class Trainer(Learner[PolicyBatch]):
 
     def refilled(self, step: int) -> Drawn:
         """Completions and rewards of a step, in which groups of equal rewards are replaced (rollout.refill)."""
+        prompts = self.config.optim.prompts_per_step
+        since = step * prompts if self.cursor is None else self.cursor
 
-        def draw(candidates: Sequence[tuple[Any, Prompt, Key]]) -> tuple[Rollout, torch.Tensor, float]:
-            one = self.drawn(candidates)
+        def draw(
+            candidates: Sequence[tuple[Any, Prompt, Key]], positions: Sequence[int]
+        ) -> tuple[Rollout, torch.Tensor, float]:
+            one = self.drawn(candidates, since, positions)
             texts = self.policy.completion_texts(one.rollout.tokens, one.rollout.mask)
             columns = self.rewards.columns(self.rewards.start(one.examples, one.rollout, texts, step))
             self.clock.lap("reward")
@@ -149,12 +157,11 @@ class Trainer(Learner[PolicyBatch]):
             rewards = weighted_rewards(columns, self.rewards.weights(step))
             return (~equal_rewards(rewards, group_size=self.group_size)).tolist()
 
-        prompts = self.config.optim.prompts_per_step
         drawn = draw_with_spread(
-            self.data, step, step * prompts if self.cursor is None else self.cursor, prompts=prompts,
-            further=self.config.rollout.refill, world=self.world, pad_id=self.policy.pad_id, draw=draw, spread=spread,
+            self.data, step, since, prompts=prompts, further=self.config.rollout.refill, world=self.world,
+            pad_id=self.policy.pad_id, draw=draw, spread=spread,
         )  # fmt: skip
-        self.recorder.note(examples=drawn.examples, prompts=drawn.prompts, keys=drawn.keys)
+        self.recorder.note(examples=drawn.examples, prompts=drawn.prompts, keys=drawn.keys, positions=drawn.positions)
         return drawn
 
     def draw(self, prompts: tuple[Prompt, ...], keys: Sequence[Key], *, stop: bool = True) -> Rollout:
@@ -286,7 +293,7 @@ class Trainer(Learner[PolicyBatch]):
         if not self.config.rollout.refill or self.cursor is None:
             return super().prepare(step)
         positions = range(self.cursor, self.cursor + self.config.optim.prompts_per_step)
-        self.data.prepare_at(step, share(positions, self.world), since=self.cursor)
+        self.data.prepare_at(step, self.data.share(positions), since=self.cursor)
 
     def further_policies(self) -> dict[str, Policy]:
         return self.reference.further_policies()

@@ -149,7 +149,23 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "grpo/instruments/draft.py": (
         ("terms of other rows", "result[rows, :", "result[: len(rows), :", "test_record test_replay"),
     ),
-    "grpo/instruments/record.py": (("any tensors", "check_digest(path, file)", "pass", "test_record"),),
+    "grpo/instruments/record.py": (
+        ("any tensors", "check_digest(path, file)", "pass", "test_record"),
+        (
+            "joined in the order of ranks",
+            "return sorted(range(len(numbers)), key=lambda index: numbers[index])",
+            "return list(range(len(numbers)))",
+            "test_record.py::test_joined_parts_are_in_the_order_of_the_step",
+        ),
+    ),
+    "launch/common/rerun.py": (
+        (
+            "rows of other prompts",
+            "[positions.index(position) for position in share]",
+            "range(len(share))",
+            "test_replay.py::test_a_run_on_two_ranks_is_replayed_on_one_and_on_two",
+        ),
+    ),
     "grpo/instruments/recorder.py": (
         (
             "digest before the step",
@@ -517,6 +533,16 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("replaced by another file", "if one == part]", "if one >= 0]", "test_mixture"),
         ("stages begin inside an epoch", "position - -(-stage * total // stages)", "position", "test_curriculum"),
         ("clips in common are not followed", "return [find(own[0])", "return [own[0]", "test_open_questions"),
+        (
+            "the longest of each round to rank 0",
+            "free = sorted(range(world), key=lambda rank: sums[rank])",
+            "free = range(world)",
+            "test_order",
+        ),
+    ),
+    "data/loader.py": (
+        ("dealt without the sound", "tokens(self.examples[index].seconds or 0.0", "tokens(0.0", "test_loader"),
+        ("dealt without the text", "self._text_length(index)) for", "0) for", "test_loader"),
     ),
     "data/difficulty.py": (("a high pass rate is hard", "sign = -1 if", "sign = 1 if", "test_curriculum"),),
     "grpo/shared_data.py": (
@@ -534,6 +560,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
             "return found, len(spread)",
             "test_refill",
         ),
+        ("spread in the order of ranks", "for _, has in sorted(found)]", "for _, has in found]", "test_refill"),
         ("the last groups fill up", "others[: wanted - len(found)]", "others[len(found) - wanted :]", "test_refill"),
     ),
     "launch/common/graded_samples.py": (

@@ -3,6 +3,7 @@
 import json
 import threading
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from hark.data.clip import Clip
 from hark.data.errors import AudioError, DataError, SkippedClipError
 from hark.data.examples import BadExample, Example
 from hark.data.loader import BadLog, Loader, evaluation_batches
-from hark.data.order import shuffled
+from hark.data.order import Curriculum, shuffled
 
 COUNT = 11
 
@@ -26,6 +27,7 @@ def examples(count=COUNT):
             ("a", "b", "c", "d"),
             i % 4,
             line=f"train.jsonl:{i + 1}",
+            seconds=1.0 + 7 * i % 11,
         )
         for i in range(count)
     ]
@@ -80,9 +82,39 @@ def test_the_ranks_together_hold_the_same_prompts_whatever_their_number(world):
     with make(**bad) as alone:
         expected = [alone.step(step) for step in range(6)]
     parts = [make(rank=rank, world=world, **bad) for rank in range(world)]
-    assert [[item for part in parts for item in part.step(step)] for step in range(6)] == expected
+    assert [together(parts, step, 4) for step in range(6)] == expected
     for part in parts:
         part.close()
+
+
+def together(parts, step, size):
+    """What the ranks have of a step, in the run's order."""
+    positions = [position for part in parts for position in part.share(range(step * size, (step + 1) * size))]
+    assert sorted(positions) == list(range(step * size, (step + 1) * size))
+    drawn = [item for part in parts for item in part.step(step)]
+    return [drawn[n] for n in sorted(range(size), key=lambda n: positions[n])]
+
+
+def test_prompts_are_dealt_by_the_seconds_and_the_text_of_what_is_drawn():
+    long, short = "How " + "very " * 200 + "long?", "How?"
+    lengths = [(1.0, short), (1.0, long), (30.0, short), (10.0, long), (None, short), (20.0, short)]
+    data = [replace(one, seconds=s, question=text) for one, (s, text) in zip(examples(6), lengths, strict=True)]
+    in_file_order = {"prompts_per_step": 6, "world": 2, "curriculum": Curriculum(order="file")}
+    with make(data, **in_file_order) as first, make(data, rank=1, **in_file_order) as second:
+        # Tokens above those of a short text: 25, 25 + 251, 750, 250 + 251, 0 and 500.
+        assert (first.share(range(6)), second.share(range(6))) == ([1, 2, 4], [0, 3, 5])
+        assert first.share(range(6, 12)) == [7, 8, 10], "the next epoch"
+        assert first.share([0, 4, 5, 7]) == [4, 5] and second.share([0, 4, 5, 7]) == [0, 7]
+
+
+def test_what_a_rank_has_found_bad_does_not_change_its_share():
+    bad = {"waveform": reading(bad={1, 2, 7}), "skip_bad": True, "world": 2}
+    with make(**bad) as fresh, make(**bad) as later:
+        for step in range(6):
+            later.step(step)
+        assert later.bad
+        steps = [range(step * 4, step * 4 + 4) for step in range(6)]
+        assert list(map(later.share, steps)) == list(map(fresh.share, steps))
 
 
 def watching(count):
@@ -259,7 +291,8 @@ def test_silent_share_removes_the_sound_of_that_share_as_a_function_of_seed_step
 def keys_of(count, steps=6, world=1, **changes):
     """The keys of each step over all ranks, in order."""
     parts = [make(examples(count), rank=rank, world=world, **changes) for rank in range(world)]
-    keys = [[key for part in parts for _, _, key in part.step(step)] for step in range(steps)]
+    size = changes.get("prompts_per_step", 4)
+    keys = [[key for _, _, key in together(parts, step, size)] for step in range(steps)]
     for part in parts:
         part.close()
     return keys

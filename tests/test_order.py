@@ -1,5 +1,6 @@
 """data/order.py: every epoch shows every example once, in an order that only the seed and the step decide; a split."""
 
+import random
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from hark.data.clip import Clip
 from hark.data.errors import DataError
 from hark.data.examples import Example
-from hark.data.order import hold_out, rank_slice, shuffled
+from hark.data.order import dealt, expected_tokens, hold_out, shuffled
 
 
 def step_indices(count, *, seed, step, prompts_per_step):
@@ -38,18 +39,39 @@ def test_epochs_and_seeds_differ_and_the_order_is_fixed_for_all_time():
     assert step_indices(6, seed=3, step=1, prompts_per_step=4) == [3, 5, 1, 0]
 
 
-def test_ranks_take_equal_contiguous_parts_that_do_not_depend_on_their_number():
-    indices = steps(50, 1, 12)[0]
-    for world in (1, 2, 3, 4, 6, 12):
-        assert [index for rank in range(world) for index in rank_slice(indices, rank, world)] == indices
-        assert {len(rank_slice(indices, rank, world)) for rank in range(world)} == {12 // world}
+def test_prompts_dealt_by_hand():
+    # Rounds: 30 and 16; 15 to the rank with 16, 5 to that with 30; 2 to the rank with 31, 1 to that with 35.
+    assert dealt([30, 16, 15, 5, 2, 1], 2) == [[0, 3, 5], [1, 2, 4]]
+    assert dealt([1, 5, 2, 16, 30, 15], 2) == [[0, 1, 4], [2, 3, 5]], "the same prompts in another order"
+    assert dealt([30, 16, 15, 5, 2, 1], 3) == [[0, 5], [1, 4], [2, 3]]
+    assert dealt([7] * 6, 2) == [[0, 2, 4], [1, 3, 5]], "equal ones in turn"
+    assert expected_tokens(2.0, 100) == 75, "25 tokens per second, and one for 4 letters"
+
+
+def lengths_drawn(seed, count=24):
+    """Some of them equal, some long."""
+    numbers = random.Random(seed)
+    return [numbers.choice([0.0, 40.0, numbers.uniform(20, 800)]) for _ in range(count)]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8, 12, 24])
+def test_each_prompt_is_of_one_rank_and_all_ranks_have_equally_many_of_similar_length(world):
+    for seed in range(20):
+        lengths = lengths_drawn(seed)
+        ranks = dealt(lengths, world)
+        assert sorted(index for own in ranks for index in own) == list(range(24))
+        assert {len(own) for own in ranks} == {24 // world} and all(own == sorted(own) for own in ranks)
+        ordered = [sorted((lengths[index] for index in own), reverse=True) for own in ranks]
+        for longer, shorter in zip(zip(*ordered, strict=True), list(zip(*ordered, strict=True))[1:], strict=False):
+            assert min(longer) >= max(shorter), "the k-th longest of all ranks are one round"
+        sums = [sum(own) for own in ordered]
+        assert max(sums) - min(sums) <= max(lengths) - min(lengths) + 1e-9
+        assert ranks == dealt([length + 320 for length in lengths], world), "completions of one length change nothing"
 
 
 def test_what_cannot_be_split_is_refused():
     with pytest.raises(ValueError, match="12 prompts per step cannot be split over 5 ranks"):
-        rank_slice(list(range(12)), 0, 5)
-    with pytest.raises(ValueError, match="rank 2 of 2"):
-        rank_slice(list(range(12)), 2, 2)
+        dealt([1.0] * 12, 5)
 
 
 def questions(*clips, root="data"):

@@ -28,7 +28,7 @@ from hark.grpo.runtime.collectives import World
 from hark.launch.common.config_file import load_config
 from hark.launch.common.questions import controls_of
 from tests.ranks import on_ranks
-from tests.runs import build, length_reward, weights
+from tests.runs import ROUNDING, build, largest_difference, length_reward, weights
 
 STEPS = 4
 
@@ -99,6 +99,10 @@ def test_two_ranks_record_their_parts_and_the_joined_step_is_that_of_one(setting
     on_ranks(2, train, run)
     one, two = read_step(recorded, 2), read_step(tmp_path / "two", 2)
     assert two.values["parts"] == [0, 1] and two.is_whole
+    own = [json.loads((place_of(tmp_path / "two", 2) / f"rank-{n}" / "step.json").read_text()) for n in range(2)]
+    positions = [[prompt["position"] for prompt in part["prompts"]] for part in own]
+    assert sorted(sum(positions, [])) == [4, 5, 6, 7] and sum(positions, []) != [4, 5, 6, 7], "dealt by length"
+    assert largest_difference(recorded, tmp_path / "two") < ROUNDING, "the weights after the last step"
     assert [p["row"]["id"] for p in two.values["prompts"]] == [p["row"]["id"] for p in one.values["prompts"]]
     assert two.values["completions"] == one.values["completions"]
     for name, tensor in one.tensors.items():
@@ -256,7 +260,7 @@ def test_errors_say_what_is_recorded_and_what_is_broken(recorded):
     with pytest.raises(RecordError, match="rank-0 cannot be read"):
         read_step(recorded, 2)
     path.write_text(json.dumps(json.loads(text) | {"format": 99}))
-    with pytest.raises(RecordError, match="has format 99; expected 4"):
+    with pytest.raises(RecordError, match="has format 99; expected 5"):
         read_step(recorded, 2)
 
 
@@ -291,7 +295,8 @@ def test_the_files_can_be_read_without_hark(recorded):
 
 def test_parts_of_other_lengths_are_padded_when_they_are_joined():
     def part(rank: int, tokens: list[list[int]]) -> StepRecord:
-        values = {"parts": [rank], "ranks": 2, "step": 1, "prompts": [rank], "completions": [rank]}
+        prompts = [{"position": rank}]
+        values = {"parts": [rank], "ranks": 2, "step": 1, "prompts": prompts, "completions": [rank], "group_size": 1}
         own = {"tokens": {str(rank): "x"}, "updates": [{"loss": 0.5, "grad_norm": 2.0}]}
         return StepRecord(values | own, {"tokens": torch.tensor(tokens), "reward": torch.tensor([float(rank)])})
 
@@ -301,6 +306,29 @@ def test_parts_of_other_lengths_are_padded_when_they_are_joined():
         "0": "x",
         "1": "x",
     }
+
+
+def test_joined_parts_are_in_the_order_of_the_step():
+    def part(rank: int, positions: list[int], answered: bool = True) -> StepRecord:
+        own = [(position, branch) for position in positions for branch in range(2)] if answered else []
+        values = {
+            "parts": [rank], "ranks": 2, "step": 1, "group_size": 2, "tokens": {}, "updates": [], "completions": own,
+            "prompts": [{"position": position} for position in positions],
+        }  # fmt: skip
+        lengths = torch.tensor([position - 7 for position in positions])
+        tensors = {"prompt_ids": torch.tensor(positions).repeat_interleave(lengths), "prompt_lengths": lengths}
+        rows = {"tokens": torch.tensor(own), "reward": torch.tensor([2.0 * n + branch for n, branch in own])}
+        return StepRecord(values, tensors | (rows if answered else {}))
+
+    record = joined([part(0, [9, 10]), part(1, [8, 11])])
+    assert [prompt["position"] for prompt in record.values["prompts"]] == [8, 9, 10, 11]
+    rows = [(position, branch) for position in (8, 9, 10, 11) for branch in (0, 1)]
+    assert record.values["completions"] == rows == [tuple(row) for row in record.tensors["tokens"].tolist()]
+    assert record.tensors["reward"].tolist() == list(range(16, 24))
+    assert record.tensors["prompt_ids"].tolist() == [8, 9, 9, 10, 10, 10, 11, 11, 11, 11]
+    assert record.tensors["prompt_lengths"].tolist() == [1, 2, 3, 4]
+    early = joined([part(0, [9, 10]), part(1, [8, 11], answered=False)])
+    assert early.values["completions"] == [(9, 0), (9, 1), (10, 0), (10, 1)] and "reward" not in early.tensors
 
 
 def test_a_described_example_is_the_example_but_for_its_clips(questions):

@@ -64,10 +64,13 @@ SPREAD += [T, F, T, T, T, T, F, T, F, F, F, T, F, F, T, F, F]  # of 20 to 36
 
 
 class Stream:
-    """Prompts that are their positions."""
+    """Prompts that are their positions; of those asked for, the ranks take turns."""
 
-    def __init__(self):
-        self.asked = []
+    def __init__(self, world):
+        self.asked, self.world = [], world
+
+    def share(self, positions):
+        return list(positions[self.world.rank :: self.world.size])
 
     def at(self, step, positions, *, since):
         self.asked += positions
@@ -77,9 +80,10 @@ class Stream:
         self.next = (step, list(positions), since)
 
 
-def draw(candidates):
+def draw(candidates, positions):
     """Two completions per prompt, of lengths 1 and 1 + position % 3; the rewards of a group differ by its spread."""
     places = [prompt.place for _, prompt, _ in candidates]
+    assert places == positions
     lengths = torch.tensor([n for place in places for n in (1, 1 + place % 3)])
     mask = torch.arange(3) < lengths[:, None]
     rows = torch.tensor(places).repeat_interleave(2)[:, None]
@@ -97,7 +101,7 @@ def spread(columns):
 def four_steps(world: World, directory: Path) -> None:
     cursor, found = 0, []
     for step in range(4):
-        data = Stream()
+        data = Stream(world)
         drawn = draw_with_spread(
             data, step, cursor, prompts=4, further=2, world=world, pad_id=7, draw=draw, spread=spread
         )
@@ -134,20 +138,26 @@ def test_a_stream_worked_by_hand_on_one_and_on_two_ranks(tmp_path):
     assert four[1] == [25, 27, 31, 34] and four[3]["drawn_prompts"] == 11 and four[4] == 35
     assert first[3][3]["drawn_prompts"] == second[3][3]["drawn_prompts"] == 12
     for step in range(4):
-        for n in range(4):
-            assert alone[step][0][n] == first[step][0][n] + second[step][0][n]
-        for n in (1, 2):
-            assert alone[step][n] == first[step][n] + second[step][n]
+        for n, size in enumerate((1, 1, 1, 2)):
+            assert alone[step][0][n] == in_turn(first[step][0][n], second[step][0][n], size)
+        for n, size in ((1, 1), (2, 2)):
+            assert alone[step][n] == in_turn(first[step][n], second[step][n], size)
         assert alone[step][4] == first[step][4] == second[step][4]
-        assert alone[step][5][1] == first[step][5][1] + second[step][5][1]
+        assert alone[step][5][1] == in_turn(first[step][5][1], second[step][5][1], 1)
+
+
+def in_turn(first, second, size):
+    """The rows of two ranks that take turns, `size` of each prompt."""
+    starts = range(0, len(first), size)
+    return [row for start in starts for rows in (first, second) for row in rows[start : start + size]]
 
 
 def test_a_resumed_step_is_prepared_from_the_cursor_on():
     config = config_of(["model.path=m", "run.directory=r", "rollout.refill=1", "optim.prompts_per_step=4"])
     trainer = Trainer.__new__(Trainer)
-    trainer.config, trainer.world, trainer.data, trainer.cursor = config, SimpleNamespace(rank=1, size=2), Stream(), 7
+    trainer.config, trainer.data, trainer.cursor = config, Stream(SimpleNamespace(rank=1, size=2)), 7
     trainer.prepare(3)
-    assert trainer.data.next == (3, [9, 10], 7)
+    assert trainer.data.next == (3, [8, 10], 7)
 
 
 # Runs -----------------------------------------------------------------------------------------------------------------

@@ -89,9 +89,10 @@ def step_record(step: int, rows: list[dict], root: Path, config: dict, texts: tu
         "likeliest_logprobs": torch.tensor([-0.5, -1.5]).expand(count, LENGTH, LIKELIEST),
     }  # fmt: skip
     values = {
-        "format": FORMAT, "step": step, "ranks": 1, "parts": [0], "reason": "every", "group_size": GROUP,
+        "format": FORMAT, "step": step, "since": 0, "ranks": 1, "parts": [0], "reason": "every", "group_size": GROUP,
         "reward_names": ["accuracy", "format"], "stop_ids": [5], "pad_id": 0, "config": config, "versions": {},
-        "learning_rate": 3e-4, "beta": config["loss"]["beta"], "prompts": [prompt(row, root, texts) for row in rows],
+        "learning_rate": 3e-4, "beta": config["loss"]["beta"],
+        "prompts": [prompt(n, row, root, texts) for n, row in enumerate(rows)],
         "completions": [completion(row, mask, texts) for row in range(count)],
         "tokens": {str(n): token(n, texts) for n in range(len(TEXTS))},
         "updates": [{"loss": float(one["loss"].sum()), "kl": 0.01, "grad_norm": 0.5} for one in updates],
@@ -115,12 +116,18 @@ def replace_values(part: Path, values: dict) -> None:
     (part / VALUES).write_bytes(signed(values))
 
 
-def prompt(row: dict, root: Path, texts: tuple[str, ...]) -> dict:
+def prompt(n: int, row: dict, root: Path, texts: tuple[str, ...]) -> dict:
     """A prompt of a recorded step, with its answers under the controls."""
     asked = row | {"question_text": " ".join([row["question_text"], *texts])}
     answers = {"greedy": {"text": WORDS[row["answer"]]}, "silent": {"text": "silence"}}
     clips = [{"source": str(root / row["audio_path"]), "start": 0.0, "end": None, "tokens": 8}]
-    line = {"row": asked, "line": "test.jsonl:1", "key": [0, 1, 2], "text": f"user: {asked['question_text']}"}
+    line = {
+        "row": asked,
+        "line": "test.jsonl:1",
+        "key": [0, 1, 2],
+        "position": n,
+        "text": f"user: {asked['question_text']}",
+    }
     return line | {"clips": clips, "answers": answers}
 
 

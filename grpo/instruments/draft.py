@@ -24,7 +24,7 @@ Describe = Callable[[Any], dict[str, Any]]  # an example -> its "row", its "line
 class Draft:
     """A step so far; a field is None or empty until the step has computed it.
 
-    positions, since: with rollout.refill, the places of the prompts in the run's order, and the first of the step.
+    positions, since: the places of the prompts in the run's order, and that at which the step begins.
     columns: (B, K), a column for each of `reward_names`; rewards: (B,). answers: for the first questions, by control.
     updates: for each update its figures. terms: for each update (rows, terms (b, T)) of each micro-batch.
     """
@@ -133,7 +133,7 @@ def _prompt(draft: Draft, n: int, policy: Policy, describe: Describe) -> dict[st
     answers = {"answers": draft.answers[n]} if n < len(draft.answers) else {}
     own = {
         "key": list(draft.keys[n]) if draft.keys else [],
-        "position": draft.positions[n] if draft.positions else None,
+        "position": draft.positions[n],
         "text": _prompt_text(policy, prompt.ids.tolist()),
         "clips": [source | clip for source, clip in zip(sources, made, strict=True)],
     }

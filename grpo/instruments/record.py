@@ -21,13 +21,13 @@ from safetensors.torch import load_file, save_file
 
 from hark import UserError
 from hark.grpo.instruments.metrics import finite
-from hark.grpo.instruments.record_kinds import SUMS, wrong_part
+from hark.grpo.instruments.record_kinds import ROWS, SHAPES, SUMS, wrong_part
 from hark.grpo.runtime.manifest import DamageError, File, check_digest, check_size, signed, unsigned
 from hark.grpo.types import stacked
 from hark.limits import is_plain
 from hark.shown import shown
 
-FORMAT = 4  # of the files; a reader refuses others
+FORMAT = 5  # of the files; a reader refuses others
 VALUES, TENSORS = "step.json", "tensors.safetensors"
 LARGEST = 256 << 20  # bytes of a step.json
 LONGEST_REASON = 200  # characters of what is wrong, in a message
@@ -91,7 +91,7 @@ def entry_of(path: Path) -> dict[str, Any]:
 
 
 def read_step(run: Path, step: int) -> StepRecord:
-    """A step of a run, its parts joined in rank order. Raises RecordError if there is none or a file is broken."""
+    """A step of a run, its parts joined. Raises RecordError if there is none or a file is broken."""
     found = [part for part in place_of(run, step).glob("rank-*") if part.name.removeprefix("rank-").isdecimal()]
     parts = sorted(found, key=lambda part: int(part.name.removeprefix("rank-")))
     if not parts:
@@ -102,17 +102,45 @@ def read_step(run: Path, step: int) -> StepRecord:
 
 
 def joined(parts: Sequence[StepRecord]) -> StepRecord:
-    """The parts of one step as one record; a tensor that some part lacks is left out."""
+    """The parts of one step as one record, in the order of the step, which does not depend on the ranks.
+
+    A tensor that some part lacks is left out.
+    """
     first = parts[0]
     values = dict(first.values)
     values["parts"] = [rank for part in parts for rank in part.values["parts"]]
-    for name in ("prompts", "completions"):
-        values[name] = [item for part in parts for item in part.values[name]]
+    prompts, rows = _ascending(list(map(_positions, parts))), _ascending(list(map(_positions_of_rows, parts)))
+    for name, order in (("prompts", prompts), ("completions", rows)):
+        items = [item for part in parts for item in part.values[name]]
+        values[name] = [items[n] for n in order]
     values["tokens"] = {key: text for part in parts for key, text in part.values["tokens"].items()}
     updates = zip(*(part.values["updates"] for part in parts), strict=False)
     values["updates"] = [_joined_update(terms) for terms in updates]
     shared = [name for name in first.tensors if all(name in part.tensors for part in parts)]
-    return StepRecord(values, {name: stacked([part.tensors[name] for part in parts]) for name in shared})
+    tensors = {name: stacked([part.tensors[name] for part in parts]) for name in shared}
+    if "prompt_ids" in tensors:
+        ids = tensors["prompt_ids"].split(tensors["prompt_lengths"].tolist())
+        tensors |= {"prompt_ids": torch.cat([ids[n] for n in prompts])}
+        tensors |= {"prompt_lengths": tensors["prompt_lengths"][prompts]}
+    tensors |= {name: tensor[rows] for name, tensor in tensors.items() if SHAPES.get(name, "").startswith(ROWS)}
+    return StepRecord(values, tensors)
+
+
+def _positions(part: StepRecord) -> list[int]:
+    """The positions of the prompts in the run's order."""
+    return [prompt["position"] for prompt in part.values["prompts"]]
+
+
+def _positions_of_rows(part: StepRecord) -> list[int]:
+    """The position of the prompt of each completion; a step that ended early has none."""
+    each = [position for position in _positions(part) for _ in range(part.values["group_size"])]
+    return each[: len(part.values["completions"])]
+
+
+def _ascending(parts: Sequence[Sequence[int]]) -> list[int]:
+    """The indices of the numbers of all parts, from the smallest to the largest; of equal ones as they are."""
+    numbers = [number for part in parts for number in part]
+    return sorted(range(len(numbers)), key=lambda index: numbers[index])
 
 
 def delete_steps(run: Path, steps: Sequence[int]) -> None:

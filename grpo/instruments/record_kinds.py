@@ -17,11 +17,11 @@ SUMS = (  # of an update: each rank has its term
 )  # fmt: skip
 NUMBER, TEXTS, COUNTS = float | None, list[str], list[int]
 VALUES: dict[str, Any] = {
-    "step": int, "ranks": int, "parts": COUNTS, "reason": str, "group_size": int, "reward_names": TEXTS,
-    "stop_ids": COUNTS, "learning_rate": NUMBER, "beta": NUMBER, "config": dict[str, dict], "prompts": list[dict],
-    "completions": list[dict], "updates": list[dict], "tokens": dict[str, str],
+    "step": int, "since": int | None, "ranks": int, "parts": COUNTS, "reason": str, "group_size": int,
+    "reward_names": TEXTS, "stop_ids": COUNTS, "learning_rate": NUMBER, "beta": NUMBER, "config": dict[str, dict],
+    "prompts": list[dict], "completions": list[dict], "updates": list[dict], "tokens": dict[str, str],
 }  # fmt: skip
-PROMPT: dict[str, Any] = {"row": dict, "key": COUNTS, "text": str, "clips": list[dict]}
+PROMPT: dict[str, Any] = {"row": dict, "key": COUNTS, "position": int, "text": str, "clips": list[dict]}
 CLIP: dict[str, Any] = {"tokens": int}
 MAYBE: dict[str, Any] = {  # of a prompt, a clip or an update, where it is given
     "answers": dict[str, dict], "start": float, "end": NUMBER,
@@ -109,8 +109,9 @@ def _wrong_tensors(values: dict[str, Any], tensors: Mapping[str, torch.Tensor]) 
             yield f"the tensor {name}"
         if any(lengths.setdefault(letter, size) != size for letter, size in zip(letters, tensor.shape, strict=True)):
             yield f"the size of the tensor {name}"
-    if {"tokens", "mask"} & tensors.keys() and not {"tokens", "mask"} <= tensors.keys():
-        yield "the tensor mask"
+    for pair in (("tokens", "mask"), ("prompt_ids", "prompt_lengths")):
+        if len(tensors.keys() & pair) == 1:
+            yield f"the tensor {pair[1]}"
     if int(tensors["prompt_lengths"].sum() if "prompt_lengths" in tensors else 0) != lengths.get("P", 0):
         yield "the tensor prompt_lengths"
     if "advantages" in tensors and values["beta"] is None:

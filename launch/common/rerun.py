@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,13 +21,11 @@ from hark.grpo.instruments.draft import recorded_advantages
 from hark.grpo.instruments.record import RecordError, StepRecord, joined
 from hark.grpo.runtime.checkpoint import load_checkpoint
 from hark.grpo.runtime.collectives import World, gather_rows
-from hark.grpo.shared_data import Key
 from hark.grpo.trainer import Trainer
 from hark.grpo.types import Rollout
 from hark.launch.common.policies import make_policy, make_reference
 from hark.launch.common.questions import rewards_of, training_examples, training_loader
 from hark.launch.common.run_directory import left_out_by
-from hark.models.policy import Prompt
 
 OF_TOKENS = (  # recorded inputs, (B, T)
     "tokens", "mask", "old_logprobs", "scored_logprobs", "ref_logprobs", "token_advantages", "weights",
@@ -66,8 +63,10 @@ def restore(trainer: Trainer, run: Path, step: int) -> int:
 def rerun(trainer: Trainer, record: StepRecord) -> StepRecord | None:
     """Run one step again, from the weights that the trainer has; returns its record on rank 0."""
     world, step = trainer.world, record.step
-    examples, prompts, keys = zip(*_prompts(trainer, record), strict=True)
-    own = _part(record, world)
+    since, positions = record.values["since"], [prompt["position"] for prompt in record.values["prompts"]]
+    share = trainer.data.share(positions)
+    examples, prompts, keys = zip(*trainer.data.at(step - 1, share, since=since), strict=True)
+    own = _part(record, [positions.index(position) for position in share], world)
     trainer.reference.beta = record.values["beta"]
     trainer.recorder.begin(step)
     drawn = trainer.draw(prompts, keys)
@@ -80,8 +79,9 @@ def rerun(trainer: Trainer, record: StepRecord) -> StepRecord | None:
     ref_logprobs = trainer.reference_logprobs(scored)
     scored_logprobs = trainer.scored_again(scored) if "scored_logprobs" in own else None
     trainer.recorder.note(
-        examples=examples, prompts=prompts, keys=keys, rollout=drawn, texts=texts, reward_names=names, columns=columns
-    )
+        examples=examples, prompts=prompts, keys=keys, positions=share, since=since, rollout=drawn, texts=texts,
+        reward_names=names, columns=columns,
+    )  # fmt: skip
     old, ref = own.get("scored_logprobs", own["old_logprobs"]), own.get("ref_logprobs")
     weights = trainer.rewards.weights(step - 1)
     reward = weighted_rewards(own["rewards"], weights)
@@ -105,23 +105,13 @@ def rerun(trainer: Trainer, record: StepRecord) -> StepRecord | None:
     return None if parts is None else joined(parts)
 
 
-def _prompts(trainer: Trainer, record: StepRecord) -> Sequence[tuple[Any, Prompt, Key]]:
-    """This rank's examples with their prompts and keys; those of a refilled step by their recorded positions."""
-    step, since, world = record.step - 1, record.values.get("since"), trainer.world
-    if since is None:
-        return trainer.data.step(step)
-    positions = [prompt["position"] for prompt in record.values["prompts"]]
-    count = len(positions) // world.size
-    return trainer.data.at(step, positions[world.rank * count : (world.rank + 1) * count], since=since)
-
-
-def _part(record: StepRecord, world: World) -> dict[str, torch.Tensor]:
-    """This rank's rows of the recorded inputs, those of (B, T) cut to their longest completion."""
+def _part(record: StepRecord, groups: Sequence[int], world: World) -> dict[str, torch.Tensor]:
+    """The rows of some groups of the recorded inputs, those of (B, T) cut to their longest completion."""
     if not record.is_whole:
         missing = sorted(set(range(record.values["ranks"])) - set(record.values["parts"]))
         raise RecordError(f"step {record.step}: the parts of ranks {missing} are missing; it cannot be run again")
-    count = len(record.values["completions"]) // world.size
-    rows = slice(world.rank * count, (world.rank + 1) * count)
+    size = record.values["group_size"]
+    rows = [group * size + branch for group in groups for branch in range(size)]
     longest = int(record.tensors["mask"][rows].sum(dim=1).max())
     cut = {name: record.tensors[name][rows, :longest] for name in OF_TOKENS if name in record.tensors}
     whole = {name: record.tensors[name][rows] for name in OF_COMPLETIONS}
