@@ -60,6 +60,7 @@ COMMANDS = {
     "pictures": Command("studies.pictures", "draw the pictures of the documentation"),
     "recording": Command("studies.recording", "measure what recording the steps of a run costs"),
     "saving": Command("studies.saving", "measure what checkpoints and their digests cost"),
+    "dealing": Command("studies.dealing", "compute how equal the work of ranks is, by what decides their prompts"),
     "scaling": Command("studies.scaling", "measure the cost of a step for different sizes and numbers of ranks"),
 }
 
