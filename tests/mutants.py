@@ -837,7 +837,10 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("moves backwards", "tensor[targets] = tensor[sources]", "tensor[sources] = tensor[targets]", "test_sampler"),
         ("newest clip forgotten", "popitem(last=False)", "popitem(last=True)", "test_cache"),
     ),
-    "models/linear.py": (("mean for the bias", "gradient.sum(dim=0)", "gradient.mean(dim=0)", "test_linear"),),
+    "models/linear.py": (
+        ("mean for the bias", "gradient.sum(dim=0)", "gradient.mean(dim=0)", "test_linear"),
+        ("half of the weight's gradient", "_matmul(gradient.T, x)", "_matmul(gradient.T, x) / 2", "test_linear"),
+    ),
     "models/lora.py": (
         ("alpha unscaled", "lora.alpha / lora.rank", "lora.alpha", "test_lora"),
         ("adapters stay off", "layer.enabled = True", "layer.enabled = False", "test_lora"),

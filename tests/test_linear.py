@@ -12,9 +12,12 @@ from hark.models.linear import Linear, linear, linear_to_float32, use_onednn
 TOLERANCE = dict(atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("mkl", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(7, 64), (2, 5, 64), (3, 1, 64), (0, 64)])
-def test_values_and_gradients_are_those_of_torch(shape, bias):
+def test_values_and_gradients_are_those_of_torch(shape, bias, mkl, monkeypatch):
+    """Whichever library computes the gradients."""
+    monkeypatch.setattr(module, "MKL_IS_FAST", mkl)
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(size, generator=generator, requires_grad=True) for size in (shape, (96, 64), (96,))]
     tensors = tensors if bias else tensors[:2]
