@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-browser test-gpu test-vllm mutants study-algorithms study-rl-or-sft study-asr chaos fuzz soak lint docs notebook audit pins clean
+.PHONY: demo test test-slow test-browser test-gpu test-vllm benchmark-vllm mutants study-algorithms study-rl-or-sft study-asr chaos fuzz soak lint docs notebook audit pins clean
 
 # `make demo POLICY=qwen2_5_omni` trains a small model of another family; docs/families.md lists them.
 demo: .venv/sounds
@@ -60,6 +60,10 @@ test-gpu: .venv/test
 # Exports beside vLLM, which is installed into an environment of its own (4 GB): about five minutes. Linux, x86-64.
 test-vllm: .venv/test build/vllm/installed
 	$(BIN)/python -m tests.engine build/vllm/bin/python
+
+# The sampler's seconds beside vLLM's, in the same environment; docs/benchmark.md shows them.
+benchmark-vllm: .venv/installed build/vllm/installed
+	$(BIN)/python -m tests.engine_speed build/vllm/bin/python
 
 # The builds of torchvision, torchaudio and torchcodec that come with it do not load beside this torch; it does without.
 build/vllm/installed:

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}  # GiB; read when vLLM is imported
 
@@ -11,17 +12,16 @@ import soundfile
 from vllm import LLM, SamplingParams
 
 
+def engine_of(model: str, **options: Any) -> LLM:
+    return LLM(
+        model, dtype="float32", enforce_eager=True, max_model_len=1024, limit_mm_per_prompt={"audio": 1}, **options
+    )
+
+
 def main(question: str, answer: str) -> None:
     asked = json.loads(Path(question).read_text())
-    engine = LLM(
-        asked["model"],
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=1024,
-        max_num_seqs=4,
-        limit_mm_per_prompt={"audio": 1},
-        logprobs_mode="processed_logprobs",  # after the bias, as the sampler's are without the suppressed tokens
-    )
+    # The logprobs are those after the bias, as the sampler's are without the suppressed tokens.
+    engine = engine_of(asked["model"], max_num_seqs=4, logprobs_mode="processed_logprobs")
     sampling = SamplingParams(
         temperature=0,
         max_tokens=asked["tokens"],
