@@ -11,7 +11,8 @@ import torch
 
 from hark.grpo.distribution import draw_tokens, log_distribution
 from hark.grpo.prefill import Prefill, Prefix, last_states
-from hark.grpo.runtime.cuda import DelayedFlags, recorder, round_up, send
+from hark.grpo.recorded import RecordedSteps
+from hark.grpo.runtime.cuda import DelayedFlags, round_up, send
 from hark.grpo.runtime.threads import paying_threads
 from hark.grpo.tree import Layout, branches_layout, prompt_layout, tree_masks
 from hark.grpo.types import Rollout
@@ -66,7 +67,7 @@ class Branches:
     of these; which of them have drawn a stop token is stored on the device, and `remove_finished` reads it.
 
     uniforms: (B, T) float64 in [0, 1), from which tokens are drawn; None takes the most likely token.
-    graphs: record the decode step as CUDA graphs, on a GPU, which saves the time of launching its kernels.
+    recorded: does the decode steps as CUDA graphs, which saves the time of launching their kernels; None without.
     keep_prefill: keep the graph of the prompts' forward, if all are prefilled together.
     """
 
@@ -81,24 +82,27 @@ class Branches:
         uniforms: torch.Tensor | None,
         rows: int,
         stop: bool,
-        graphs: bool,
+        recorded: RecordedSteps | None,
         keep_prefill: bool,
     ):
         self.policy, self.prompts, self.group_size, self.limit = policy, tuple(prompts), group_size, limit
         self.temperature, self.rows = temperature or 1.0, rows
-        self.uniforms = None if uniforms is None else torch.nn.functional.pad(uniforms, (0, 0, 0, 1))
         device, self.count = policy.device, len(prompts) * group_size
-        self.stop_ids = torch.tensor(policy.stop_ids if stop else (), device=device)
-        self.tokens = torch.full((self.count + 1, limit), policy.pad_id, device=device)
-        self.mask = torch.zeros(self.tokens.shape, dtype=torch.bool, device=device)
-        self.logprobs = torch.zeros(self.tokens.shape, device=device)
-        self.running = torch.arange(self.count + 1, device=device) < self.count
-        self.stopped = torch.zeros_like(self.running)
         longest = max(len(prompt.ids) for prompt in prompts)
         policy.check_length(longest + limit - 1)
-        self.cache = GroupCache(rows, longest, rows * group_size, limit - 1)
+        sizes = rows, longest, rows * group_size, limit - 1
+        self.cache = recorded.begin((group_size, temperature), *sizes) if recorded else GroupCache(*sizes)
+        keep = recorded.keep if recorded else lambda name, values: values
+        numbers = None if uniforms is None else torch.nn.functional.pad(uniforms, (0, 0, 0, 1))
+        self.uniforms = None if numbers is None else keep("uniforms", numbers)
+        self.stop_ids = keep("stop_ids", torch.tensor(policy.stop_ids if stop else (), device=device))
+        self.tokens = keep("tokens", torch.full((self.count + 1, limit), policy.pad_id, device=device))
+        self.mask = keep("mask", torch.zeros(self.tokens.shape, dtype=torch.bool, device=device))
+        self.logprobs = keep("logprobs", torch.zeros(self.tokens.shape, device=device))
+        self.running = keep("running", torch.arange(self.count + 1, device=device) < self.count)
+        self.stopped = keep("stopped", torch.zeros_like(self.running))
         self._read_running = DelayedFlags(self.running)
-        self._graphs = recorder(device) if graphs else None
+        self._recorded = recorded
         self._keep_prefill = keep_prefill
         self._prefill: Prefill | None = None
         self._branches: list[Branch] = []  # in the order of the cache
@@ -130,14 +134,15 @@ class Branches:
         sizes = self._sizes()
         plan = self._plan(sizes)
         moved = self.cache.grow(sizes.steps)
-        if self._graphs is not None:
+        step = partial(self.feed, sizes=sizes)
+        if self._recorded is not None:
             if moved:
-                self._graphs.forget()
-            self._graphs(self.feed, plan, sizes)
+                self._recorded.forget()
+            self._recorded(step, plan, sizes)
         elif self.tokens.device.type == "cpu":
-            paying_threads(torch.get_num_threads())(partial(self.feed, plan, sizes), self.logprobs)
+            paying_threads(torch.get_num_threads())(partial(step, plan), self.logprobs)
         else:
-            self.feed(plan, sizes)
+            step(plan)
         for branch in self._branches:
             branch.tokens += 1
 
@@ -159,12 +164,14 @@ class Branches:
                 self._compact_rows()
 
     def rollout(self) -> Rollout:
-        """All completions, in the order of the prompts."""
+        """All completions, in the order of the prompts; ends the rollout."""
         used = slice(self.count), slice(int(self.mask.sum(dim=1).max()))
-        tokens, mask, logprobs = (tensor[used] for tensor in (self.tokens, self.mask, self.logprobs))
-        return Rollout(
-            self.prompts, self.group_size, tokens, mask, logprobs, self.stopped[: self.count], prefill=self._prefill
-        )
+        every = self.tokens[used], self.mask[used], self.logprobs[used], self.stopped[: self.count]
+        # Copies, because recorded steps write to the same tensors in the next rollout.
+        rollout = Rollout(self.prompts, self.group_size, *(tensor.clone() for tensor in every), prefill=self._prefill)
+        if self._recorded is not None:
+            self._recorded.end()
+        return rollout
 
     def _sizes(self) -> Sizes:
         device, capacity = self.tokens.device, self.rows * self.group_size

@@ -125,7 +125,7 @@ class RolloutConfig:
     keep_prefill: bool = (
         False  # keep the rollout's forward over the prompts, with its activations, for the first update
     )
-    cuda_graphs: bool = False  # on a GPU, record decode steps as CUDA graphs in each rollout; for long completions
+    cuda_graphs: bool = True  # on a GPU, record decode steps as CUDA graphs; keeps a copy of gathered weights
 
 
 @dataclass(frozen=True)

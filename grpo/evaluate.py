@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from hark.grpo.recorded import recorded_steps
 from hark.grpo.runtime.collectives import World, check_interrupted, gather_rows
 from hark.grpo.runtime.sharding import gathered
 from hark.grpo.sampler import sample
@@ -28,15 +29,16 @@ def evaluate(
 
     batches: this rank's (example, prompt) pairs; ranks may have different numbers of them. batch: how many prompts are
     decoded at a time. In a batch with more pairs than that, the next prompt starts when an answer is finished.
-    graphs: record the decode step as CUDA graphs, on a GPU. Raises Interrupted on all ranks after a signal.
+    graphs: record decode steps as CUDA graphs where that is possible. Raises Interrupted on all ranks after a signal.
     """
     rows: list = []
     with gathered(policy):
+        recorded = recorded_steps(policy, wanted=graphs, gathered=True)
         for pairs in batches:
             examples, prompts = zip(*pairs, strict=True)
             rollout = sample(
-                policy, prompts, group_size=1, max_new_tokens=max_new_tokens, temperature=0, batch=batch, graphs=graphs,
-                interrupted=world.interruption.received,
+                policy, prompts, group_size=1, max_new_tokens=max_new_tokens, temperature=0, batch=batch,
+                recorded=recorded, interrupted=world.interruption.received,
             )  # fmt: skip
             world.progress.mark()
             completions = policy.completion_texts(rollout.tokens, rollout.mask)

@@ -21,6 +21,7 @@ from hark.grpo.instruments.metrics import Metrics, finite, peak_gib, restart_pea
 from hark.grpo.instruments.record import RecordError
 from hark.grpo.instruments.trackers import open_trackers
 from hark.grpo.learner import Learner
+from hark.grpo.recorded import recorded_steps
 from hark.grpo.runtime.checkpoint import Saver, checkpoints, load_checkpoint, set_aside, step_of
 from hark.grpo.runtime.collectives import check_interrupted, reduce_max, reduce_sums
 from hark.grpo.runtime.export import export, export_adapters
@@ -243,9 +244,10 @@ def probe(learner: Learner) -> None:
 def _longest_evaluation(learner: Learner, prompt: Prompt) -> None:
     rollout, prompts = learner.config.rollout, (prompt,) * learner.config.evaluation.batch
     with gathered(learner.policy):
+        recorded = recorded_steps(learner.policy, wanted=rollout.cuda_graphs, gathered=True)
         sample(
             learner.policy, prompts, group_size=1, max_new_tokens=rollout.max_new_tokens, temperature=0,
-            graphs=rollout.cuda_graphs, stop=False,
+            recorded=recorded, stop=False,
         )  # fmt: skip
 
 

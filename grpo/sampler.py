@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from hark.grpo.branches import Branches
+from hark.grpo.recorded import RecordedSteps
 from hark.grpo.types import Rollout
-from hark.models.policy import Policy, PolicyError, Prompt, on_policy
+from hark.models.policy import Policy, Prompt, on_policy
 
 
 @torch.no_grad()
@@ -28,7 +29,7 @@ def sample(
     temperature: float,
     keys: Sequence[Sequence[int]] | None = None,
     batch: int | None = None,
-    graphs: bool = False,
+    recorded: RecordedSteps | None = None,
     stop: bool = True,
     keep_prefill: bool = False,
     interrupted: Callable[[], bool] = lambda: False,
@@ -38,15 +39,12 @@ def sample(
     keys: for each prompt the integers that seed its random numbers, (seed, step, example) in training; not needed at
     temperature 0. The completions of a prompt depend on the prompt and its key, not on the other prompts.
     batch: how many prompts are decoded at a time, which bounds the memory; None is all.
-    graphs: record the decode step as CUDA graphs, on a GPU.
+    recorded: the recorded decode steps of the policy; they may be used by several calls with the same settings.
     stop: False decodes every completion to the limit, to test whether that fits in memory.
     keep_prefill: keep the prompts' forward with its graph, from which the scorer goes on; they are decoded together.
     interrupted: where it becomes true, completions end as they are, those of prompts that wait without a token.
-    A sharded policy must be `gathered`, because ranks may do different numbers of steps. Raises PolicyError if `graphs`
-    is set and the policy does not support it.
+    A sharded policy must be `gathered`, because ranks may do different numbers of steps.
     """
-    if graphs:
-        _check_recordable(policy)
     if keep_prefill and batch is not None and batch < len(prompts):
         raise ValueError(f"keep_prefill needs all {len(prompts)} prompts at once; batch is {batch}")
     uniforms = None
@@ -56,7 +54,7 @@ def sample(
         uniforms = torch.cat([uniform_numbers(key, group_size, max_new_tokens) for key in keys]).to(policy.device)
     branches = Branches(
         policy, prompts, group_size=group_size, limit=max_new_tokens, temperature=temperature, uniforms=uniforms,
-        rows=min(batch or len(prompts), len(prompts)), stop=stop, graphs=graphs,
+        rows=min(batch or len(prompts), len(prompts)), stop=stop, recorded=recorded,
         keep_prefill=keep_prefill,
     )  # fmt: skip
     # The longest first, so that prompts decoded together have similar lengths and the memory peak comes early.
@@ -78,12 +76,3 @@ def uniform_numbers(key: Sequence[int], group_size: int, steps: int) -> torch.Te
     """
     bits = np.random.Philox(np.random.SeedSequence(list(key)))
     return torch.from_numpy(np.random.Generator(bits).random((group_size, steps)))
-
-
-def _check_recordable(policy: Policy) -> None:
-    """Refuse CUDA graphs for a decoder whose rotary frequencies are not constant."""
-    if policy.dynamic_rope_type:
-        raise PolicyError(
-            f"rollout.cuda_graphs: {type(policy.model).__name__} has rotary frequencies of type "
-            f"{policy.dynamic_rope_type!r}, which change with the longest position; set rollout.cuda_graphs=false"
-        )

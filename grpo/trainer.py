@@ -19,6 +19,7 @@ from hark.grpo.instruments.groups import best_and_worst, group_sums, reward_mean
 from hark.grpo.instruments.trackers import Audio
 from hark.grpo.learner import MEANS, Learner
 from hark.grpo.loss import TokenTerms
+from hark.grpo.recorded import recorded_steps
 from hark.grpo.reference import Reference, rollout_logprobs
 from hark.grpo.refill import Drawn, draw_with_spread
 from hark.grpo.rewards import Rewards, StepRewards
@@ -68,6 +69,7 @@ class Trainer(Learner[PolicyBatch]):
         self.controls, self.target = controls, target
         self.cursor: int | None = None  # with rollout.refill, where the next step begins in the run's order
         self.group_size = config.rollout.group_size
+        self.recorded = recorded_steps(policy, wanted=config.rollout.cuda_graphs)
         completions = config.optim.prompts_per_step * self.group_size
         self.reference = Reference(reference, config.loss, completions=completions)
         self._latest: tuple[Any, ...] = ()  # of the latest step: examples, completions, columns, rewards, advantages
@@ -173,7 +175,7 @@ class Trainer(Learner[PolicyBatch]):
         with gathered(self.policy):
             return sample(
                 self.policy, prompts, keys=keys, group_size=rollout.group_size, max_new_tokens=rollout.max_new_tokens,
-                temperature=rollout.temperature, batch=rollout.batch, graphs=rollout.cuda_graphs, stop=stop,
+                temperature=rollout.temperature, batch=rollout.batch, recorded=self.recorded, stop=stop,
                 keep_prefill=rollout.keep_prefill,
                 interrupted=self.world.interruption.received,
             )  # fmt: skip

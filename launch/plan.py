@@ -150,6 +150,7 @@ def _candidates(planned: Run) -> Iterator[Change]:
     config, gpus = planned.config, planned.gpus
     for section, key, value in (
         ("rollout", "keep_prefill", False),
+        ("rollout", "cuda_graphs", False),
         ("sharding", "reshard", True),
         ("sharding", "replicas", 1),
         ("model", "recompute", True),

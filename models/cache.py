@@ -19,13 +19,25 @@ class GroupCache:
 
     def __init__(self, rows: int, prompt: int, branches: int, steps: int):
         self.prompt = prompt
-        self._rows, self._branches, self._limit, self._steps = rows, branches, steps, min(steps, STEPS)
+        self._rows, self._branches, self._limit, self.steps = rows, branches, steps, min(steps, STEPS)
         self._layers: dict[int, list[torch.Tensor]] = {}
+
+    def renew(self, rows: int, prompt: int, branches: int, steps: int) -> bool:
+        """Begin another rollout, for which sizes may grow and never shrink; returns whether tensors will have moved."""
+        before = self._rows, self.prompt, self._branches, self.steps
+        self._rows, self.prompt, self._branches = map(max, before, (rows, prompt, branches))
+        self._limit, self.steps = steps, max(self.steps, min(steps, STEPS))
+        moved = before != (self._rows, self.prompt, self._branches, self.steps)
+        if moved:
+            self._layers.clear()
+        for tensor in (tensor for tensors in self._layers.values() for tensor in tensors):
+            tensor.zero_()
+        return moved
 
     def fill(self, layer: int, rows: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store the keys and values (N, heads, L, head size) of N prompts in the given N rows."""
         if layer not in self._layers:
-            sizes = (self._rows, self.prompt), (self._branches, self._steps)
+            sizes = (self._rows, self.prompt), (self._branches, self.steps)
             self._layers[layer] = [
                 new.new_zeros((count, new.shape[1], length, new.shape[-1]))
                 for count, length in sizes
@@ -37,13 +49,13 @@ class GroupCache:
 
     def grow(self, steps: int) -> bool:
         """Make room for branches of so many tokens; returns whether tensors have moved. The room doubles."""
-        if steps <= self._steps:
+        if steps <= self.steps:
             return False
-        self._steps = min(self._limit, max(steps, 2 * self._steps))
+        self.steps = min(self._limit, max(steps, 2 * self.steps))
         for tensors in self._layers.values():
             for place in (2, 3):  # one tensor after the other, so that little exists twice
                 old = tensors[place]
-                tensors[place] = old.new_zeros((*old.shape[:2], self._steps, old.shape[-1]))
+                tensors[place] = old.new_zeros((*old.shape[:2], self.steps, old.shape[-1]))
                 tensors[place][:, :, : old.shape[2]] = old
         return True
 

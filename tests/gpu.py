@@ -20,7 +20,9 @@ from types import SimpleNamespace
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from hark.grpo.recorded import RecordedSteps, recorded_steps
 from hark.grpo.runtime.collectives import World, joined_world, wait_for_all
+from hark.grpo.runtime.cuda import WARM_UP_CALLS
 from hark.grpo.runtime.sharding import device_mesh, gathered, shard
 from hark.grpo.sampler import sample
 from hark.grpo.scorer import score
@@ -133,11 +135,12 @@ def logprobs_of(policy: Policy, rollout: Rollout) -> torch.Tensor:
 
 
 def check_recordings(report: Report, world: World, directory: Path, limit: int) -> None:
-    """CudaGraphs steps do what steps do: the same kernels, so the same bits, also after weights have moved."""
+    """Recorded steps do what steps do: the same kernels, so the same bits, also after weights have moved."""
     policy = make(world, directory)
+    graphs = recorded_steps(policy, wanted=True)
     for what in ("recorded steps", "recorded steps, weights gathered anew"):
         for batch in (None, 2):
-            plain, recorded = (draw(policy, limit, batch=batch, graphs=graphs) for graphs in (False, True))
+            plain, recorded = (draw(policy, limit, batch=batch, recorded=how) for how in (None, graphs))
             same = plain.tokens.shape == recorded.tokens.shape and bool((plain.mask == recorded.mask).all())
             differing = int((plain.tokens != recorded.tokens).sum()) if same else plain.tokens.numel()
             report.at_most(0, f"{what}, batch {batch}: tokens that differ", differing)
@@ -149,11 +152,18 @@ def check_recordings(report: Report, world: World, directory: Path, limit: int) 
 def check_waiting(report: Report, world: World, directory: Path, limits: tuple[int, int], expected: int) -> None:
     """The host waits once for each further step; what begins and ends a rollout waits as often in both runs."""
     policy = make(world, directory)
-    for graphs in (False, True):
-        draw(policy, limits[0], graphs=graphs)
-        few, many = (waits_in(partial(draw, policy, limit, graphs=graphs, stop=False)) for limit in limits)
-        what = f"waits for the device per decode step, {'recorded' if graphs else 'not recorded'}"
+    for recorded in (None, recorded_steps(policy, wanted=True)):
+        for limit in limits:
+            warm_up(policy, limit, recorded)
+        few, many = (waits_in(partial(draw, policy, limit, recorded=recorded, stop=False)) for limit in limits)
+        what = f"waits for the device per decode step, {'recorded' if recorded else 'not recorded'}"
         report.exactly(expected, what, (many - few) / (limits[1] - limits[0]))
+
+
+def warm_up(policy: Policy, limit: int, recorded: RecordedSteps | None) -> None:
+    """Draw until libraries have their workspaces, and all steps are recorded."""
+    for _ in range(WARM_UP_CALLS + 2 if recorded else 1):
+        draw(policy, limit, recorded=recorded, stop=False)
 
 
 def waits_in(function: Callable[[], object]) -> int:
@@ -225,14 +235,15 @@ def gradients_of(policy: Policy, prompts: tuple[Prompt, ...], tokens: torch.Tens
 
 
 def check_memory(report: Report, world: World, directory: Path, limit: int) -> None:
-    """A rollout leaves nothing behind but what it returns."""
+    """A rollout leaves nothing behind but what it returns; of recorded ones, the first keep what they read."""
     policy = make(world, directory)
-    for graphs in (False, True):
-        draw(policy, limit, graphs=graphs)  # workspaces of libraries come with the first
+    for recorded in (None, recorded_steps(policy, wanted=True)):
+        warm_up(policy, limit, recorded)
         before = allocated(world)
-        rollout = draw(policy, limit, graphs=graphs)
+        rollout = draw(policy, limit, recorded=recorded, stop=False)
         own = sum(t.nbytes for t in (rollout.tokens, rollout.mask, rollout.logprobs, rollout.stopped))
-        report.at_most(2, f"MiB left by a rollout, graphs={graphs}", (allocated(world) - before - own) / 2**20)
+        what = f"MiB left by a rollout, {'recorded' if recorded else 'not recorded'}"
+        report.at_most(2, what, (allocated(world) - before - own) / 2**20)
 
 
 def allocated(world: World) -> int:
@@ -248,7 +259,7 @@ def check_gaps(report: Report, world: World, directory: Path, limit: int) -> Non
         policy = make(world, directory, dtype=dtype)
         for attention in ("sdpa", "flex"):
             policy.attention = attention
-            rollout = draw(policy, limit, graphs=True)
+            rollout = draw(policy, limit, recorded=recorded_steps(policy, wanted=True))
             with torch.no_grad():
                 gap = (logprobs_of(policy, rollout) - rollout.logprobs).abs().sum() / rollout.mask.sum()
             report.at_most(bound, f"sampler_gap, {dtype}, {attention}", gap.item())

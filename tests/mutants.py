@@ -245,7 +245,13 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("shortest prompt first", "-len(prompts[n].ids)", "len(prompts[n].ids)", "test_sampler"),
     ),
     "grpo/branches.py": (
-        ("recordings of tensors that moved", "self._graphs.forget()", "pass", "test_sampler"),
+        ("recordings of tensors that moved", "self._recorded.forget()", "pass", "test_recorded"),
+        (
+            "recorded steps write to an earlier rollout",
+            "(tensor.clone() for tensor in every)",
+            "every",
+            "test_recorded",
+        ),
         (
             "all stopped",
             "self.stopped[completion] |= stopped",
@@ -261,6 +267,23 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("cells not moved", "dict(moves).get(row, row)", "row", "test_sampler"),
         ("newest key not moved", "in self._branches) - 1)", "in self._branches) - 2)", "test_sampler"),
         ("no end at the limit", "and branch.tokens < self.limit", "", "test_sampler"),
+    ),
+    "grpo/recorded.py": (
+        ("recorded steps with the first weights", "self._weights.copy()", "pass", "test_recorded"),
+        ("recorded steps with weights that are freed", "self._put(self._copies)", "pass", "test_recorded"),
+        ("one recording for all settings", "(*self._kind, sizes)", "sizes", "test_recorded"),
+        (
+            "recordings of a cache that moved",
+            "            self._graphs.forget()\n        return",
+            "            pass\n        return",
+            "test_recorded",
+        ),
+        (
+            "recordings of a cache that was freed",
+            "self._cache = None\n            self._graphs.forget()",
+            "self._cache = None",
+            "test_recorded",
+        ),
     ),
     "grpo/types.py": (
         ("last part of a group lost", "range(0, self.group_size, size)", "range(0, size, size)", "test_prefill"),

@@ -6,8 +6,10 @@ and one of any number of ranks are measured in seconds on any machine.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from unittest import mock
 
 import torch
@@ -25,6 +27,7 @@ from hark.grpo.instruments.memory_tracker import MemoryTracker
 from hark.grpo.instruments.shape import shape_of
 from hark.grpo.optimizer import build_optimizer
 from hark.grpo.prefill import Prefix, prefilled
+from hark.grpo.recorded import FixedWeights, RecordedSteps
 from hark.grpo.runtime.sharding import gather_root, gathered, release, shard
 from hark.grpo.sampler import sample
 from hark.grpo.scorer import score
@@ -55,6 +58,16 @@ class FixedValues(TorchFunctionMode):
         if function is torch.Tensor.__int__:
             return self.placeholders
         return function(*args, **(kwargs or {}))
+
+
+class Unrecorded:
+    """Does steps instead of recording them, in the place of `CudaGraphs`."""
+
+    def __call__(self, step, inputs, key):
+        step(inputs)
+
+    def forget(self) -> None:
+        pass
 
 
 class ConfigOnlyPolicy(Qwen2AudioPolicy):
@@ -106,7 +119,9 @@ def simulate(
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
             _update(policy, optimizer)
             steps = decoding_steps or work.max_new_tokens
-            _step(policy, reference, optimizer, prompts, work, tracker, fixed, steps, setting.keep_prefill)
+            recorded = RecordedSteps(Unrecorded(), FixedWeights(policy)) if setting.recorded else None
+            rollout = partial(_rollout, policy, prompts, work, tracker, fixed, steps, setting.keep_prefill, recorded)
+            _step(policy, reference, optimizer, prompts, work, tracker, fixed, rollout, setting)
             return tracker.peaks
     finally:
         dist.destroy_process_group()
@@ -120,11 +135,11 @@ def _step(
     work: Work,
     tracker: MemoryTracker,
     fixed: FixedValues,
-    steps: int,
-    keep_prefill: bool,
+    rollout: Callable[[], Rollout],
+    setting: Setting,
 ) -> None:
     """The hops of Trainer.step that hold memory. The rollout comes last, so that it finds what a step leaves behind;
-    one whose prompts are kept for the others comes first.
+    one whose prompts are kept for the others comes first, and so does one that keeps what recorded steps read.
     """
     rows = work.micro_batch * work.branches
     tokens = torch.zeros(rows, work.max_new_tokens, dtype=torch.long)
@@ -134,8 +149,10 @@ def _step(
         "hark.grpo.scorer", row_attention=whole_rows, attention_after_prompt=whole_rows_after_prompt
     )
     prefill = None
-    if keep_prefill:
-        prefill = _rollout(policy, prompts, work, tracker, fixed, steps, keep_prefill=True).prefill.take()
+    if setting.keep_prefill:
+        prefill = rollout().prefill.take()
+    elif setting.recorded:
+        rollout()
     fixed.placeholders = work.micro_batch * audio_tokens(work.frames)
     if reference is not None:
         with tracker.phase("reference"), torch.no_grad(), as_on_a_gpu:
@@ -162,16 +179,24 @@ def _step(
             prefill.backward()
     with tracker.phase("optimizer"):
         _update(policy, optimizer)
-    if not keep_prefill:
-        _rollout(policy, prompts, work, tracker, fixed, steps)
+    if not setting.keep_prefill:
+        rollout()
 
 
 def _rollout(
-    policy, prompts, work: Work, tracker: MemoryTracker, fixed: FixedValues, steps: int, *, keep_prefill: bool = False
+    policy,
+    prompts,
+    work: Work,
+    tracker: MemoryTracker,
+    fixed: FixedValues,
+    steps: int,
+    keep_prefill: bool,
+    recorded: RecordedSteps | None,
 ) -> Rollout:
     fixed.placeholders = (work.decoded or work.prompts) * audio_tokens(work.frames)
     full_cache = mock.patch(
-        "hark.grpo.branches.GroupCache", lambda *sizes: GroupCache(*sizes[:3], work.max_new_tokens - 1)
+        f"hark.grpo.{'recorded' if recorded else 'branches'}.GroupCache",
+        lambda *sizes: GroupCache(*sizes[:3], work.max_new_tokens - 1),
     )
     at_once = mock.patch("hark.models.cache.STEPS", work.max_new_tokens)
     never_stopped = mock.patch("hark.grpo.branches.DelayedFlags", lambda flags: lambda: [True] * flags.numel())
@@ -179,7 +204,7 @@ def _rollout(
         return sample(
             policy, prompts, group_size=work.group_size, max_new_tokens=steps, temperature=1.0,
             keys=[(n,) for n in range(work.prompts)], batch=work.decoded or None,
-            keep_prefill=keep_prefill,
+            keep_prefill=keep_prefill, recorded=recorded,
         )  # fmt: skip
 
 

@@ -82,6 +82,14 @@ CASES = {
         dataclasses.replace(LONG, micro_branches=2),
         dataclasses.replace(ONE, keep_prefill=True),
     ),
+    "recorded steps": (HEAVY, work(), dataclasses.replace(FOUR, recorded=True)),
+    "recorded steps of long rollouts": (LIGHT, LONG, dataclasses.replace(FOUR, recorded=True)),
+    "recorded steps of adapters": (
+        HEAVY,
+        work(),
+        dataclasses.replace(ONE, lora_rank=8, reference="adapters", recorded=True),
+    ),
+    "recorded steps with prompts kept": (LIGHT, LONG, dataclasses.replace(ONE, keep_prefill=True, recorded=True)),
     "bfloat16 weights on one rank": (HEAVY, work(), dataclasses.replace(ONE, master=2, recompute=True)),
 }
 

@@ -2,26 +2,18 @@
 
 import gc
 import weakref
-from dataclasses import replace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from hark.grpo.branches import Branches, DecodePlan
 from hark.grpo.distribution import draw_tokens
-from hark.grpo.runtime.collectives import World
-from hark.grpo.runtime.cuda import CudaGraphs, DelayedFlags, round_up
-from hark.grpo.runtime.sharding import device_mesh, gathered, shard
+from hark.grpo.runtime.cuda import DelayedFlags, round_up
 from hark.grpo.sampler import sample, uniform_numbers
 from hark.models.attention import DecodeAttention
 from hark.models.cache import GroupCache
-from hark.models.loading import load_policy
-from hark.models.policy import PolicyError
 from tests.conftest import Case
-from tests.ranks import on_ranks
 
 LIMIT = 8
 
@@ -159,77 +151,9 @@ def test_keys_and_values_are_freed_with_the_rollout(case, monkeypatch):
         gc.enable()
 
 
-def test_frequencies_that_follow_the_longest_position_are_not_recorded(case):
-    draw(case, graphs=True)
-    case.policy.decoder.rotary_emb.rope_type = "dynamic"
-    with pytest.raises(PolicyError, match="rollout.cuda_graphs: .* rotary frequencies .*'dynamic'"):
-        draw(case, graphs=True)
-
-
 def test_a_decoder_without_rotary_embedding_has_no_frequencies_that_change(case):
     del case.policy.decoder.rotary_emb
     assert case.policy.dynamic_rope_type is None
-
-
-class Tape(TorchDispatchMode):
-    """What a CUDA graph does, on the CPU: keeps operations with the tensors they read and wrote, to do them again."""
-
-    def __init__(self):
-        super().__init__()
-        self.operations, self.replays = [], 0
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        result = operation(*args, **(kwargs or {}))
-        if operation.namespace != "profiler":  # FSDP's labels
-            self.operations.append((operation, args, kwargs or {}, result))
-        return result
-
-    def replay(self):
-        self.replays += 1
-        for operation, args, kwargs, result in self.operations:
-            again = operation(*args, **kwargs)
-            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
-                if old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
-                    old.copy_(new)
-
-
-@pytest.mark.parametrize(
-    "room, settings",
-    [
-        pytest.param(64, dict(max_new_tokens=24, batch=2), id="with room"),
-        pytest.param(40, dict(max_new_tokens=70, batch=1, stop=False), id="growing", marks=pytest.mark.slow),
-    ],
-)
-def test_a_step_recorded_once_and_repeated_draws_the_same(case, monkeypatch, room, settings):
-    """Nothing that changes from step to step but by way of the plan may be in a recording, also of a sharded policy.
-
-    room: tokens of a branch for which the cache has room at first; where it grows, its tensors move, and the first
-    steps of the next prompt must not be those that were recorded before.
-    """
-    tapes = []
-    monkeypatch.setattr("hark.models.cache.STEPS", room)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: tapes.append(Tape()) or tapes[-1])
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **how: graph)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr("hark.grpo.runtime.cuda.WARM_UP_CALLS", 1)
-    expected = draw(case, **settings)
-    cuda = torch.device("cuda")
-    monkeypatch.setattr("hark.grpo.branches.recorder", lambda device: CudaGraphs())
-    monkeypatch.setattr(
-        "hark.grpo.branches.round_up", lambda count, most, _, **least: round_up(count, most, cuda, **least)
-    )
-
-    def check(world: World) -> None:
-        sharded = load_policy(case.directory, shard=lambda policy: shard(policy, device_mesh(world)))
-        for policy in (case.policy, sharded):
-            tapes.clear()
-            with gathered(policy):
-                rollout = draw(replace(case, policy=policy), graphs=True, **settings)
-            assert sum(tape.replays for tape in tapes) > 2 * len(tapes) > 2, "some are repeated"
-            assert groups(rollout) == groups(expected)
-            torch.testing.assert_close(rollout.logprobs, expected.logprobs, atol=1e-5, rtol=1e-5)  # as in parity
-
-    on_ranks(1, check)
 
 
 def test_another_step_or_example_draws_other_completions_and_siblings_differ(case):
@@ -312,9 +236,9 @@ def test_a_cache_that_grows_with_the_completions_draws_the_same(case, monkeypatc
     grow = GroupCache.grow
 
     def noted(cache: GroupCache, steps: int) -> bool:
-        before, moved = cache._steps, grow(cache, steps)
-        grown.append((before, cache._steps)) if moved else None
-        assert all(tensor.shape[2] == cache._steps for tensor in cache.branches(0))
+        before, moved = cache.steps, grow(cache, steps)
+        grown.append((before, cache.steps)) if moved else None
+        assert all(tensor.shape[2] == cache.steps for tensor in cache.branches(0))
         return moved
 
     monkeypatch.setattr("hark.models.cache.STEPS", room)

@@ -2,8 +2,8 @@
 
 Arithmetic only: nothing is allocated. tests/test_memory.py compares it with the bytes measured in a simulated step.
 
-    peak = max over phases of (weights + gradients + optimizer + reference + audio cache + gathered + KV cache
-                           + activations + logits)
+    peak = max over phases of (weights + gradients + optimizer + reference + audio cache + recorded + gathered
+                           + KV cache + activations + logits)
 
 Not counted: the CUDA context, fragmentation in the allocator, and the workspaces of cuDNN, cuBLAS and NCCL. Leave a
 twentieth of the device for them. Letters: d bytes per element of the compute dtype, V vocabulary.
@@ -15,11 +15,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from hark.grpo.instruments.shape import FLOAT, Shape, Tower
+from hark.grpo.recorded import KEPT_STEPS
 from hark.grpo.scorer import CHUNK
 from hark.models.attention import mask_row
 
 PARTS = (
-    "weights", "gradients", "optimizer", "reference", "audio cache", "gathered", "KV cache", "activations", "logits"
+    "weights", "gradients", "optimizer", "reference", "audio cache", "recorded", "gathered", "KV cache", "activations",
+    "logits",
 )  # fmt: skip
 
 
@@ -81,7 +83,8 @@ class Setting:
 
     shards: ranks that share one copy of the weights. dtype: bytes per element of the computation and of frozen weights.
     master: bytes per element of trained weights. tower_cache: bytes for the outputs of a frozen tower.
-    keep_prefill: whether the rollout's forward over all prompts of a step is kept for its first update.
+    keep_prefill: whether the rollout's forward over all prompts of a step is kept for its first update. recorded:
+    whether decode steps are CUDA graphs, which keep what they read from rollout to rollout.
     reference: "none", "adapters" (the policy with its adapters disabled), "copy" (weights of its own) or "moving" (the
     same, which change and are stored as those of the policy).
     """
@@ -98,6 +101,7 @@ class Setting:
     offload: bool = False
     offload_reference: bool = False
     keep_prefill: bool = False
+    recorded: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,13 +137,21 @@ def plan(shape: Shape, work: Work, setting: Setting) -> Plan:
         "optimizer": 2 * sharded,
         "reference": 0 if s.offload_reference else units.reference,
         "audio cache": units.tower_cache,
+        "recorded": units.recorded,
     }
-    sampling = {
-        "rollout": replace(work, prompts=work.decoded or work.prompts) if work.samples else None,
-        "evaluation": replace(work, prompts=work.evaluated, group_size=1) if work.evaluated else None,
-    }
-    kept = {"rollout": _kept(shape, work, units), "evaluation": 0}
-    phases = {name: _add(constant, _peak(_rollout(shape, w, units, kept[name]))) for name, w in sampling.items() if w}
+    phases = {}
+    if work.samples:
+        drawn = replace(work, prompts=work.decoded or work.prompts)
+        kept, shorter = (
+            _kept(shape, work, units),
+            replace(drawn, max_new_tokens=min(work.max_new_tokens, KEPT_STEPS + 1)),
+        )
+        stays = _cache(shape, shorter, s.dtype) if s.recorded else 0
+        phases["rollout"] = _add(constant, _peak(_rollout(shape, drawn, units, kept, stays)))
+        constant["KV cache"] = stays  # from here on
+    if work.evaluated:
+        answered = replace(work, prompts=work.evaluated, group_size=1)
+        phases["evaluation"] = _add(constant, _peak(_rollout(shape, answered, units)))
     if s.reference != "none":
         phases["reference"] = _add(constant, _peak(_reference(shape, work, units)))
     backward = _backward_after_prompts if s.keep_prefill or work.splits else _backward
@@ -180,6 +192,8 @@ class UnitSizes:
         self.root = root if gathers else projector
         self.layer = (shape.layer if gathers else 0) + (adapters if lora else 0)
         self.total = self.root + shape.layers * self.layer + tower.layers * self.tower_layer
+        # Bytes of the copies that recorded steps read: of what is gathered, but for layers of the tower.
+        self.recorded = d * (self.root + shape.layers * self.layer) if setting.recorded else 0
         self.gather_buffer = d * self.layer if n > 1 else 0  # bytes; with one shard there is no buffer
         # Bytes at the first layer of a pass, in addition to the gathered root. The root's all-gather buffer is freed
         # only after the layer is copied out of its own buffer, so both buffers and the gathered layer exist.
@@ -209,17 +223,17 @@ class UnitSizes:
         return self.setting.dtype * weights + self.gather_buffer
 
 
-def _rollout(shape: Shape, work: Work, units: UnitSizes, kept: int) -> Iterator[dict[str, int]]:
+def _rollout(shape: Shape, work: Work, units: UnitSizes, kept: int = 0, stays: int = 0) -> Iterator[dict[str, int]]:
     """Candidates for the peak of a rollout: prefill, decoding, the audio tower, gathering all weights.
 
-    kept: bytes of the prompts' forward that stay for the update.
+    kept: bytes of the prompts' forward that stay for the update. stays: of the cache of the rollout before.
 
     KV cache: layers * 2 * kv_heads * head_size * d * N * (P + G (T - 1)).
     Decoding: one layer's attention scores, three float32 copies and the weights in d bytes, (B, heads, P + T - 1).
     Sampling: float32 logprobs, float64 probabilities and their cumulative sum, (B, V): 4 + 8 + 8 bytes.
     """
     d, n, gathered = units.setting.dtype, work.prompts, units.setting.dtype * units.total
-    cache = shape.layers * 2 * shape.kv_heads * shape.head_size * d * n * work.length
+    cache = _cache(shape, work, d)
     prompt = n * work.prompt
     prefill = kept + prompt * (shape.forward_peak(d) + d * shape.hidden)
     decode = kept + n * work.group_size * (work.prompt + work.max_new_tokens - 1) * shape.heads * (3 * FLOAT + d)
@@ -227,8 +241,13 @@ def _rollout(shape: Shape, work: Work, units: UnitSizes, kept: int) -> Iterator[
     yield {"gathered": gathered, "KV cache": cache, "activations": prefill}
     yield {"gathered": gathered, "KV cache": cache, "activations": decode, "logits": sampling}
     if shape.tower and not kept:
-        yield {"gathered": gathered, "activations": shape.tower.forward_peak(n, work.frames, d)}
-    yield {"gathered": gathered + units.gather_buffer}
+        yield {"gathered": gathered, "KV cache": stays, "activations": shape.tower.forward_peak(n, work.frames, d)}
+    yield {"gathered": gathered + units.gather_buffer, "KV cache": stays}
+
+
+def _cache(shape: Shape, work: Work, d: int) -> int:
+    """Bytes of the keys and values of all prompts and branches."""
+    return work.prompts * work.length * shape.layers * _keys(shape, d)
 
 
 def _kept(shape: Shape, work: Work, units: UnitSizes) -> int:

@@ -28,6 +28,7 @@ from hark.models.linear import linear
 OVERHEAD = 1.2
 # Additions of small tensors that take the host as long as the 53 operators of a decoder layer with their Python.
 LAUNCHES = 265
+RECORDED = 8e-5  # seconds that the kernels of a recorded decoder layer take at least: 53, of 1.5 microseconds each
 LOGITS = 6  # float32 copies of the logits that scoring writes or reads, in a forward and in a backward each
 DRAWS = (
     40  # bytes per token of the vocabulary that a draw moves: float32 logprobs, float64 probabilities and their sums
@@ -102,7 +103,7 @@ def step_seconds(
     """
     d, kept, phases = setting.dtype, setting.keep_prefill, {}
     if work.samples:
-        phases["rollout"] = _rollout(shape, work, d, passes, pairs, rates)
+        phases["rollout"] = _rollout(shape, work, setting, passes, pairs, rates)
     if setting.lora_rank or setting.train != "all":
         shape = replace(shape, tower=None)  # from here on its outputs are known
     prompts, branches = work.prompts * work.prompt, work.prompts * work.group_size * (work.max_new_tokens - 1)
@@ -129,8 +130,12 @@ def _counts(passes: Macs, pairs: Macs, name: str) -> Counts:
     return Counts(getattr(passes, name) - attention, attention)
 
 
-def _rollout(shape: Shape, work: Work, d: int, passes: Macs, pairs: Macs, rates: Rates) -> float:
-    """Prefill, then one step per token: all weights are read once, and the keys and values of what is attended to."""
+def _rollout(shape: Shape, work: Work, setting: Setting, passes: Macs, pairs: Macs, rates: Rates) -> float:
+    """Prefill, then one step per token: all weights are read once, and the keys and values of what is attended to.
+
+    The host launches a recorded step at once.
+    """
+    d, recorded = setting.dtype, setting.recorded and rates.overlaps
     n, rows, steps = work.prompts, work.prompts * work.group_size, work.max_new_tokens - 1
     layers = shape.layers + (shape.tower.layers if shape.tower else 0)
     prompts, tower = _counts(passes, pairs, "prompts"), _counts(passes, pairs, "tower")  # the second: a frozen one
@@ -141,8 +146,9 @@ def _rollout(shape: Shape, work: Work, d: int, passes: Macs, pairs: Macs, rates:
     draw = DRAWS * rows * shape.vocabulary
     # Few rows are bound by reading weights, many by products. What attention reads counts, and not its products.
     products = _counts(passes, pairs, "rollout").products - prompts.products
-    step = rates.seconds(Counts(products / max(steps, 1), 0), keys + draw, shape.layers, read=weights)
-    return prefill + steps * step
+    calls = 0 if recorded else shape.layers
+    step = rates.seconds(Counts(products / max(steps, 1), 0), keys + draw, calls, read=weights)
+    return prefill + steps * max(step, shape.layers * RECORDED if recorded else 0.0)
 
 
 def _saved(shape: Shape, work: Work, d: int, tokens: float) -> float:

@@ -14,7 +14,6 @@ import torch
 WARM_UP_CALLS = 3  # plain calls with the same sizes before a call with them is recorded
 
 Inputs = TypeVar("Inputs", bound="tuple[torch.Tensor, ...]")  # a named tuple of tensors
-Sizes = TypeVar("Sizes", bound=Hashable)
 
 
 def send(values: Sequence[int], device: torch.device) -> torch.Tensor:
@@ -62,14 +61,14 @@ class DelayedFlags:
 
 
 class CudaGraphs:
-    """Calls a function of tensors and sizes, and records it as a CUDA graph, one for each value of the sizes.
+    """Calls a function of tensors, and records it as a CUDA graph, one for each key.
 
-    The function must not wait for the GPU, and must find the other tensors that it reads at the same addresses in every
-    call. The first calls with the same sizes are plain calls: libraries initialise in them, and a recording costs more
-    than a call. The next call is recorded and replayed, later ones are replayed. All graphs share one memory pool, so
-    tensors allocated in a graph must not be read after its replay. The function is passed to each call and not stored:
-    it may refer to the owner of this object, and the reference cycle would keep the owner's memory allocated until
-    Python's garbage collection.
+    Calls with the same key must do the same with their tensors. The function must not wait for the GPU, and must find
+    the other tensors that it reads at the same addresses in every call. The first calls with a key are plain calls:
+    libraries initialise in them, and a recording costs more than a call. The next call is recorded and replayed, later
+    ones are replayed. All graphs share one memory pool, so tensors allocated in a graph must not be read after its
+    replay. The function is passed to each call and not stored: it may refer to the owner of this object, and the
+    reference cycle would keep the owner's memory allocated until Python's garbage collection.
     """
 
     def __init__(self) -> None:
@@ -81,18 +80,29 @@ class CudaGraphs:
         """Record anew what is called next, because tensors that the function reads have moved."""
         self._graphs.clear()
 
-    def __call__(self, function: Callable[[Inputs, Sizes], None], inputs: Inputs, sizes: Sizes) -> None:
-        self._calls[sizes] += 1
-        if self._calls[sizes] <= WARM_UP_CALLS:
-            function(inputs, sizes)
+    def __call__(self, function: Callable[[Inputs], None], inputs: Inputs, key: Hashable) -> None:
+        """Raises RuntimeError if the function cannot be recorded."""
+        self._calls[key] += 1
+        if self._calls[key] <= WARM_UP_CALLS:
+            function(inputs)
             return
-        if sizes not in self._graphs:
-            graph = torch.cuda.CUDAGraph()
-            # By default a CUDA call in any other thread, such as NCCL's watchdog, would abort the recording.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                function(inputs, sizes)
-            self._graphs[sizes] = graph, inputs
-        graph, recorded = self._graphs[sizes]
+        if key not in self._graphs:
+            self._graphs[key] = self._record(function, inputs), inputs
+        graph, recorded = self._graphs[key]
         for kept, new in zip(recorded, inputs, strict=True):
             kept.copy_(new)
         graph.replay()
+
+    def _record(self, function: Callable[[Inputs], None], inputs: Inputs) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # By default a CUDA call in any other thread, such as NCCL's watchdog, would abort the recording.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                function(inputs)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"a decode step cannot be recorded as a CUDA graph ({error}); set rollout.cuda_graphs=false"
+            ) from error
+        return graph

@@ -13,6 +13,7 @@ from hark.data.order import digest, shuffle_choices
 from hark.data.rewards.judging import Judge
 from hark.grpo.advantage import weighted_rewards
 from hark.grpo.config import Config
+from hark.grpo.recorded import RecordedSteps, recorded_steps
 from hark.grpo.rewards import weights_at
 from hark.grpo.runtime.collectives import World, gather_rows
 from hark.grpo.runtime.sharding import gathered
@@ -61,14 +62,20 @@ def answers(
     )
     places = {example.id: place for place, example in enumerate(examples)}
     with gathered(policy), rewards_of(config) as judge:
+        recorded = recorded_steps(policy, wanted=config.rollout.cuda_graphs, gathered=True)
         for _ in range(0, len(examples), size * world.size):  # as often on all ranks
             pairs = next(batches, [])
-            drawn = gather_rows(draw(config, policy, judge, pairs, reward) if pairs else [], world)
+            drawn = gather_rows(draw(config, policy, judge, pairs, reward, recorded) if pairs else [], world)
             yield sorted(drawn or [], key=lambda one: places[one.id])
 
 
 def draw(
-    config: Config, policy: Policy, judge: Judge, pairs: Sequence[tuple[Example, Prompt]], reward: str
+    config: Config,
+    policy: Policy,
+    judge: Judge,
+    pairs: Sequence[tuple[Example, Prompt]],
+    reward: str,
+    recorded: RecordedSteps | None = None,
 ) -> list[Drawn]:
     """G answers to each question, with the settings of rollout, graded."""
     examples, prompts = zip(*pairs, strict=True)
@@ -77,7 +84,7 @@ def draw(
     keys = [(config.run.seed, digest(f"pass-rate/{example.id}")) for example in examples]
     drawn = sample(
         policy, prompts, keys=keys, group_size=size, max_new_tokens=rollout.max_new_tokens,
-        temperature=rollout.temperature, batch=rollout.batch, graphs=rollout.cuda_graphs,
+        temperature=rollout.temperature, batch=rollout.batch, recorded=recorded,
     )  # fmt: skip
     texts = policy.completion_texts(drawn.tokens, drawn.mask)
     ids = completion_ids(drawn.tokens, drawn.mask)

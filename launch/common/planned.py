@@ -80,6 +80,7 @@ def setting_of(planned: Run) -> Setting:
         offload=config.sharding.offload,
         offload_reference=config.sharding.offload_reference,
         keep_prefill=config.rollout.keep_prefill and not planned.sft,
+        recorded=config.rollout.cuda_graphs and not planned.sft,
     )
 
 

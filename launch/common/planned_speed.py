@@ -117,6 +117,7 @@ def _sets(run: Run, prompts: int) -> Iterator[list[Change]]:
         ("model", "recompute"): [False, True],
         ("sharding", "reshard"): [False, True] if run.gpus > run.config.sharding.replicas else [],
         ("rollout", "keep_prefill"): [] if run.sft else [False, True],
+        ("rollout", "cuda_graphs"): [] if run.sft else [False, True],
     }
     now = {key: getattr(getattr(run.config, key[0]), key[1]) for key in options}
     choices = [[(*key, value) for value in values or [now[key]]] for key, values in options.items()]

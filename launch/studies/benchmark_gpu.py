@@ -38,6 +38,7 @@ from hark.grpo.config import ConfigError
 from hark.grpo.instruments.flops import Cost, best_matmul_rate, cost_of, fastest, macs
 from hark.grpo.instruments.memory_tracker import MemoryTracker
 from hark.grpo.optimizer import build_optimizer, clip_gradients
+from hark.grpo.recorded import recorded_steps
 from hark.grpo.runtime.shards import allocate_moments
 from hark.grpo.types import Rollout
 from hark.launch.common.entry import run
@@ -94,6 +95,7 @@ class Models:
         self.frozen.requires_grad_(False)
         self.theirs, self.their_frozen = plain_model(setting, self.policy), plain_model(setting, self.frozen)
         self.their_frozen.requires_grad_(False)
+        self.recorded = recorded_steps(self.policy, wanted=True)
         self.matmul_rate = best_matmul_rate(setting.device, setting.dtype)
         self.copy_rate = copy_rate(setting.device)
 
@@ -103,7 +105,7 @@ class DeviceHarkSide(HarkSide):
 
     def __init__(self, models: Models, work: Work):
         self.work, self.policy, self.frozen = work, models.policy, models.frozen
-        self.graphs = models.setting.device.type == "cuda"
+        self.recorded = models.recorded
         self.prompts = random_prompts(models.policy, work)
         self.model = self.policy.model
 
@@ -261,7 +263,7 @@ def limits(models: Models, hark: DeviceHarkSide, drawn: Rollout, seconds: dict[s
 def decode_seconds(models: Models, work: Work, rollout: float) -> float:
     """Seconds of one decode step, from the difference between a rollout and one with half as many tokens.
 
-    Prefill and the recording of CUDA graphs happen once in both and cancel out.
+    Prefill happens once in both and cancels out. The first call records its CUDA graphs.
     """
     tokens = max(work.new_tokens // 2, 1)
     half = DeviceHarkSide(models, replace(work, new_tokens=tokens))

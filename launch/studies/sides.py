@@ -19,6 +19,7 @@ import torch
 
 from hark.grpo.loss import policy_loss, token_weights
 from hark.grpo.optimizer import build_optimizer, clip_gradients
+from hark.grpo.recorded import RecordedSteps
 from hark.grpo.runtime.sharding import gathered, release
 from hark.grpo.sampler import sample
 from hark.grpo.scorer import score
@@ -76,7 +77,7 @@ BASE = Work(seconds=10.0, prompts=1, group_size=8, new_tokens=24)  # the step th
 class HarkSide:
     """A step of Hark, phase by phase. With `shard`, on several ranks, each rank has the given work."""
 
-    graphs = False  # whether decode steps are recorded as CUDA graphs
+    recorded: RecordedSteps | None = None  # its decode steps as CUDA graphs
 
     def __init__(self, directory: Path, work: Work, *, shard: Callable[[Policy], None] | None = None):
         self.work = work
@@ -92,7 +93,7 @@ class HarkSide:
         keys = [(0, 0, n) for n in range(self.work.prompts)]
         sizes: dict[str, Any] = dict(group_size=self.work.group_size, max_new_tokens=self.work.new_tokens)
         with gathered(self.policy):
-            return sample(self.policy, self.prompts, temperature=1.0, keys=keys, graphs=self.graphs, **sizes)
+            return sample(self.policy, self.prompts, temperature=1.0, keys=keys, recorded=self.recorded, **sizes)
 
     @torch.no_grad()
     def reference(self, drawn: Rollout) -> torch.Tensor:
