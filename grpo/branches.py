@@ -168,7 +168,10 @@ class Branches:
         used = slice(self.count), slice(int(self.mask.sum(dim=1).max()))
         every = self.tokens[used], self.mask[used], self.logprobs[used], self.stopped[: self.count]
         # Copies, because recorded steps write to the same tensors in the next rollout.
-        rollout = Rollout(self.prompts, self.group_size, *(tensor.clone() for tensor in every), prefill=self._prefill)
+        tokens, mask, logprobs, stopped = (tensor.clone() for tensor in every)
+        rollout = Rollout(
+            self.prompts, self.group_size, tokens, mask, logprobs, stopped, prefill=self._prefill,
+        )  # fmt: skip
         if self._recorded is not None:
             self._recorded.end()
         return rollout

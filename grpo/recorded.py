@@ -18,8 +18,6 @@ from hark.grpo.runtime.cuda import CudaGraphs, recorder
 from hark.models.cache import GroupCache
 from hark.models.policy import Policy
 
-KEPT_STEPS = 256  # tokens of a branch, up to which the cache is kept from rollout to rollout
-
 Inputs = TypeVar("Inputs", bound="tuple[torch.Tensor, ...]")
 
 
@@ -60,8 +58,8 @@ class RecordedSteps:
         self._graphs.forget()
 
     def end(self) -> None:
-        """End a rollout. A cache of long completions is freed, and the next rollout records its steps anew."""
-        if self._cache is not None and self._cache.steps > KEPT_STEPS:
+        """End a rollout. A cache that has grown is freed, and the next rollout records its steps anew."""
+        if self._cache is not None and self._cache.has_grown:
             self._cache = None
             self._graphs.forget()
 
@@ -90,7 +88,8 @@ class FixedWeights:
         places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}  # a tied weight has several
         for module in policy.model.modules():
             for name, parameter in module.named_parameters(recurse=False):
-                if isinstance(parameter, DTensor) and parameter not in others:
+                gathers: bool = isinstance(parameter, DTensor) and parameter not in others
+                if gathers:
                     places.setdefault(parameter, []).append((module, name))
         self._places = list(places.values())
         self._copies: list[nn.Parameter] = []

@@ -22,6 +22,11 @@ class GroupCache:
         self._rows, self._branches, self._limit, self.steps = rows, branches, steps, min(steps, STEPS)
         self._layers: dict[int, list[torch.Tensor]] = {}
 
+    @property
+    def has_grown(self) -> bool:
+        """Whether branches have more room than at first."""
+        return self.steps > STEPS
+
     def renew(self, rows: int, prompt: int, branches: int, steps: int) -> bool:
         """Begin another rollout, for which sizes may grow and never shrink; returns whether tensors will have moved."""
         before = self._rows, self.prompt, self._branches, self.steps

@@ -143,11 +143,10 @@ def test_a_cache_that_moves_for_more_prompts_is_recorded_anew(case, tapes):
         same(draw(case, which, recorded=recorded, **settings), draw(case, which, **settings))
 
 
-def test_a_cache_of_long_completions_is_freed_after_the_rollout(case, monkeypatch, tapes):
-    monkeypatch.setattr("hark.models.cache.STEPS", 4)
+def test_a_cache_that_has_grown_is_freed_after_the_rollout(case, monkeypatch, tapes):
     recorded = recorded_steps(case.policy, wanted=True)
-    for kept, freed in ((16, True), (32, False)):
-        monkeypatch.setattr("hark.grpo.recorded.KEPT_STEPS", kept)
+    for room, freed in ((4, True), (64, False)):
+        monkeypatch.setattr("hark.models.cache.STEPS", room)
         for which in ((0, 1), (0, 2)):
             rollouts = (draw(case, which, recorded=how, stop=False, **LONG) for how in (recorded, None))
             same(*rollouts)

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from hark.grpo.instruments.shape import FLOAT, Shape, Tower
-from hark.grpo.recorded import KEPT_STEPS
 from hark.grpo.scorer import CHUNK
 from hark.models.attention import mask_row
+from hark.models.cache import STEPS
 
 PARTS = (
     "weights", "gradients", "optimizer", "reference", "audio cache", "recorded", "gathered", "KV cache", "activations",
@@ -144,7 +144,7 @@ def plan(shape: Shape, work: Work, setting: Setting) -> Plan:
         drawn = replace(work, prompts=work.decoded or work.prompts)
         kept, shorter = (
             _kept(shape, work, units),
-            replace(drawn, max_new_tokens=min(work.max_new_tokens, KEPT_STEPS + 1)),
+            replace(drawn, max_new_tokens=min(work.max_new_tokens, STEPS + 1)),
         )
         stays = _cache(shape, shorter, s.dtype) if s.recorded else 0
         phases["rollout"] = _add(constant, _peak(_rollout(shape, drawn, units, kept, stays)))
