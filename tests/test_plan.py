@@ -65,7 +65,7 @@ def test_each_change_that_is_offered_makes_it_fit_when_it_is_made(config, capsys
 
 
 def test_a_kept_prefill_is_counted_and_the_first_to_be_left_out(config, capsys):
-    words = config, "optim.micro_batch=1", "evaluation.every=10", "--memory"
+    words = config, "optim.micro_batch=1", "evaluation.every=10", "rollout.cuda_graphs=false", "--memory"
     plain, kept = (planned(capsys, *words, 50, f"rollout.keep_prefill={on}") for on in ("false", "true"))
     tables = [dict(line.split(maxsplit=1) for line in text.splitlines()[4:11]) for text in (plain, kept)]
     before, after = ([float(value) for value in table["activations"].split()] for table in tables)
@@ -75,6 +75,14 @@ def test_a_kept_prefill_is_counted_and_the_first_to_be_left_out(config, capsys):
     offered = planned(capsys, *words, 45, "rollout.keep_prefill=true").partition("cheapest first:")[2].splitlines()
     assert offered[1].split()[0] == "rollout.keep_prefill=false"
     assert not any("recompute=true" in line for line in offered if "keep_prefill=false" not in line)
+
+
+def test_the_weights_of_recorded_steps_are_counted_and_the_first_to_be_left_out(config, capsys):
+    words = config, "optim.micro_batch=1", "model.recompute=true", "--memory", 40
+    assert "recorded           14.47       14.47       14.47       14.47\n" in planned(capsys, *words)
+    offered = planned(capsys, *words).partition("cheapest first:")[2].splitlines()
+    assert offered[1].split()[0] == "rollout.cuda_graphs=false"
+    assert "recorded" not in planned(capsys, *words, "rollout.cuda_graphs=false")
 
 
 def test_what_fits_comes_without_advice_and_offloading_with_host_memory(config, capsys):

@@ -99,7 +99,7 @@ def test_a_step_waits_for_nothing_that_the_device_computes(case, monkeypatch):
 def test_a_step_done_twice_is_done_once(case, monkeypatch):
     """So the run that makes libraries ready for recording it on a GPU may be a step of the rollout."""
     expected, step = draw(case, group_size=8), Branches.feed
-    monkeypatch.setattr(Branches, "feed", lambda self, *args: [step(self, *args), step(self, *args)])
+    monkeypatch.setattr(Branches, "feed", lambda self, *args, **how: [step(self, *args, **how) for _ in "12"])
     rollout = draw(case, group_size=8)
     assert groups(rollout) == groups(expected) and torch.equal(rollout.stopped, expected.stopped)
 
