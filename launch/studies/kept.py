@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -50,14 +50,15 @@ class Run:
         """Do the run from its beginning; its output is kept in output.txt. Raises UserError if it fails."""
         shutil.rmtree(self.directory, ignore_errors=True)
         self.directory.mkdir(parents=True)
-        started = time.monotonic()
         command = [sys.executable, str(LAUNCH / self.program), *self.words]
         with (self.directory / "output.txt").open("w") as output:
             one_thread = environment() | {"OMP_NUM_THREADS": "1"}
-            status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=one_thread).returncode
+            with subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=one_thread) as process:
+                _, code, usage = os.wait4(process.pid, 0)
+                process.returncode = status = os.waitstatus_to_exitcode(code)
         if status:
             raise UserError(f"{' '.join(command)} ended with status {status}; see {self.directory / 'output.txt'}")
-        seconds = round(time.monotonic() - started, 1)
+        seconds = round(usage.ru_utime + usage.ru_stime, 1)  # of the processor, as other runs may have shared it
         write_json(self.directory / FINISHED, {"words": [self.program, *self.words], "seconds": seconds})
 
     def metrics(self) -> list[dict[str, Any]]:
