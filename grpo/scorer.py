@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from hark.grpo.blocks import tree_block_mask
 from hark.grpo.distribution import entropy, log_distribution
 from hark.grpo.prefill import Prefix
-from hark.grpo.tree import Layout, branches_layout, prompt_layout, tree_mask, tree_masks, tree_rule
-from hark.models.attention import AfterPrompt, AttentionFunction, BlockAttention, block_mask
+from hark.grpo.tree import Layout, branches_layout, prompt_layout, tree_mask, tree_masks
+from hark.models.attention import AfterPrompt, AttentionFunction, BlockAttention
 from hark.models.policy import Policy, Prompt, on_policy
 from hark.models.split_attention import SplitAfterPrompt, SplitAttention
 
@@ -60,13 +61,10 @@ def score(
     return logprobs, Spread(*figures)
 
 
-def tree_blocks(policy: Policy, row: Layout) -> BlockAttention:
-    """FlexAttention of rows under the tree mask; one block mask per type of layer."""
-    (count, length), device = row.branch.shape, row.branch.device
-    blocks = {
-        kind: block_mask(tree_rule(row, window), count, length, device) for kind, window in policy.windows.items()
-    }
-    return BlockAttention(tuple(blocks[kind] for kind in policy.layer_types))
+def block_attention(policy: Policy, queries: Layout, keys: Layout) -> BlockAttention:
+    """FlexAttention under the tree mask; one block mask per type of layer."""
+    masks = {kind: tree_block_mask(queries, keys, window) for kind, window in policy.windows.items()}
+    return BlockAttention(tuple(masks[kind] for kind in policy.layer_types))
 
 
 def _predicting_states(
@@ -112,16 +110,6 @@ def _followed(last: torch.Tensor, rest: torch.Tensor, group_size: int) -> torch.
     return torch.cat([first, rest.expand(-1, group_size, -1, -1)], dim=2).flatten(0, 1)
 
 
-def attention_after_prompt(
-    policy: Policy, row: Layout, branches: Layout, group_size: int, prefix: Prefix
-) -> tuple[dict[str, torch.Tensor], AttentionFunction]:
-    """The masks and the attention function of branches after prompts whose keys and values are known."""
-    if policy.device.type != "cpu":
-        return tree_masks(policy.windows, branches, row), AfterPrompt(prefix.layers)
-    masks = _padding_masks(policy, branches, row, row.real.shape[1] - branches.real.shape[1])
-    return masks, SplitAfterPrompt(prefix.layers, group_size)
-
-
 def row_attention(
     policy: Policy, row: Layout, prompt: int, group_size: int
 ) -> tuple[dict[str, torch.Tensor] | None, AttentionFunction | None]:
@@ -130,10 +118,22 @@ def row_attention(
     On the CPU, layers without a window compute the attention of prompt and branches separately (`SplitAttention`).
     """
     if policy.attention == "flex":
-        return None, tree_blocks(policy, row)
+        return None, block_attention(policy, row, row)
     if policy.device.type != "cpu" or row.real.shape[1] == prompt:
         return tree_masks(policy.windows, row, row, prompt=prompt), None
     return _padding_masks(policy, row, row, prompt), SplitAttention(prompt, group_size)
+
+
+def attention_after_prompt(
+    policy: Policy, row: Layout, branches: Layout, group_size: int, prefix: Prefix
+) -> tuple[dict[str, torch.Tensor] | None, AttentionFunction]:
+    """The same of branches after prompts whose keys and values are known."""
+    if policy.attention == "flex":
+        return None, AfterPrompt(prefix.layers, attention=block_attention(policy, branches, row))
+    if policy.device.type != "cpu":
+        return tree_masks(policy.windows, branches, row), AfterPrompt(prefix.layers)
+    masks = _padding_masks(policy, branches, row, row.real.shape[1] - branches.real.shape[1])
+    return masks, SplitAfterPrompt(prefix.layers, group_size)
 
 
 def _padding_masks(policy: Policy, queries: Layout, row: Layout, prompt: int) -> dict[str, torch.Tensor]:

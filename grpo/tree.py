@@ -53,7 +53,7 @@ def tree_mask(queries: Layout, keys: Layout, window: int | None = None) -> torch
     """Which query may attend to which key, (N, 1, L, S) bool; with `window` only the last `window` positions."""
     branch, position = queries.branch[:, :, None], queries.position[:, :, None]
     key = keys.branch[:, None, :], keys.position[:, None, :], keys.real[:, None, :]
-    return _attends(branch, position, *key, _window_start(position, window)).unsqueeze(1)
+    return _attends(branch, position, *key, window_start(position, window)).unsqueeze(1)
 
 
 def tree_masks(
@@ -70,14 +70,15 @@ def tree_masks(
     }
 
 
-def tree_rule(row: Layout, window: int | None = None) -> Callable[..., torch.Tensor]:
-    """The tree mask of rows as FlexAttention's `mask_mod`, a function of the indices of one query and one key."""
+def tree_rule(queries: Layout, keys: Layout, window: int | None = None) -> Callable[..., torch.Tensor]:
+    """The tree mask as FlexAttention's `mask_mod`, a function of the indices of one query and one key."""
     # Contiguous, because the kernel is compiled for their strides; int32, because it reads them for each pair.
-    branch, position = (tensor.int().contiguous() for tensor in (row.branch, row.position))
-    real, start = row.real.contiguous(), _window_start(position, window)
+    parts = queries.branch, queries.position, keys.branch, keys.position
+    branch, position, key_branch, key_position = (tensor.int().contiguous() for tensor in parts)
+    real, start = keys.real.contiguous(), window_start(position, window)
 
     def attends(n: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        key = branch[n, k], position[n, k], real[n, k]
+        key = key_branch[n, k], key_position[n, k], real[n, k]
         return _attends(branch[n, q], position[n, q], *key, None if start is None else start[n, q])
 
     return attends
@@ -96,5 +97,6 @@ def _attends(
     return mask if start is None else mask & (key_position >= start)
 
 
-def _window_start(position: torch.Tensor, window: int | None) -> torch.Tensor | None:
+def window_start(position: torch.Tensor, window: int | None) -> torch.Tensor | None:
+    """The first position that queries at these positions may attend to; None without a window."""
     return None if window is None else position - (window - 1)

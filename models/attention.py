@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from hark import UserError
 from hark.data.torchaudio_compat import torchaudio  # noqa: F401  (must precede transformers)
@@ -23,6 +23,9 @@ from hark.models.cache import GroupCache
 
 TREE = "tree"  # the name under which `tree_attention` is registered with transformers
 
+# Short rows take the same kernel, and not the one for decoding, which is another compilation.
+KERNEL = {"FORCE_USE_FLEX_ATTENTION": True}
+BLOCK = 128  # tokens along each side of a block of FlexAttention's masks
 MASK_STRIDE = 8  # elements; strides of a mask that torch's memory-efficient kernel can read are multiples of it
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # arguments by which some families change the attention scores
 
@@ -139,7 +142,7 @@ class BlockAttention:
 
     On a GPU it is one compiled kernel and needs no mask of all pairs in memory. On the CPU it is torch's uncompiled
     reference, which has no backward and is for tests. It has not been run on a GPU yet.
-    masks: one for each layer.
+    masks: one for each layer, of the rows' queries and keys.
     """
 
     masks: tuple[BlockMask, ...]
@@ -154,15 +157,26 @@ class BlockAttention:
         attention: Any = _compiled_flex_attention() if query.is_cuda else flex_attention
         grouped = query.shape[1] != key.shape[1]
         blocks = self.masks[module.layer_idx]
-        return attention(query, key, value, block_mask=blocks, enable_gqa=grouped).transpose(1, 2).contiguous()
+        output = attention(query, key, value, block_mask=blocks, enable_gqa=grouped, kernel_options=KERNEL)
+        return output.transpose(1, 2).contiguous()
 
 
-def block_mask(rule: Callable[..., Tensor], rows: int, length: int, device: torch.device) -> BlockMask:
-    """Which blocks of 128 x 128 pairs are masked entirely, partly or not at all, for N rows of L tokens.
+def block_mask(some: Tensor, every: Tensor, rule: Callable[..., Tensor], lengths: tuple[int, int]) -> BlockMask:
+    """FlexAttention's mask of N rows, from what is known of its blocks.
 
-    rule: FlexAttention's `mask_mod`. Building them takes a boolean (N, 1, L, L) in memory.
+    some, every: whether some pair and whether every pair of a block attends, (N, query blocks, key blocks) bool.
+    rule: FlexAttention's `mask_mod`. It is applied in blocks of which not every pair is known to attend.
+    lengths: queries and keys in a row.
     """
-    return create_block_mask(rule, rows, None, length, length, device=device)
+    parts, wholes = _listed(some & ~every), _listed(every)
+    return BlockMask.from_kv_blocks(*parts, *wholes, BLOCK_SIZE=BLOCK, mask_mod=rule, seq_lengths=lengths)
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """For each block of queries how many key blocks are True, (N, 1, Q), and the indices, those first, (N, 1, Q, K)."""
+    chosen = blocks[:, None].int()
+    indices = chosen.argsort(dim=-1, descending=True, stable=True)
+    return chosen.sum(dim=-1, dtype=torch.int32), indices.int()
 
 
 @cache
@@ -170,9 +184,9 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
     """FlexAttention compiled once for rows of any length and number.
 
     Lengths change at almost every micro-batch, so with static shapes each would need a compilation. A few compilations
-    remain: for one row and for several, with and without gradients, with and without a window. When torch exceeds its
-    recompilation limit it falls back to uncompiled code, which holds the scores of all pairs; `fullgraph` makes that
-    an error.
+    remain: for one row and for several, shorter than a block or not, with and without gradients, with and without a
+    window, and for branches after known prompts. When torch exceeds its recompilation limit it falls back to uncompiled
+    code, which holds the scores of all pairs; `fullgraph` makes that an error.
     """
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)
@@ -213,16 +227,18 @@ class PrefillAttention:
 class AfterPrompt:
     """Attention of branches to prompts whose keys and values are known, and to one another.
 
-    layers: the prompts' keys and values, (N, heads, P, head size), of each layer.
+    layers: the prompts' keys and values, (N, heads, P, head size), of each layer. attention: computes it, from the keys
+    and values of prompts and branches.
     """
 
     layers: Sequence[tuple[Tensor, Tensor]]
+    attention: AttentionFunction = field(default=sdpa_attention, kw_only=True)
 
     def __call__(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **kwargs: Any) -> Tensor:
         """mask: additive, (N, 1, L, P + L), of L tokens of branches; returns (N, L, heads, head size)."""
         both = zip(self.layers[module.layer_idx], (key, value), strict=True)
         key, value = (torch.cat(pair, dim=2) for pair in both)
-        return sdpa_attention(module, query, key, value, mask, **kwargs)
+        return self.attention(module, query, key, value, mask, **kwargs)
 
 
 @dataclass(frozen=True)

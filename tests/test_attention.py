@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import flex_attention as flex
-from torch.nn.attention.flex_attention import create_mask
 
+from hark.grpo.blocks import tree_block_mask
+from hark.grpo.prefill import prefilled
 from hark.grpo.runtime.collectives import World
 from hark.grpo.runtime.sharding import device_mesh, shard
 from hark.grpo.sampler import sample
 from hark.grpo.scorer import score
-from hark.grpo.tree import branches_layout, prompt_layout, tree_mask, tree_rule
-from hark.models.attention import block_mask, sdpa_attention
+from hark.grpo.tree import branches_layout, prompt_layout, tree_mask
+from hark.models.attention import KERNEL, sdpa_attention
 from hark.models.loading import load_policy
 from hark.models.lora import whole
 from tests.conftest import TEXTS, Case, build_causal_lm
@@ -32,29 +33,6 @@ def forget_compiled_functions():
 def row_of(lengths, group_size, steps):
     lengths = torch.tensor(lengths)
     return prompt_layout(lengths, int(lengths.max())) + branches_layout(lengths, group_size, steps)
-
-
-@pytest.mark.parametrize("window", [None, 1, 5, 40])
-@pytest.mark.parametrize("lengths, group_size, steps", [([130, 3, 77], 4, 9), ([5], 1, 1), ([20, 20], 3, 60)])
-def test_the_rule_for_flexattention_is_the_tree_mask_at_every_pair(lengths, group_size, steps, window):
-    row = row_of(lengths, group_size, steps)
-    count, length = row.branch.shape
-    expected = tree_mask(row, row, window)
-    rule = tree_rule(row, window)
-    assert torch.equal(create_mask(rule, count, None, length, length, device="cpu"), expected)
-    blocks = block_mask(rule, count, length, row.branch.device).to_dense()[:, :, : -(-length // 128)]
-    padded = torch.nn.functional.pad(expected, (0, -length % 128, 0, -length % 128))
-    some = padded.unflatten(3, (-1, 128)).unflatten(2, (-1, 128)).any(dim=5).any(dim=3)
-    assert torch.equal(blocks.bool(), some)
-
-
-def test_branches_leave_blocks_of_their_siblings_out():
-    row = row_of([128], 8, 128)
-    assert tree_blocks_of(row).sparsity() > 65  # percent: 8 + 8 + 1 of 81 blocks would be 79; all causal ones 44
-
-
-def tree_blocks_of(row):
-    return block_mask(tree_rule(row), *row.branch.shape, row.branch.device)
 
 
 def test_masks_have_rows_that_the_memory_efficient_kernel_reads_without_a_copy(case: Case, monkeypatch):
@@ -91,10 +69,15 @@ def assert_flex_scores_alike(policy, prompts):
     logprobs, spread = score(policy, prompts, rollout.tokens, everywhere, group_size=4)
     torch.testing.assert_close(logprobs, expected, **VALUES)
     torch.testing.assert_close(spread.entropy, entropy.entropy, **VALUES)
+    prefix = prefilled(policy, prompts).select(range(len(prompts)))
+    apart, _ = score(policy, prompts, rollout.tokens, everywhere, group_size=4, prefix=prefix)
+    torch.testing.assert_close(apart, expected, **VALUES)
 
 
 def test_flexattention_scores_as_sdpa_does(case):
-    """Three prompts of different lengths; the text model has two query heads per key head."""
+    """Three prompts of different lengths, also apart from their completions; the text model has two query heads per
+    key head.
+    """
     assert_flex_scores_alike(case.policy, case.prompts)
 
 
@@ -139,15 +122,20 @@ def test_gradients_pass_through_flexattention_recomputed_and_sharded_or_not(case
 
 @torch.no_grad()
 def test_rows_of_any_length_and_number_share_one_compilation():
-    """The first batch has 2 rows of 3 blocks, because torch assumes that sizes which are equal at first always are."""
+    """The first batch has 2 rows of 3 blocks, because torch assumes that sizes which are equal at first always are.
+
+    Branches after known prompts have fewer queries than keys, and share a second one.
+    """
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(flex.flex_attention, dynamic=True, fullgraph=True, backend=counter)
-    for lengths, steps in (([300, 9], 20), ([310, 20, 7, 400, 30], 31), ([900, 901, 902], 100), ([257] * 6, 5)):
-        row = row_of(lengths, 4, steps)
-        query, key, value = (torch.randn(len(lengths), 8, row.branch.shape[1], 16) for _ in range(3))
-        result = compiled(query, key, value, block_mask=tree_blocks_of(row))
-        mask = tree_mask(row, row)
-        torch.testing.assert_close(
-            result, torch.nn.functional.scaled_dot_product_attention(query, key, value, mask), **VALUES
-        )
-    assert counter.frame_count == 1
+    for apart in (False, True):
+        for lengths, steps in (([300, 9], 40), ([310, 20, 7, 400, 30], 51), ([900, 901, 902], 100), ([257] * 6, 35)):
+            row, longest = row_of(lengths, 4, steps), max(lengths)
+            queries = row[longest:] if apart else row
+            query = torch.randn(len(lengths), 8, queries.branch.shape[1], 16)
+            key, value = (torch.randn(len(lengths), 8, row.branch.shape[1], 16) for _ in range(2))
+            result = compiled(query, key, value, block_mask=tree_block_mask(queries, row), kernel_options=KERNEL)
+            mask = tree_mask(queries, row)
+            expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask)
+            torch.testing.assert_close(result, expected, **VALUES)
+        assert counter.frame_count == 1 + apart

@@ -200,10 +200,7 @@ def _check_refill(config: Config, source: str) -> None:
 
 def _check_prompts_apart(config: Config, source: str) -> None:
     """What excludes a forward and a backward over prompts alone."""
-    always = {
-        "model.attention=flex": config.model.attention == "flex",
-        "sharding.replicas": config.sharding.replicas > 1,
-    }
+    always = {"sharding.replicas": config.sharding.replicas > 1}
     of_rollout = {
         "rollout.refill": config.rollout.refill > 0,
         "rollout.batch": config.rollout.batch is not None,
