@@ -65,7 +65,9 @@ class ModelConfig:
     tower_cache: CountOrZero = 1024  # MiB per rank to cache a frozen tower's outputs, clip by clip
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation, and of weights that are not trained
     master_dtype: Literal["float32", "bfloat16"] = "float32"  # of trained weights and the optimizer's state
-    attention: Literal["sdpa", "flex"] = "sdpa"  # in scoring; flex, on GPUs only, skips blocks that the mask excludes
+    attention: Literal["auto", "sdpa", "flex"] = (
+        "auto"  # in scoring; flex skips pairs of different completions, and auto takes it on GPUs where it is checked
+    )
     recompute: bool = False  # recompute each layer's activations in backward: less memory, about a third more time
 
 

@@ -14,7 +14,7 @@ from hark.grpo.runtime.collectives import World
 from hark.grpo.trainer import Trainer
 from hark.launch.common.config_file import help_if_asked, load_config
 from hark.launch.common.entry import run
-from hark.launch.common.policies import make_reference
+from hark.launch.common.policies import choose_attention, make_reference
 from hark.launch.common.questions import controls_of, rewards_of
 from hark.launch.common.training import train
 from hark.models.policy import Policy
@@ -35,6 +35,7 @@ def main(argv: list[str]) -> None:
 
 
 def make_trainer(config: Config, world: World, policy: Policy, **parts: Any) -> Trainer:
+    choose_attention(config, world, policy)
     reference = make_reference(config, world, policy)
     rewards, controls = rewards_of(config), controls_of(config, policy)
     right = partial(target, template=config.data.template)

@@ -185,7 +185,7 @@ class Policy(nn.Module):
     mesh: DeviceMesh | None = None  # the ranks that it is sharded over
     reshards = False  # whether FSDP frees each layer's gathered weights after its forward
     offloads = False  # whether FSDP keeps the sharded weights in host memory
-    attention = "sdpa"  # of the scorer: "sdpa", or "flex" on a GPU
+    attention = "sdpa"  # of the scorer: "sdpa", or "flex" on a GPU, where siblings' pairs are not computed
     lora: Lora | None = None  # settings of its adapters; None without adapters
     tower_cache: TowerCache | None = None  # outputs of a frozen tower; None without a cache
     audio_id: int | None = None  # the placeholder token, one for each audio embedding

@@ -20,10 +20,12 @@ from types import SimpleNamespace
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from hark.grpo.attention_check import BOUNDS, agreed_fault, largest_gap, layer_kinds
+from hark.grpo.prefill import Prefix, prefilled
 from hark.grpo.recorded import RecordedSteps, recorded_steps
 from hark.grpo.runtime.collectives import World, joined_world, wait_for_all
 from hark.grpo.runtime.cuda import WARM_UP_CALLS
-from hark.grpo.runtime.sharding import device_mesh, gathered, shard
+from hark.grpo.runtime.sharding import device_mesh, gather_root, gathered, shard
 from hark.grpo.sampler import sample
 from hark.grpo.scorer import score
 from hark.grpo.types import Rollout
@@ -101,8 +103,10 @@ def check(
         check_memory(report, world, directory, limits[0])
         check_gaps(report, world, directory, limits[0])
         check_flexattention(report, world, directory, "full")
+        check_choice(report, world, directory, "full")
         look_back(directory, WINDOW)
         check_flexattention(report, world, directory, "windows")
+        check_choice(report, world, directory, "windows")
     return report
 
 
@@ -130,8 +134,8 @@ def draw(policy: Policy, limit: int, **settings) -> Rollout:
         return sample(policy, prompts, **settings)
 
 
-def logprobs_of(policy: Policy, rollout: Rollout) -> torch.Tensor:
-    return score(policy, rollout.prompts, rollout.tokens, rollout.mask, group_size=GROUP)[0]
+def logprobs_of(policy: Policy, rollout: Rollout, prefix: Prefix | None = None) -> torch.Tensor:
+    return score(policy, rollout.prompts, rollout.tokens, rollout.mask, group_size=GROUP, prefix=prefix)[0]
 
 
 def check_recordings(report: Report, world: World, directory: Path, limit: int) -> None:
@@ -272,25 +276,41 @@ def check_gaps(report: Report, world: World, directory: Path, limit: int) -> Non
     report.at_most(1e-4, "logprobs against the CPU's, float32", gap)
 
 
+def check_choice(report: Report, world: World, directory: Path, layers: str) -> None:
+    """What model.attention=auto checks at the start of a run, in whole rows and in branches after known prompts."""
+    for dtype, bound in BOUNDS.items():
+        policy = make(world, directory, dtype=dtype)
+        for kind in layer_kinds(policy):
+            for apart in (False, True):
+                gap = largest_gap(kind, world.device, apart)
+                report.at_most(bound, f"check of flex, {kind}, {'apart' if apart else 'whole'}", gap)
+        report.exactly(0, f"check of flex, {layers}, {dtype}: faults", bool(agreed_fault(policy, world, (False, True))))
+
+
 def check_flexattention(report: Report, world: World, directory: Path, layers: str) -> None:
     """FlexAttention gives what sdpa gives, in values and gradients.
 
-    float32: both sum in blocks, in other orders, and FlexAttention computes powers of 2 rather than of e. bfloat16:
-    both round each layer's output to 8 bits, one in 256, at other values.
+    Also with the prompts apart, whose keys and values have gradients too. float32: both sum in blocks, in other orders,
+    and FlexAttention computes powers of 2 rather than of e. bfloat16: both round each layer's output to 8 bits, one in
+    256, at other values.
     """
     rollout = draw(make(world, directory), 24)
     weights = torch.randn(rollout.mask.shape, generator=torch.Generator().manual_seed(0)).to(world.device)
     for dtype, value_bound, gradient_bound in ((torch.float32, 1e-4, 1e-3), (torch.bfloat16, 0.1, 0.1)):
         results = {}
-        for attention, recompute in (("sdpa", False), ("flex", False), ("flex", True)):
-            policy = make(world, directory, dtype=dtype, attention=attention, recompute=recompute)
-            logprobs = logprobs_of(policy, rollout)
+        for attention, way in (("sdpa", ""), ("flex", ""), ("flex", ", recomputed"), ("flex", ", apart")):
+            policy = make(world, directory, dtype=dtype, attention=attention, recompute=way == ", recomputed")
+            known = prefilled(policy, rollout.prompts) if way == ", apart" else None
+            logprobs = logprobs_of(policy, rollout, known.select(range(len(rollout.prompts))) if known else None)
             (weights * logprobs).sum().backward()
+            if known:
+                gather_root(policy)
+                known.backward()
             gradients = [whole(p.grad) for p in policy.parameters() if p.requires_grad]
-            results[attention, recompute] = logprobs.detach(), gradients
-        expected, theirs = results.pop(("sdpa", False))
-        for (_, recompute), (logprobs, gradients) in results.items():
-            what = f"flex against sdpa, {layers}, {dtype}{', recomputed' if recompute else ''}"
+            results[attention, way] = logprobs.detach(), gradients
+        expected, theirs = results.pop(("sdpa", ""))
+        for (_, way), (logprobs, gradients) in results.items():
+            what = f"flex against sdpa, {layers}, {dtype}{way}"
             report.at_most(value_bound, f"{what}: logprobs", (logprobs - expected).abs().max().item())
             # By the norm of each tensor's gradient: single numbers of a tensor may cancel out.
             gaps = [((a - b).norm() / b.norm()).item() for a, b in zip(gradients, theirs, strict=True)]

@@ -200,6 +200,25 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
             "test_tree test_parity",
         ),
     ),
+    "grpo/blocks.py": (
+        ("a sibling's block", "== _queries(query.branch[..., 0])", ">= _queries(query.branch[..., 0])", "test_blocks"),
+        ("a block of all pairs with padding", "_keys(key.real.all(dim=-1)) & earlier", "earlier", "test_blocks"),
+        ("all pairs beyond a row's end", "& earlier & complete", "& earlier", "test_blocks"),
+        ("padding is a branch", "& _keys(key.branch[..., -1] != PROMPT)", "", "test_blocks"),
+        ("windows count from the first query", "start.amax(dim=-1)", "start.amin(dim=-1)", "test_blocks"),
+        ("branches without their prompt", "return of_branches | of_prompt", "return of_branches", "test_blocks"),
+    ),
+    "grpo/attention_check.py": (
+        ("nothing is a fault", "if not gap <= BOUNDS", "if gap > 10 + BOUNDS", "test_attention_check"),
+        ("NaN is no fault", "if not gap <= BOUNDS", "if gap > BOUNDS", "test_attention_check"),
+        ("gradients unchecked", "map(_gap, found, expected)", "map(_gap, found[:1], expected)", "test_attention_check"),
+        (
+            "each rank by itself",
+            "if fault), None)",
+            "if fault and fault == found[world.rank]), None)",
+            "test_attention_check",
+        ),
+    ),
     "grpo/distribution.py": (
         ("temperature ignored", "(hidden) / temperature", "(hidden)", "test_logged_metrics"),
         (
@@ -839,6 +858,12 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("another epsilon of norms", "self.weight, _epsilon(self))", "self.weight, 1e-5)", "test_norms"),
     ),
     "models/attention.py": (
+        (
+            "the rule nowhere applied",
+            "_listed(some & ~every), _listed(every)",
+            "_listed(some & False), _listed(some)",
+            "test_blocks",
+        ),
         ("scores unscaled", "alpha=scaling", "alpha=1.0", "test_parity"),
         (
             "scores in half",

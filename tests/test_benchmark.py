@@ -140,6 +140,17 @@ def test_a_baseline_that_does_not_fit_is_left_out(monkeypatch, capsys):
     assert "faster" not in "\n".join(benchmark_gpu.lines(result))
 
 
+def test_the_studied_models_take_what_a_run_would_choose(capsys):
+    setting = benchmark_gpu.Setting(
+        partial(benchmark_gpu.small_config, TINY), torch.device("cpu"), torch.float32, "auto"
+    )
+    (result,) = benchmark_gpu.study(setting, [("A", benchmark_gpu.Work(1.0, 2, 3, 6, 1))])
+    assert (
+        result["attention"] == "sdpa"
+        and "attention: sdpa, because FlexAttention needs a GPU" in capsys.readouterr().out
+    )
+
+
 def test_the_study_for_gpus_needs_one():
     with pytest.raises(ConfigError, match="no CUDA device was found"):
         benchmark_gpu.main([])

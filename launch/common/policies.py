@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from hark.grpo.attention_check import chosen_attention
 from hark.grpo.config import Config, ConfigError
 from hark.grpo.instruments.metrics import peak_gib
 from hark.grpo.runtime.collectives import World, gather_rows
@@ -58,7 +59,27 @@ def make_reference(config: Config, world: World, policy: Policy) -> Policy | Wit
     reference = _load(config, world, path, policy.mesh, lora=None, offload=offload, train=moves)
     if policy.tower_cache is not None and path == config.model.path:
         reference.share_tower(policy)
+    reference.attention = policy.attention
+    if path != config.model.path:
+        choose_attention(config, world, reference)
     return reference
+
+
+def choose_attention(config: Config, world: World, policy: Policy) -> None:
+    """Give a policy that scores groups its attention where model.attention=auto leaves it open, and say which."""
+    if config.model.attention != "auto":
+        return
+    group, branches = config.rollout.group_size, scored_at_a_time(config)
+    apart = [True] if branches < group else [False, True] if config.rollout.keep_prefill else [False]
+    limits = dict(branches=branches, max_new_tokens=config.rollout.max_new_tokens)
+    policy.attention, reason = chosen_attention(policy, world, **limits, apart=apart)
+    if world.is_main and world.device.type != "cpu":
+        say(f"model.attention=auto is {policy.attention} for {policy.name}: {reason}")
+
+
+def scored_at_a_time(config: Config) -> int:
+    """Completions of a group that are scored together."""
+    return min(config.optim.micro_branches or config.rollout.group_size, config.rollout.group_size)
 
 
 def lora_of(config: Config) -> Lora | None:
@@ -88,7 +109,7 @@ def _load(
         tower_cache=model.tower_cache * 2**20,
         lora=lora,
         recompute=model.recompute,
-        attention=model.attention,
+        attention="sdpa" if model.attention == "auto" else model.attention,  # see `choose_attention`
         own=model.policy,
         shard=partial(
             shard, mesh=mesh, dtype=dtype, reshard=config.sharding.reshard, offload=offload, meter=world.meter

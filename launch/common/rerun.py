@@ -23,7 +23,7 @@ from hark.grpo.runtime.checkpoint import load_checkpoint
 from hark.grpo.runtime.collectives import World, gather_rows
 from hark.grpo.trainer import Trainer
 from hark.grpo.types import Rollout
-from hark.launch.common.policies import make_policy, make_reference
+from hark.launch.common.policies import choose_attention, make_policy, make_reference
 from hark.launch.common.questions import rewards_of, training_examples, training_loader
 from hark.launch.common.run_directory import left_out_by
 
@@ -39,6 +39,7 @@ def prepared_trainer(config: Config, world: World) -> Iterator[Trainer]:
     if config.optim.prompts_per_step % world.size:
         raise ConfigError(f"a step has {config.optim.prompts_per_step} prompts, no multiple of {world.size} processes")
     policy = make_policy(config, world)
+    choose_attention(config, world, policy)
     left_out = left_out_by(Path(config.run.directory))
     examples = training_examples(config, world, policy, left_out).training
     with training_loader(config, world, policy, examples) as loader:

@@ -77,6 +77,7 @@ FREE = (
 RANKS, DATA, CLIPS, MODEL, OWN_FILES = "ranks", "data", "clips", "model", "own_files"
 # Endings of the files of a model or of a data set that are read from a directory; a README, say, may change.
 READ = (".safetensors", ".json", ".jinja", ".txt", ".model", ".parquet", ".arrow")
+ATTENTION = "attention"  # among the facts of a checkpoint: what model.attention=auto was on its device
 LEFT_OUT = "left_out"  # among the facts of a checkpoint: the ids of the examples that the run left out when it began
 
 

@@ -36,6 +36,7 @@ from hark.launch.common.questions import (
     validation_figures,
 )
 from hark.launch.common.run_directory import (
+    ATTENTION,
     CLIPS,
     LEFT_OUT,
     check_changes,
@@ -90,6 +91,7 @@ def train(config: Config, make_trainer: Callable[..., Learner], *, judged: bool,
         with training_loader(config, world, policy, examples) as loader:
             parts = dict(data=loader, validate=validate, describe=described, listen=listening(config, policy))
             trainer = make_trainer(config, world, policy, **parts)
+            about[ATTENTION] = policy.attention  # now that it is chosen
             loop.train(trainer, about=about, changes=partial(check_changes, config, about))
             if config.checkpoint.export and world.is_main:
                 announce_export(directory / "model")
@@ -145,7 +147,7 @@ def check_training(config: Config, world: World) -> None:
         )
     if config.model.attention == "flex" and world.device.type != "cuda":
         raise ConfigError(
-            "model.attention=flex needs a GPU: FlexAttention has no backward on the CPU; leave it at sdpa"
+            "model.attention=flex needs a GPU: FlexAttention has no backward on the CPU; leave it at auto"
         )
     evaluates = config.evaluation.every or config.evaluation.before
     if evaluates and config.data.validation is None and not config.data.held_out:

@@ -1,7 +1,7 @@
 """Compare a step of GRPO with the limits of a GPU and with the R1-AQA procedure (launch/studies/baseline.py).
 
     python launch/studies/benchmark_gpu.py [--model qwen2-audio-7b|small] [--dtype bfloat16|float32]
-                                           [--attention sdpa|flex] [--shape A|B|both] [--prompts 8 32] [--group 8]
+                                           [--attention auto|sdpa|flex] [--shape A|B|both] [--prompts 8 32] [--group 8]
                                            [--new-tokens 24] [--micro-batch N] [--repeat 3] [--json FILE]
 
 Random weights of Qwen2-Audio-7B's shape, 8.4 billion, are created on the device and never written to a file. The policy
@@ -34,11 +34,13 @@ from typing import Any
 
 import torch
 
+from hark.grpo.attention_check import chosen_attention
 from hark.grpo.config import ConfigError
 from hark.grpo.instruments.flops import Cost, best_matmul_rate, cost_of, fastest, macs
 from hark.grpo.instruments.memory_tracker import MemoryTracker
 from hark.grpo.optimizer import build_optimizer, clip_gradients
 from hark.grpo.recorded import recorded_steps
+from hark.grpo.runtime.collectives import World
 from hark.grpo.runtime.shards import allocate_moments
 from hark.grpo.types import Rollout
 from hark.launch.common.entry import run
@@ -154,7 +156,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("qwen2-audio-7b", "small"), default="qwen2-audio-7b")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--attention", choices=("sdpa", "flex"), default="sdpa", help="in scoring")
+    parser.add_argument("--attention", choices=("auto", "sdpa", "flex"), default="auto", help="in scoring")
     parser.add_argument("--shape", choices=("A", "B", "both"), default="both")
     parser.add_argument("--prompts", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--group", type=int, default=8, help="completions of each prompt")
@@ -193,9 +195,19 @@ def small_config(size: Size | None = None) -> Any:
 def study(setting: Setting, works: Sequence[tuple[str, Work]]) -> Iterator[dict[str, Any]]:
     """The figures of each work."""
     models = Models(setting)
+    if setting.attention == "auto":
+        choose_attention(models, works[0][1])
     update = update_seconds(models.policy)
     for shape, work in works:
         yield {"shape": shape, "prompts": work.prompts} | measure(models, work, update)
+
+
+def choose_attention(models: Models, work: Work) -> None:
+    """Give the models the attention that a run with model.attention=auto would choose for the sizes of the works."""
+    world, sizes = World(0, 1, models.setting.device), dict(branches=work.group_size, max_new_tokens=work.new_tokens)
+    choice, reason = chosen_attention(models.policy, world, **sizes, apart=[False])
+    models.policy.attention = models.frozen.attention = choice
+    print(f"attention: {choice}, because {reason}", flush=True)
 
 
 def measure(models: Models, work: Work, update: float | None) -> dict[str, Any]:
@@ -235,6 +247,7 @@ def measure(models: Models, work: Work, update: float | None) -> dict[str, Any]:
         "differences": differences,
         "equal": differences is None or all(d <= b for d, b in zip(differences, BOUNDS[setting.dtype], strict=True)),
         "prompt_tokens": len(hark.prompts[0].ids),
+        "attention": models.policy.attention,
     } | limits(models, hark, drawn, seconds["hark"])
 
 
@@ -411,7 +424,6 @@ def device_of(setting: Setting) -> dict[str, Any]:
         "gpu_gib": properties.total_memory / 2**30,
         "cuda": torch.version.cuda,
         "dtype": str(setting.dtype),
-        "attention": setting.attention,
     }
 
 
