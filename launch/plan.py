@@ -22,7 +22,7 @@ from hark.grpo.instruments.memory import PARTS, Plan
 from hark.grpo.instruments.shape import Shape, shape_of
 from hark.launch.common.config_file import load_config
 from hark.launch.common.entry import run
-from hark.launch.common.planned import USABLE, Change, Run, changed, in_words, predict
+from hark.launch.common.planned import USABLE, Change, Run, attention_of, changed, in_words, predict
 from hark.launch.common.planned_speed import NAMES, completions_of, faster, prepare, rates_of, seconds_of, told
 from hark.launch.common.policies import lora_of
 from hark.launch.common.prompt_lengths import lengths
@@ -107,11 +107,19 @@ def describe(shape: Shape, planned: Run, result: Plan, memory: float) -> str:
     lines.append(f"{'total':12}" + "".join(f"{result.total(phase) / unit:12.2f}" for phase in phases))
     fits = "fits" if result.peak <= USABLE * memory * GIB else "does not fit"
     limit = f"{size(USABLE * memory * GIB)} ({100 * USABLE:g} % of {memory:g} GiB)"
-    lines += ["", f"peak {size(result.peak)} in {result.worst}: {fits} in {limit}"]
+    lines += ["", f"peak {size(result.peak)} in {result.worst}: {fits} in {limit}", *_of_attention(shape, planned)]
     if result.host:
         ranks = min(planned.gpus, MACHINE)
         lines.append(f"host memory {size(result.host * ranks)} per machine of {ranks} GPU{'s' * (ranks > 1)}")
     return "\n".join(lines)
+
+
+def _of_attention(shape: Shape, planned: Run) -> Iterator[str]:
+    """What is planned for model.attention=auto, and what the run needs if the GPU does not pass the check."""
+    other = changed(planned, [("model", "attention", "sdpa")])
+    if planned.config.model.attention == "auto" and attention_of(planned) == "flex" and other:
+        peak = size(predict(shape, other).peak)
+        yield f"model.attention=auto is flex if a check at the start of the run passes; with sdpa the peak is {peak}"
 
 
 def size(count: float) -> str:

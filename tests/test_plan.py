@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
 import soundfile
+import torch
 from transformers import AutoConfig
 
 from hark.grpo.config import ConfigError
+from hark.grpo.instruments.memory import Work
 from hark.grpo.instruments.shape import shape_of
+from hark.grpo.instruments.speed import DEVICES, OVERHEAD
+from hark.grpo.tree import branches_layout, prompt_layout, tree_mask
 from hark.launch import plan
 from hark.launch.common.config_file import load_config
 from hark.launch.common.planned import USABLE, Run, predict
-from hark.launch.common.planned_speed import prepare, rates_of, seconds_of
+from hark.launch.common.planned_speed import pairs_of_siblings, prepare, rates_of, seconds_of
 from hark.launch.common.prompt_lengths import CHAT
 from hark.models.families.qwen2_audio import QWEN2_AUDIO_7B
 from hark.models.loading import build_from_config, load_policy
@@ -83,6 +89,25 @@ def test_the_weights_of_recorded_steps_are_counted_and_the_first_to_be_left_out(
     offered = planned(capsys, *words).partition("cheapest first:")[2].splitlines()
     assert offered[1].split()[0] == "rollout.cuda_graphs=false"
     assert "recorded" not in planned(capsys, *words, "rollout.cuda_graphs=false")
+
+
+def test_the_masks_of_long_completions_are_counted_where_sdpa_is_planned(config, capsys):
+    """Of 2 rows with 2,040 tokens of branches and 2,850 in all: a byte and two of bfloat16 for each pair."""
+    shape = shape_of(build_from_config(AutoConfig.for_model(**QWEN2_AUDIO_7B)))
+
+    def peak_of(*overrides: str, sft: bool = False) -> int:
+        run = Run(load_config([str(config), *overrides]), 8, 30.0, 60, 750, sft)
+        return predict(shape, run).total("backward")
+
+    auto, flex, sdpa = peak_of(), *(peak_of(f"model.attention={kind}") for kind in ("flex", "sdpa"))
+    assert auto == flex and sdpa - flex == 2 * 2040 * (2850 + 2 * 2856)
+    short = peak_of("rollout.max_new_tokens=147"), peak_of("rollout.max_new_tokens=147", "model.attention=sdpa")
+    assert short[0] == short[1], "a token has 7 * 146 = 1,022 of siblings"
+    parts = [peak_of("optim.micro_branches=5", f"model.attention={kind}") for kind in ("auto", "sdpa")]
+    assert parts[0] == parts[1], "4 * 255 = 1,020"
+    assert peak_of(sft=True) == peak_of("model.attention=sdpa", sft=True), "a completion stands alone"
+    sentence = "model.attention=auto is flex if a check at the start of the run passes; with sdpa the peak is"
+    assert sentence in planned(capsys, config) and sentence not in planned(capsys, config, "model.attention=flex")
 
 
 def test_what_fits_comes_without_advice_and_offloading_with_host_memory(config, capsys):
@@ -173,6 +198,35 @@ def test_what_is_offered_fits_and_is_faster_when_it_is_made(config, capsys, tmp_
         assert predict(shape, run).peak == one["peak"] <= USABLE * 60 * 2**30
         again = seconds_of(policy, shape, run, rates_of("h100", shape, run), 20)
         assert sum(again.values()) == pytest.approx(one["seconds"]) and one["seconds"] < total
+
+
+def test_the_pairs_that_sdpa_computes_and_masks_are_those_outside_of_the_tree_mask():
+    """Five prompts, each with three branches of four tokens that are fed, in parts of two and of one."""
+    sizes = dict(prompts=5, micro_batch=1, prompt=6, frames=0, group_size=3, max_new_tokens=5)
+    lengths, masked = torch.tensor([6]), []
+    for branches in (2, 1, 3):
+        own = branches_layout(lengths, branches, 4)
+        masked.append(int((~tree_mask(own, prompt_layout(lengths, 6) + own)).sum()))
+    assert pairs_of_siblings(Work(**sizes, micro_branches=2)) == 5 * (masked[0] + masked[1])
+    assert pairs_of_siblings(Work(**sizes)) == 5 * masked[2]
+
+
+def test_scoring_takes_longer_with_the_pairs_of_siblings(config):
+    """In a group of 8 with 1,023 tokens each: the seconds of the pairs, in reference, forward and twice in backward."""
+    policy, seconds = build_from_config(AutoConfig.for_model(**QWEN2_AUDIO_7B)), {}
+    shape = shape_of(policy)
+    for kind in ("auto", "sdpa"):
+        words = "rollout.max_new_tokens=1024", f"model.attention={kind}"
+        run = Run(load_config([str(config), *words]), 8, 10.0, 60, 250)
+        rates = dataclasses.replace(DEVICES["h100"], link=math.inf)
+        seconds[kind] = seconds_of(policy, shape, run, rates, 1024)
+    pairs = 2 * ((8 * 1023) ** 2 - 8 * 1023 * 1024 // 2)
+    more = OVERHEAD * 32 * 2 * 4096 * pairs / rates.attention
+    differences = {phase: seconds["sdpa"][phase] - seconds["auto"][phase] for phase in seconds["sdpa"]}
+    expected = {"rollout": 0, "reference": more, "backward": 3 * more, "optimizer": 0, "communication": 0}
+    assert differences == pytest.approx(expected)
+    on_cpu = dataclasses.replace(rates, overlaps=False)
+    assert seconds_of(policy, shape, run, on_cpu, 1024)["reference"] < seconds["sdpa"]["reference"] - more / 2
 
 
 def test_adapters_on_one_gpu_send_nothing(config, capsys):

@@ -86,7 +86,7 @@ class Setting:
     keep_prefill: whether the rollout's forward over all prompts of a step is kept for its first update. recorded:
     whether decode steps are CUDA graphs, which keep what they read from rollout to rollout.
     reference: "none", "adapters" (the policy with its adapters disabled), "copy" (weights of its own) or "moving" (the
-    same, which change and are stored as those of the policy).
+    same, which change and are stored as those of the policy). attention: of scoring, "sdpa" or "flex".
     """
 
     shards: int
@@ -102,6 +102,7 @@ class Setting:
     offload_reference: bool = False
     keep_prefill: bool = False
     recorded: bool = False
+    attention: str = "sdpa"
 
 
 @dataclass(frozen=True)
@@ -282,7 +283,7 @@ def _reference(shape: Shape, work: Work, units: UnitSizes) -> Iterator[dict[str,
     kept = _kept(shape, work, units)
     if work.splits:
         kept += work.micro_batch * work.prompt * shape.layers * _keys(shape, d)
-    layer = kept + tokens * shape.forward_peak(d) + work.mask(d)
+    layer = kept + tokens * shape.forward_peak(d) + _mask(work, s)
     head = kept + 2 * d * work.scored * shape.hidden
     yield {"gathered": gathered, "activations": layer}
     yield {"gathered": gathered, "activations": head, "logits": _head(shape, work)}
@@ -303,13 +304,13 @@ def _backward(shape: Shape, work: Work, units: UnitSizes) -> Iterator[dict[str, 
     """
     s, d, tokens = units.setting, units.setting.dtype, work.micro_batch * work.length
     layer, inputs = tokens * shape.saved(d), d * tokens * shape.hidden
-    decoder = shape.layers * (inputs if s.recompute else layer) + work.mask(d)
+    decoder = shape.layers * (inputs if s.recompute else layer) + _mask(work, s)
     recomputed = layer if s.recompute else 0
     clips, tower = (work.micro_batch, work.frames, d), shape.tower if units.tower_layer else None
     tower_layer = tower.saved(*clips) if tower else 0
     if tower:
         decoder += _tower_saved(tower, units, work.micro_batch, work.frames)
-    in_tower = decoder - shape.layers * (inputs if s.recompute else layer) - work.mask(d)
+    in_tower = decoder - shape.layers * (inputs if s.recompute else layer) - _mask(work, s)
     embedding, accumulates = d * units.embedding_trained, work.prompts > work.micro_batch
     missing = 0 if accumulates else units.sharded(units.trained)
     missing_outside = 0 if accumulates else units.sharded(units.trained - shape.layers * units.layer_trained)
@@ -352,7 +353,7 @@ def _backward_after_prompts(shape: Shape, work: Work, units: UnitSizes) -> Itera
     saved, recomputed = tokens * shape.saved(d) + copied, 0
     if s.recompute:
         saved, recomputed = d * tokens * shape.hidden, saved
-    branches = kept + layers * saved + work.mask(d)
+    branches = kept + layers * saved + _mask(work, s)
     accumulates = work.prompts > m or work.splits
     embedding, missing = d * units.embedding_trained, 0 if accumulates else units.sharded(units.trained)
     yield {  # the LM head, on one chunk of tokens
@@ -394,6 +395,11 @@ def _root_reduction(units: UnitSizes, accumulates: bool) -> int:
     counted = 0 if accumulates else units.sharded(root)
     shard = FLOAT * root // s.shards - counted
     return max((s.dtype + FLOAT) * root, FLOAT * root + shard)
+
+
+def _mask(work: Work, setting: Setting) -> int:
+    """Bytes of the mask in scoring; FlexAttention has one of blocks, of some kilobytes."""
+    return 0 if setting.attention == "flex" else work.mask(setting.dtype)
 
 
 def _head(shape: Shape, work: Work) -> int:

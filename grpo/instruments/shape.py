@@ -3,6 +3,7 @@
 The formulas are for transformers' Qwen2 layers and its Whisper-like towers under sdpa; other layers need about as much.
 Attention is counted for fused kernels (memory-efficient on CUDA, flash on the CPU). They save query, key, value, output
 and one float32 per head and query. They save no attention probabilities. All layers share one mask, `Work.mask`.
+FlexAttention has no mask, and saves keys and values once for the query heads that share them, which is not counted.
 
 Letters: D hidden size, I inner size of the MLP, A heads * head size, d bytes per element of the compute dtype. Norms
 compute in float32.

@@ -4,11 +4,12 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+from hark.grpo.attention_check import has_many_siblings
 from hark.grpo.config import Config, ConfigError
 from hark.grpo.instruments.memory import Plan, Setting, Work, plan
 from hark.grpo.instruments.shape import Shape
 from hark.launch.common.config_file import check_together
-from hark.launch.common.policies import lora_of
+from hark.launch.common.policies import lora_of, scored_at_a_time
 
 USABLE = 0.95  # share of the device memory; the CUDA context, workspaces and fragmentation take the rest
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -81,7 +82,17 @@ def setting_of(planned: Run) -> Setting:
         offload_reference=config.sharding.offload_reference,
         keep_prefill=config.rollout.keep_prefill and not planned.sft,
         recorded=config.rollout.cuda_graphs and not planned.sft,
+        attention=attention_of(planned),
     )
+
+
+def attention_of(planned: Run) -> str:
+    """What model.attention=auto is on a GPU that passes the check at the start of a run; or else what it says."""
+    config = planned.config
+    if config.model.attention != "auto":
+        return config.model.attention
+    many = has_many_siblings(scored_at_a_time(config), config.rollout.max_new_tokens)
+    return "flex" if many and not planned.sft else "sdpa"
 
 
 def changed(planned: Run, chosen: Iterable[Change]) -> Run | None:

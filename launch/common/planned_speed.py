@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from hark.grpo.instruments.communication import sharded_elements, step_bytes
-from hark.grpo.instruments.flops import Cost, cost_of, macs
+from hark.grpo.instruments.flops import Cost, Macs, cost_of, macs
+from hark.grpo.instruments.memory import Work
 from hark.grpo.instruments.shape import Shape
 from hark.grpo.instruments.speed import DEVICES, Rates, measured, step_seconds
 from hark.launch.common.planned import Change, Run, changed, in_words, predict, setting_of, work_of
@@ -60,6 +61,9 @@ def seconds_of(policy: Policy, shape: Shape, run: Run, rates: Rates, tokens: int
         frozen_tower=cost.frozen_tower,
     )  # fmt: skip
     passes, pairs = (macs(one, prompts, lengths, audio_id=AUDIO) for one in (cost, of_pairs))
+    if setting.attention == "sdpa" and rates.overlaps:  # a GPU; a CPU does not compute them
+        masked = cost.pair * len(cost.windows) * pairs_of_siblings(work)
+        passes, pairs = (_and_masked(one, masked) for one in (passes, pairs))
     reference = {"none": None, "adapters": WithoutAdapters(policy)}.get(setting.reference, policy)
     micro_batches = -(-work.prompts // work.micro_batch)
     own, dtype = sharded_elements(policy, setting.shards), getattr(torch, config.model.dtype)
@@ -73,6 +77,21 @@ def seconds_of(policy: Policy, shape: Shape, run: Run, rates: Rates, tokens: int
         updates=config.loss.inner_epochs, received=received,
         gathered=dtype.itemsize * (own.root + own.layers) * (setting.shards - 1) / setting.shards,
     )  # fmt: skip
+
+
+def pairs_of_siblings(work: Work) -> int:
+    """Pairs of tokens of branches that sdpa computes and masks in a step's scoring, in one layer and one pass."""
+    steps, count = work.max_new_tokens - 1, 0
+    for first in range(0, work.group_size, work.branches):
+        branches = min(work.branches, work.group_size - first)
+        count += (branches * steps) ** 2 - branches * steps * (steps + 1) // 2
+    return work.prompts * count
+
+
+def _and_masked(passes: Macs, masked: int) -> Macs:
+    """With so many more multiply-adds in a forward of scoring, and twice as many in its backward."""
+    reference, forward = passes.reference + masked, passes.forward + masked
+    return dataclasses.replace(passes, reference=reference, forward=forward, backward=passes.backward + 2 * masked)
 
 
 def told(seconds: dict[str, float], better: list[dict], completions: int, name: str, tokens: int) -> str:
