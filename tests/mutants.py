@@ -201,7 +201,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
         ),
     ),
     "grpo/blocks.py": (
-        ("a sibling's block", "== _queries(query.branch[..., 0])", ">= _queries(query.branch[..., 0])", "test_blocks"),
+        ("a sibling's block", "== _queries(query.branch[..., 0])", "<= _queries(query.branch[..., 0])", "test_blocks"),
         ("a block of all pairs with padding", "_keys(key.real.all(dim=-1)) & earlier", "earlier", "test_blocks"),
         ("all pairs beyond a row's end", "& earlier & complete", "& earlier", "test_blocks"),
         ("padding is a branch", "& _keys(key.branch[..., -1] != PROMPT)", "", "test_blocks"),

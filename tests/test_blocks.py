@@ -21,7 +21,9 @@ WORKED = [  # lengths of prompts, group size, tokens of a branch, window
     ([128, 128], 2, 128, None),  # every border of the row is one of blocks
     ([256, 300], 2, 256, 40),
     ([300, 9], 1, 0, None),  # no token of a branch is fed
-    ([40], 3, 300, 128),  # full blocks within a window
+    ([40], 3, 300, 128),
+    ([400], 2, 300, 200),  # a block of which a window takes some pairs, with each query seeing some key
+    ([600], 2, 400, 300),  # a block of all pairs within a window
 ]
 
 
