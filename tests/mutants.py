@@ -742,6 +742,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
             "",
             "test_communication test_sharding",
         ),
+        ("alone without the compute dtype", "== 1 and dtype == torch.float32 and", "== 1 and", "test_sharding"),
         ("gradients reduced in half", "reduce_dtype=torch.float32", "reduce_dtype=half", "test_communication"),
         ("all-reduce counted once", "2 * result.nbytes", "result.nbytes", "test_communication"),
     ),

@@ -90,6 +90,9 @@ CASES = {
         dataclasses.replace(ONE, lora_rank=8, reference="adapters", recorded=True),
     ),
     "recorded steps with prompts kept": (LIGHT, LONG, dataclasses.replace(ONE, keep_prefill=True, recorded=True)),
+    "float32 on one rank": (HEAVY, work(), dataclasses.replace(ONE, dtype=4)),
+    "float32 on one rank, prompts kept": (HEAVY, work(prompts=4), dataclasses.replace(ONE, dtype=4, keep_prefill=True)),
+    "float32 on one rank, one prompt": (HEAVY, work(prompts=1), dataclasses.replace(ONE, dtype=4)),
     "bfloat16 weights on one rank": (HEAVY, work(), dataclasses.replace(ONE, master=2, recompute=True)),
 }
 

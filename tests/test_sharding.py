@@ -85,6 +85,19 @@ def check_places(world: World, settings: list[str]) -> None:
             trainer.step(step)
 
 
+def test_one_process_in_float32_uses_its_weights_as_they_are(settings, tmp_path):
+    def run(world: World) -> None:
+        for offload in (False, True):
+            trainer = build(
+                world, load_config([*settings, f"run.directory={tmp_path}/run", f"sharding.offload={offload}"])
+            )
+            for policy in (trainer.policy, trainer.reference.policy):
+                trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+                assert all(isinstance(parameter, DTensor) == offload for parameter in trained)
+
+    on_ranks(1, run)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_frozen_tower_stands_whole_and_a_trained_one_is_sharded(ranks, settings, tmp_path):
     run = [*settings, f"run.directory={tmp_path}/run", "model.dtype=bfloat16"]

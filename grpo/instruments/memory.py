@@ -81,8 +81,9 @@ class Work:
 class Setting:
     """How the model is stored and sharded.
 
-    shards: ranks that share one copy of the weights. dtype: bytes per element of the computation and of frozen weights.
-    master: bytes per element of trained weights. tower_cache: bytes for the outputs of a frozen tower.
+    shards: ranks that share one copy of the weights. replicas: such copies. dtype: bytes per element of the computation
+    and of frozen weights. master: bytes per element of trained weights. tower_cache: bytes for the outputs of a frozen
+    tower.
     keep_prefill: whether the rollout's forward over all prompts of a step is kept for its first update. recorded:
     whether decode steps are CUDA graphs, which keep what they read from rollout to rollout.
     reference: "none", "adapters" (the policy with its adapters disabled), "copy" (weights of its own) or "moving" (the
@@ -98,6 +99,7 @@ class Setting:
     reshard: bool = True
     lora_rank: int = 0
     reference: str = "copy"
+    replicas: int = 1
     offload: bool = False
     offload_reference: bool = False
     keep_prefill: bool = False
@@ -166,8 +168,11 @@ class UnitSizes:
     """Sizes of FSDP's units (the root, a decoder layer, a tower layer), and of what is trained and frozen.
 
     Every rank holds all of a frozen tower. With one shard, frozen weights are not gathered, but trained weights still
-    get a gathered copy. Sizes are in elements, or in bytes where a comment says so.
-    root, layer, tower_layer: gathered elements of a unit. total: of all units. *_trained: elements with a gradient.
+    get a gathered copy. whole: one process alone computes in float32, and uses its weights as they are. Sizes are in
+    elements, or in bytes where a comment says so.
+    root, layer: gathered elements of a unit; gathered_tower_layer, and tower_layer of its weights if they are trained.
+    total: gathered elements of all units. *_trained: elements with a gradient. reduced: bytes per such element of a
+    unit while its gradients are reduced: the unsharded gradient, and its float32 copy.
     """
 
     def __init__(self, shape: Shape, setting: Setting):
@@ -189,10 +194,13 @@ class UnitSizes:
         self.layer_trained = adapters if partly else shape.layer
         self.embedding_trained = 0 if partly else shape.vocabulary * shape.hidden
         self.tower_layer = 0 if frozen_tower else tower.layer
+        self.whole = n == setting.replicas == 1 and d == FLOAT and not setting.offload
+        self.reduced = d if self.whole else d + FLOAT
         gathers = n > 1 or not partly or setting.offload
-        self.root = root if gathers else projector
-        self.layer = (shape.layer if gathers else 0) + (adapters if lora else 0)
-        self.total = self.root + shape.layers * self.layer + tower.layers * self.tower_layer
+        self.root = 0 if self.whole else root if gathers else projector
+        self.layer = 0 if self.whole else (shape.layer if gathers else 0) + (adapters if lora else 0)
+        self.gathered_tower_layer = 0 if self.whole else self.tower_layer
+        self.total = self.root + shape.layers * self.layer + tower.layers * self.gathered_tower_layer
         # Bytes of the copies that recorded steps read: of what is gathered, but for layers of the tower.
         self.recorded = d * (self.root + shape.layers * self.layer) if setting.recorded else 0
         self.gather_buffer = d * self.layer if n > 1 else 0  # bytes; with one shard there is no buffer
@@ -206,7 +214,7 @@ class UnitSizes:
         s, rest = self.setting, shape.tower.rest if shape.tower and frozen_tower else 0
         copy, elements = s.reference in ("copy", "moving"), shape.parameters - frozen_tower
         moving, total = s.reference == "moving", s.dtype * elements
-        gathers = copy and (s.shards > 1 or s.offload_reference or moving)
+        gathers = copy and (s.shards > 1 or s.offload_reference or moving and not self.whole)
         self.reference = (s.master if moving else s.dtype) * elements // s.shards if copy else 0
         layer = shape.layer if frozen_tower or not shape.tower else shape.tower.layer  # of the first unit
         root, prefetches = s.dtype * (shape.root - rest), s.shards > 1
@@ -323,7 +331,7 @@ def _backward(shape: Shape, work: Work, units: UnitSizes) -> Iterator[dict[str, 
     }
     yield {  # a decoder layer, while gradients of the layer after it are reduced
         "gathered": units.gathered(),
-        "gradients": embedding + (d + FLOAT) * units.layer_trained - missing,
+        "gradients": embedding + units.reduced * units.layer_trained - missing,
         "activations": decoder + recomputed + tokens * shape.gradients(d),
     }
     yield {  # the embeddings: gradients from the LM head, from completion tokens and from prompt tokens
@@ -333,8 +341,8 @@ def _backward(shape: Shape, work: Work, units: UnitSizes) -> Iterator[dict[str, 
     }
     if tower:
         yield {  # a layer of the tower
-            "gathered": d * (units.root + 2 * units.tower_layer),
-            "gradients": (1 if shape.tied else 2) * embedding + (d + FLOAT) * units.tower_layer - missing_outside,
+            "gathered": d * (units.root + 2 * units.gathered_tower_layer),
+            "gradients": (1 if shape.tied else 2) * embedding + units.reduced * units.tower_layer - missing_outside,
             "activations": in_tower + (tower_layer if s.recompute else 0) + tower.gradients(*clips),
         }
     yield {"gradients": _root_reduction(units, accumulates)}
@@ -362,7 +370,7 @@ def _backward_after_prompts(shape: Shape, work: Work, units: UnitSizes) -> Itera
         "activations": branches + tokens * shape.hidden * (FLOAT + 2 * d) + 2 * d * work.scored * shape.hidden,
         "logits": _head(shape, work),
     }
-    reduced = embedding + (d + FLOAT) * units.layer_trained  # while gradients of the layer after it are reduced
+    reduced = embedding + units.reduced * units.layer_trained  # while gradients of the layer after it are reduced
     yield {  # a decoder layer, over the branches
         "gathered": units.gathered(),
         "gradients": reduced - missing,
@@ -378,8 +386,8 @@ def _backward_after_prompts(shape: Shape, work: Work, units: UnitSizes) -> Itera
         clips = n, work.frames, d
         in_tower = _tower_saved(shape.tower, units, n, work.frames) + shape.tower.gradients(*clips)
         yield {  # a layer of the tower
-            "gathered": d * (units.root + 2 * units.tower_layer),
-            "gradients": embedding + (d + FLOAT) * units.tower_layer,
+            "gathered": d * (units.root + 2 * units.gathered_tower_layer),
+            "gradients": embedding + units.reduced * units.tower_layer,
             "activations": in_tower + (shape.tower.saved(*clips) if s.recompute else 0),
         }
     yield {"gradients": _root_reduction(units, accumulates=True)}
@@ -391,6 +399,8 @@ def _root_reduction(units: UnitSizes, accumulates: bool) -> int:
     First the unsharded gradient (d bytes) and its float32 copy; then that copy and this rank's shard of the sum. After
     one backward the shard is the gradient that `plan` counts; after several it is added to that of earlier ones.
     """
+    if units.whole:
+        return 0
     s, root = units.setting, units.root_trained
     counted = 0 if accumulates else units.sharded(root)
     shard = FLOAT * root // s.shards - counted

@@ -56,8 +56,12 @@ def shard(
     meter: measures the collectives of the policy.
     A frozen tower is not sharded: each rank holds all of it. Its outputs are cached, and the ranks may have cached
     different clips, so its forward must not issue collectives. With one shard and no offloading, FSDP ignores all
-    frozen weights.
+    frozen weights. One process alone that computes in float32, in which trained weights are stored then, uses them as
+    they are: FSDP would copy all weights and gradients several times a step.
     """
+    policy.mesh, policy.reshards, policy.offloads = mesh, reshard, offload
+    if mesh.size() == 1 and dtype == torch.float32 and not offload:
+        return
     one_shard = mesh.size(mesh.ndim - 1) == 1 and not offload
     ignored = {p for p in policy.parameters() if not p.requires_grad} if one_shard else whole_weights(policy)
     units = [*(layer for layer in policy.layers() if not ignored.issuperset(layer.parameters())), policy]
@@ -77,7 +81,6 @@ def shard(
         sharded.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
         if meter is not None:
             _measure_collectives(sharded, meter, replicas=mesh.size(0) if mesh.ndim == 2 else 1)
-    policy.mesh, policy.reshards, policy.offloads = mesh, reshard, offload
 
 
 def whole_weights(policy: Policy) -> set[nn.Parameter]:

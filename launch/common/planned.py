@@ -78,6 +78,7 @@ def setting_of(planned: Run) -> Setting:
         reshard=config.sharding.reshard,
         lora_rank=lora.rank if lora else 0,
         reference="none" if config.loss.beta == 0 or planned.sft else reference,
+        replicas=config.sharding.replicas,
         offload=config.sharding.offload,
         offload_reference=config.sharding.offload_reference,
         keep_prefill=config.rollout.keep_prefill and not planned.sft,

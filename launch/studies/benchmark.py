@@ -3,8 +3,8 @@
     hark benchmark [section.key=value ...] [--shape A|B|both] [--prompts 1 4] [--group 8] [--new-tokens 24]
                    [--threads 1 2] [--repeat 3] [--micro-batch 1] [--busy] [--quick] [--json FILE]
 
-Hark's side is what `hark train` runs: the trainer of a configuration, with its loader, rewards, reference, FSDP and
-log of phases. The model is a Qwen2-Audio with 42 M random float32 weights. Clips last 10 s (shape A) or 30 s (shape B).
+Hark's side is what `hark train` runs: the trainer of a configuration, with its loader, rewards, reference and log
+of phases. The model is a Qwen2-Audio with 42 M random float32 weights. Clips last 10 s (shape A) or 30 s (shape B).
 Baseline and Hark run alternately; one step of each is a turn, and the medians over the turns are compared. Both have
 the same weights, and score the same tokens before the turns. If a logprob or gradient differs by more than 1e-4, the
 program fails. --micro-batch is the number of prompts that both sides score at a time. --busy measures each row once
