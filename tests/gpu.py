@@ -140,7 +140,7 @@ def logprobs_of(policy: Policy, rollout: Rollout, prefix: Prefix | None = None) 
 
 def check_recordings(report: Report, world: World, directory: Path, limit: int) -> None:
     """Recorded steps do what steps do: the same kernels, so the same bits, also after weights have moved."""
-    policy = make(world, directory)
+    policy = make(world, directory, dtype=torch.bfloat16)  # in float32 one process alone needs no FSDP
     graphs = recorded_steps(policy, wanted=True)
     for what in ("recorded steps", "recorded steps, weights gathered anew"):
         for batch in (None, 2):
@@ -240,7 +240,7 @@ def gradients_of(policy: Policy, prompts: tuple[Prompt, ...], tokens: torch.Tens
 
 def check_memory(report: Report, world: World, directory: Path, limit: int) -> None:
     """A rollout leaves nothing behind but what it returns; of recorded ones, the first keep what they read."""
-    policy = make(world, directory)
+    policy = make(world, directory, dtype=torch.bfloat16)
     for recorded in (None, recorded_steps(policy, wanted=True)):
         warm_up(policy, limit, recorded)
         before = allocated(world)
