@@ -73,7 +73,7 @@ class Cell(NamedTuple):
         return f"start {self.start}, {self.questions} questions, {'shuffled' if self.shuffled else 'fixed'} choices"
 
 
-CELLS = (Cell(120, 320, True), Cell(40, 320, True), Cell(120, 40, True), Cell(120, 320, False))
+CELLS = (Cell(300, 320, True), Cell(120, 320, True), Cell(300, 40, True), Cell(300, 320, False))
 
 
 def main(argv: list[str]) -> None:
