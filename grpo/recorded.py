@@ -65,8 +65,12 @@ class RecordedSteps:
 
     def __call__(self, step: Callable[[Inputs], None], inputs: Inputs, sizes: Hashable) -> None:
         """Do a decode step, recorded or for the first times. sizes: those of its tensors."""
-        with nullcontext() if self._weights is None else self._weights.used():
-            self._graphs(step, inputs, (*self._kind, sizes))
+
+        def with_copies(inputs: Inputs) -> None:  # a replay does not call it
+            with nullcontext() if self._weights is None else self._weights.used():
+                step(inputs)
+
+        self._graphs(with_copies, inputs, (*self._kind, sizes))
 
 
 def recorded_steps(policy: Policy, *, wanted: bool, gathered: bool = False) -> RecordedSteps | None:
