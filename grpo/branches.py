@@ -169,9 +169,7 @@ class Branches:
         every = self.tokens[used], self.mask[used], self.logprobs[used], self.stopped[: self.count]
         # Copies, because recorded steps write to the same tensors in the next rollout.
         tokens, mask, logprobs, stopped = (tensor.clone() for tensor in every)
-        rollout = Rollout(
-            self.prompts, self.group_size, tokens, mask, logprobs, stopped, prefill=self._prefill,
-        )  # fmt: skip
+        rollout = Rollout(self.prompts, self.group_size, tokens, mask, logprobs, stopped, prefill=self._prefill)
         if self._recorded is not None:
             self._recorded.end()
         return rollout

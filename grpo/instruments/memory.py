@@ -145,12 +145,10 @@ def plan(shape: Shape, work: Work, setting: Setting) -> Plan:
     phases = {}
     if work.samples:
         drawn = replace(work, prompts=work.decoded or work.prompts)
-        kept, shorter = (
-            _kept(shape, work, units),
-            replace(drawn, max_new_tokens=min(work.max_new_tokens, STEPS + 1)),
-        )
+        shorter = replace(drawn, max_new_tokens=min(work.max_new_tokens, STEPS + 1))
         stays = _cache(shape, shorter, s.dtype) if s.recorded else 0
-        phases["rollout"] = _add(constant, _peak(_rollout(shape, drawn, units, kept, stays)))
+        rollout = _rollout(shape, drawn, units, kept=_kept(shape, work, units), stays=stays)
+        phases["rollout"] = _add(constant, _peak(rollout))
         constant["KV cache"] = stays  # from here on
     if work.evaluated:
         answered = replace(work, prompts=work.evaluated, group_size=1)
