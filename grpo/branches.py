@@ -35,12 +35,16 @@ class Branch:
 
 
 class Sizes(NamedTuple):
-    """The sizes of a decode step's tensors: branches, cache rows, tokens of a prompt and tokens of a branch."""
+    """The sizes of a decode step's tensors: branches, cache rows, tokens of a prompt and tokens of a branch.
+
+    whole: whether the branches fill the grid of cells, in order.
+    """
 
     branches: int
     rows: int
     prompt: int
     steps: int
+    whole: bool
 
 
 class DecodePlan(NamedTuple):
@@ -177,11 +181,15 @@ class Branches:
     def _sizes(self) -> Sizes:
         device, capacity = self.tokens.device, self.rows * self.group_size
         lengths = [len(self.prompts[n].ids) for n in self._prompt_of_row if n is not None]
+        branches = round_up(len(self._branches), capacity, device)
+        rows = round_up(len(self._prompt_of_row), self.rows, device)
+        cells = [branch.cell for branch in self._branches]
         return Sizes(
-            branches=round_up(len(self._branches), capacity, device),
-            rows=round_up(len(self._prompt_of_row), self.rows, device),
+            branches,
+            rows,
             prompt=round_up(max(lengths), self.cache.prompt, device),
             steps=round_up(max(branch.tokens for branch in self._branches), self.limit - 1, device, least=32),
+            whole=len(cells) == branches and cells == list(range(rows * self.group_size)),
         )
 
     def _plan(self, sizes: Sizes) -> DecodePlan:
@@ -210,9 +218,9 @@ class Branches:
         fed = Layout(torch.zeros_like(position), position, torch.ones_like(position, dtype=torch.bool))
         keys = prompt_layout(plan.prompt_length, sizes.prompt) + branches_layout(plan.prompt_length, 1, sizes.steps)
         embedded = self.policy.embed_tokens(self.tokens[plan.completion, plan.step])[:, None]  # (b, 1, D)
-        attention = DecodeAttention(
-            self.cache, plan.step, plan.cell, plan.branch_of_cell, sizes.rows, sizes.prompt, sizes.steps
-        )
+        cell = None if sizes.whole else plan.cell
+        read = sizes.rows, sizes.prompt, sizes.steps
+        attention = DecodeAttention(self.cache, plan.step, cell, plan.branch_of_cell, *read)
         hidden = self.policy.decode(embedded, tree_masks(self.policy.windows, fed, keys), position, attention)
         self._draw(hidden[:, 0], plan.completion[:, None], plan.step[:, None] + 1)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -249,14 +249,15 @@ class DecodeAttention:
     a step depends only on the branches in it.
 
     step: (B,) index of each new token in its branch.
-    cell: (B,) index of each branch in a grid of R rows (prompts) by G branches, row * G + branch of the group.
+    cell: (B,) index of each branch in a grid of R rows (prompts) by G branches, row * G + branch of the group; None if
+    the branches fill the grid, in order.
     branch_of_cell: (R * G,) the inverse: which of the B branches is in each cell; any valid index in an empty cell.
     rows, prompt, steps: how many rows, prompt tokens and branch tokens of the cache are read.
     """
 
     cache: GroupCache
     step: Tensor
-    cell: Tensor
+    cell: Tensor | None
     branch_of_cell: Tensor
     rows: int
     prompt: int
@@ -267,10 +268,9 @@ class DecodeAttention:
     ) -> Tensor:
         """query: (B, heads, 1, head size); mask: additive, (B, 1, 1, P + T); returns (B, 1, heads, head size)."""
         count, heads = query.shape[0], key.shape[1]
-        branches = torch.arange(count, device=query.device)
         own = []
         for cached, new in zip(self.cache.branches(module.layer_idx), (key, value), strict=True):
-            cached[branches, :, self.step] = new[:, :, 0]
+            cached[self._branches, :, self.step] = new[:, :, 0]
             own.append(cached[:count, :, : self.steps])
         prompt_keys, prompt_values = (t[: self.rows, :, : self.prompt] for t in self.cache.prompts(module.layer_idx))
         query = query.reshape(count, heads, -1, query.shape[-1])  # `shared` adjacent query heads per key head
@@ -278,17 +278,24 @@ class DecodeAttention:
         scores = torch.cat([prompt_scores, _scores(query, own[0])], dim=-1)  # (B, key heads, shared, P + T)
         weights = torch.add(mask, scores, alpha=scaling).softmax(dim=-1).to(query.dtype)
         from_prompt = self._from_rows(self._to_rows(weights[..., : self.prompt]) @ prompt_values)
-        return (from_prompt + weights[..., self.prompt :] @ own[1]).reshape(count, 1, -1, value.shape[-1])
+        parts = from_prompt, weights[..., self.prompt :], own[1]
+        return torch.baddbmm(*(part.flatten(0, 1) for part in parts)).view(count, 1, -1, value.shape[-1])
+
+    @cached_property
+    def _branches(self) -> Tensor:
+        """(B,) the indices of all branches, for all layers."""
+        return torch.arange(len(self.step), device=self.step.device)
 
     def _to_rows(self, tensor: Tensor) -> Tensor:
         """Regroup (B, key heads, shared, X), one per branch, as (R, key heads, G * shared, X), one per prompt."""
-        cells = tensor[self.branch_of_cell].unflatten(0, (self.rows, -1))
-        return cells.transpose(1, 2).flatten(2, 3)
+        cells = tensor if self.cell is None else tensor[self.branch_of_cell]
+        return cells.unflatten(0, (self.rows, -1)).transpose(1, 2).flatten(2, 3)
 
     def _from_rows(self, tensor: Tensor) -> Tensor:
         """The inverse of `_to_rows`: (R, key heads, G * shared, X) to (B, key heads, shared, X)."""
         cells = tensor.unflatten(2, (len(self.branch_of_cell) // self.rows, -1))
-        return cells.transpose(1, 2).flatten(0, 1)[self.cell]
+        branches = cells.transpose(1, 2).flatten(0, 1)
+        return branches if self.cell is None else branches[self.cell]
 
 
 def _scores(queries: Tensor, keys: Tensor) -> Tensor:

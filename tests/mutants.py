@@ -284,6 +284,12 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
             "test_sampler test_parity",
         ),
         ("cells not moved", "dict(moves).get(row, row)", "row", "test_sampler"),
+        (
+            "a full grid in any order",
+            "cells == list(range(rows * self.group_size))",
+            "len(cells) == rows * self.group_size",
+            "test_sampler",
+        ),
         ("newest key not moved", "in self._branches) - 1)", "in self._branches) - 2)", "test_sampler"),
         ("no end at the limit", "and branch.tokens < self.limit", "", "test_sampler"),
     ),
@@ -866,6 +872,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
             "test_blocks",
         ),
         ("scores unscaled", "alpha=scaling", "alpha=1.0", "test_parity"),
+        ("branches without prompts", "parts = from_prompt,", "parts = 0 * from_prompt,", "test_parity"),
         (
             "scores in half",
             "queries.float() @ keys.float().mT",

@@ -51,6 +51,22 @@ def test_a_prompt_draws_the_same_completions_however_many_are_decoded_at_a_time(
     torch.testing.assert_close(rollout.logprobs, expected.logprobs, atol=1e-5, rtol=1e-5)  # as in test_parity.py
 
 
+def test_a_full_grid_in_another_order_draws_the_same(case, monkeypatch):
+    """A prompt takes the row of one that has ended, before that of one that goes on; one completion each fills them."""
+    cells, decode = [], case.policy.decode
+
+    def watched(embeddings, masks, positions, attend):
+        if isinstance(attend, DecodeAttention) and attend.cell is not None:
+            cells.append(attend.cell.tolist())
+        return decode(embeddings, masks, positions, attend)
+
+    monkeypatch.setattr(case.policy, "decode", watched)
+    for seed in range(8):
+        settings = dict(group_size=1, max_new_tokens=24, keys=[(seed, 0, n) for n in range(3)])
+        assert groups(draw(case, batch=2, **settings)) == groups(draw(case, **settings))
+    assert [1, 0] in cells and [0, 1] not in cells
+
+
 @pytest.mark.parametrize("batch", [None, 1, 2])
 def test_what_is_decoded_is_what_is_kept_and_what_is_attended_to_is_a_prompt_and_one_branch(case, monkeypatch, batch):
     """A completion's last token is never fed, so its branch costs one step less than it has tokens, and none later."""
