@@ -183,13 +183,21 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
 def _compiled_flex_attention() -> Callable[..., Tensor]:
     """FlexAttention compiled once for rows of any length and number.
 
+    When torch exceeds its recompilation limit it falls back to uncompiled code, which holds the scores of all pairs;
+    `fullgraph` makes that an error.
+    """
+    return compiled(flex_attention, fullgraph=True)
+
+
+def compiled(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+    """A function compiled by torch for tensors of any length and number of rows, when it is first called.
+
     Lengths change at almost every micro-batch, so with static shapes each would need a compilation. A few compilations
     remain: for one row and for several, shorter than a block or not, with and without gradients, with and without a
-    window, and for branches after known prompts. When torch exceeds its recompilation limit it falls back to uncompiled
-    code, which holds the scores of all pairs; `fullgraph` makes that an error.
+    window, and for branches after known prompts.
     """
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
+    return torch.compile(function, dynamic=True, **settings)
 
 
 @dataclass(frozen=True)
@@ -311,9 +319,12 @@ def _scores(queries: Tensor, keys: Tensor) -> Tensor:
     return queries.float() @ keys.float().mT
 
 
-def use_tree_attention(config: Any) -> None:
-    """Make `tree_attention` the attention implementation of a decoder, given its transformers config."""
+def use_tree_attention(config: Any, function: Callable[..., Any] = tree_attention) -> None:
+    """Make `tree_attention` the attention implementation of a decoder, given its transformers config.
+
+    function: what is called for it in the decoders of this process.
+    """
     from transformers import AttentionInterface
 
-    AttentionInterface.register(TREE, tree_attention)
+    AttentionInterface.register(TREE, function)
     config._attn_implementation = TREE

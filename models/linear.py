@@ -37,10 +37,10 @@ def use_onednn(module: nn.Module) -> None:
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x (..., in) times weight (out, in) transposed, plus bias (out,): (..., out).
 
-    By oneDNN for float32 on the CPU where it is available, otherwise by torch.
+    By oneDNN for float32 on the CPU where it is available, otherwise by torch, and by torch in compiled layers.
     """
     fast = AVAILABLE and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel()
-    if not fast:
+    if not fast or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     if not torch.is_grad_enabled():
         return _product(x, weight, bias)

@@ -92,6 +92,7 @@ def load_policy(
     tower_cache: int = 0,
     lora: Lora | None = None,
     recompute: bool = False,
+    compile_layers: bool = False,
     attention: str = "sdpa",
     own: str | None = None,
     shard: Callable[[Policy], None] | None = None,
@@ -103,7 +104,8 @@ def load_policy(
     train: "all", "no-tower", "projector" or "nothing", see `Policy.select_trained`. lora: trains new or saved adapters
     alone; with "nothing" they are frozen too.
     tower_cache: bytes for the outputs of a frozen tower. recompute: turns on gradient checkpointing.
-    attention: the scorer's, "sdpa" or, on a GPU only, "flex". shard: wraps the policy in FSDP.
+    compile_layers: see `Policy.compile_layers`. attention: the scorer's, "sdpa" or, on a GPU only, "flex".
+    shard: wraps the policy in FSDP.
     own: a policy class of your own, `path/to/file.py:Class`; None is that of the model's type.
     Raises PolicyError if the directory is not a checkpoint, the family is unknown, or tensors do not fit the model.
     """
@@ -123,6 +125,8 @@ def load_policy(
             policy.requires_grad_(False)
     if policy.tower_is_frozen and (lora is not None or train != "nothing"):
         policy.tower_cache = TowerCache(tower_cache)
+    if compile_layers:
+        policy.compile_layers()
     if recompute:
         policy.recompute_activations()
     if shard is not None:

@@ -22,8 +22,10 @@ from hark.models.attention import (
     AttentionFunction,
     DecoderPass,
     bind_current_pass,
+    compiled,
     mask_row,
     sdpa_attention,
+    tree_attention,
     use_tree_attention,
 )
 from hark.models.cache import TowerCache
@@ -340,6 +342,15 @@ class Policy(nn.Module):
     def share_tower(self, other: Policy) -> None:
         """Replace the audio tower and its cache by another policy's; both must come from the same checkpoint."""
         raise NotImplementedError
+
+    def compile_layers(self) -> None:
+        """Compile the decoder's layers without their attention: operators between two products become one kernel.
+
+        To be called before `recompute_activations`, which wraps the layers. On the CPU, torch needs a C++ compiler.
+        """
+        use_tree_attention(self.decoder.config, torch.compiler.disable(tree_attention))
+        for layer in self.decoder.layers:
+            layer.forward = compiled(layer.forward)
 
     def recompute_activations(self) -> None:
         """Turn on gradient checkpointing: save only each layer's input and run the layer again in the backward."""

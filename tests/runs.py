@@ -28,6 +28,7 @@ from hark.launch.common.config_file import load_config
 from hark.launch.common.policies import make_policy, make_reference
 from hark.launch.common.questions import training_examples, training_loader
 from hark.launch.common.training import check_training
+from hark.models.lora import whole
 
 ROUNDING = 1e-5
 NO_GRADIENT = "k_proj.bias"
@@ -58,6 +59,30 @@ def build(world: World, config: Config, kind: type[Learner] = Trainer, **more) -
         if not isinstance(more["rewards"], Judge):
             more["rewards"] = judging(more["rewards"])
     return kind(config, world, policy, data=loader, **more)
+
+
+def gradients(world: World, words: list[str]) -> list[dict[str, torch.Tensor]]:
+    """The gradients of each update of a step whose updates change nothing."""
+    trainer, found = build(world, load_config(words)), []
+
+    def keep() -> None:
+        every = {name: parameter.grad for name, parameter in trainer.policy.named_parameters()}
+        found.append({name: whole(gradient).clone() for name, gradient in every.items() if gradient is not None})
+
+    trainer.optimizer.step = keep
+    trainer.step(0)
+    return found
+
+
+def largest_gap(plain: list[dict[str, torch.Tensor]], others: list[dict[str, torch.Tensor]]) -> float:
+    """The largest difference of gradients, relative to the largest gradient of an update."""
+    gaps = []
+    for one, other in zip(plain, others, strict=True):
+        assert one.keys() == other.keys()
+        largest = max(float(gradient.abs().max()) for gradient in one.values())
+        assert largest > 1e-3, "no gradient, so nothing is compared"
+        gaps += [float((one[name] - other[name]).abs().max()) / largest for name in one]
+    return max(gaps)
 
 
 def train(world: World, settings: list[str]) -> None:

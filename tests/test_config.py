@@ -222,6 +222,7 @@ MEANT = {
     "data.validation": "data.valid val_file",
     "run.directory": "output_dir run.output_dir run.dir",
     "model.path": "model_name_or_path model.name",
+    "model.compile": "torch_compile",
     "model.recompute": "gradient_checkpointing",
     "evaluation.batch": "evaluation.batch_size eval_batch_size",
     "evaluation.every": "eval_steps",

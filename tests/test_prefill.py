@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.distributed.tensor import DTensor
 
 from hark.grpo import learner as learner_module
 from hark.grpo import reference as reference_module
@@ -18,7 +17,7 @@ from hark.grpo.scorer import score
 from hark.launch.common.config_file import load_config
 from hark.models.policy import Policy
 from tests.ranks import on_ranks
-from tests.runs import ROUNDING, build
+from tests.runs import ROUNDING, build, gradients, largest_gap
 
 KEEP = "rollout.keep_prefill=true"
 SPLIT = "optim.micro_branches=3"  # of four: parts of three and of one
@@ -34,30 +33,12 @@ CASES = {  # what is trained, and how prompts are computed apart
 }
 
 
-def gradients(world: World, words: list[str]) -> list[dict[str, torch.Tensor]]:
-    """The gradients of each update of a step whose updates change nothing."""
-    trainer, found = build(world, load_config(words)), []
-
-    def keep() -> None:
-        every = {name: parameter.grad for name, parameter in trainer.policy.named_parameters()}
-        whole = {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in every.items() if g is not None}
-        found.append({name: gradient.clone() for name, gradient in whole.items()})
-
-    trainer.optimizer.step = keep
-    trainer.step(0)
-    return found
-
-
 def compare(world: World, words: list[str]) -> None:
     for name, (options, *ways) in CASES.items():
         plain = gradients(world, [*words, *options])
         assert len(plain) == (2 if name == "two epochs" else 1)
         for more in ways:
-            for one, other in zip(plain, gradients(world, [*words, *options, *more]), strict=True):
-                assert one.keys() == other.keys(), (name, more)
-                largest = max(float(gradient.abs().max()) for gradient in one.values())
-                differences = {key: float((one[key] - other[key]).abs().max()) / largest for key in one}
-                assert largest > 1e-3 and max(differences.values()) < ROUNDING, (name, more, differences)
+            assert largest_gap(plain, gradients(world, [*words, *options, *more])) < ROUNDING, (name, more)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

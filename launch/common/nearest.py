@@ -16,6 +16,7 @@ OTHER_NAMES = {
     "model.train": "train_tower freeze_tower freeze_encoder freeze_audio_encoder freeze_audio",
     "model.dtype": "bf16 fp16 precision torch_dtype mixed_precision",
     "model.attention": "attn_implementation flash_attention",
+    "model.compile": "torch_compile use_torch_compile compile_model",
     "model.recompute": "gradient_checkpointing activation_checkpointing",
     "lora.rank": "r lora_r",
     "lora.targets": "target_modules lora_target_modules modules",

@@ -109,6 +109,7 @@ def _load(
         tower_cache=model.tower_cache * 2**20,
         lora=lora,
         recompute=model.recompute,
+        compile_layers=model.compile,
         attention="sdpa" if model.attention == "auto" else model.attention,  # see `choose_attention`
         own=model.policy,
         shard=partial(

@@ -63,6 +63,7 @@ FREE_SECTIONS = ("run", "sharding", "evaluation", "checkpoint", "log", "record")
 FREE = (
     ("model", "tower_cache"),
     ("model", "recompute"),
+    ("model", "compile"),
     ("model", "attention"),
     ("data", "workers"),
     ("data", "audio_root"),  # what clips hold is compared
