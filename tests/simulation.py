@@ -105,7 +105,7 @@ def simulate(
         fixed = FixedValues()
         with mode, fixed if fake else nullcontext(), MemoryTracker() as tracker:
             for module in {policy, reference} - {None}:
-                _fill(module, setting)
+                fill(module, setting)
                 tracker.add([*module.parameters(), *module.buffers()])
             audio = audio_tokens(work.frames)
             ids = torch.cat([torch.zeros(work.prompt - audio).long(), torch.full((audio,), config.audio_token_id)])
@@ -245,7 +245,7 @@ def _reference(config, setting: Setting, mesh, policy: Policy) -> Policy:
     return reference
 
 
-def _fill(policy: Policy, setting: Setting) -> None:
+def fill(policy: Policy, setting: Setting) -> None:
     """Allocate parameters: trained ones in the master dtype, others in the compute dtype."""
 
     def stored(p: nn.Parameter) -> nn.Parameter:

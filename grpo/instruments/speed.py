@@ -26,9 +26,9 @@ from hark.models.linear import linear
 
 # What is not counted, as a share: copies, allocation, kernels that do not reach their rate. Of steps on a CPU.
 OVERHEAD = 1.2
-# Additions of small tensors that take the host as long as the 53 operators of a decoder layer with their Python.
+# Additions of small tensors that take the host as long as the operators of a decoder layer with their Python.
 LAUNCHES = 265
-RECORDED = 8e-5  # seconds that the kernels of a recorded decoder layer take at least: 53, of 1.5 microseconds each
+RECORDED = 5e-5  # seconds that the kernels of a recorded decoder layer take at least: 34, of 1.5 microseconds each
 LOGITS = 6  # float32 copies of the logits that scoring writes or reads, in a forward and in a backward each
 DRAWS = (
     40  # bytes per token of the vocabulary that a draw moves: float32 logprobs, float64 probabilities and their sums
