@@ -102,6 +102,7 @@ def check(
         check_waiting(report, world, directory, limits, waits)
         check_memory(report, world, directory, limits[0])
         check_gaps(report, world, directory, limits[0])
+        check_compiled(report, world, directory, limits[0])
         check_flexattention(report, world, directory, "full")
         check_choice(report, world, directory, "full")
         look_back(directory, WINDOW)
@@ -274,6 +275,19 @@ def check_gaps(report: Report, world: World, directory: Path, limit: int) -> Non
         gap = (logprobs_of(policy, rollout).cpu() - there).abs().max().item()
     # MetricSums over 250 to 500 terms in another order, through some layers.
     report.at_most(1e-4, "logprobs against the CPU's, float32", gap)
+
+
+def check_compiled(report: Report, world: World, directory: Path, limit: int) -> None:
+    """Compiled layers compute what others do, in the sampler, whose steps are recorded, and in the scorer."""
+    plain, policy = (make(world, directory, compile_layers=how) for how in (False, True))
+    graphs = recorded_steps(policy, wanted=True)
+    warm_up(policy, limit, graphs)
+    rollout = draw(policy, limit, recorded=graphs)
+    with torch.no_grad():
+        expected, scored = (logprobs_of(one, rollout) for one in (plain, policy))
+    report.at_most(1e-4, "logprobs of compiled layers, float32", (scored - expected).abs().max().item())
+    gap = (scored - rollout.logprobs).abs().sum() / rollout.mask.sum()
+    report.at_most(1e-5, "sampler_gap, compiled layers, recorded, float32", gap.item())
 
 
 def check_choice(report: Report, world: World, directory: Path, layers: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -20,13 +21,15 @@ def test_all_checks_pass_on_the_cpu(monkeypatch, capsys):
     # The uncompiled reference of FlexAttention, as in test_attention.py.
     monkeypatch.setattr(flex, "_validate_device", lambda *tensors: None)
     monkeypatch.setattr(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # generates no code
     precision = torch.get_float32_matmul_precision()
     failed = []
     on_ranks(1, lambda world: failed.extend(check(world, hidden=64, layers=2, limits=(6, 9), waits=0).failed))
     torch.set_float32_matmul_precision(precision)
     assert failed == []
     said = capsys.readouterr().out
-    for checked in ("flex against sdpa, windows, torch.bfloat16, recomputed: gradients", "in a window, apart"):
+    flex_checked = "flex against sdpa, windows, torch.bfloat16, recomputed: gradients", "in a window, apart"
+    for checked in (*flex_checked, "logprobs of compiled layers"):
         assert checked in said
 
 

@@ -1,8 +1,9 @@
 """Compare a step of GRPO with the limits of a GPU and with the R1-AQA procedure (launch/studies/baseline.py).
 
     python launch/studies/benchmark_gpu.py [--model qwen2-audio-7b|small] [--dtype bfloat16|float32]
-                                           [--attention auto|sdpa|flex] [--shape A|B|both] [--prompts 8 32] [--group 8]
-                                           [--new-tokens 24] [--micro-batch N] [--repeat 3] [--json FILE]
+                                           [--attention auto|sdpa|flex] [--compile] [--shape A|B|both]
+                                           [--prompts 8 32] [--group 8] [--new-tokens 24] [--micro-batch N]
+                                           [--repeat 3] [--json FILE]
 
 Random weights of Qwen2-Audio-7B's shape, 8.4 billion, are created on the device and never written to a file. The policy
 and the reference have separate weights; the baseline computes with the same tensors as they do. Clips last 10 s (shape
@@ -85,6 +86,7 @@ class Setting:
     device: torch.device
     dtype: torch.dtype
     attention: str = "sdpa"
+    compiled: bool = False
     repeat: int = 3
 
 
@@ -136,7 +138,8 @@ def main(argv: list[str]) -> None:
         raise ConfigError("no CUDA device was found; launch/studies/benchmark.py measures on the CPU")
     configs = {"qwen2-audio-7b": large_config, "small": small_config}
     dtype = getattr(torch, arguments.dtype)
-    setting = Setting(configs[arguments.model], torch.device("cuda"), dtype, arguments.attention, arguments.repeat)
+    chosen = arguments.attention, arguments.compile, arguments.repeat
+    setting = Setting(configs[arguments.model], torch.device("cuda"), dtype, *chosen)
     results = []
     for result in study(setting, works_of(arguments)):
         results.append(result)
@@ -157,6 +160,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--model", choices=("qwen2-audio-7b", "small"), default="qwen2-audio-7b")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--attention", choices=("auto", "sdpa", "flex"), default="auto", help="in scoring")
+    parser.add_argument("--compile", action="store_true", help="compile the decoder's layers of Hark's side")
     parser.add_argument("--shape", choices=("A", "B", "both"), default="both")
     parser.add_argument("--prompts", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--group", type=int, default=8, help="completions of each prompt")
@@ -248,6 +252,7 @@ def measure(models: Models, work: Work, update: float | None) -> dict[str, Any]:
         "equal": differences is None or all(d <= b for d, b in zip(differences, BOUNDS[setting.dtype], strict=True)),
         "prompt_tokens": len(hark.prompts[0].ids),
         "attention": models.policy.attention,
+        "compiled": models.setting.compiled,
     } | limits(models, hark, drawn, seconds["hark"])
 
 
@@ -353,6 +358,8 @@ def random_policy(setting: Setting, seed: int) -> Qwen2AudioPolicy:
     policy.model.generation_config.eos_token_id = policy.audio_id  # never sampled
     policy.tokenizer = SimpleNamespace(pad_token_id=0)
     policy.device, policy.attention = setting.device, setting.attention
+    if setting.compiled:
+        policy.compile_layers()
     generator = torch.Generator(setting.device).manual_seed(seed)
     weights = {name: random_weight(name, p.shape, setting, generator) for name, p in policy.model.named_parameters()}
     take(policy.model, weights, setting.device)
