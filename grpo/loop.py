@@ -57,26 +57,9 @@ def train(
             probe(learner)
         rate = best_matmul_rate(world.device, getattr(torch, config.model.dtype))
         rate = reduce_sums({"rate": rate}, world)["rate"]  # the sum over ranks, measured at the same time on all
-        metrics = Metrics(
-            learner.directory, rank=world.rank, total_steps=config.optim.steps, show=learner.shown,
-            dtype=config.model.dtype, required=config.checkpoint.required,
-            trackers=partial(open_trackers, config.log.trackers, learner.directory, dataclasses.asdict(config)),
-        )  # fmt: skip
         start = resumed(learner, changes) if config.run.resume else 0
-        if world.is_main:
-            set_aside(learner.directory / "checkpoints", after=start)
-            write_whole(learner.directory / "config.yaml", to_yaml(config).encode())
-            save_own_files(learner.directory / "own_files")
-            say(f"all settings are in {learner.directory / 'config.yaml'}")
-        metrics.truncate(start + 1 if start else 0)
-        learner.recorder.truncate(start)
+        metrics, saver = opened(learner, start, about)
         learner.prepare(start)
-        saver = Saver(
-            learner.directory / "checkpoints", world, keep=config.checkpoint.keep,
-            keep_weights=config.checkpoint.weights, background=config.checkpoint.background,
-            required=config.checkpoint.required, about=about,
-            saved=start,
-        )  # fmt: skip
         try:
             with closing(metrics), recorded(learner):
                 do_steps(learner, metrics, saver, start=start, rate=rate)
@@ -109,6 +92,29 @@ def resumed(learner: Learner, changes: Callable[[Manifest], Sequence[str]]) -> i
         found = f"step {manifest.step}" if manifest else "the beginning: there is no checkpoint yet"
         say(f"continuing from {found}")
     return manifest.step if manifest else 0
+
+
+def opened(learner: Learner, start: int, about: Mapping[str, Any]) -> tuple[Metrics, Saver]:
+    """The log and the checkpoints of a run that begins after step `start`; those of later steps are removed."""
+    config, world = learner.config, learner.world
+    metrics = Metrics(
+        learner.directory, rank=world.rank, total_steps=config.optim.steps, show=learner.shown,
+        dtype=config.model.dtype, required=config.checkpoint.required,
+        trackers=partial(open_trackers, config.log.trackers, learner.directory, dataclasses.asdict(config)),
+    )  # fmt: skip
+    if world.is_main:
+        set_aside(learner.directory / "checkpoints", after=start)
+        write_whole(learner.directory / "config.yaml", to_yaml(config).encode())
+        save_own_files(learner.directory / "own_files")
+        say(f"all settings are in {learner.directory / 'config.yaml'}")
+    metrics.truncate(start + 1 if start else 0)
+    learner.recorder.truncate(start)
+    saver = Saver(
+        learner.directory / "checkpoints", world, keep=config.checkpoint.keep,
+        keep_weights=config.checkpoint.weights, background=config.checkpoint.background,
+        required=config.checkpoint.required, about=about, saved=start,
+    )  # fmt: skip
+    return metrics, saver
 
 
 def do_steps(learner: Learner, metrics: Metrics, saver: Saver, *, start: int, rate: float) -> None:
