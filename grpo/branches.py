@@ -185,8 +185,8 @@ class Branches:
         rows = round_up(len(self._prompt_of_row), self.rows, device)
         cells = [branch.cell for branch in self._branches]
         return Sizes(
-            branches,
-            rows,
+            branches=branches,
+            rows=rows,
             prompt=round_up(max(lengths), self.cache.prompt, device),
             steps=round_up(max(branch.tokens for branch in self._branches), self.limit - 1, device, least=32),
             whole=len(cells) == branches and cells == list(range(rows * self.group_size)),
