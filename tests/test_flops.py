@@ -59,7 +59,8 @@ def counted(function, *args, **kwargs):
     """Multiply-adds of a call outside attention, those of its attention, and the result."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         result = function(*args, **kwargs)
-    attention = counter.get_flop_counts()["Global"].get(torch.ops.aten.bmm, 0)
+    flops = counter.get_flop_counts()["Global"]
+    attention = flops.get(torch.ops.aten.bmm, 0) + flops.get(torch.ops.aten.baddbmm, 0)
     return (counter.get_total_flops() - attention) / 2, attention / 2, result
 
 
