@@ -107,6 +107,8 @@ class Branches:
         self.stopped = keep("stopped", torch.zeros_like(self.running))
         self._read_running = DelayedFlags(self.running)
         self._recorded = recorded
+        dtype = policy.decoder.get_input_embeddings().weight.dtype
+        self._adapts_threads = device.type == "cpu" and dtype == torch.float32  # see grpo/runtime/threads.py
         self._keep_prefill = keep_prefill
         self._prefill: Prefill | None = None
         self._branches: list[Branch] = []  # in the order of the cache
@@ -143,7 +145,7 @@ class Branches:
             if moved:
                 self._recorded.forget()
             self._recorded(step, plan, sizes)
-        elif self.tokens.device.type == "cpu":
+        elif self._adapts_threads:
             paying_threads(torch.get_num_threads())(partial(step, plan), self.logprobs)
         else:
             step(plan)

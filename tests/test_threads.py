@@ -13,6 +13,7 @@ from hark.grpo import branches as branches_module
 from hark.grpo.runtime import threads as threads_module
 from hark.grpo.runtime.threads import FIRST, IN_A_ROW, LONGEST, PayingThreads
 from hark.grpo.sampler import sample
+from hark.models.loading import load_policy
 from hark.threads import helper_threads
 from tests.conftest import Case
 
@@ -110,6 +111,18 @@ def test_a_number_whose_result_has_other_bits_is_left_out_and_leaves_nothing_beh
     paying(machine.step, machine.result)
     assert paying.counts == [4] and machine.done[-1] == 4 and torch.equal(machine.result, torch.ones(3))
     assert machine.steps(paying, 600) == [4] * 600
+
+
+@pytest.mark.parametrize("dtype, adapts", [(torch.float32, True), (torch.bfloat16, False)])
+def test_only_steps_in_float32_choose_their_threads(case: Case, monkeypatch, dtype, adapts):
+    """In half precision a few bits depend on the number of threads, and a rollout would on how busy the machine was."""
+    chosen = []
+    monkeypatch.setattr(
+        branches_module, "paying_threads", lambda most: lambda step, result: (step(), chosen.append(most))
+    )
+    policy = load_policy(case.directory, dtype=dtype, train="nothing")
+    sample(policy, case.prompts, group_size=2, max_new_tokens=4, temperature=0)
+    assert bool(chosen) == adapts
 
 
 def test_a_rollout_has_the_same_bits_on_any_number_of_threads(case: Case, monkeypatch, two_threads):

@@ -5,8 +5,9 @@ lasts until the scheduler gives it back: beside one busy process, decoding on tw
 on one, while on an idle machine it takes less (`hark benchmark --busy`).
 
 The passes of the reference and of the update take all threads, because a resumed run has to have the same bits: the
-gradient of a LayerNorm is summed by thread, and on some numbers of threads the products have other bits too. Beside a
-busy process it helps them that threads which wait sleep soon (hark/__init__.py).
+gradient of a LayerNorm is summed by thread, and on some numbers of threads the products have other bits too. So do
+decode steps in half precision: oneDNN's products round a few values otherwise on another number of threads, too few for
+a trial to find. Beside a busy process it helps them that threads which wait sleep soon (hark/__init__.py).
 """
 
 from __future__ import annotations
