@@ -15,6 +15,7 @@ import torch
 from hark.grpo.branches import Branches
 from hark.grpo.recorded import RecordedSteps
 from hark.grpo.types import Rollout
+from hark.models.linear import packed_weights
 from hark.models.policy import Policy, Prompt, on_policy
 
 
@@ -59,12 +60,13 @@ def sample(
     )  # fmt: skip
     # The longest first, so that prompts decoded together have similar lengths and the memory peak comes early.
     waiting = deque(sorted(range(len(prompts)), key=lambda n: -len(prompts[n].ids)))
-    while (waiting or branches.alive) and not interrupted():
-        if waiting and branches.free:
-            branches.prefill([waiting.popleft() for _ in range(min(len(waiting), branches.free))])
-        else:
-            branches.decode_step()
-        branches.remove_finished(keep_rows=bool(waiting))
+    with packed_weights(policy.decoder, policy.model.get_output_embeddings()):
+        while (waiting or branches.alive) and not interrupted():
+            if waiting and branches.free:
+                branches.prefill([waiting.popleft() for _ in range(min(len(waiting), branches.free))])
+            else:
+                branches.decode_step()
+            branches.remove_finished(keep_rows=bool(waiting))
     return branches.rollout()
 
 

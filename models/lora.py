@@ -21,7 +21,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from hark.models.directory import check_directory, in_short, read_json
-from hark.models.linear import linear
+from hark.models.linear import Linear, linear
 from hark.models.policy import Lora, Policy, PolicyError
 
 ALL = "all-linear"  # a target: every linear layer in the decoder's layers
@@ -71,7 +71,7 @@ def _number(value: Any) -> float:
     return float(value)
 
 
-class LoraLinear(nn.Linear):
+class LoraLinear(Linear):
     """A linear layer with an adapter. `add_adapters` turns an nn.Linear into it in place; tensor names are kept."""
 
     lora_A: nn.Parameter  # (rank, in)
@@ -80,7 +80,7 @@ class LoraLinear(nn.Linear):
     enabled: bool
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = linear(x, self.weight, self.bias)
+        y = super().forward(x)
         return y + self.scale * linear(linear(x, self.lora_A), self.lora_B) if self.enabled else y
 
 

@@ -897,6 +897,8 @@ FAULTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "models/linear.py": (
         ("mean for the bias", "gradient.sum(dim=0)", "gradient.mean(dim=0)", "test_linear"),
         ("half of the weight's gradient", "_matmul(gradient.T, x)", "_matmul(gradient.T, x) / 2", "test_linear"),
+        ("no bias beside a packed weight", "x, packed, weight, bias,", "x, packed, weight, None,", "test_linear"),
+        ("packed weights outlive the rollout", "layer.packed = None", "pass", "test_linear"),
     ),
     "models/lora.py": (
         ("alpha unscaled", "lora.alpha / lora.rank", "lora.alpha", "test_lora"),

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hark.models import linear as module
-from hark.models.linear import Linear, linear, linear_to_float32, use_onednn
+from hark.models.linear import Linear, linear, linear_to_float32, packed_weights, use_onednn
 
 # Sums of 64 products of size 1 in another order: some 1e-6 of values up to 30.
 TOLERANCE = dict(atol=1e-5, rtol=1e-5)
@@ -103,3 +103,39 @@ def test_a_layer_with_a_forward_of_its_own_keeps_it(monkeypatch):
     x, layer = half_precision(bias=False)
     layer.__class__ = type("Adapted", (nn.Linear,), {"forward": lambda self, x: 2 * nn.Linear.forward(self, x)})
     assert torch.equal(linear_to_float32(x, layer), (2 * F.linear(x, layer.weight)).float())
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="needs a torch with MKL")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 64), (7, 64), (8, 1, 64), (64, 64), (70, 64)])
+def test_packed_weights_give_the_same_products_and_leave_gradients_alone(shape, bias, monkeypatch):
+    monkeypatch.setattr(module, "MKL_IS_FAST", True)
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Sequential(nn.Linear(64, 96, bias=bias))
+    use_onednn(layer)
+    x = torch.randn(shape, generator=generator)
+    expected = F.linear(x, layer[0].weight, layer[0].bias)
+    (wanted,) = torch.autograd.grad(expected.sum(), layer[0].weight)
+    with packed_weights(layer):
+        with torch.no_grad():
+            kept = layer[0].weight.clone()
+            layer[0].weight.zero_()  # so that the copy alone can give the product
+            torch.testing.assert_close(layer(x), expected.detach(), **TOLERANCE)
+            layer[0].weight.copy_(kept)
+        torch.testing.assert_close(torch.autograd.grad(layer(x).sum(), layer[0].weight)[0], wanted, **TOLERANCE)
+    with torch.no_grad():
+        layer[0].weight.zero_()
+        assert torch.equal(layer(x), (layer[0].bias if bias else torch.zeros(96)).expand(*shape[:-1], 96))
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="needs a torch with MKL")
+def test_half_precision_and_other_processors_pack_nothing(monkeypatch):
+    layers = nn.Sequential(nn.Linear(64, 96), nn.Linear(64, 96, dtype=torch.bfloat16))
+    use_onednn(layers)
+    monkeypatch.setattr(module, "MKL_IS_FAST", True)
+    with packed_weights(layers):
+        assert [layer.packed is None for layer in layers] == [False, True]
+    assert all(layer.packed is None for layer in layers)
+    monkeypatch.setattr(module, "MKL_IS_FAST", False)
+    with packed_weights(layers):
+        assert all(layer.packed is None for layer in layers)

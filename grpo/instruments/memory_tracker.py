@@ -36,9 +36,12 @@ class MemoryTracker(TorchDispatchMode):
         return output
 
     def add(self, tree: Any) -> None:
-        """Count the storages of all tensors in a nested structure; of a DTensor, the local shard's."""
+        """Count the storages of all tensors in a nested structure; of a DTensor, the local shard's.
+
+        Weights packed for the CPU have no storage that could be asked, and are left out.
+        """
         for tensor in tree_iter(tree):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_mkldnn:
                 self._record(getattr(tensor, "_local_tensor", tensor).untyped_storage())
 
     def _record(self, storage: torch.UntypedStorage) -> None:
