@@ -17,12 +17,13 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from hark.grpo.instruments.flops import Macs, fastest
 from hark.grpo.instruments.memory import Setting, Work
 from hark.grpo.instruments.shape import FLOAT, Shape
-from hark.models.linear import linear
+from hark.models.linear import Linear, packed_weights
 
 # What is not counted, as a share: copies, allocation, kernels that do not reach their rate. Of steps on a CPU.
 OVERHEAD = 1.2
@@ -164,14 +165,17 @@ def measured(device: torch.device, dtype: torch.dtype, shape: Shape, tokens: int
     """
     x = torch.randn(tokens, shape.hidden, device=device, dtype=dtype)
     count = max(2, STREAMED // (x.element_size() * shape.inner * shape.hidden))
-    weights = [torch.randn(shape.inner, shape.hidden, device=device, dtype=dtype) for _ in range(count)]
+    sizes = dict(bias=False, device=device, dtype=dtype)
+    layers = nn.ModuleList(Linear(shape.hidden, shape.inner, **sizes) for _ in range(count))
     query = torch.randn(1, shape.heads, tokens, shape.head_size, device=device, dtype=dtype)
     small = torch.zeros(8, device=device)
     pairs = 2 * query.numel() * tokens
+    with packed_weights(layers):  # as the rollout reads them
+        reading = fastest(device, lambda: [layer(x[:rows]) for layer in layers])
     return Rates(
-        products=x.numel() * shape.inner / fastest(device, linear, x, weights[0]),
+        products=x.numel() * shape.inner / fastest(device, layers[0], x),
         attention=pairs / fastest(device, scaled_dot_product_attention, query, query, query),
-        memory=count * weights[0].nbytes / fastest(device, lambda: [linear(x[:rows], weight) for weight in weights]),
+        memory=sum(weight.nbytes for weight in layers.parameters()) / reading,
         launch=fastest(device, lambda: [small.add(1.0) for _ in range(1000)]) / 1000,
         link=float("inf"),
         overlaps=device.type == "cuda",
