@@ -165,8 +165,7 @@ def measured(device: torch.device, dtype: torch.dtype, shape: Shape, tokens: int
     """
     x = torch.randn(tokens, shape.hidden, device=device, dtype=dtype)
     count = max(2, STREAMED // (x.element_size() * shape.inner * shape.hidden))
-    sizes = dict(bias=False, device=device, dtype=dtype)
-    layers = nn.ModuleList(Linear(shape.hidden, shape.inner, **sizes) for _ in range(count))
+    layers = nn.ModuleList(Linear(shape.hidden, shape.inner, bias=False) for _ in range(count)).to(device, dtype)
     query = torch.randn(1, shape.heads, tokens, shape.head_size, device=device, dtype=dtype)
     small = torch.zeros(8, device=device)
     pairs = 2 * query.numel() * tokens
