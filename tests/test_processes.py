@@ -47,6 +47,7 @@ from tests.runs import ROUNDING, build, computed, largest_difference, length_rew
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks at processes in /proc")
 def test_a_run_comes_back_bit_for_bit_from_kills_and_signals(tmp_path, monkeypatch):
     """The short form of launch/studies/chaos.py: three things that are done to a run on two ranks, at its next save."""
