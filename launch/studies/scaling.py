@@ -9,8 +9,8 @@ The model is that of launch/studies/benchmark.py. The base step has one prompt w
 the base step on each number of ranks. Beside the times, the tables show the multiply-adds that the step needs
 (grpo/instruments/flops.py), and how many it would need if each completion had a row of its own with the prompt in it.
 
-The tables are printed. --table writes them into a page, between two marker lines. With the default values and
---repeat 1, it takes about five minutes on two cores.
+The tables are printed. --table writes them into a page, between two marker lines. With the default values it takes
+about 20 minutes on two cores.
 """
 
 from __future__ import annotations
