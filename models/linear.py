@@ -1,5 +1,5 @@
-"""Linear layers in float32 on the CPU by oneDNN, on some processors twice as fast as torch's own BLAS; and on a GPU
-those of half precision whose sums are not rounded.
+"""Linear layers in float32 on the CPU by oneDNN, on some processors twice as fast as torch's own BLAS, and for the few
+rows of a rollout from packed weights; and on a GPU those of half precision whose sums are not rounded.
 """
 
 from __future__ import annotations
