@@ -37,7 +37,9 @@ DRAWS = (
 ADAMW = 9  # times that AdamW and clipping read or write a tensor of the size of the trained weights
 
 
-STREAMED = 2**28  # bytes of weights that are read to measure the rate; more than a cache holds
+# Bytes of weights that are read to measure the rate, more than a cache holds, but no more than so many weights. Those of a
+# small model stay in a cache in a rollout too, and each packed one takes 8 MB of addresses beside its size.
+STREAMED, MOST_STREAMED = 2**28, 128
 
 
 class Counts(NamedTuple):
@@ -164,7 +166,7 @@ def measured(device: torch.device, dtype: torch.dtype, shape: Shape, tokens: int
     of reading weights for so many rows.
     """
     x = torch.randn(tokens, shape.hidden, device=device, dtype=dtype)
-    count = max(2, STREAMED // (x.element_size() * shape.inner * shape.hidden))
+    count = min(max(2, STREAMED // (x.element_size() * shape.inner * shape.hidden)), MOST_STREAMED)
     layers = nn.ModuleList(Linear(shape.hidden, shape.inner, bias=False) for _ in range(count)).to(device, dtype)
     query = torch.randn(1, shape.heads, tokens, shape.head_size, device=device, dtype=dtype)
     small = torch.zeros(8, device=device)
