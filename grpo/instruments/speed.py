@@ -37,8 +37,8 @@ DRAWS = (
 ADAMW = 9  # times that AdamW and clipping read or write a tensor of the size of the trained weights
 
 
-# Bytes of weights that are read to measure the rate, more than a cache holds, but no more than so many weights. Those of
-# a small model stay in a cache in a rollout too, and each packed one takes 8 MB of addresses beside its size.
+# Bytes of weights that are read to measure the rate, more than a cache holds, but no more than so many weights. Those
+# of a small model stay in a cache in a rollout too, and each packed one takes 8 MB of addresses beside its size.
 STREAMED, MOST_STREAMED = 2**28, 128
 
 
