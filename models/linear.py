@@ -48,17 +48,21 @@ def packed_weights(*modules: nn.Module) -> Iterator[None]:
     each product. On an Intel processor, for float32. The weights must not change inside. A copy takes the memory of its
     weight, and of addresses up to 8 MB more.
     """
-    layers = {layer for module in modules for layer in module.modules() if isinstance(layer, Linear)}
-    # A parameter of another type is sharded, or a fake one without values.
-    plain = [layer for layer in layers if MKL_IS_FAST and type(layer.weight) is nn.Parameter]
+    layers = [layer for module in modules for layer in module.modules() if isinstance(layer, Linear)]
+    layers = [layer for layer in layers if _packs(layer.weight)]
     try:
-        for layer in plain:
-            if layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32:
-                layer.packed = torch.ops.mkl._mkl_reorder_linear_weight(layer.weight.detach(), PACKED_ROWS)
+        for layer in layers:
+            layer.packed = torch.ops.mkl._mkl_reorder_linear_weight(layer.weight.detach(), PACKED_ROWS)
         yield
     finally:
-        for layer in plain:
+        for layer in layers:
             layer.packed = None
+
+
+def _packs(weight: torch.Tensor) -> bool:
+    """Whether a weight is packed. A parameter of another type is sharded, or a fake one without values."""
+    plain = type(weight) is nn.Parameter and weight.device.type == "cpu" and weight.dtype == torch.float32
+    return MKL_IS_FAST and plain
 
 
 def linear(

@@ -167,7 +167,9 @@ def measured(device: torch.device, dtype: torch.dtype, shape: Shape, tokens: int
     """
     x = torch.randn(tokens, shape.hidden, device=device, dtype=dtype)
     count = min(max(2, STREAMED // (x.element_size() * shape.inner * shape.hidden)), MOST_STREAMED)
-    layers = nn.ModuleList(Linear(shape.hidden, shape.inner, bias=False) for _ in range(count)).to(device, dtype)
+    layers = nn.ModuleList(
+        Linear(shape.hidden, shape.inner, bias=False, device=device, dtype=dtype) for _ in range(count)
+    )
     query = torch.randn(1, shape.heads, tokens, shape.head_size, device=device, dtype=dtype)
     small = torch.zeros(8, device=device)
     pairs = 2 * query.numel() * tokens
